@@ -1,0 +1,1 @@
+"""Where things live, which device, and configs of live objects."""

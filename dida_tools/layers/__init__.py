@@ -1,0 +1,5 @@
+"""Contains the convolution layers."""
+
+from .conv import ConvLayer, DeconvLayer, TransConvLayer
+
+__all__ = ["ConvLayer", "DeconvLayer", "TransConvLayer"]

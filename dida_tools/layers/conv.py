@@ -1,0 +1,107 @@
+"""
+Contains convolution layers: convolution, normalisation, activation, dropout, in this order.
+
+Normalising before the activation lets deployment tools fold it into the convolution. A layer that normalises has no
+bias: the normalisation would subtract it again, and it would never get a gradient.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class ConvLayer(nn.Module):
+    """A convolution that keeps height and width (halves them, rounding up, with stride 2)."""
+
+    def __init__(
+        self,
+        ch_in: int,
+        ch_out: int,
+        k_size: int = 3,
+        stride: int = 1,
+        dropout: float = 0.0,
+        activ: Callable[[], nn.Module] = nn.ELU,
+        norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+    ) -> None:
+        """
+        :param ch_in: input channels
+        :param ch_out: output channels
+        :param k_size: edge of the kernel in pixels, odd
+        :param stride: step of the kernel in pixels
+        :param dropout: probability that a whole channel is zeroed in training
+        :param activ: class of the activation
+        :param norm: what makes the normalisation for a number of channels (``partial(nn.GroupNorm, 8)`` works), or None
+        """
+        super().__init__()
+        if k_size % 2 == 0:
+            raise ValueError(f"k_size is {k_size}: choose an odd one, an even kernel cannot keep height and width.")
+        self.conv = nn.Conv2d(ch_in, ch_out, k_size, stride, padding=k_size // 2, bias=norm is None)
+        self.norm = nn.Identity() if norm is None else norm(ch_out)
+        self.activ = activ()
+        self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, ch_in, H, W) to (N, ch_out, H, W)."""
+        return self.dropout(self.activ(self.norm(self.conv(x))))
+
+
+class TransConvLayer(nn.Module):
+    """A transposed convolution that doubles height and width."""
+
+    def __init__(
+        self,
+        ch_in: int,
+        ch_out: int,
+        dropout: float = 0.0,
+        activ: Callable[[], nn.Module] = nn.ELU,
+        norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+    ) -> None:
+        """See ConvLayer. The kernel is as large as the stride, so that no output pixel is written twice."""
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(ch_in, ch_out, kernel_size=2, stride=2, bias=norm is None)
+        self.norm = nn.Identity() if norm is None else norm(ch_out)
+        self.activ = activ()
+        self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, ch_in, H, W) to (N, ch_out, 2H, 2W)."""
+        return self.dropout(self.activ(self.norm(self.conv(x))))
+
+
+class DeconvLayer(nn.Module):
+    """
+    A sub-pixel convolution (https://arxiv.org/abs/1609.05158) that doubles height and width.
+
+    It starts as nearest-neighbour upsampling (ICNR, https://arxiv.org/abs/1707.02937), so without a checkerboard.
+    """
+
+    def __init__(
+        self,
+        ch_in: int,
+        ch_out: int,
+        k_size: int = 3,
+        dropout: float = 0.0,
+        activ: Callable[[], nn.Module] = nn.ELU,
+        norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+    ) -> None:
+        """See ConvLayer."""
+        super().__init__()
+        if k_size % 2 == 0:
+            raise ValueError(f"k_size is {k_size}: choose an odd one, an even kernel cannot keep height and width.")
+        self.conv = nn.Conv2d(ch_in, 4 * ch_out, k_size, padding=k_size // 2, bias=norm is None)
+        self.shuffle = nn.PixelShuffle(2)
+        # After the shuffle, the four pixels of a cell share one scale and one shift.
+        self.norm = nn.Identity() if norm is None else norm(ch_out)
+        self.activ = activ()
+        self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
+        self._initialise_icnr()
+
+    @torch.no_grad()
+    def _initialise_icnr(self) -> None:
+        for parameter in self.conv.parameters():
+            parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, ch_in, H, W) to (N, ch_out, 2H, 2W)."""
+        return self.dropout(self.activ(self.norm(self.shuffle(self.conv(x)))))

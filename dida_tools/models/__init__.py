@@ -1,0 +1,5 @@
+"""Contains the models."""
+
+from .unet import UNET
+
+__all__ = ["UNET"]
