@@ -1,0 +1,1 @@
+"""Contains helpers: losses, names, paths, models, data, logging."""

@@ -1,0 +1,44 @@
+"""Contains how runs are named: DATE_SESSION_NAME, safe as a file name, and used only once."""
+
+import os
+import re
+import unicodedata
+from datetime import datetime
+from pathlib import Path
+
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10))}
+
+
+def safe_name(text: str, max_length: int = 100) -> str:
+    """
+    Makes a text safe as a file name on every system: letters, digits, ``-``, ``_`` and ``.`` stay, the rest becomes ``-``.
+
+    :return: 1 to max_length ASCII characters; "unnamed" where nothing is left
+    """
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^A-Za-z0-9_.]+", "-", ascii_text).strip("-. ")[:max_length].rstrip("-.")
+    if not name:
+        return "unnamed"
+    return f"{name}-" if name.split(".")[0].lower() in _RESERVED else name
+
+
+def date_now() -> str:
+    """The time of day as the first part of a run's name, local time, to the second."""
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def make_unique_dir(parent: str | os.PathLike, name: str) -> str:
+    """
+    Makes the folder ``parent/name``, or ``name-2``, ``name-3``, ... where that is taken, also by another process.
+
+    :return: the name that it got
+    """
+    Path(parent).mkdir(parents=True, exist_ok=True)
+    number, unique = 1, name
+    while True:
+        try:
+            (Path(parent) / unique).mkdir()
+            return unique
+        except FileExistsError:
+            number += 1
+            unique = f"{name}-{number}"
