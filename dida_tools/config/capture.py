@@ -31,8 +31,8 @@ _FILLED_IN = {
     "SCHEDULER": ("optimizer",),
     "DATA_LOADER": ("dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn", "generator"),
 }
-# Where the routines fill in a missing argument: the length of the training, in steps or epochs.
-_FILLED_IN_WHERE_MISSING = ("total_steps", "T_max")
+# What the routines fill in where it is missing: the length of the training, and the learning rate.
+_FILLED_IN_WHERE_MISSING = ("total_steps", "T_max", "max_lr")
 # Where override() looks for a bare name, as in OPTIMIZER=AdamW.
 _HOMES = {
     "MODEL": ".models",
@@ -60,8 +60,8 @@ def check(config: dict[str, Any]) -> None:
     """
     Checks a config before anything is made or written.
 
-    :raises ConfigError: with all problems: unknown keys, missing keys, values of the wrong type or range, arguments that
-        their MODEL, OPTIMIZER, ... does not take, and objects that no record can hold
+    :raises ConfigError: with all problems: unknown keys, missing keys, values of the wrong type or range, arguments
+        that their MODEL, OPTIMIZER, ... does not take, and objects that no record can hold
     """
     problems = find_problems(config)
     if problems:
@@ -71,16 +71,17 @@ def check(config: dict[str, Any]) -> None:
 def find_problems(config: dict[str, Any]) -> list[str]:
     """The problems of a config, a sentence each; see check."""
     problems = [_unknown(key) for key in config if key not in KEYS]
-    sound = {}
+    sound, unsound = {}, set()
     for key, entry in KEYS.items():
         if key not in config:
             if entry.default is REQUIRED:
                 problems.append(f"{key} is missing: it is {entry.about}.")
         elif (problem := entry.test(config[key])) is not None:
             problems.append(f"{key} is {_short(config[key])}: it {problem}.")
+            unsound.add(key)
         else:
             sound[key] = config[key]
-    problems += _argument_problems(complete(sound))
+    problems += _argument_problems(complete({}) | sound, unsound)
     if config.get("REQUIRE_RERUNNABLE", True):
         unrecordable: list[str] = []
         _encode({key: value for key, value in config.items() if key in KEYS}, "", unrecordable)
@@ -93,16 +94,17 @@ def _unknown(key: Any) -> str:
     return f"{key} is no key of a config: " + (f"did you mean {near[0]}?" if near else "see dida_tools/config/keys.py.")
 
 
-def _argument_problems(config: dict[str, Any]) -> list[str]:
+def _argument_problems(config: dict[str, Any], unsound: set[str]) -> list[str]:
+    """The problems between keys that are sound by themselves; the unsound ones have their default in config."""
     problems = []
     for name in ("MODEL", "OPTIMIZER", "SCHEDULER", "LOSS"):
-        if config.get(name) is not None:
+        if config.get(name) is not None and f"{name}_CONFIG" not in unsound:
             problems += _call_problems(config[name], config[f"{name}_CONFIG"], f"{name}_CONFIG", name)
     problems += _call_problems(
         torch.utils.data.DataLoader, config["DATA_LOADER_CONFIG"], "DATA_LOADER_CONFIG", "DATA_LOADER"
     )
     batch_size = config["DATA_LOADER_CONFIG"].get("batch_size", 1)
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if batch_size is None or (isinstance(batch_size, int) and batch_size < 1):
         problems.append(f"DATA_LOADER_CONFIG.batch_size is {batch_size!r}: it must be a whole number of at least 1.")
     for part, arguments in (config["DATASET_CONFIG"] or {}).items():
         if part not in ("train", "test", "validation") or not isinstance(arguments, dict):
@@ -110,9 +112,9 @@ def _argument_problems(config: dict[str, Any]) -> list[str]:
         elif config["DATASET"] is not None:
             problems += _call_problems(config["DATASET"], arguments, f"DATASET_CONFIG.{part}", "DATASET")
     goal = config["MONITOR"].split()[1]
-    if goal.partition(".")[0].removesuffix("_sample_mean") not in {"loss", *config["METRICS"]}:
-        known = ", ".join(["loss", *config["METRICS"]])
-        problems.append(f"MONITOR is {config['MONITOR']!r}: {goal} is not among the results ({known}).")
+    results = ["loss", *config["METRICS"]]
+    if "METRICS" not in unsound and goal.partition(".")[0].removesuffix("_sample_mean") not in results:
+        problems.append(f"MONITOR is {config['MONITOR']!r}: {goal} is not among the results ({', '.join(results)}).")
     return problems
 
 
@@ -121,10 +123,16 @@ def _call_problems(target: Any, arguments: dict[str, Any], path: str, name: str)
         signature = inspect.signature(target)
     except (TypeError, ValueError):
         return []  # some C functions have none
-    parameters = signature.parameters
+    parameters = {
+        argument: parameter
+        for argument, parameter in signature.parameters.items()
+        if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    }
     called = getattr(target, "__name__", repr(target))
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     filled_in = _FILLED_IN.get(name, ())
+    if name == "LOSS" and not isinstance(target, type):
+        filled_in = tuple(signature.parameters)[:2]  # the prediction and the target
     problems = []
     for argument in arguments:
         if argument in filled_in:
@@ -138,21 +146,18 @@ def _call_problems(target: Any, arguments: dict[str, Any], path: str, name: str)
             )
             problems.append(f"{path}.{argument} is no argument of {called}: {hint}")
     known = {argument: value for argument, value in arguments.items() if argument in parameters}
-    is_function_loss = name == "LOSS" and not isinstance(target, type)
     for argument, parameter in parameters.items():
-        required = parameter.default is parameter.empty and parameter.kind in (
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
-        )
-        given = argument in arguments or argument in filled_in or argument in _FILLED_IN_WHERE_MISSING
-        if required and not given and not is_function_loss:
+        given = argument in arguments or argument in filled_in
+        given = given or (name == "SCHEDULER" and argument in _FILLED_IN_WHERE_MISSING)
+        if parameter.default is parameter.empty and not given:
             problems.append(f"{path}.{argument} is missing: {called} needs it.")
     return problems + _type_problems(target, known, path)
 
 
 def _type_problems(target: Any, arguments: dict[str, Any], path: str) -> list[str]:
     try:
-        hints = typing.get_type_hints(target.__init__ if isinstance(target, type) else target)
+        function = inspect.getattr_static(target, "__init__") if isinstance(target, type) else target
+        hints = typing.get_type_hints(function)
     except (NameError, TypeError, AttributeError):
         return []
     problems = []
@@ -174,7 +179,7 @@ def _plain_types(hint: Any) -> tuple[type, ...]:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -187,6 +192,7 @@ def capture(config: dict[str, Any], problems: list[str] | None = None) -> dict[s
 
     Objects become tagged values: {"@ref": "package.module:Name"}, "@module", "@partial", "@tuple", "@device", "@dtype",
     "@path", "@dict" (keys other than strings), "@float" (nan, inf). Each name has been resolved again to this object.
+    The name of an object of another library is recorded too: restoring it needs the library in ALLOWED_ROOTS.
 
     :param problems: takes what cannot be recorded, which stands as {"@unrecorded": reason} in the record
     :raises ConfigError: if something cannot be recorded and no such list is given
@@ -210,7 +216,12 @@ def restore(record: dict[str, Any], roots: Iterable[str] = ()) -> dict[str, Any]
     if record.get("version") != VERSION:
         raise ConfigError([f"the record has version {record.get('version')!r}, this code reads {VERSION}."])
     problems: list[str] = []
-    config = _decode(record["config"], "", tuple(roots), problems)
+    try:
+        config = _decode(record["config"], "", tuple(roots), problems)
+    except RecursionError:
+        raise ConfigError(["the record is damaged: it is nested too deeply."]) from None
+    if not problems and not isinstance(config, dict):
+        problems.append(f"the record is damaged: {_short(record['config'])} is no config.")
     if problems:
         raise ConfigError(problems)
     return config
@@ -262,38 +273,51 @@ def _decode(value: Any, path: str, roots: tuple[str, ...], problems: list[str]) 
         return _decode_tagged(tags[0], value, path, roots, problems)
     except ReferenceProblem as problem:
         problems.append(f"{path}: {problem}.")
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        problems.append(f"{path} is damaged: {_short(value)} is no {tags[0]} ({error}).")
+    except RecursionError:
+        raise
+    except Exception as error:
+        problems.append(f"{path or 'the record'} is damaged: {_short(value)} is no {tags[0]} ({error}).")
     return None
 
 
 def _decode_tagged(tag: str, value: dict[str, Any], path: str, roots: tuple[str, ...], problems: list[str]) -> Any:
     content = value[tag]
-    if tag == "@tuple":
-        return tuple(_decode(content, path, roots, problems))
-    if tag == "@dict":
+    if set(value) != ({"@partial", "args", "kwargs"} if tag == "@partial" else {tag}):
+        raise ValueError("it has other keys")
+    if tag in ("@tuple", "@dict"):
+        if not isinstance(content, list) or (tag == "@dict" and not all(isinstance(pair, list) for pair in content)):
+            raise ValueError("it must hold a list")
+        if tag == "@tuple":
+            return tuple(_decode(content, path, roots, problems))
         return {_decode(k, path, roots, problems): _decode(v, _join(path, str(k)), roots, problems) for k, v in content}
+    if tag == "@partial":
+        function = _decode(content, path, roots, problems)
+        arguments = _decode(value["args"], path, roots, problems)
+        keywords = _decode(value["kwargs"], path, roots, problems)
+        if function is None:
+            return None  # its problem has been noted
+        if not callable(function) or not isinstance(arguments, list) or not isinstance(keywords, dict):
+            raise ValueError("it must hold a function, a list and a dict")
+        return _of_the_kind(functools.partial(function, *arguments, **keywords), "a partial", path)
+    if not isinstance(content, str):
+        raise ValueError("it must hold a string")
     if tag == "@float":
+        if content not in ("nan", "inf", "-inf"):
+            raise ValueError("other numbers are written as such")
         return float(content)
     if tag == "@device":
         return torch.device(content)
     if tag == "@path":
         return Path(content)
     if tag == "@dtype":
-        dtype = getattr(torch, content)
+        dtype = vars(torch).get(content)
         if not isinstance(dtype, torch.dtype):
             raise ValueError("torch has no such dtype")
         return dtype
-    if tag == "@partial":
-        function = _decode(content, path, roots, problems)
-        if function is None:
-            return None  # its problem has been noted
-        if not callable(function):
-            raise ValueError("it must hold a function")
-        arguments = _decode(value["args"], path, roots, problems)
-        return functools.partial(function, *arguments, **_decode(value["kwargs"], path, roots, problems))
+    if tag in ("@ref", "@module") and bool(content.partition(":")[2]) != (tag == "@ref"):
+        raise ValueError("an object is named module:name, and a module without a colon")
     if tag == "@ref":
-        return _of_the_kind(resolve(content, roots), content, path)
+        return _of_the_kind(resolve(content, roots), repr(content), path)
     if tag == "@module":
         if path != "ROUTINE_NAME":
             raise ReferenceProblem(f"a module ({content!r}) is only restored as ROUTINE_NAME")
@@ -311,9 +335,9 @@ def _of_the_kind(obj: Any, name: str, path: str) -> Any:
     if key == path and key in KEYS:
         problem = KEYS[key].test(obj)
         if problem:
-            raise ReferenceProblem(f"{name!r} does not belong here: {key} {problem}")
-    elif key in KEYS and not (key.endswith("_CONFIG") or key == "METRICS"):
-        raise ReferenceProblem(f"{name!r} does not belong here: {key} holds no objects")
+            raise ReferenceProblem(f"{name} does not belong here: {key} {problem}")
+    elif key in KEYS and not (key.endswith("_CONFIG") or key in ("METRICS", "LOSS")):
+        raise ReferenceProblem(f"{name} does not belong here: {key} holds no objects")
     return obj
 
 
@@ -326,7 +350,7 @@ def _join(path: str, key: str) -> str:
 
 def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """
-    A copy of a config with values replaced from the command line: ``EPOCHS=3 MODEL_CONFIG.dropout=0.1 OPTIMIZER=AdamW``.
+    A copy of a config with values replaced, as on the command line: ``EPOCHS=3 MODEL_CONFIG.dropout=0.1``.
 
     A value is a Python literal, the dotted name of an object, or else a string.
 
@@ -337,7 +361,7 @@ def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     for text in overrides:
         dotted, equals, value = text.partition("=")
         keys = dotted.split(".")
-        if not equals:
+        if not equals or not all(keys):
             problems.append(f"{text!r} is no override: write KEY=VALUE, such as EPOCHS=3 or MODEL_CONFIG.dropout=0.1.")
             continue
         if keys[0] not in KEYS:
@@ -346,7 +370,8 @@ def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         inner: Any = config
         for depth, key in enumerate(keys[:-1], start=1):
             if inner.get(key) is None:
-                inner[key] = {}
+                default = KEYS[key].default if depth == 1 else None
+                inner[key] = copy_config(default) if isinstance(default, dict) else {}
             inner = inner[key]
             if not isinstance(inner, dict):
                 problems.append(
@@ -367,13 +392,13 @@ def _parse(keys: list[str], text: str) -> Any:
     key = keys[0]
     wants_text = len(keys) == 1 and KEYS[key].test("some text") is None
     named = {"none": None, "true": True, "false": False}
-    if text.lower() in named and not (wants_text and text.lower() != "none"):
+    if text.lower() in named and not (wants_text and KEYS[key].test(named[text.lower()])):
         return named[text.lower()]
     if wants_text or (len(keys) == 1 and key in ("DEVICE", "PRECISION", "MONITOR", "SCHEDULER_STEP")):
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError):
         pass
     wants_object = key in _HOMES and (len(keys) == 1 or key == "METRICS")
     place, _, name = text.replace(":", ".").rpartition(".")
@@ -397,27 +422,36 @@ def _parse(keys: list[str], text: str) -> Any:
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
     """A config (or a captured one) as one level of dotted keys, with objects as short text, for tables."""
-    captured = config["config"] if set(config) == {"version", "config"} else _encode(config, "", [])
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, dict) and value and not any(key.startswith("@") for key in value):
-            for key, item in value.items():
-                walk(item, _join(path, key))
-        else:
-            flat[path] = _as_text(value)
-
-    walk(captured, "")
-    return flat
+    return {key: _as_text(value) for key, value in _leaves(config).items()}
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs between two configs, live or captured: {dotted key: (value in one, value in the other)}, MISSING where there is none."""
-    first, second = flatten(one), flatten(other)
+    """
+    What differs between two configs, live or captured.
+
+    :return: {dotted key: (value in one, value in the other)}, as flatten gives them, MISSING where there is none
+    """
+    first, second = _leaves(one), _leaves(other)
     keys = [*first, *(key for key in second if key not in first)]
     pairs = {key: (first.get(key, MISSING), second.get(key, MISSING)) for key in keys}
-    # repr tells 1 from 1.0 and True
-    return {key: pair for key, pair in pairs.items() if repr(pair[0]) != repr(pair[1])}
+    # repr tells 1 from 1.0 and True; as text, a path and a string would be the same
+    return {key: (_as_text(a), _as_text(b)) for key, (a, b) in pairs.items() if repr(a) != repr(b)}
+
+
+def _leaves(config: dict[str, Any]) -> dict[str, Any]:
+    """The captured values by dotted key."""
+    captured = config["config"] if set(config) == {"version", "config"} else _encode(config, "", [])
+    leaves: dict[str, Any] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, dict) and (value or not path) and not any(key.startswith("@") for key in value):
+            for key, item in value.items():
+                walk(item, _join(path, key))
+        else:
+            leaves[path] = value
+
+    walk(captured, "")
+    return leaves
 
 
 def _as_text(value: Any) -> Any:

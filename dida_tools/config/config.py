@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def _root_path() -> Path:
-    """The checkout's root, or the working directory where the package is installed: nothing is written beside a package."""
+    """The checkout's root, or the working directory where the package is installed: nothing is written beside it."""
     checkout = Path(__file__).resolve().parents[2]
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 

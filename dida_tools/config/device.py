@@ -10,12 +10,15 @@ def get_device(requested: str | torch.device | None = None) -> torch.device:
     Chooses the device of a run.
 
     :param requested: a device, or None or "auto" for the best one of this machine: cuda, then mps, then cpu
-    :raises ValueError: if the requested device is not there
+    :raises ValueError: if the requested device is not there, or no device at all
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if requested is None or requested == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    device = torch.device(requested)
+    try:
+        device = torch.device(requested)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"DEVICE is {requested!r}: choose one of auto, cpu, cuda, cuda:0, mps.") from None
     if device.type == "cuda" and not cuda:
         reason = "this PyTorch is a build without CUDA" if torch.version.cuda is None else "no usable GPU was found"
         raise ValueError(f"DEVICE is '{device}' but {reason}: use DEVICE=auto (best available) or DEVICE=cpu.")

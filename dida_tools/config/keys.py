@@ -62,11 +62,7 @@ def _number(low: float, high: float = float("inf"), whole: bool = False, open_lo
 
     def check(value: Any) -> str | None:
         right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        fits = (
-            right_type
-            and (low < value if open_low else low <= value)
-            and (value < high or value == high == float("inf"))
-        )
+        fits = right_type and (low < value if open_low else low <= value) and value < high  # NaN never is
         return None if fits else f"must be {kind} {bounds}"
 
     return check
@@ -103,19 +99,30 @@ def _monitor(value: Any) -> str | None:
 
 def _device(value: Any) -> str | None:
     try:
-        if value != "auto":
-            torch.device(value)
-    except (RuntimeError, TypeError):
-        return "must be 'auto', 'cpu', 'cuda', 'cuda:0', 'mps' or a torch.device"
-    return None
+        if isinstance(value, torch.device) or value == "auto" or (isinstance(value, str) and torch.device(value)):
+            return None
+    except RuntimeError:
+        pass
+    return "must be 'auto', 'cpu', 'cuda', 'cuda:0', 'mps' or a torch.device"
+
+
+def _dataset(value: Any) -> str | None:
+    gives_samples = isinstance(value, type) and (hasattr(value, "__getitem__") or hasattr(value, "__iter__"))
+    return None if gives_samples else "must be the class of a data set"
+
+
+def _mask_values(value: Any) -> str | None:
+    if isinstance(value, dict) and not any(isinstance(number, bool) for number in (*value, *value.values())):
+        are_numbers = all(isinstance(number, (int, float)) for number in value)
+        if are_numbers and all(isinstance(number, int) for number in value.values()):
+            return None
+    return "must be a dict of mask value: class number"
 
 
 _text = _instance(str, "a string")
 _flag = _instance(bool, "True or False")
 _file = _instance((str, Path), "the path of a file")
-_dataset = _instance(type, "the class of a data set")
 _routine = _instance((str, ModuleType), "a routine's module or name")
-_mask_values = _instance(dict, "a dict of mask value: class number")
 
 KEYS = {
     "DATE": Key(None, _optional(_text), "first part of the run's name; set when the run starts"),
@@ -178,7 +185,7 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
 
 def copy_config(value: Any) -> Any:
     """Copies dicts, lists and tuples all the way down, and shares the objects in them."""
-    if type(value) is dict:
+    if isinstance(value, dict):
         return {key: copy_config(item) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(copy_config(item) for item in value)

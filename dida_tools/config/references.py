@@ -2,8 +2,9 @@
 Contains the names of live objects: "module:qualified.name", written from an object and resolved to the same object.
 
 The project's own package is written relative (".models.unet:UNET"), so that a record survives a renamed package.
-Resolving imports code, so only these are resolved: what the project itself defines, PyTorch's layers, losses, optimizers
-and tensor functions, and what ALLOWED_ROOTS define.
+Resolving imports code, so only these are resolved: what the project itself defines, PyTorch's layers, losses,
+optimizers and tensor functions, and what ALLOWED_ROOTS define. A record may call what it names, with arguments of its
+own: so it must not name what imports, writes files or sends.
 """
 
 import importlib
@@ -11,7 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -20,8 +21,17 @@ from .config import global_config
 
 PACKAGE = __name__.partition(".")[0]
 
-# Libraries whose models, losses, metrics and data sets may be restored from a record.  # <- your libraries here
-ALLOWED_ROOTS = ("torchvision", "torchmetrics", "timm", "segmentation_models_pytorch", "monai")
+# Libraries, or parts of them, whose models, losses, metrics and data sets may be restored from a record (not all of
+# monai: its bundles evaluate text).  # <- your libraries here
+ALLOWED_ROOTS = (
+    "torchvision",
+    "torchmetrics",
+    "timm",
+    "segmentation_models_pytorch",
+    "monai.losses",
+    "monai.metrics",
+    "monai.networks",
+)
 
 # Old names of what was renamed or moved, so that old records can still be read.  # <- your renamed objects here
 ALIASES = {
@@ -38,7 +48,13 @@ _TORCH_HOMES = (
     "torch.nn.functional",
     "torch.utils.data",
 )
+_TORCH_GADGETS = ("torch.utils.data.datapipes",)  # read and unpickle files
 _PLAIN_TYPES = (bool, int, float, complex, str, list, tuple, dict, set)
+# What the project itself needs to run: it imports, writes and sends.
+_MACHINERY = tuple(
+    PACKAGE + part for part in (".config", ".utils.path", ".utils.name", ".utils.logging", ".utils.notify")
+)
+_ONLY = "records may name models, losses, metrics, data sets, optimizers and tensor functions only"
 
 
 class ReferenceProblem(ValueError):
@@ -49,21 +65,19 @@ def name_of(obj: Any) -> str:
     """
     The name under which an object can be found again, verified by finding it.
 
-    :raises ReferenceProblem: if there is none, with the reason and the remedy
+    :raises ReferenceProblem: if there is none, or no record may hold it, with the reason and the remedy
     """
     if isinstance(obj, ModuleType):
-        return _relative(_script_name() if obj.__name__ == "__main__" else obj.__name__)
+        name = _relative(_script_name() if obj.__name__ == "__main__" else obj.__name__)
+        if resolve(name) is not obj:
+            raise ReferenceProblem(f"another module is found under the name {name!r}")
+        return name
     module, qualname = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
     if not isinstance(qualname, str) or (not isinstance(obj, type) and not callable(obj)):
         raise ReferenceProblem(
-            f"an instance of {type(obj).__name__} cannot be recorded: give its class, and its arguments in the _CONFIG"
+            f"an instance of {type(obj).__name__} cannot be recorded: give a plain value, or its class, "
+            "and its arguments in the _CONFIG"
         )
-    if "<lambda>" in qualname:
-        raise ReferenceProblem("a lambda has no name to record: define it with def at the top of a module")
-    if "<locals>" in qualname:
-        raise ReferenceProblem(f"{qualname} is defined inside a function: move it to the top of a module")
-    if getattr(obj, "__self__", None) is not None and isinstance(obj.__self__, type):
-        raise ReferenceProblem(f"{qualname} is a bound method: give a function at the top of a module")
     if module == "__main__":
         module = _script_name()
     places = [(module, qualname)] if module else []
@@ -72,18 +86,31 @@ def name_of(obj: Any) -> str:
         places = [(place, obj.__name__) for place in _TORCH_HOMES] + places
     for place, name in places:
         try:
-            if _find(place, name) is obj:
-                return f"{_relative(place)}:{name}"
+            found = _find(place, name)
         except (ImportError, AttributeError):
             continue
+        if found is obj:
+            relative = f"{_relative(place)}:{name}"
+            root = place.partition(".")[0]
+            # A library can still be added to ALLOWED_ROOTS; what resolve() refuses for good is refused here.
+            addable = () if _is_known(root) else (root,)
+            if not _is_harmless(obj, (*ALLOWED_ROOTS, *addable)):
+                raise ReferenceProblem(f"{relative} is outside of what may be restored: {_ONLY}")
+            return relative
+    if "<lambda>" in qualname:
+        raise ReferenceProblem("a lambda has no name to record: define it with def at the top of a module")
+    if "<locals>" in qualname:
+        raise ReferenceProblem(f"{qualname} is defined inside a function: move it to the top of a module")
+    if isinstance(obj, MethodType) or isinstance(getattr(obj, "__self__", None), type):
+        raise ReferenceProblem(f"{qualname} is a bound method: give a function at the top of a module")
     raise ReferenceProblem(f"{module}.{qualname} is not found under its own name: define it at the top of a module")
 
 
 def resolve(name: str, roots: Iterable[str] = ()) -> Any:
     """
-    The object, or the module, of a name.
+    The object of a name, or the module, which must be the project's own.
 
-    :param roots: libraries that are allowed besides ALLOWED_ROOTS
+    :param roots: libraries, or parts of them, that are allowed besides ALLOWED_ROOTS
     :raises ReferenceProblem: if the name must not be resolved, or if there is no such object
     """
     name = ALIASES.get(name, name)
@@ -91,19 +118,22 @@ def resolve(name: str, roots: Iterable[str] = ()) -> Any:
     if place.startswith("."):
         place = PACKAGE + place
     roots = (*ALLOWED_ROOTS, *roots)
+    if not qualname and not is_project_module(place):
+        raise ReferenceProblem(f"{name!r} is outside of what may be restored: only the project's own modules may")
     if not _may_import(place, roots):
         raise ReferenceProblem(f"{name!r} is outside of what may be restored{_extend(place)}")
     try:
         if not qualname:
             return _module(place)
         obj = _find(place, qualname)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:  # importing runs code, which may fail in any way
         raise ReferenceProblem(
-            f"{name!r} is not found ({error}): install or restore it, or add it to ALIASES"
+            f"{name!r} is not found ({error or type(error).__name__}): install or restore it, or add it to ALIASES"
         ) from error
     if not _is_harmless(obj, roots):
+        home = getattr(obj, "__module__", None)
         raise ReferenceProblem(
-            f"{name!r} is outside of what may be restored{_extend(getattr(obj, '__module__', place))}"
+            f"{name!r} is outside of what may be restored{_extend(home if isinstance(home, str) else place)}"
         )
     return obj
 
@@ -114,37 +144,56 @@ def is_project_module(place: str) -> bool:
     if root == PACKAGE:
         return True
     folder = Path(global_config["ROOT_PATH"])
-    return root.isidentifier() and ((folder / f"{root}.py").is_file() or (folder / root / "__init__.py").is_file())
+    files = [file for file in (folder / f"{root}.py", folder / root / "__init__.py") if file.is_file()]
+    if not root.isidentifier() or not files:
+        return False
+    if root in sys.modules:
+        imported = getattr(sys.modules[root], "__file__", None)
+    else:
+        spec = importlib.util.find_spec(root)
+        if spec is None:
+            return True  # importing it will say that it is not found
+        imported = spec.origin
+    # The file may merely bear the name of a library that is imported in its place.
+    return imported is not None and any(Path(imported).is_file() and file.samefile(imported) for file in files)
 
 
 def _may_import(place: str, roots: tuple[str, ...]) -> bool:
-    root = place.partition(".")[0]
-    return root in ("torch", "builtins", *roots) or is_project_module(place)
+    return place in ("torch", "builtins") or _within(place, (*_TORCH_MODULES, *roots)) or is_project_module(place)
 
 
 def _is_harmless(obj: Any, roots: tuple[str, ...]) -> bool:
     # An object may be reached through a module that merely imports it (torch:os.system): its own module decides.
-    place = getattr(obj, "__module__", None) or ""
-    if is_project_module(_script_name() if place == "__main__" else place):
+    place = getattr(obj, "__module__", None)
+    if not isinstance(place, str) or not callable(obj) or _within(place, _MACHINERY):
+        return False
+    if is_project_module(_script_name() if place == "__main__" else place) or _within(place, roots):
         return True
-    if place.partition(".")[0] in roots:
-        return isinstance(obj, (type, FunctionType, BuiltinFunctionType))
     if isinstance(obj, type):
-        return obj in _PLAIN_TYPES or any(
-            place == prefix or place.startswith(prefix + ".") for prefix in _TORCH_MODULES
-        )
+        return obj in _PLAIN_TYPES or (_within(place, _TORCH_MODULES) and not _within(place, _TORCH_GADGETS))
     if isinstance(obj, FunctionType):
         return place == "torch.nn.functional"
+    if not isinstance(obj, BuiltinFunctionType):
+        return False
     # PyTorch's C functions: only those that compute with tensors; torch.from_file and the like do not.
-    name = getattr(obj, "__name__", "")
-    is_torch = getattr(torch, name, None) is obj or getattr(torch.nn.functional, name, None) is obj
-    return isinstance(obj, BuiltinFunctionType) and is_torch and (hasattr(torch.Tensor, name) or place != "torch")
+    name = obj.__name__
+    if place == "torch":
+        return getattr(torch, name, None) is obj and hasattr(torch.Tensor, name)
+    return place == "torch._C._nn" and getattr(torch.nn.functional, name, None) is obj
+
+
+def _within(place: str, prefixes: Iterable[str]) -> bool:
+    return any(place == prefix or place.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _is_known(root: str) -> bool:
+    return root in ("", "torch", "builtins", PACKAGE) or root in sys.stdlib_module_names
 
 
 def _extend(place: str) -> str:
-    root = str(place).partition(".")[0]
-    if root in ("", "torch", "builtins") or root in sys.stdlib_module_names:
-        return ": records may name models, losses, optimizers and tensor functions only"
+    root = place.partition(".")[0]
+    if _is_known(root):
+        return f": {_ONLY}"
     return f": if you trust '{root}', add it to ALLOWED_ROOTS in {PACKAGE}/config/references.py"
 
 
@@ -165,8 +214,9 @@ def _module(place: str) -> ModuleType:
 
 def _script_name() -> str:
     main = sys.modules["__main__"]
-    if getattr(main, "__spec__", None) is not None:
-        return main.__spec__.name.removesuffix(".__main__")  # python -m module
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return spec.name.removesuffix(".__main__")  # python -m module
     file = getattr(main, "__file__", None)
     return Path(file).stem if file else "__main__"
 

@@ -72,7 +72,7 @@ class UNET(nn.Module):
         :param bulk_ch: channels at full size; every level below has twice as many
         :param n_recursions: number of levels below, at least 1; each halves the size
         :param use_shuffle: upsample with pixel shuffle, otherwise with transposed convolutions
-        :param dropout: probability that a channel is zeroed in training, after every pair of convolutions
+        :param dropout: probability that a channel is zeroed in training, after every pair of convolutions but the first
         :param activ: class of the activation
         :param use_pooling: downsample with max pooling, otherwise with strided convolutions
         :param norm: what makes the normalisation for a number of channels, or None
@@ -94,7 +94,9 @@ class UNET(nn.Module):
         """
         height, width = x.shape[-2:]
         multiple = 2**self.n_recursions
-        right, bottom = -width % multiple, -height % multiple
-        # Always padded and cropped, if only by 0: without a branch or a slice, torch.export keeps every size dynamic.
+        # With // and pads even by 0 instead of %, branches and slices, torch.export keeps batch, height and width
+        # dynamic, sizes from multiple + 1 on: it takes an edge of 1 on the lowest level for a special case.
+        bottom = (height + multiple - 1) // multiple * multiple - height
+        right = (width + multiple - 1) // multiple * multiple - width
         x = functional.pad(x, (0, right, 0, bottom), mode="replicate")
         return functional.pad(self.head(self.below(self.encode(x))), (0, -right, 0, -bottom))

@@ -15,12 +15,12 @@ Without H and W the same holds for classification: (N, C) with (N, C) or (N,). T
 nowhere. The ``masked_`` forms take a target with one more channel, the first: a usability mask of 0 and 1 (weights in
 between work too). A multi-class target is then (N, 2, H, W), the mask and the class numbers.
 
-Losses are computed in float32 whatever comes in, so extreme logits in fp16 or bf16 have finite gradients. Dice losses are
-the mean over samples and classes, and with ``batch=True`` the mean over classes of the whole batch as one image, which is
-steadier where classes are missing in many samples, but depends on the batch size.
+Losses are computed in float32 whatever comes in, so extreme logits in fp16 or bf16 have finite gradients. Dice losses
+are the mean over samples and classes, and with ``batch=True`` (in classification always) the mean over classes of the
+whole batch as one image, which is steadier where classes are missing in many samples, but depends on the batch size.
 
-A metric is computed from counts over all pixels. ``f1.from_counts`` gives it from the counts of a whole data set: unlike a
-mean over batches, this does not depend on the batch size.
+A metric is computed from counts over all pixels. ``f1.from_counts`` gives it from the counts of a whole data set:
+unlike a mean over batches, this does not depend on the batch size.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,7 +54,7 @@ def smooth_dice_loss(
     :param target: (N, C, ...) of 0 and 1
     :param smooth: added above and below, so that an empty mask predicted empty has no loss
     :param class_weights: C weights of the classes
-    :param pixel_weights: (N, ...) weights of the pixels
+    :param pixel_weights: (N, ...) weights of the pixels; the target may be anything where they are 0
     :param ignore_index: target value of pixels that do not count
     :param batch: take the batch as one image
     :return: scalar in 0..1
@@ -180,7 +180,8 @@ def _dice(
     hits = (probability * target * weights).sum(dims)
     extra = (probability * (1 - target) * weights).sum(dims)
     missed = ((1 - probability) * target * weights).sum(dims)
-    score = ((1 + beta**2) * hits + smooth) / ((1 + beta**2) * hits + beta**2 * missed + extra + smooth)
+    whole = (1 + beta**2) * hits + beta**2 * missed + extra + smooth
+    score = ((1 + beta**2) * hits + smooth) / whole.clamp(min=1e-12)
     per_class = _per_class(class_weights, probability).flatten()
     return 1 - (score * per_class).sum(-1).div(per_class.sum()).mean()
 
@@ -196,33 +197,29 @@ def _per_class(class_weights: ClassWeights, pred: Tensor) -> Tensor:
     return weights.reshape(shape)
 
 
-def _pixel_weights(valid: Tensor, pixel_weights: Tensor | None) -> Tensor:
-    if pixel_weights is None:
-        return valid.float()
-    if pixel_weights.shape != valid.shape:
-        raise ValueError(f"pixel_weights have the shape {tuple(pixel_weights.shape)}, they need {tuple(valid.shape)}.")
-    return valid * pixel_weights.float()
-
-
 def _binary(pred: Tensor, target: Tensor, pixel_weights: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The target in float, 0 where it is ignored, and the weights, both (N, C, ...)."""
+    """The target in float, 0 where it does not count, and the weights, both (N, C, ...)."""
     check_shapes(pred, target, multi_class=False)
-    valid = target != ignore_index
+    weights = (target != ignore_index).float()
     if pixel_weights is not None:
-        pixel_weights = pixel_weights.unsqueeze(1).expand_as(target)
-    return target.float().masked_fill(~valid, 0.0), _pixel_weights(valid, pixel_weights)
+        _check_pixels("pixel_weights", pixel_weights, pred)
+        weights = weights * pixel_weights.float().unsqueeze(1)
+    return target.float().masked_fill(weights == 0, 0.0), weights
 
 
 def _multi_class(
     pred: Tensor, target: Tensor, pixel_weights: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """The target in int64, 0 where it is ignored, and the weights, both (N, ...)."""
+    """The target in int64, 0 where it does not count, and the weights, both (N, ...)."""
     check_shapes(pred, target, multi_class=True)
-    valid = target != ignore_index
-    return target.long().masked_fill(~valid, 0), _pixel_weights(valid, pixel_weights)
+    weights = (target != ignore_index).float()
+    if pixel_weights is not None:
+        _check_pixels("pixel_weights", pixel_weights, pred)
+        weights = weights * pixel_weights.float()
+    return target.long().masked_fill(weights == 0, 0), weights
 
 
-# ------------------------------------------------------------------------------------------------------ shapes and masks
+# ----------------------------------------------------------------------------------------------------- shapes and masks
 
 
 def is_multi_class(pred: Tensor, target: Tensor) -> bool:
@@ -238,15 +235,25 @@ def check_shapes(pred: Tensor, target: Tensor, multi_class: bool | None = None) 
     :raises ValueError: naming both shapes and what is wanted
     """
     shapes = f"the prediction has the shape {tuple(pred.shape)} and the target {tuple(target.shape)}"
+    if pred.ndim < 2:
+        raise ValueError(f"{shapes}: a prediction has the shape (N, C, ...).")
     without_channels = (pred.shape[0], *pred.shape[2:])
     if multi_class is None:
         multi_class = is_multi_class(pred, target)
+    if multi_class and pred.shape[1] < 2:
+        raise ValueError(f"{shapes}: with one channel, the target has the shape of the prediction.")
     if multi_class and target.shape != without_channels:
         raise ValueError(f"{shapes}: a multi-class target holds class numbers in the shape {without_channels}.")
     if multi_class and target.is_floating_point():
         raise ValueError(f"the multi-class target is {target.dtype}: class numbers are integers, such as torch.int64.")
     if not multi_class and target.shape != pred.shape:
         raise ValueError(f"{shapes}: a binary or multi-label target has the shape of the prediction.")
+
+
+def _check_pixels(what: str, pixels: Tensor, pred: Tensor) -> None:
+    wanted = (pred.shape[0], *pred.shape[2:])
+    if pixels.shape != wanted:
+        raise ValueError(f"{what} has the shape {tuple(pixels.shape)}, it needs {wanted}.")
 
 
 def unmask(pred: Tensor, target: Tensor, multi_class: bool | None = None) -> tuple[Tensor, Tensor]:
@@ -285,9 +292,12 @@ def count(
     :param target: by the convention above
     :param valid: (N, ...), 0 where a pixel does not count
     :param threshold: probability from which a pixel belongs to a class (binary and multi-label)
-    :return: int64: multi-class the (C, C) confusion matrix [target, prediction], otherwise (C, 2, 2), one for each class
+    :return: int64: multi-class the (C, C) confusion matrix [target, prediction], otherwise (C, 2, 2), one for each
+        class
     """
     check_shapes(pred, target)
+    if valid is not None:
+        _check_pixels("valid", valid, pred)
     if is_multi_class(pred, target):
         keep = target != ignore_index
         if valid is not None:
@@ -308,7 +318,7 @@ def count(
 
 def hits_and_errors(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """True positives, false positives and false negatives of each class, float64 (C,), from counts of either form."""
-    counts = counts.double()
+    counts = counts.cpu().double()  # Apple GPUs have no float64
     if counts.ndim == 3:
         return counts[:, 1, 1], counts[:, 0, 1], counts[:, 1, 0]
     hits = counts.diagonal()
@@ -351,8 +361,9 @@ def iou_per_class(counts: Tensor) -> Tensor:
 
 def accuracy_per_class(counts: Tensor) -> Tensor:
     """(1,) part of all pixels that is right, multi-class; (C,) the same for each class, binary and multi-label."""
-    total = counts.double().sum((-2, -1)).reshape(-1)
-    right = counts.double().diagonal(dim1=-2, dim2=-1).sum(-1).reshape(-1)
+    counts = counts.cpu().double()
+    total = counts.sum((-2, -1)).reshape(-1)
+    right = counts.diagonal(dim1=-2, dim2=-1).sum(-1).reshape(-1)
     return _ratio(right, total, occurs=total > 0)
 
 
@@ -382,6 +393,7 @@ def count_metric(per_class: Callable[[Tensor], Tensor], name: str, masked: bool 
         return summarise(per_class(counts), counts)
 
     metric.__name__ = metric.__qualname__ = name
+    metric.__module__ = per_class.__module__  # your own, defined in your module, is found there under its name
     metric.__doc__ = (
         f"{per_class.__doc__} This is their summary: see summarise. Logits and targets as in all of this module."
     )

@@ -1,5 +1,6 @@
 """Contains folders and files that are written whole or not at all."""
 
+import errno
 import os
 import uuid
 from collections.abc import Callable
@@ -41,5 +42,8 @@ def sync_dir(path: str | os.PathLike) -> None:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network drives cannot
+                raise
         finally:
             os.close(handle)

@@ -1,0 +1,1 @@
+"""Contains the training routines, and the facts that all of them share."""

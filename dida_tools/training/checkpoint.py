@@ -1,0 +1,52 @@
+"""
+Contains the training state on disk: the newest two generations, each under a name of its own, so that there is always one
+that is whole. One that is damaged is noticed, said, and never used.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..utils.weights import WeightsError, find_damage, load_weights, save_weights
+
+GENERATIONS = 2
+
+
+def checkpoint_files(folder: str | os.PathLike) -> list[Path]:
+    """The training states in a folder, newest first."""
+    files = {int(match[1]): file for file in Path(folder).glob("last-*.pt") if (match := re.fullmatch(r"last-(\d+)\.pt", file.name))}
+    return [files[step] for step in sorted(files, reverse=True)]
+
+
+def save_checkpoint(folder: str | os.PathLike, step: int, state: dict[str, Any]) -> Path:
+    """
+    Writes the training state of a step, and removes old generations once the new one is verified.
+
+    :return: its file
+    :raises WeightsError: if what was written cannot be read back
+    """
+    file = Path(folder) / f"last-{step:08d}.pt"
+    save_weights(file, state)
+    problem = find_damage(file)
+    if problem:
+        raise WeightsError(f"{file}: {problem} right after it was written. Is the disk in order?")
+    for old in checkpoint_files(folder)[GENERATIONS:]:
+        old.unlink()
+    return file
+
+
+def load_checkpoint(folder: str | os.PathLike, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """
+    Reads the newest training state that is whole.
+
+    :param say: gets a sentence about each one that is damaged
+    :return: None where there is none
+    """
+    for file in checkpoint_files(folder):
+        try:
+            return load_weights(file)
+        except WeightsError as error:
+            say(f"{error} The one before is used.")
+    return None

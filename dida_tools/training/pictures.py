@@ -1,0 +1,200 @@
+"""Contains pictures: samples with target and prediction for TensorBoard, and one picture that sums up a run."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config.device import autocast
+from ..utils.data.contract import DataContract
+from .evaluation import to_device
+
+# Colours of the classes, by number.  # <- your colours here
+PALETTE = np.array(
+    [
+        (222, 205, 120), (34, 110, 60), (45, 100, 190), (200, 70, 60), (235, 235, 235), (145, 95, 170),
+        (240, 145, 50), (90, 200, 200), (230, 130, 180), (130, 130, 60), (100, 70, 50), (150, 150, 150),
+    ],
+    np.uint8,
+)  # fmt: skip
+IGNORED_COLOUR = (0, 0, 0)
+_MAX_PIXELS = 512
+
+
+@dataclass
+class Panel:
+    """One sample as pictures (H, W, 3) uint8."""
+
+    name: str
+    image: np.ndarray
+    target: np.ndarray
+    prediction: np.ndarray
+    errors: np.ndarray | None  # white where the prediction is wrong
+
+    def row(self) -> np.ndarray:
+        """Image, target and prediction side by side."""
+        gap = np.full((len(self.image), 4, 3), 255, np.uint8)
+        return np.concatenate([self.image, gap, self.target, gap, self.prediction], axis=1)
+
+
+@torch.no_grad()
+def make_panels(
+    model: nn.Module,
+    dataset: Any,
+    contract: DataContract,
+    device: torch.device,
+    precision: str,
+    ignore_index: int,
+    num_panels: int = 4,
+) -> list[Panel]:
+    """Pictures of samples spread over a data set. None where it does not hold images with masks."""
+    panels = []
+    was_training = model.training
+    model.eval()
+    try:
+        for index in np.unique(np.linspace(0, len(dataset) - 1, num_panels).round().astype(int)).tolist():
+            inputs, target = dataset[index]
+            if inputs.ndim != 3 or target.ndim < 2:
+                return []
+            with autocast(device, precision):
+                logits = model(to_device(inputs[None], device, channels_last=True))
+            target = target if target.ndim == 2 or contract.task != "multi-class" else target[-1]  # masked targets
+            name_of = getattr(dataset, "sample_name", str)
+            panels.append(_panel(name_of(index), inputs, target, logits.float().cpu(), contract, ignore_index))
+    finally:
+        model.train(was_training)
+    return panels
+
+
+def _panel(
+    name: str, inputs: Tensor, target: Tensor, logits: Tensor, contract: DataContract, ignore_index: int
+) -> Panel:
+    cut = (slice(0, _MAX_PIXELS), slice(0, _MAX_PIXELS))
+    image = to_rgb(inputs.numpy(), contract.channel_names)[cut]
+    outputs = contract.probabilities(logits)
+    if contract.task == "values":
+        low, high = float(target[-1].min()), float(target[-1].max())
+        pair = (_grey(values[-1].numpy(), low, high)[cut] for values in (target, outputs[0]))
+        return Panel(name, image, *pair, errors=None)
+    predicted = contract.classes(outputs)[0].numpy()
+    truth = target.numpy()
+    if contract.task == "multi-label":
+        num_labels = outputs.shape[1]
+        truth = truth[-num_labels:]
+        ignored = (truth == ignore_index).any(0)
+        truth = _highest_label(truth == 1)
+        predicted = _highest_label(predicted.reshape(num_labels, *truth.shape) == 1)
+        truth = np.where(ignored, ignore_index, truth)
+    wrong = (truth != predicted) & (truth != ignore_index)
+    errors = np.repeat((wrong * np.uint8(255))[..., None], 3, -1)
+    return Panel(name, image, to_colours(truth, ignore_index)[cut], to_colours(predicted)[cut], errors[cut])
+
+
+def _highest_label(labels: np.ndarray) -> np.ndarray:
+    """(C, H, W) of overlapping labels as one number: 0 for none, else 1 + the last label."""
+    numbers = np.arange(1, len(labels) + 1)[:, None, None]
+    return (labels * numbers).max(0)
+
+
+def to_rgb(image: np.ndarray, channel_names: Any = ()) -> np.ndarray:
+    """
+    An image of any number of channels as something to look at.
+
+    :param image: (C, H, W)
+    :return: (H, W, 3) uint8: the channels called red, green and blue (or B04, B03, B02), else the first three, stretched
+    """
+    names = [str(name).lower() for name in channel_names]
+    for wanted in (("red", "green", "blue"), ("b04", "b03", "b02"), ("b4", "b3", "b2")):
+        if all(name in names for name in wanted):
+            image = image[[names.index(name) for name in wanted]]
+            break
+    else:
+        image = image[:3] if len(image) >= 3 else image[:1].repeat(3, 0)
+    low, high = (np.percentile(image, part) for part in (1, 99))
+    return np.moveaxis((np.clip((image - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8), 0, -1)
+
+
+def to_colours(classes: np.ndarray, ignore_index: int | None = None) -> np.ndarray:
+    """Class numbers (H, W) as colours (H, W, 3) uint8."""
+    colours = PALETTE[classes.astype(np.int64) % len(PALETTE)]
+    if ignore_index is not None:
+        colours[classes == ignore_index] = IGNORED_COLOUR
+    return colours
+
+
+def _grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    scaled = np.clip((values - low) / max(high - low, 1e-6), 0, 1) * 255
+    return np.repeat(scaled.astype(np.uint8)[..., None], 3, -1)
+
+
+def save_picture(
+    path: str | os.PathLike,
+    title: str,
+    history: list[dict[str, Any]],
+    monitor: str,
+    counts: Tensor | None,
+    panels: list[Panel],
+    class_names: Any = (),
+) -> None:
+    """
+    Draws learning curves, the confusion matrix of the test set, and samples of it, into one PNG.
+
+    :param history: the events of the epochs
+    :param monitor: name of the result that selects
+    :param counts: (C, C) confusion matrix, or (C, 2, 2)
+    """
+    from matplotlib.figure import Figure  # imported where used; without pyplot, so that no window system is touched
+
+    figure = Figure(figsize=(12, 3.6 + 3.0 * len(panels)), layout="constrained")
+    figure.suptitle(title)
+    top, *rows = figure.subfigures(1 + len(panels), 1, height_ratios=[3.4] + [3.0] * len(panels), squeeze=False)[:, 0]
+    axes = top.subplots(1, 3)
+    epochs = [event["epoch"] for event in history]
+    for key, label in (("train.loss", "training"), ("validation.loss", "validation")):
+        if any(key in event for event in history):
+            axes[0].plot(epochs, [event.get(key, np.nan) for event in history], label=label, marker=".")
+    axes[0].set(title="loss", xlabel="epoch")
+    axes[0].legend()
+    skipped = ("validation.loss",)
+    names = sorted({key for event in history for key in event if key.startswith("validation.") and key not in skipped})
+    names = [name for name in names if name.count(".") == 1] or names
+    for name in names:
+        is_goal = name == f"validation.{monitor}"
+        values = [event.get(name, np.nan) for event in history]
+        axes[1].plot(epochs, values, label=name.partition(".")[2], marker=".", linewidth=2.5 if is_goal else 1)
+    axes[1].set(title="validation", xlabel="epoch")
+    if names:
+        axes[1].legend()
+    _draw_counts(axes[2], counts, class_names)
+    for row, panel in zip(rows, panels, strict=True):
+        cells = row.subplots(1, 4)
+        pictures = (panel.image, panel.target, panel.prediction, panel.errors)
+        for cell, picture, text in zip(cells, pictures, (panel.name, "target", "prediction", "errors"), strict=True):
+            cell.set_axis_off()
+            if picture is not None:
+                cell.imshow(picture, interpolation="nearest")
+                cell.set_title(text, fontsize=9)
+    figure.savefig(path, dpi=90, format="png")
+
+
+def _draw_counts(axis: Any, counts: Tensor | None, class_names: Any) -> None:
+    if counts is None:
+        axis.set_axis_off()
+        return
+    matrix = counts.sum(0) if counts.ndim == 3 else counts
+    parts = matrix.double() / matrix.double().sum(1, keepdim=True).clamp(min=1)
+    axis.imshow(parts.numpy(), cmap="Blues", vmin=0, vmax=1)
+    named = counts.ndim == 2 and len(class_names) == len(matrix)
+    names = list(class_names) if named else (["no", "yes"] if counts.ndim == 3 else [str(i) for i in range(len(matrix))])
+    axis.set(title="test set: part of each class", xlabel="prediction", ylabel="target")
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    if len(names) <= 12:
+        for row in range(len(names)):
+            for column in range(len(names)):
+                part = parts[row, column].item()
+                colour = "white" if part > 0.5 else "black"
+                axis.text(column, row, f"{part:.2f}", ha="center", va="center", fontsize=8, color=colour)

@@ -1,0 +1,358 @@
+"""
+Contains what happens before training, the same for all routines: the config and the data are checked against each other,
+and model, optimizer, schedule, loss and loaders are built from them. Nothing is written yet.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Subset, default_collate
+
+from ..config.capture import ConfigError, capture, find_problems
+from ..config.device import get_device, get_precision
+from ..config.keys import complete
+from ..utils.data.contract import DataContract
+from ..utils.data.images import DataError
+from ..utils.loss import is_multi_class
+from ..utils.torchutils import fill_model, load_weights, model_state, set_seed
+from .determinism import EvaluationBatches, Samples, TrainingBatches
+from .evaluation import Evaluation, evaluate
+
+
+@dataclass
+class Preparation:
+    """Everything that a routine trains with. Evaluation data sets are None where there are none."""
+
+    config: dict[str, Any]
+    record: dict[str, Any]  # the captured config
+    not_rerunnable: str  # why a run cannot be done again from its record, or ""
+    device: torch.device
+    precision: str
+    contract: DataContract
+    train_set: Any
+    validation_set: Any
+    test_set: Any
+    train_batches: TrainingBatches
+    train_loader: DataLoader
+    validation_loader: DataLoader | None
+    test_loader: DataLoader | None
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler | None
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None
+    loss_function: Callable[[Tensor, Tensor], Tensor]
+    data_hashes: dict[str, str]  # of each file that was read, where the data set tells
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch; the last one may be made of fewer batches."""
+        return -(-self.train_batches.num_batches // self.config["ACCUMULATE"])
+
+    def batches_of_step(self, batch: int) -> int:
+        """How many batches make the optimizer step that a batch of an epoch belongs to: ACCUMULATE, at its end fewer."""
+        accumulate = self.config["ACCUMULATE"]
+        first = batch - batch % accumulate
+        return min(accumulate, self.train_batches.num_batches - first)
+
+    def ends_step(self, batch: int) -> bool:
+        """Whether an optimizer step follows this batch of an epoch."""
+        return (batch + 1) % self.config["ACCUMULATE"] == 0 or batch + 1 == self.train_batches.num_batches
+
+    def evaluated_model(self) -> nn.Module:
+        """The model whose weights count: the moving average, if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def new_evaluation(self) -> Evaluation:
+        """An empty evaluation by the config."""
+        return Evaluation(
+            self.config["METRICS"], self.loss_function, self.config["IGNORE_INDEX"], self.contract.class_names
+        )
+
+
+def prepare(
+    train_dataset: Any,
+    test_dataset: Any,
+    training_config: dict[str, Any],
+    global_config: dict[str, str],
+    validation_dataset: Any = None,
+    routine: ModuleType | str | None = None,
+) -> Preparation:
+    """
+    Checks everything, and builds everything.
+
+    :param train_dataset: (input, target) pairs; see datasets.py for what else it may offer
+    :param test_dataset: likewise, or None
+    :param validation_dataset: None takes VALIDATION_FRACTION of the training set
+    :param routine: what trains
+    :raises ConfigError: with all problems of the config, and of the data if there are both
+    :raises DataError: with all problems of the data
+    """
+    config = complete(training_config) | {"ROUTINE_NAME": routine}
+    given = {"train": train_dataset, "test": test_dataset, "validation": validation_dataset}
+    given = {part: dataset for part, dataset in given.items() if dataset is not None}
+    given, problems = _with_mask_values(given, config["MASK_VALUES"])
+    data_reason = _enter_data(config, given)
+    problems += find_problems(config)
+    device, precision = torch.device("cpu"), "fp32"
+    try:
+        device = get_device(config["DEVICE"])
+        precision = get_precision(device, config["PRECISION"])
+    except (ValueError, TypeError, RuntimeError) as error:
+        problems.append(str(error))
+    model, num_outputs = None, None
+    if not problems:
+        model, num_outputs, problems = _build_model(config, given["train"])
+
+    cache_file = Path(global_config["LOG_DIR"]) / "data_facts.json"
+    data_problems = _data_problems(given, num_outputs, cache_file)
+    if problems:
+        raise ConfigError(problems + data_problems)
+    if data_problems:
+        raise DataError(data_problems)
+    assert model is not None
+
+    train_set, validation_set, test_set = _split(given, config)
+    if hasattr(train_set, "contract"):
+        contract = train_set.contract(config["NORMALISE"], cache_file)
+    else:
+        contract = _contract_of_foreign(train_set, model)
+    train_set, validation_set, test_set = (
+        dataset.with_contract(contract) if hasattr(dataset, "with_contract") else dataset
+        for dataset in (train_set, validation_set, test_set)
+    )
+    loss_function = _build_loss(config, device)
+    batches, loaders = _build_loaders(config, train_set, (validation_set, test_set), device)
+    _rehearse(config, train_set, model, loss_function, contract)
+
+    model = model.to(device)
+    if config["CHANNELS_LAST"]:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = config["OPTIMIZER"](_trainable(model), **config["OPTIMIZER_CONFIG"])
+    steps_per_epoch = -(-batches.num_batches // config["ACCUMULATE"])
+    reasons: list[str] = []
+    record = capture(config, reasons)
+    return Preparation(
+        config=config,
+        record=record,
+        not_rerunnable="; ".join([*([data_reason] if data_reason else []), *reasons]),
+        device=device,
+        precision=precision,
+        contract=contract,
+        train_set=train_set,
+        validation_set=validation_set,
+        test_set=test_set,
+        train_batches=batches,
+        train_loader=loaders[0],
+        validation_loader=loaders[1],
+        test_loader=loaders[2],
+        model=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer, steps_per_epoch),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        ema=_build_ema(config, model),
+        loss_function=loss_function,
+        data_hashes=_hashes(given),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+def _with_mask_values(given: dict[str, Any], mask_values: dict | None) -> tuple[dict[str, Any], list[str]]:
+    if not mask_values:
+        return given, []
+    lacking = [part for part, dataset in given.items() if not hasattr(dataset, "with_mask_values")]
+    if lacking:
+        return given, [f"MASK_VALUES is set, but the {' and '.join(lacking)} data has no with_mask_values: map them there."]
+    return {part: dataset.with_mask_values(mask_values) for part, dataset in given.items()}, []
+
+
+def _enter_data(config: dict[str, Any], given: dict[str, Any]) -> str:
+    """Enters the data sets into the config. Returns why the record cannot name them, or ""."""
+    kinds = {type(dataset) for dataset in given.values()}
+    if len(kinds) == 1 and all(hasattr(dataset, "arguments") for dataset in given.values()):
+        config["DATASET"] = kinds.pop()
+        config["DATASET_CONFIG"] = {part: dict(dataset.arguments) for part, dataset in given.items()}
+    if config["DATASET"] is None or config["DATASET_CONFIG"] is None:
+        return "the data set is not named: set DATASET and DATASET_CONFIG"
+    return ""
+
+
+def _data_problems(given: dict[str, Any], num_classes: int | None, cache_file: Path) -> list[str]:
+    problems = []
+    for part, dataset in given.items():
+        if len(dataset) == 0:
+            problems.append(f"the {part} data is empty")
+        elif hasattr(dataset, "check"):
+            try:
+                dataset.check(cache_file, num_classes)
+            except DataError as error:
+                problems += error.problems
+    return problems
+
+
+def _split(given: dict[str, Any], config: dict[str, Any]) -> tuple[Any, Any, Any]:
+    train, validation, test = given["train"], given.get("validation"), given.get("test")
+    fraction = config["VALIDATION_FRACTION"]
+    if validation is None and fraction > 0:
+        if hasattr(train, "split"):
+            train, validation = train.split(fraction, config["SEED"])
+        elif len(train) < 2:
+            raise DataError(["one sample cannot be split: give a validation set, or VALIDATION_FRACTION=0"])
+        else:
+            order = np.random.default_rng(config["SEED"]).permutation(len(train))
+            number = min(max(1, round(fraction * len(train))), len(train) - 1)
+            train, validation = (Subset(train, sorted(part.tolist())) for part in (order[number:], order[:number]))
+    evaluated = (part.for_evaluation() if hasattr(part, "for_evaluation") else part for part in (validation, test))
+    return (train, *evaluated)
+
+
+def _hashes(given: dict[str, Any]) -> dict[str, str]:
+    facts: dict[Path, Any] = {}
+    for dataset in given.values():
+        facts |= dataset.scan() if hasattr(dataset, "scan") else {}
+    return {f"{file.parent.name}/{file.name}": fact["sha256"] for file, fact in facts.items()}
+
+
+def _contract_of_foreign(dataset: Any, model: nn.Module) -> DataContract:
+    """Foreign data sets give what the model should see: no scaling, no normalisation."""
+    inputs, targets = default_collate([dataset[0]])
+    with torch.no_grad():
+        predictions = model(inputs)
+    if is_multi_class(predictions, targets) and not targets.is_floating_point():
+        task = "multi-class"
+    else:
+        task = "multi-label" if bool(((targets == 0) | (targets == 1)).all()) else "values"
+    return DataContract(inputs.shape[1] if inputs.ndim > 1 else 1, task=task)
+
+
+def _build_loaders(
+    config: dict[str, Any], train_set: Any, evaluation_sets: tuple[Any, Any], device: torch.device
+) -> tuple[TrainingBatches, list[Any]]:
+    options = dict(config["DATA_LOADER_CONFIG"])
+    batch_size, shuffle = options.pop("batch_size", 1), options.pop("shuffle", True)
+    drop_last = options.pop("drop_last", False)
+    options["pin_memory"] = options.get("pin_memory", False) and device.type == "cuda"  # useless, and a warning, elsewhere
+    if options.get("num_workers", 0) > 0:
+        options.setdefault("persistent_workers", True)
+    seed = config["SEED"]
+    batches = TrainingBatches(len(train_set), batch_size, shuffle, drop_last, seed)
+    if batches.num_batches == 0:
+        raise ConfigError([f"drop_last leaves no batch: {len(train_set)} samples, batch_size {batch_size}."])
+    inputs = train_set[0][0]
+    max_pixels = batch_size * inputs.shape[-2] * inputs.shape[-1] if inputs.ndim == 3 else None
+    loaders: list[Any] = [DataLoader(Samples(train_set, seed), batch_sampler=batches, **options)]
+    for dataset in evaluation_sets:
+        if dataset is None:
+            loaders.append(None)
+        else:
+            order = EvaluationBatches(dataset, batch_size, max_pixels)
+            loaders.append(DataLoader(Samples(dataset, seed), batch_sampler=order, **options))
+    return batches, loaders
+
+
+# ------------------------------------------------------------------------------------------------- model and optimizer
+
+
+def _build_model(config: dict[str, Any], dataset: Any) -> tuple[nn.Module | None, int | None, list[str]]:
+    """Builds the model and asks it for the first sample. Returns the model, its number of outputs, and problems."""
+    set_seed(config["SEED"])
+    name = config["MODEL"].__name__
+    try:
+        model = config["MODEL"](**config["MODEL_CONFIG"])
+    except Exception as error:  # whatever the user's class raises
+        return None, None, [f"MODEL {name} cannot be built with MODEL_CONFIG: {error}"]
+    if config["INIT_WEIGHTS"] is not None:
+        try:
+            fill_model(model, model_state(load_weights(config["INIT_WEIGHTS"])), f"INIT_WEIGHTS {config['INIT_WEIGHTS']}")
+        except ValueError as error:
+            return None, None, [str(error)]
+    try:
+        inputs, targets = default_collate([dataset[0]])
+    except DataError:
+        return model, None, []  # the check of the data will say so
+    except Exception as error:  # whatever the user's data set raises
+        return None, None, [f"the first training sample cannot be read as a pair of tensors (input, target): {error}"]
+    ch_in = config["MODEL_CONFIG"].get("ch_in")
+    if ch_in is not None and inputs.ndim == 4 and inputs.shape[1] != ch_in:
+        return None, None, [f"MODEL_CONFIG.ch_in is {ch_in}, but the images have {inputs.shape[1]} channels."]
+    model.eval()
+    try:
+        with torch.no_grad():
+            predictions = model(inputs)
+    except Exception as error:  # whatever the user's model raises
+        return None, None, [f"MODEL {name} does not take inputs of the shape {tuple(inputs.shape)}: {error}"]
+    if not isinstance(predictions, Tensor):
+        return None, None, [f"MODEL {name} returns a {type(predictions).__name__}: wrap it in a class that returns a tensor."]
+    return model, predictions.shape[1] if predictions.ndim > 1 else None, []
+
+
+def _rehearse(
+    config: dict[str, Any],
+    dataset: Any,
+    model: nn.Module,
+    loss_function: Callable[[Tensor, Tensor], Tensor],
+    contract: DataContract,
+) -> None:
+    """Evaluates one sample on the CPU, so that what would fail after the first epoch fails now."""
+    evaluation = Evaluation(config["METRICS"], loss_function, config["IGNORE_INDEX"], contract.class_names)
+    loss_is_module = isinstance(loss_function, nn.Module)
+    device = next(loss_function.parameters(), torch.empty(0)).device if loss_is_module else torch.device("cpu")
+    try:
+        results = evaluate(model.to(device), [default_collate([dataset[0]])], evaluation, device, "fp32", False)
+    except Exception as error:  # whatever the user's functions raise
+        raise ConfigError([f"LOSS or METRICS do not fit the model's output and the target: {error}"]) from error
+    goal = config["MONITOR"].split()[1]
+    if goal not in results and f"{goal}_sample_mean" not in results:
+        raise ConfigError([f"MONITOR is {config['MONITOR']!r}: {goal} is not among the results ({', '.join(results)})."])
+
+
+def _build_loss(config: dict[str, Any], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    loss, options = config["LOSS"], dict(config["LOSS_CONFIG"])
+    try:
+        if "ignore_index" in inspect.signature(loss).parameters:
+            options.setdefault("ignore_index", config["IGNORE_INDEX"])
+    except ValueError:
+        pass  # C functions do not tell
+    if isinstance(loss, type):
+        return loss(**options).to(device)
+    return functools.partial(loss, **options) if options else loss
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ConfigError([f"MODEL {type(model).__name__} has no parameter to train."])
+    return parameters
+
+
+def build_scheduler(
+    config: dict[str, Any], optimizer: torch.optim.Optimizer, steps_per_epoch: int
+) -> LRScheduler | None:
+    """The learning rate's schedule. Its length and largest rate are filled in where it wants them and they are missing."""
+    if config["SCHEDULER"] is None:
+        return None
+    options = dict(config["SCHEDULER_CONFIG"])
+    length = config["EPOCHS"] * (steps_per_epoch if config["SCHEDULER_STEP"] == "step" else 1)
+    wanted = inspect.signature(config["SCHEDULER"]).parameters
+    known = {"T_max": length, "max_lr": optimizer.param_groups[0]["lr"]}
+    if "epochs" not in options:
+        known["total_steps"] = length
+    return config["SCHEDULER"](optimizer, **({key: known[key] for key in known if key in wanted} | options))
+
+
+def _build_ema(config: dict[str, Any], model: nn.Module) -> AveragedModel | None:
+    if config["EMA"] is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config["EMA"]), use_buffers=True)

@@ -1,0 +1,135 @@
+"""
+Contains the raw PyTorch routine: the whole loop, to be read and modified.
+
+Its config is below; variants of it are functions beside it. Keys, defaults and what they may hold: config/keys.py.
+"""
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import ELU
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+
+from ..config.config import global_config as default_global_config
+from ..config.device import autocast
+from ..config.keys import copy_config
+from ..models.unet import UNET
+from ..utils.data.scenes import SceneDataset
+from ..utils.data.transforms import STANDARD
+from ..utils.loss import f1, iou, multi_class_dice_ce_sum, precision, recall
+from .determinism import deterministic_algorithms, seed_step
+from .evaluation import evaluate, to_device
+from .preparation import prepare
+from .run import Result, start_run
+
+train_config: dict[str, Any] = {
+    "SESSION_NAME": "training-run",
+    "MODEL": UNET,  # <- your model here: any class of torch.nn.Module
+    "MODEL_CONFIG": {"ch_in": 12, "ch_out": 5, "bulk_ch": 32, "n_recursions": 5, "dropout": 0.2, "activ": ELU},
+    "DATASET": SceneDataset,  # <- your data here: NpyDataset, or any data set of (input, target) pairs
+    "DATASET_CONFIG": {
+        "train": {"part": "train", "crop": 128, "crops_per_image": 4, "foreground": 0.3, "augment": STANDARD},
+        "test": {"part": "test"},
+    },
+    "DATA_LOADER_CONFIG": {"batch_size": 8, "shuffle": True, "pin_memory": True, "num_workers": 2},
+    "OPTIMIZER": torch.optim.AdamW,
+    "OPTIMIZER_CONFIG": {"lr": 1e-3, "weight_decay": 1e-2},
+    "SCHEDULER": OneCycleLR,  # warms up to lr, then cools down to nearly nothing at the end of the last epoch
+    "SCHEDULER_CONFIG": {"pct_start": 0.2},
+    "CLIP_NORM": 1.0,
+    "EPOCHS": 100,
+    "LOSS": multi_class_dice_ce_sum,  # <- your loss here: a function of (prediction, target)
+    "LOSS_CONFIG": {"batch": True},
+    "METRICS": {"f1": f1, "precision": precision, "recall": recall, "iou": iou},
+    "MONITOR": "max f1",
+    "DEVICE": "auto",
+    "LOGFILE": "experiments.csv",
+    "__COMMENT": "",
+}
+
+
+def small(config: dict[str, Any] = train_config) -> dict[str, Any]:
+    """A variant for laptops: 0.5 million parameters instead of 31, some minutes on two cores."""
+    config = copy_config(config)
+    config["MODEL_CONFIG"] |= {"bulk_ch": 16, "n_recursions": 3, "dropout": 0.0}
+    config["DATASET_CONFIG"]["train"] |= {"crop": 96, "crops_per_image": 3}
+    config["DATA_LOADER_CONFIG"] |= {"num_workers": 0}
+    config["OPTIMIZER_CONFIG"] |= {"lr": 5e-3}
+    config["EPOCHS"] = 20
+    return config
+
+
+# <- your variants here: functions that take a config, change some keys, and return it
+
+
+def train(
+    train_dataset: Any,
+    test_dataset: Any,
+    training_config: dict[str, Any] = train_config,
+    global_config: dict[str, str] = default_global_config,
+    validation_dataset: Any = None,
+) -> Result:
+    """
+    Trains a model, and leaves weights, log and tracker row.
+
+    :param train_dataset: pairs (input, target); conventions for their shapes stand in utils/loss.py
+    :param test_dataset: likewise, evaluated once at the end; None: no test
+    :param training_config: what to train and how; read only
+    :param global_config: where to write
+    :param validation_dataset: what MONITOR selects by; None takes VALIDATION_FRACTION of the training set
+    :raises ConfigError, DataError: before anything is written, with all problems
+    """
+    preparation = prepare(
+        train_dataset, test_dataset, training_config, global_config, validation_dataset, sys.modules[__name__]
+    )
+    config, device = preparation.config, preparation.device
+    model, optimizer, scheduler = preparation.model, preparation.optimizer, preparation.scheduler
+    loss_function, scaler, ema = preparation.loss_function, preparation.scaler, preparation.ema
+    forward_pass = partial(autocast, device, preparation.precision)
+
+    with deterministic_algorithms(device), start_run(preparation, global_config) as run:
+        state = run.state
+        while state.epoch < config["EPOCHS"] and not state.stopped:
+            model.train()
+            for batch, (inputs, targets) in run.batches():
+                inputs, targets = to_device(inputs, device, config["CHANNELS_LAST"]), targets.to(device)
+                seed_step(config["SEED"], state.epoch * preparation.train_batches.num_batches + batch, device)
+                with forward_pass():
+                    predictions = model(inputs)
+                loss = loss_function(predictions.float(), targets)  # in float32, outside of autocast
+                scaler.scale(loss / preparation.batches_of_step(batch)).backward()
+                run.record_batch(loss.item(), len(inputs))  # waits for the GPU
+                if not preparation.ends_step(batch):
+                    continue
+                learning_rate = optimizer.param_groups[0]["lr"]
+                scaler.unscale_(optimizer)
+                if config["CLIP_NORM"] is not None:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), config["CLIP_NORM"])
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                if scheduler is not None and config["SCHEDULER_STEP"] == "step":
+                    scheduler.step()
+                if ema is not None:
+                    ema.update_parameters(model)
+                run.record_step(learning_rate)
+
+            results = {}
+            if preparation.validation_loader is not None:
+                results = evaluate(
+                    preparation.evaluated_model(),
+                    preparation.validation_loader,
+                    preparation.new_evaluation(),
+                    device,
+                    preparation.precision,
+                    config["CHANNELS_LAST"],
+                )
+            if scheduler is not None and config["SCHEDULER_STEP"] == "epoch":
+                if isinstance(scheduler, ReduceLROnPlateau):
+                    scheduler.step(results[run.monitored])
+                else:
+                    scheduler.step()
+            run.record_epoch(results)
+        return run.finish()

@@ -1,0 +1,6 @@
+"""Contains images, data sets, augmentation and the built-in scenes."""
+
+from .datasets import NpyDataset, NpyPredictionDataset
+from .scenes import SceneDataset
+
+__all__ = ["NpyDataset", "NpyPredictionDataset", "SceneDataset"]
