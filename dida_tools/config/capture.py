@@ -14,7 +14,7 @@ import math
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
-from types import ModuleType, UnionType
+from types import ModuleType, SimpleNamespace, UnionType
 from typing import Any
 
 import torch
@@ -151,18 +151,24 @@ def _call_problems(target: Any, arguments: dict[str, Any], path: str, name: str)
         given = given or (name == "SCHEDULER" and argument in _FILLED_IN_WHERE_MISSING)
         if parameter.default is parameter.empty and not given:
             problems.append(f"{path}.{argument} is missing: {called} needs it.")
-    return problems + _type_problems(target, known, path)
+    function = inspect.unwrap(inspect.getattr_static(target, "__init__") if isinstance(target, type) else target)
+    names = getattr(function, "__globals__", {})
+    hints = {argument: _hint(parameters[argument].annotation, names) for argument in known}
+    return problems + _type_problems(hints, known, path)
 
 
-def _type_problems(target: Any, arguments: dict[str, Any], path: str) -> list[str]:
+def _hint(annotation: Any, names: dict[str, Any]) -> Any:
+    """A hint as types, or None. They are read one by one: a single unknown name would take the others with it."""
     try:
-        function = inspect.getattr_static(target, "__init__") if isinstance(target, type) else target
-        hints = typing.get_type_hints(function)
-    except (NameError, TypeError, AttributeError):
-        return []
+        return typing.get_type_hints(SimpleNamespace(__annotations__={"hint": annotation}), names)["hint"]
+    except (NameError, TypeError, AttributeError, SyntaxError):
+        return None
+
+
+def _type_problems(hints: dict[str, Any], arguments: dict[str, Any], path: str) -> list[str]:
     problems = []
     for argument, value in arguments.items():
-        plain = _plain_types(hints.get(argument))
+        plain = _plain_types(hints[argument])
         if (plain and not isinstance(value, plain)) or (bool not in plain and plain and isinstance(value, bool)):
             names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in plain)
             problems.append(f"{path}.{argument} is {_short(value)}: it must be {names}.")
@@ -294,7 +300,7 @@ def _decode_tagged(tag: str, value: dict[str, Any], path: str, roots: tuple[str,
         function = _decode(content, path, roots, problems)
         arguments = _decode(value["args"], path, roots, problems)
         keywords = _decode(value["kwargs"], path, roots, problems)
-        if function is None:
+        if function is None and content is not None:
             return None  # its problem has been noted
         if not callable(function) or not isinstance(arguments, list) or not isinstance(keywords, dict):
             raise ValueError("it must hold a function, a list and a dict")

@@ -179,8 +179,8 @@ KEYS = {
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
     """A copy of a config with the defaults of all missing keys. The caller's dicts stay as they are."""
-    defaults = {key: entry.default for key, entry in KEYS.items() if entry.default is not REQUIRED}
-    return copy_config(defaults) | copy_config(config)
+    known = {key: config.get(key, entry.default) for key, entry in KEYS.items()}
+    return copy_config({key: value for key, value in known.items() if value is not REQUIRED} | config)
 
 
 def copy_config(value: Any) -> Any:

@@ -16,6 +16,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from .config import global_config
 
@@ -39,7 +40,7 @@ ALIASES = {
     "utils.loss:smooth_dice_loss": ".utils.loss:smooth_dice_loss",
 }
 
-_TORCH_MODULES = ("torch.nn", "torch.optim", "torch.utils.data", "torch.special")
+_TORCH_MODULES = ("torch.nn", "torch.optim", "torch.utils.data")
 _TORCH_HOMES = (
     "torch.nn",
     "torch.optim",
@@ -84,19 +85,25 @@ def name_of(obj: Any) -> str:
     if str(module).partition(".")[0] == "torch":
         # The public name outlives the private module; and torch.relu calls itself torch:_VariableFunctionsClass.relu.
         places = [(place, obj.__name__) for place in _TORCH_HOMES] + places
+        # Some names lie: logsigmoid calls itself log_sigmoid.
+        places += [("torch.nn.functional", alias) for alias, found in vars(functional).items() if found is obj]
+    refusal = None
     for place, name in places:
         try:
-            found = _find(place, name)
+            if _find(place, name) is not obj:
+                continue
         except (ImportError, AttributeError):
             continue
-        if found is obj:
-            relative = f"{_relative(place)}:{name}"
-            root = place.partition(".")[0]
-            # A library can still be added to ALLOWED_ROOTS; what resolve() refuses for good is refused here.
-            addable = () if _is_known(root) else (root,)
-            if not _is_harmless(obj, (*ALLOWED_ROOTS, *addable)):
-                raise ReferenceProblem(f"{relative} is outside of what may be restored: {_ONLY}")
-            return relative
+        relative = f"{_relative(place)}:{name}"
+        root = place.partition(".")[0]
+        try:
+            # A library can still be added to ALLOWED_ROOTS; what is refused for good is refused here.
+            if resolve(relative, () if _is_known(root) else (root,)) is obj:
+                return relative
+        except ReferenceProblem as problem:
+            refusal = problem
+    if refusal is not None:
+        raise refusal
     if "<lambda>" in qualname:
         raise ReferenceProblem("a lambda has no name to record: define it with def at the top of a module")
     if "<locals>" in qualname:
@@ -176,10 +183,10 @@ def _is_harmless(obj: Any, roots: tuple[str, ...]) -> bool:
     if not isinstance(obj, BuiltinFunctionType):
         return False
     # PyTorch's C functions: only those that compute with tensors; torch.from_file and the like do not.
-    name = obj.__name__
-    if place == "torch":
-        return getattr(torch, name, None) is obj and hasattr(torch.Tensor, name)
-    return place == "torch._C._nn" and getattr(torch.nn.functional, name, None) is obj
+    if place == "torch" and getattr(torch, obj.__name__, None) is obj and hasattr(torch.Tensor, obj.__name__):
+        return True
+    layers = (found for name, found in vars(functional).items() if not name.startswith("_"))
+    return place in ("torch", "torch._C._nn") and any(found is obj for found in layers)
 
 
 def _within(place: str, prefixes: Iterable[str]) -> bool:

@@ -16,7 +16,11 @@ GENERATIONS = 2
 
 def checkpoint_files(folder: str | os.PathLike) -> list[Path]:
     """The training states in a folder, newest first."""
-    files = {int(match[1]): file for file in Path(folder).glob("last-*.pt") if (match := re.fullmatch(r"last-(\d+)\.pt", file.name))}
+    files = {
+        int(match[1]): file
+        for file in Path(folder).glob("last-*.pt")
+        if (match := re.fullmatch(r"last-(\d+)\.pt", file.name))
+    }
     return [files[step] for step in sorted(files, reverse=True)]
 
 

@@ -36,7 +36,9 @@ def seed_step(seed: int, batch_number: int, device: torch.device, rank: int = 0)
     :param batch_number: counted over all epochs
     """
     number = mix(_STEP, seed, batch_number, rank)
-    torch.default_generator.manual_seed(number)  # torch.manual_seed also visits every device, and takes 100 times longer
+    torch.default_generator.manual_seed(
+        number
+    )  # torch.manual_seed also visits every device, and takes 100 times longer
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(number)
     elif device.type == "mps":

@@ -18,7 +18,9 @@ def describe_environment(root_path: str | os.PathLike, device: torch.device) -> 
     :param root_path: the project's folder; its git commit is recorded if it is a repository
     :param device: the run's device
     """
-    versions = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions() if dist.metadata["Name"]}
+    versions = {
+        dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions() if dist.metadata["Name"]
+    }
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

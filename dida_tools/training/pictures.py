@@ -73,7 +73,10 @@ def _panel(
     name: str, inputs: Tensor, target: Tensor, logits: Tensor, contract: DataContract, ignore_index: int
 ) -> Panel:
     cut = (slice(0, _MAX_PIXELS), slice(0, _MAX_PIXELS))
-    image = to_rgb(inputs.numpy(), contract.channel_names)[cut]
+    image = inputs.numpy()
+    if len(contract.mean):  # as it was, so that colours are natural
+        image = image * np.asarray(contract.std)[:, None, None] + np.asarray(contract.mean)[:, None, None]
+    image = to_rgb(image, contract.channel_names)[cut]
     outputs = contract.probabilities(logits)
     if contract.task == "values":
         low, high = float(target[-1].min()), float(target[-1].max())
@@ -113,8 +116,9 @@ def to_rgb(image: np.ndarray, channel_names: Any = ()) -> np.ndarray:
             break
     else:
         image = image[:3] if len(image) >= 3 else image[:1].repeat(3, 0)
-    low, high = (np.percentile(image, part) for part in (1, 99))
-    return np.moveaxis((np.clip((image - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8), 0, -1)
+    low, high = (np.percentile(image, part) for part in (1, 96))
+    stretched = np.clip((image - low) / max(high - low, 1e-6), 0, 1) ** 0.8
+    return np.moveaxis((stretched * 255).astype(np.uint8), 0, -1)
 
 
 def to_colours(classes: np.ndarray, ignore_index: int | None = None) -> np.ndarray:
@@ -188,7 +192,9 @@ def _draw_counts(axis: Any, counts: Tensor | None, class_names: Any) -> None:
     parts = matrix.double() / matrix.double().sum(1, keepdim=True).clamp(min=1)
     axis.imshow(parts.numpy(), cmap="Blues", vmin=0, vmax=1)
     named = counts.ndim == 2 and len(class_names) == len(matrix)
-    names = list(class_names) if named else (["no", "yes"] if counts.ndim == 3 else [str(i) for i in range(len(matrix))])
+    names = (
+        list(class_names) if named else (["no", "yes"] if counts.ndim == 3 else [str(i) for i in range(len(matrix))])
+    )
     axis.set(title="test set: part of each class", xlabel="prediction", ylabel="target")
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     axis.set_yticks(range(len(names)), names, fontsize=8)

@@ -174,7 +174,9 @@ def _with_mask_values(given: dict[str, Any], mask_values: dict | None) -> tuple[
         return given, []
     lacking = [part for part, dataset in given.items() if not hasattr(dataset, "with_mask_values")]
     if lacking:
-        return given, [f"MASK_VALUES is set, but the {' and '.join(lacking)} data has no with_mask_values: map them there."]
+        return given, [
+            f"MASK_VALUES is set, but the {' and '.join(lacking)} data has no with_mask_values: map them there."
+        ]
     return {part: dataset.with_mask_values(mask_values) for part, dataset in given.items()}, []
 
 
@@ -243,7 +245,9 @@ def _build_loaders(
     options = dict(config["DATA_LOADER_CONFIG"])
     batch_size, shuffle = options.pop("batch_size", 1), options.pop("shuffle", True)
     drop_last = options.pop("drop_last", False)
-    options["pin_memory"] = options.get("pin_memory", False) and device.type == "cuda"  # useless, and a warning, elsewhere
+    options["pin_memory"] = (
+        options.get("pin_memory", False) and device.type == "cuda"
+    )  # useless, and a warning, elsewhere
     if options.get("num_workers", 0) > 0:
         options.setdefault("persistent_workers", True)
     seed = config["SEED"]
@@ -275,7 +279,9 @@ def _build_model(config: dict[str, Any], dataset: Any) -> tuple[nn.Module | None
         return None, None, [f"MODEL {name} cannot be built with MODEL_CONFIG: {error}"]
     if config["INIT_WEIGHTS"] is not None:
         try:
-            fill_model(model, model_state(load_weights(config["INIT_WEIGHTS"])), f"INIT_WEIGHTS {config['INIT_WEIGHTS']}")
+            fill_model(
+                model, model_state(load_weights(config["INIT_WEIGHTS"])), f"INIT_WEIGHTS {config['INIT_WEIGHTS']}"
+            )
         except ValueError as error:
             return None, None, [str(error)]
     try:
@@ -294,7 +300,11 @@ def _build_model(config: dict[str, Any], dataset: Any) -> tuple[nn.Module | None
     except Exception as error:  # whatever the user's model raises
         return None, None, [f"MODEL {name} does not take inputs of the shape {tuple(inputs.shape)}: {error}"]
     if not isinstance(predictions, Tensor):
-        return None, None, [f"MODEL {name} returns a {type(predictions).__name__}: wrap it in a class that returns a tensor."]
+        return (
+            None,
+            None,
+            [f"MODEL {name} returns a {type(predictions).__name__}: wrap it in a class that returns a tensor."],
+        )
     return model, predictions.shape[1] if predictions.ndim > 1 else None, []
 
 
@@ -315,7 +325,9 @@ def _rehearse(
         raise ConfigError([f"LOSS or METRICS do not fit the model's output and the target: {error}"]) from error
     goal = config["MONITOR"].split()[1]
     if goal not in results and f"{goal}_sample_mean" not in results:
-        raise ConfigError([f"MONITOR is {config['MONITOR']!r}: {goal} is not among the results ({', '.join(results)})."])
+        raise ConfigError(
+            [f"MONITOR is {config['MONITOR']!r}: {goal} is not among the results ({', '.join(results)})."]
+        )
 
 
 def _build_loss(config: dict[str, Any], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

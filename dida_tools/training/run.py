@@ -35,7 +35,16 @@ from .preparation import Preparation, build_scheduler
 
 _HEARTBEAT_SECONDS = 60
 # What may change when a run goes on, without a word: it has no influence on the result.
-_FREE_TO_CHANGE = ("RESUME", "DATE", "SESSION_NAME", "EPOCHS", "CHECKPOINT_SECONDS", "LOGFILE", "__COMMENT", "ROUTINE_NAME")
+_FREE_TO_CHANGE = (
+    "RESUME",
+    "DATE",
+    "SESSION_NAME",
+    "EPOCHS",
+    "CHECKPOINT_SECONDS",
+    "LOGFILE",
+    "__COMMENT",
+    "ROUTINE_NAME",
+)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -100,7 +109,9 @@ class Run:
         create_dirs(self.weight_dir)
         self.state = State()
         self._warn_of_changes()
-        self._write_json("config.json", preparation.record | {"name": self.name, "not_rerunnable": preparation.not_rerunnable})
+        self._write_json(
+            "config.json", preparation.record | {"name": self.name, "not_rerunnable": preparation.not_rerunnable}
+        )
         environment = describe_environment(global_config["ROOT_PATH"], preparation.device)
         self._write_json("environment.json", environment | {"data": preparation.data_hashes})
         self.journal = Journal(self.log_dir / "journal.jsonl")
@@ -179,7 +190,9 @@ class Run:
         train_loss = state.loss_sum / max(1, state.num_samples)
         values = {"train.loss": train_loss} | {f"validation.{name}": result for name, result in results.items()}
         seconds = round(time.monotonic() - self._started, 2)
-        if self.journal.write({"event": "epoch", "epoch": state.epoch, "step": state.step, "seconds": seconds} | values):
+        if self.journal.write(
+            {"event": "epoch", "epoch": state.epoch, "step": state.step, "seconds": seconds} | values
+        ):
             self.writer.add_scalar("train/epoch_loss", train_loss, state.step)
             for name, result in results.items():
                 self.writer.add_scalar(f"validation/{name.replace('.', '/')}", result, state.step)
@@ -202,7 +215,9 @@ class Run:
         try:
             assert_isfinite(preparation.model)
         except AssertionError as error:
-            raise NonFiniteLoss(f"after step {self.state.step} a parameter is not finite ({error}). {self._advice()}") from error
+            raise NonFiniteLoss(
+                f"after step {self.state.step} a parameter is not finite ({error}). {self._advice()}"
+            ) from error
         self.journal.sync()
         self.state.seconds = time.monotonic() - self._started
         scheduler, ema = preparation.scheduler, preparation.ema
@@ -240,7 +255,9 @@ class Run:
         if preparation.test_loader is not None:
             device, precision = preparation.device, preparation.precision
             evaluation = preparation.new_evaluation()
-            results = evaluate(model, preparation.test_loader, evaluation, device, precision, self.config["CHANNELS_LAST"])
+            results = evaluate(
+                model, preparation.test_loader, evaluation, device, precision, self.config["CHANNELS_LAST"]
+            )
             metrics |= {f"test.{name}": value for name, value in results.items()}
             for name, value in results.items():
                 self.writer.add_scalar(f"test/{name.replace('.', '/')}", value, state.step)
@@ -292,7 +309,9 @@ class Run:
             # state, but comes from the config, so the rest is what has to be restored.
             rates = [group["lr"] for group in self.preparation.optimizer.param_groups]
             old_config = self.config | {"EPOCHS": stored["epochs"]}
-            optimizer = self.config["OPTIMIZER"]([torch.zeros(1, requires_grad=True)], **self.config["OPTIMIZER_CONFIG"])
+            optimizer = self.config["OPTIMIZER"](
+                [torch.zeros(1, requires_grad=True)], **self.config["OPTIMIZER_CONFIG"]
+            )
             fresh = build_scheduler(old_config, optimizer, self.preparation.steps_per_epoch)
             assert fresh is not None
             as_built = fresh.state_dict()
@@ -377,7 +396,9 @@ class Run:
     def _show_progress(self) -> None:
         loss = self.state.loss_sum / max(1, self.state.num_samples)
         shown = {"epoch": f"{self.state.epoch + 1}/{self.config['EPOCHS']}", "loss": f"{loss:.4f}"}
-        self.bar.set_postfix(shown | {name: f"{value:.4f}" for name, value in self._last_results.items()}, refresh=False)
+        self.bar.set_postfix(
+            shown | {name: f"{value:.4f}" for name, value in self._last_results.items()}, refresh=False
+        )
 
     def _say_epoch(self, train_loss: float, results: dict[str, float], improved: bool) -> None:
         shown = {name: value for name, value in results.items() if "." not in name}
@@ -425,7 +446,9 @@ class Run:
     def fail(self, status: str, error: BaseException) -> None:
         """Takes note that the run ends without a result."""
         text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        self.journal.write({"event": "end", "time": time.time(), "step": self.state.step, "status": status, "error": text})
+        self.journal.write(
+            {"event": "end", "time": time.time(), "step": self.state.step, "status": status, "error": text}
+        )
         seconds = round(time.monotonic() - self._started, 1)
         self._write_row({"STATUS": status, "ERROR": text, "SECONDS": seconds, "HEARTBEAT": _clock()})
 

@@ -52,7 +52,7 @@ def test_mps_on_a_machine_without_is_refused_in_one_sentence():
 
 @pytest.mark.parametrize("requested", ["gpu", "", "cuda:-1", "cuda:first", "CPU", 1.5])
 def test_what_is_no_device_is_refused_in_one_sentence(requested):
-    with pytest.raises(ValueError, match="DEVICE is .*: choose one of auto, cpu, cuda") as caught:
+    with pytest.raises(ValueError, match=r"DEVICE is .*: choose one of auto, cpu, cuda") as caught:
         get_device(requested)
     assert_is_one_sentence(str(caught.value))
 

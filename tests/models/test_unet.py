@@ -191,10 +191,10 @@ def test_compiled_equals_eager(use_shuffle: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("use_shuffle, use_pooling", BOTH_WAYS)
+@pytest.mark.parametrize("use_shuffle, use_pooling", [(True, True), (False, False)])
 def test_compiled_by_inductor_is_close_to_eager(use_shuffle: bool, use_pooling: bool) -> None:
     torch.compiler.reset()
-    model = settled_unet(use_shuffle=use_shuffle, use_pooling=use_pooling)
+    model = settled_unet(n_recursions=1, use_shuffle=use_shuffle, use_pooling=use_pooling)
     compiled = torch.compile(model)
     for shape in ((2, 3, 16, 16), (2, 3, 13, 22), (1, 3, 9, 5)):
         x = torch.randn(*shape)

@@ -79,7 +79,12 @@ class NpyDataset(Dataset):
         if task not in TASKS:
             raise ValueError(f"task is {task!r}: choose one of {', '.join(TASKS)}.")
         self.images, self.masks = pair_files(Path(x_dir), Path(y_dir))
-        self.crop, self.crops_per_image, self.foreground, self.augment = crop, crops_per_image, foreground, tuple(augment)
+        self.crop, self.crops_per_image, self.foreground, self.augment = (
+            crop,
+            crops_per_image,
+            foreground,
+            tuple(augment),
+        )
         self.task, self.class_names, self.channel_names = task, tuple(class_names), tuple(channel_names)
         self.mask_values, self.ignore_index = mask_values, ignore_index
         self.nodata, self.scale, self.tile = nodata, scale, tile
@@ -256,7 +261,11 @@ class NpyDataset(Dataset):
 
     def sample_name(self, index: int) -> str:
         """The image's file name, for messages."""
-        return (self.images[index // self.crops_per_image] if self._windows is None else self.images[self._windows[index][0]]).name
+        return (
+            self.images[index // self.crops_per_image]
+            if self._windows is None
+            else self.images[self._windows[index][0]]
+        ).name
 
     def sample_shape(self, index: int) -> tuple[int, int]:
         """Height and width of a sample in evaluation."""
@@ -281,13 +290,17 @@ class NpyDataset(Dataset):
             problems += [f"{problem}: images of several sizes need a crop" for problem in odd]
         for file, fact in images.items():
             if fact["damaged"]:
-                problems.append(f"{file}: {fact['damaged']} values are NaN or infinite: replace them, or name them as nodata")
+                problems.append(
+                    f"{file}: {fact['damaged']} values are NaN or infinite: replace them, or name them as nodata"
+                )
             if self.crop is not None and self.crop > min(fact["shape"][:2]):
                 size = "{} x {}".format(*fact["shape"])
                 problems.append(f"{file}: its size is {size} pixels, too small for a crop of {self.crop}")
         for image, mask in zip(self.images, self.masks, strict=True):
             if "problem" not in facts[image] and "problem" not in facts[mask]:
-                problems += [f"{mask}: {problem}" for problem in self._mask_problems(facts[image], facts[mask], num_classes)]
+                problems += [
+                    f"{mask}: {problem}" for problem in self._mask_problems(facts[image], facts[mask], num_classes)
+                ]
         if problems:
             raise DataError(problems)
 
@@ -301,9 +314,14 @@ class NpyDataset(Dataset):
         if self.task == "values":
             return problems
         if mask["values"] is None:
-            return [*problems, f"its values ({mask['dtype']}) are no class numbers: a mask holds a few different integers"]
+            return [
+                *problems,
+                f"its values ({mask['dtype']}) are no class numbers: a mask holds a few different integers",
+            ]
         if self.task == "multi-class":
-            found = sorted({str(value) for value, _ in mask["values"] if not self._is_class(self._class_of(value), num_classes)})
+            found = sorted(
+                {str(value) for value, _ in mask["values"] if not self._is_class(self._class_of(value), num_classes)}
+            )
             if found and mask["shape"][2] > 1:
                 problems.append(_several_channels(mask["shape"][2]) + f" (unmapped: {', '.join(found[:8])})")
             elif found:
@@ -316,7 +334,9 @@ class NpyDataset(Dataset):
         flat = {v for value, _ in mask["values"] for v in (value if isinstance(value, list) else [value])}
         odd = sorted(str(v) for v in flat if self._class_of(v) not in (0, 1, self.ignore_index))
         if odd:
-            problems.append(f"the values {', '.join(odd[:8])} are not 0 or 1: map them with MASK_VALUES, such as {{255: 1}}")
+            problems.append(
+                f"the values {', '.join(odd[:8])} are not 0 or 1: map them with MASK_VALUES, such as {{255: 1}}"
+            )
         if num_classes is not None and mask["shape"][2] != num_classes:
             problems.append(f"it has {mask['shape'][2]} channels, the model {num_classes} outputs")
         return problems
@@ -349,7 +369,9 @@ class NpyPredictionDataset(Dataset):
             raise DataError(["there are no files to predict"])
         if contract is None:
             info = image_info(self.files[0])
-            contract = DataContract(info.shape[2], dtype=info.dtype, scale=default_scale(info.dtype), nodata=info.nodata)
+            contract = DataContract(
+                info.shape[2], dtype=info.dtype, scale=default_scale(info.dtype), nodata=info.nodata
+            )
         self.contract = contract
         problems = []
         for file in self.files:

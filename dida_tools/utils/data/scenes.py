@@ -36,6 +36,8 @@ SPECTRA = {
     "soil": (0.08, 0.10, 0.13, 0.17, 0.20, 0.22, 0.24, 0.26, 0.27, 0.28, 0.34, 0.29),
     "crop": (0.03, 0.04, 0.08, 0.04, 0.11, 0.31, 0.40, 0.43, 0.45, 0.46, 0.22, 0.11),
     "straw": (0.07, 0.09, 0.14, 0.18, 0.22, 0.26, 0.29, 0.32, 0.34, 0.34, 0.38, 0.26),
+    "peat": (0.06, 0.06, 0.07, 0.06, 0.06, 0.06, 0.06, 0.06, 0.06, 0.06, 0.04, 0.03),
+    "plastic": (0.38, 0.42, 0.43, 0.45, 0.46, 0.48, 0.49, 0.50, 0.50, 0.48, 0.38, 0.31),
     "broadleaf": (0.03, 0.03, 0.06, 0.03, 0.09, 0.27, 0.35, 0.38, 0.40, 0.41, 0.19, 0.09),
     "conifer": (0.02, 0.03, 0.04, 0.03, 0.06, 0.15, 0.19, 0.21, 0.23, 0.23, 0.11, 0.05),
     "water": (0.05, 0.05, 0.05, 0.03, 0.03, 0.02, 0.02, 0.02, 0.02, 0.02, 0.01, 0.01),
@@ -187,7 +189,7 @@ def _variety(rng: np.random.Generator) -> np.ndarray:
 
 def _field(rng: np.random.Generator, y: np.ndarray, x: np.ndarray, inside: np.ndarray) -> np.ndarray:
     growth = rng.choice([rng.uniform(0, 0.3), rng.uniform(0.7, 1.0)], p=[0.4, 0.6])
-    ground = _spectrum(str(rng.choice(["soil", "straw"])))
+    ground = _spectrum(str(rng.choice(["soil", "straw", "peat", "plastic"], p=[0.4, 0.36, 0.12, 0.12])))
     plants = rng.dirichlet([1, 1, 1]) @ np.array([SPECTRA[name] for name in ("crop", "broadleaf", "conifer")])
     angle, spacing = rng.uniform(0, np.pi), rng.uniform(3.0, 6.0)
     rows = np.sin((y[inside] * np.sin(angle) + x[inside] * np.cos(angle)) * 2 * np.pi / spacing)
@@ -211,9 +213,7 @@ def _settlement(rng: np.random.Generator, y: np.ndarray, x: np.ndarray, inside: 
     return surface * np.exp(0.10 * rng.standard_normal(len(surface)))[:, None]
 
 
-def _waters(
-    rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _waters(rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     valley = _smooth_noise(rng, size, size / 2.2)
     river = np.abs(valley - rng.normal(0, 0.5)) < rng.uniform(0.05, 0.13)
     lake = _smooth_noise(rng, size, size / 4) > rng.uniform(1.3, 2.2)
@@ -221,13 +221,13 @@ def _waters(
     share = np.clip(rng.random() + 0.2 * _smooth_noise(rng, size, 30), 0, 1)[..., None]
     water = share * _spectrum("water") + (1 - share) * _spectrum("turbid")
     plants = rng.uniform(0, 0.25) * np.clip(_smooth_noise(rng, size, 15), 0, 1)[..., None]
-    water = (water * (1 - plants) + plants * _spectrum("broadleaf")) * np.exp(0.05 * rng.standard_normal((size, size, 1)))
+    water = (water * (1 - plants) + plants * _spectrum("broadleaf")) * np.exp(
+        0.05 * rng.standard_normal((size, size, 1))
+    )
     return np.where(wet[..., None], water, land), np.where(wet, WATER, mask)
 
 
-def _clouds(
-    rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _clouds(rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if rng.random() < 0.35:
         return land, mask
     cover = _smooth_noise(rng, size, size / 5) + 0.4 * _smooth_noise(rng, size, 9) - rng.uniform(0.7, 1.5)

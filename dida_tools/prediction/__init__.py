@@ -1,0 +1,5 @@
+"""Contains prediction."""
+
+from .predict import predict
+
+__all__ = ["predict"]

@@ -1,0 +1,64 @@
+"""
+Trains a model.
+
+    python train.py                                          the built-in scenes, a small U-Net
+    python train.py --data DIR                               your images and masks: DIR/train/{x,y}, DIR/test/{x,y}
+    python train.py EPOCHS=3 MODEL_CONFIG.dropout=0.1        other values, by the config's own keys
+    python train.py --variant full DEVICE=cuda               the full config of the routine
+    python train.py --resume NAME EPOCHS=40                  goes on with a run, or prolongs it
+"""
+
+import argparse
+import importlib
+import sys
+import warnings
+from pathlib import Path
+
+from dida_tools.config.capture import override
+from dida_tools.config.config import global_config
+from dida_tools.utils.data.build import build_datasets, use_folder
+from dida_tools.utils.logging.runs import find_run, read_run_config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the config, such as EPOCHS=3")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train/{x,y} and test/{x,y}")
+    parser.add_argument("--routine", default="pytorch", metavar="NAME", help="which routine trains (default: pytorch)")
+    parser.add_argument(
+        "--variant", default="small", metavar="NAME", help="variant of its config, or full (default: small)"
+    )
+    parser.add_argument("--resume", metavar="NAME", help="run to go on with: a name, or latest")
+    parser.add_argument("-w", action="store_true", help="suppress warnings")
+    arguments = parser.parse_args()
+    if arguments.w:
+        warnings.simplefilter("ignore")
+
+    routine = importlib.import_module(f"dida_tools.training.{arguments.routine}_training")
+    try:
+        if arguments.resume:
+            name = find_run(global_config, arguments.resume)
+            config = read_run_config(Path(global_config["LOG_DIR"]) / name) | {"RESUME": name}
+        else:
+            # <- your config here: a model, a loss, ...; or edit train_config in the routine
+            config = routine.train_config
+            if arguments.variant != "full":
+                config = getattr(routine, arguments.variant)(config)
+            if arguments.data:
+                config = use_folder(config, arguments.data, Path(global_config["LOG_DIR"]) / "data_facts.json")
+        config = override(config, arguments.overrides)
+
+        # <- your data here: any two data sets of (input, target) pairs
+        train_dataset, test_dataset, validation_dataset = build_datasets(config)
+
+        routine.train(train_dataset, test_dataset, config, global_config, validation_dataset)
+    except (ValueError, RuntimeError) as error:
+        if not type(error).__module__.startswith("dida_tools.") and type(error) is not ValueError:
+            raise  # not a message for users, but a defect
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
