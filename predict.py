@@ -9,6 +9,7 @@ To predict with a tracked run, its name is enough: see run_prediction.py.
 import argparse
 import sys
 
+from dida_tools.config.errors import UserError
 from dida_tools.models import UNET
 from dida_tools.prediction import predict
 
@@ -24,6 +25,7 @@ predict_config = {
 
 
 def main() -> int:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-i", "--images", nargs="+", required=True, metavar="IMAGE", help="files, or folders of them")
     parser.add_argument("-o", "--out-dir", required=True, metavar="DIR", help="where the predictions go")
@@ -34,7 +36,7 @@ def main() -> int:
         config["WEIGHTS"] = arguments.weights
     try:
         files = predict(config)
-    except ValueError as error:
+    except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(f"{len(files)} predictions are in {arguments.out_dir}")

@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 
 from dida_tools.config.config import global_config
+from dida_tools.config.errors import UserError
 from dida_tools.prediction import predict
 from dida_tools.utils.logging.runs import find_run, read_run_config
 
 
 def main() -> int:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME", help="the run: its name or part of it, latest, or best")
     parser.add_argument("-i", "--images", nargs="+", required=True, metavar="IMAGE", help="files, or folders of them")
@@ -42,7 +44,7 @@ def main() -> int:
                 "SUFFIX": arguments.suffix,
             }
         )
-    except ValueError as error:
+    except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(f"{len(files)} predictions of {name} are in {arguments.out_dir}")

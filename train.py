@@ -16,11 +16,13 @@ from pathlib import Path
 
 from dida_tools.config.capture import override
 from dida_tools.config.config import global_config
+from dida_tools.config.errors import UserError
 from dida_tools.utils.data.build import build_datasets, use_folder
 from dida_tools.utils.logging.runs import find_run, read_run_config
 
 
 def main() -> int:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the config, such as EPOCHS=3")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train/{x,y} and test/{x,y}")
@@ -52,9 +54,7 @@ def main() -> int:
         train_dataset, test_dataset, validation_dataset = build_datasets(config)
 
         routine.train(train_dataset, test_dataset, config, global_config, validation_dataset)
-    except (ValueError, RuntimeError) as error:
-        if not type(error).__module__.startswith("dida_tools.") and type(error) is not ValueError:
-            raise  # not a message for users, but a defect
+    except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

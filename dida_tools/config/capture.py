@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .errors import UserError
 from .keys import KEYS, REQUIRED, complete, copy_config
 from .references import ReferenceProblem, is_project_module, name_of, resolve
 
@@ -44,7 +45,7 @@ _HOMES = {
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config that cannot be used. Its message lists every problem."""
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -304,6 +305,8 @@ def _decode_tagged(tag: str, value: dict[str, Any], path: str, roots: tuple[str,
             return None  # its problem has been noted
         if not callable(function) or not isinstance(arguments, list) or not isinstance(keywords, dict):
             raise ValueError("it must hold a function, a list and a dict")
+        if not all(isinstance(keyword, str) for keyword in keywords):
+            raise ValueError("its keywords must be strings")
         return _of_the_kind(functools.partial(function, *arguments, **keywords), "a partial", path)
     if not isinstance(content, str):
         raise ValueError("it must hold a string")

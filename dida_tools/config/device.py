@@ -2,6 +2,8 @@
 
 import torch
 
+from .errors import UserError
+
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -18,14 +20,14 @@ def get_device(requested: str | torch.device | None = None) -> torch.device:
     try:
         device = torch.device(requested)
     except (RuntimeError, TypeError):
-        raise ValueError(f"DEVICE is {requested!r}: choose one of auto, cpu, cuda, cuda:0, mps.") from None
+        raise UserError(f"DEVICE is {requested!r}: choose one of auto, cpu, cuda, cuda:0, mps.") from None
     if device.type == "cuda" and not cuda:
         reason = "this PyTorch is a build without CUDA" if torch.version.cuda is None else "no usable GPU was found"
-        raise ValueError(f"DEVICE is '{device}' but {reason}: use DEVICE=auto (best available) or DEVICE=cpu.")
+        raise UserError(f"DEVICE is '{device}' but {reason}: use DEVICE=auto (best available) or DEVICE=cpu.")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise ValueError(f"DEVICE is '{device}' but there are {torch.cuda.device_count()} GPUs: count from cuda:0.")
+        raise UserError(f"DEVICE is '{device}' but there are {torch.cuda.device_count()} GPUs: count from cuda:0.")
     if device.type == "mps" and not mps:
-        raise ValueError("DEVICE is 'mps' but this machine has no Apple GPU: use DEVICE=auto or DEVICE=cpu.")
+        raise UserError("DEVICE is 'mps' but this machine has no Apple GPU: use DEVICE=auto or DEVICE=cpu.")
     return device
 
 
@@ -46,9 +48,9 @@ def get_precision(device: torch.device, requested: str | None = None) -> str:
             return "bf16" if _cpu_has_bf16() else "fp32"
         return "fp32"
     if requested not in PRECISIONS:
-        raise ValueError(f"PRECISION is {requested!r}: choose one of auto, {', '.join(PRECISIONS)}.")
+        raise UserError(f"PRECISION is {requested!r}: choose one of auto, {', '.join(PRECISIONS)}.")
     if requested == "fp16" and device.type != "cuda":
-        raise ValueError(f"PRECISION is 'fp16' but the device is '{device}': fp16 is for GPUs, use bf16 or fp32.")
+        raise UserError(f"PRECISION is 'fp16' but the device is '{device}': fp16 is for GPUs, use bf16 or fp32.")
     return requested
 
 

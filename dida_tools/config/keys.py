@@ -61,11 +61,14 @@ def _number(low: float, high: float = float("inf"), whole: bool = False, open_lo
     )
 
     def check(value: Any) -> str | None:
-        right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        fits = right_type and (low < value if open_low else low <= value) and value < high  # NaN never is
+        fits = _is_number(value, whole) and (low < value if open_low else low <= value) and value < high  # NaN never is
         return None if fits else f"must be {kind} {bounds}"
 
     return check
+
+
+def _is_number(value: Any, whole: bool = False) -> bool:
+    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
 
 
 def _choice(*choices: str) -> Test:
@@ -112,9 +115,9 @@ def _dataset(value: Any) -> str | None:
 
 
 def _mask_values(value: Any) -> str | None:
-    if isinstance(value, dict) and not any(isinstance(number, bool) for number in (*value, *value.values())):
-        are_numbers = all(isinstance(number, (int, float)) for number in value)
-        if are_numbers and all(isinstance(number, int) for number in value.values()):
+    if isinstance(value, dict):
+        parts = [part for key in value for part in (key if isinstance(key, tuple) else (key,))]
+        if all(map(_is_number, parts)) and all(_is_number(number, whole=True) for number in value.values()):
             return None
     return "must be a dict of mask value: class number"
 
@@ -150,7 +153,7 @@ KEYS = {
     "SCHEDULER": Key(
         None, _optional(_subclass(torch.optim.lr_scheduler.LRScheduler, "an LRScheduler")), "class of the schedule"
     ),
-    "SCHEDULER_CONFIG": Key({}, _kwargs, "its arguments; total_steps and T_max are filled in where they are missing"),
+    "SCHEDULER_CONFIG": Key({}, _kwargs, "its arguments; total_steps, T_max and max_lr are filled in where missing"),
     "SCHEDULER_STEP": Key("step", _choice("step", "epoch"), "when the schedule steps: every optimizer step or epoch"),
     "ACCUMULATE": Key(1, _number(1, whole=True), "batches whose gradients make one optimizer step"),
     "CLIP_NORM": Key(None, _optional(_number(0, open_low=True)), "largest norm of the gradient"),

@@ -53,7 +53,17 @@ _TORCH_GADGETS = ("torch.utils.data.datapipes",)  # read and unpickle files
 _PLAIN_TYPES = (bool, int, float, complex, str, list, tuple, dict, set)
 # What the project itself needs to run: it imports, writes and sends.
 _MACHINERY = tuple(
-    PACKAGE + part for part in (".config", ".utils.path", ".utils.name", ".utils.logging", ".utils.notify")
+    f"{PACKAGE}.{part}"
+    for part in (
+        "config",
+        "training",
+        "prediction",
+        "utils.logging",
+        "utils.name",
+        "utils.notify",
+        "utils.path",
+        "utils.weights",
+    )
 )
 _ONLY = "records may name models, losses, metrics, data sets, optimizers and tensor functions only"
 
@@ -127,6 +137,8 @@ def resolve(name: str, roots: Iterable[str] = ()) -> Any:
     roots = (*ALLOWED_ROOTS, *roots)
     if not qualname and not is_project_module(place):
         raise ReferenceProblem(f"{name!r} is outside of what may be restored: only the project's own modules may")
+    if any(part.startswith("_") for part in qualname.split(".")):
+        raise ReferenceProblem(f"{name!r} is outside of what may be restored: it is private, so give it another name")
     if not _may_import(place, roots):
         raise ReferenceProblem(f"{name!r} is outside of what may be restored{_extend(place)}")
     try:
@@ -183,10 +195,10 @@ def _is_harmless(obj: Any, roots: tuple[str, ...]) -> bool:
     if not isinstance(obj, BuiltinFunctionType):
         return False
     # PyTorch's C functions: only those that compute with tensors; torch.from_file and the like do not.
-    if place == "torch" and getattr(torch, obj.__name__, None) is obj and hasattr(torch.Tensor, obj.__name__):
+    name = obj.__name__
+    if place == "torch" and getattr(torch, name, None) is obj and hasattr(torch.Tensor, name):
         return True
-    layers = (found for name, found in vars(functional).items() if not name.startswith("_"))
-    return place in ("torch", "torch._C._nn") and any(found is obj for found in layers)
+    return place in ("torch", "torch._C._nn") and any(found is obj for found in vars(functional).values())
 
 
 def _within(place: str, prefixes: Iterable[str]) -> bool:
@@ -199,6 +211,10 @@ def _is_known(root: str) -> bool:
 
 def _extend(place: str) -> str:
     root = place.partition(".")[0]
+    if root == PACKAGE:
+        return (
+            ": it belongs to what runs the project, so define what a config names elsewhere, such as in utils/loss.py"
+        )
     if _is_known(root):
         return f": {_ONLY}"
     return f": if you trust '{root}', add it to ALLOWED_ROOTS in {PACKAGE}/config/references.py"

@@ -1,12 +1,12 @@
 """Contains prediction of whole images: files in, predictions out, under the input's name."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -138,17 +138,16 @@ def save_prediction(path: Path, values: np.ndarray, like: Path) -> None:
     :param values: (H, W) or (H, W, C)
     :param like: the image that was predicted; a GeoTIFF gives its grid to a GeoTIFF
     """
-    write: Callable[[Any], Any]
-    if path.suffix == ".npy":
-        write = lambda file: np.save(file, values)  # noqa: E731
-    elif path.suffix == ".png":
-        from PIL import Image
 
-        write = lambda file: Image.fromarray(values).save(file, format="png")  # noqa: E731
-    else:
-        content = _as_tiff(values, like)
-        write = lambda file: file.write(content)  # noqa: E731
-    write_atomic(path, write)  # <- your file format here
+    def write(file: BinaryIO) -> None:
+        if path.suffix == ".npy":
+            np.save(file, values)
+        elif path.suffix == ".png":
+            Image.fromarray(values).save(file, format="png")
+        else:  # <- your file format here
+            file.write(_as_tiff(values, like))
+
+    write_atomic(path, write)
 
 
 def _as_tiff(values: np.ndarray, like: Path) -> bytes:

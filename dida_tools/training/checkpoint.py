@@ -1,6 +1,6 @@
 """
-Contains the training state on disk: the newest two generations, each under a name of its own, so that there is always one
-that is whole. One that is damaged is noticed, said, and never used.
+Contains the training state on disk: the newest two generations, each under a name of its own, so that there is always
+one that is whole. One that is damaged is noticed, said, and never used.
 """
 
 import os

@@ -80,8 +80,8 @@ def _panel(
     outputs = contract.probabilities(logits)
     if contract.task == "values":
         low, high = float(target[-1].min()), float(target[-1].max())
-        pair = (_grey(values[-1].numpy(), low, high)[cut] for values in (target, outputs[0]))
-        return Panel(name, image, *pair, errors=None)
+        shown = [_grey(values[-1].numpy(), low, high)[cut] for values in (target, outputs[0])]
+        return Panel(name, image, shown[0], shown[1], errors=None)
     predicted = contract.classes(outputs)[0].numpy()
     truth = target.numpy()
     if contract.task == "multi-label":
@@ -107,7 +107,7 @@ def to_rgb(image: np.ndarray, channel_names: Any = ()) -> np.ndarray:
     An image of any number of channels as something to look at.
 
     :param image: (C, H, W)
-    :return: (H, W, 3) uint8: the channels called red, green and blue (or B04, B03, B02), else the first three, stretched
+    :return: (H, W, 3) uint8: the channels called red, green and blue (or B04, B03, B02), or the first three, stretched
     """
     names = [str(name).lower() for name in channel_names]
     for wanted in (("red", "green", "blue"), ("b04", "b03", "b02"), ("b4", "b3", "b2")):

@@ -1,6 +1,6 @@
 """
-Contains what happens before training, the same for all routines: the config and the data are checked against each other,
-and model, optimizer, schedule, loss and loaders are built from them. Nothing is written yet.
+Contains what happens before training, the same for all routines: the config and the data are checked against each
+other, and model, optimizer, schedule, loss and loaders are built from them. Nothing is written yet.
 """
 
 import functools
@@ -60,7 +60,7 @@ class Preparation:
         return -(-self.train_batches.num_batches // self.config["ACCUMULATE"])
 
     def batches_of_step(self, batch: int) -> int:
-        """How many batches make the optimizer step that a batch of an epoch belongs to: ACCUMULATE, at its end fewer."""
+        """How many batches make the optimizer step that a batch belongs to: ACCUMULATE, at the epoch's end fewer."""
         accumulate = self.config["ACCUMULATE"]
         first = batch - batch % accumulate
         return min(accumulate, self.train_batches.num_batches - first)
@@ -133,11 +133,11 @@ def prepare(
     )
     loss_function = _build_loss(config, device)
     batches, loaders = _build_loaders(config, train_set, (validation_set, test_set), device)
-    _rehearse(config, train_set, model, loss_function, contract)
+    _rehearse(config, train_set, model, loss_function, contract, device)
 
     model = model.to(device)
     if config["CHANNELS_LAST"]:
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = config["OPTIMIZER"](_trainable(model), **config["OPTIMIZER_CONFIG"])
     steps_per_epoch = -(-batches.num_batches // config["ACCUMULATE"])
     reasons: list[str] = []
@@ -285,7 +285,7 @@ def _build_model(config: dict[str, Any], dataset: Any) -> tuple[nn.Module | None
         except ValueError as error:
             return None, None, [str(error)]
     try:
-        inputs, targets = default_collate([dataset[0]])
+        inputs, _ = default_collate([dataset[0]])
     except DataError:
         return model, None, []  # the check of the data will say so
     except Exception as error:  # whatever the user's data set raises
@@ -314,11 +314,10 @@ def _rehearse(
     model: nn.Module,
     loss_function: Callable[[Tensor, Tensor], Tensor],
     contract: DataContract,
+    device: torch.device,
 ) -> None:
-    """Evaluates one sample on the CPU, so that what would fail after the first epoch fails now."""
+    """Evaluates one sample, so that what would fail after the first epoch fails now."""
     evaluation = Evaluation(config["METRICS"], loss_function, config["IGNORE_INDEX"], contract.class_names)
-    loss_is_module = isinstance(loss_function, nn.Module)
-    device = next(loss_function.parameters(), torch.empty(0)).device if loss_is_module else torch.device("cpu")
     try:
         results = evaluate(model.to(device), [default_collate([dataset[0]])], evaluation, device, "fp32", False)
     except Exception as error:  # whatever the user's functions raise
@@ -352,16 +351,17 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 def build_scheduler(
     config: dict[str, Any], optimizer: torch.optim.Optimizer, steps_per_epoch: int
 ) -> LRScheduler | None:
-    """The learning rate's schedule. Its length and largest rate are filled in where it wants them and they are missing."""
+    """The learning rate's schedule. Its length and largest rate are filled in where they are missing."""
     if config["SCHEDULER"] is None:
         return None
     options = dict(config["SCHEDULER_CONFIG"])
     length = config["EPOCHS"] * (steps_per_epoch if config["SCHEDULER_STEP"] == "step" else 1)
     wanted = inspect.signature(config["SCHEDULER"]).parameters
-    known = {"T_max": length, "max_lr": optimizer.param_groups[0]["lr"]}
+    filled_in = {"T_max": length, "max_lr": optimizer.param_groups[0]["lr"]}
     if "epochs" not in options:
-        known["total_steps"] = length
-    return config["SCHEDULER"](optimizer, **({key: known[key] for key in known if key in wanted} | options))
+        filled_in["total_steps"] = length
+    filled_in = {key: value for key, value in filled_in.items() if key in wanted}
+    return config["SCHEDULER"](optimizer, **(filled_in | options))
 
 
 def _build_ema(config: dict[str, Any], model: nn.Module) -> AveragedModel | None:

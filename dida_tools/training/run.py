@@ -1,6 +1,6 @@
 """
-Contains a run's life: its name, folders, lock, journal, tracker row, TensorBoard, checkpoints, best weights, early stopping
-and end. The same for all routines.
+Contains a run's life: its name, folders, lock, journal, tracker row, TensorBoard, checkpoints, best weights, early
+stopping and end. The same for all routines.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config.capture import ConfigError, difference, flatten
+from ..config.errors import UserError
 from ..utils.logging.csv import write_log
 from ..utils.name import date_now, make_unique_dir, safe_name
 from ..utils.path import create_dirs, write_atomic
@@ -47,11 +48,11 @@ _FREE_TO_CHANGE = (
 )
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError):
     """The loss became NaN or infinite."""
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(UserError):
     """The memory of the device did not suffice."""
 
 
@@ -105,7 +106,7 @@ class Run:
         try:
             self._lock.acquire()
         except Timeout as error:
-            raise RuntimeError(f"the run {self.name} is being trained by another process: wait, or end it.") from error
+            raise UserError(f"the run {self.name} is being trained by another process: wait, or end it.") from error
         create_dirs(self.weight_dir)
         self.state = State()
         self._warn_of_changes()

@@ -14,13 +14,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ..config.errors import UserError
 from .path import write_atomic
 
 _PREFIX = b"sha256:"
 _COMMENT_BYTES = len(_PREFIX) + 64
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A weights file that is missing, damaged, or of another model."""
 
 

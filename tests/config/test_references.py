@@ -147,7 +147,17 @@ HOSTILE = [
     ".utils.path:write_atomic",
     ".utils.path:create_dirs",
     ".utils.name:make_unique_dir",
+    ".utils.weights:save_weights",
+    ".utils.logging:write_log",
+    ".utils.logging.csv:write_log",
+    ".training.checkpoint:save_checkpoint",
+    ".training.journal:Journal",
+    ".training.pytorch_training:train",
+    ".utils.data.facts:_write_cache",
     ".utils.loss:torch.load",
+    ".utils.loss:_dice",
+    ".utils.loss:f1.__call__",
+    ".models:UNET.__init__",
     ".utils.loss:f1.__globals__.get",
     ".utils.loss:IGNORE_INDEX",
     ".models:UNET.load_state_dict",
@@ -225,7 +235,7 @@ def test_every_public_layer_loss_optimizer_and_schedule_has_a_name():
         (torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler),
     ):
         for obj in vars(home).values():
-            if isinstance(obj, type) and issubclass(obj, base):
+            if isinstance(obj, type) and issubclass(obj, base) and not obj.__name__.startswith("_"):
                 assert resolve(name_of(obj)) is obj
 
 
@@ -276,7 +286,8 @@ class Local:
         (eval, "outside of what may be restored"),
         (torch.load, "outside of what may be restored|not found under its own name"),
         (torch.nn.init.ones_, "outside of what may be restored"),
-        (references.resolve, "outside of what may be restored"),
+        (references.resolve, "it belongs to what runs the project, so define what a config names elsewhere"),
+        (references._find, "it is private, so give it another name"),
         (torch.hub, "only the project's own modules"),
         (os, "only the project's own modules"),
     ],
@@ -305,6 +316,17 @@ def test_an_object_that_was_replaced_under_its_name_has_no_name(monkeypatch):
 def test_a_name_of_nothing_is_refused(name):
     with pytest.raises(ReferenceProblem, match=r"is not found|outside of what may be restored"):
         resolve(name)
+
+
+def test_an_object_that_an_alias_leads_away_from_has_no_name(project, monkeypatch):
+    write(project / "my_losses.py", "def loss(a, b): ...\n")
+    monkeypatch.syspath_prepend(project)
+    loss = resolve("my_losses:loss")
+    assert name_of(loss) == "my_losses:loss"
+    monkeypatch.setitem(ALIASES, "my_losses:loss", ".utils.loss:f1")
+    with pytest.raises(ReferenceProblem, match="is not found under its own name"):
+        name_of(loss)
+    del sys.modules["my_losses"]
 
 
 # -------------------------------------------------------------------------------------------------------------- hostile
@@ -378,9 +400,12 @@ def test_a_record_cannot_make_the_project_import_or_write_for_it(library, tmp_pa
         (".utils.path:create_dirs", [str(trace)]),
         (".utils.path:write_atomic", [str(trace)]),
         (".utils.name:make_unique_dir", [str(tmp_path), "trace"]),
+        (".utils.logging.csv:write_log", [str(trace), {"a": 1}]),
+        (".utils.weights:save_weights", [str(trace), {}]),
+        (".training.journal:Journal", [str(trace)]),
     ):
         record = {"activ": {"@partial": {"@ref": function}, "args": arguments, "kwargs": {}}}
-        with pytest.raises(ConfigError, match=r"activ.*outside of what may be restored|damaged"):
+        with pytest.raises(ConfigError, match=r"MODEL_CONFIG.activ: .* is outside of what may be restored"):
             restore({"version": 1, "config": {"MODEL_CONFIG": record}})
     assert not trace.exists()
 

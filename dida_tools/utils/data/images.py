@@ -15,10 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ...config.errors import UserError
+
 ENDINGS = (".npy", ".npz", ".png", ".jpg", ".jpeg", ".tif", ".tiff")  # <- your formats here, and in the two functions
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be used. Its message lists every problem."""
 
     def __init__(self, problems: Sequence[str], max_listed: int = 50) -> None:

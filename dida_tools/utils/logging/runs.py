@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config.capture import ConfigError, restore
+from ...config.errors import UserError
 from .csv import read_log
 
 
@@ -16,12 +17,12 @@ def find_run(global_config: dict[str, str], wanted: str, logfile: str = "experim
 
     :param wanted: a name or a part of one, "latest", or "best": of the finished runs with the MONITOR of the latest one,
         the one with the best validation result
-    :raises ValueError: if there is none, or more than one
+    :raises UserError: if there is none, or more than one
     """
     log_dir = Path(global_config["LOG_DIR"])
     names = sorted(folder.parent.name for folder in log_dir.glob("*/config.json"))
     if not names:
-        raise ValueError(f"{log_dir}: there are no runs yet; train one with: python train.py")
+        raise UserError(f"{log_dir}: there are no runs yet; train one with: python train.py")
     if wanted in names:
         return wanted
     if wanted == "latest":
@@ -32,16 +33,14 @@ def find_run(global_config: dict[str, str], wanted: str, logfile: str = "experim
     if len(matching) == 1:
         return matching[0]
     if not matching:
-        raise ValueError(f"no run is called {wanted!r}: the last ones are {', '.join(names[-5:])}.")
-    raise ValueError(
-        f"{wanted!r} fits {len(matching)} runs, such as {', '.join(matching[-3:])}: give more of the name."
-    )
+        raise UserError(f"no run is called {wanted!r}: the last ones are {', '.join(names[-5:])}.")
+    raise UserError(f"{wanted!r} fits {len(matching)} runs, such as {', '.join(matching[-3:])}: give more of the name.")
 
 
 def _best_run(rows: list[dict[str, Any]], names: list[str]) -> str:
     rows = [row for row in rows if row.get("STATUS") == "finished" and row.get("NAME") in names and row.get("MONITOR")]
     if not rows:
-        raise ValueError("no run is finished yet, so there is no best one.")
+        raise UserError("no run is finished yet, so there is no best one.")
     monitor = rows[-1]["MONITOR"]
     direction, goal = monitor.split()
     values = {}
@@ -50,7 +49,7 @@ def _best_run(rows: list[dict[str, Any]], names: list[str]) -> str:
         if row["MONITOR"] == monitor and isinstance(value, int | float) and value == value:
             values[row["NAME"]] = value
     if not values:
-        raise ValueError(f"no finished run has a validation result for MONITOR {monitor!r}: give a name instead.")
+        raise UserError(f"no finished run has a validation result for MONITOR {monitor!r}: give a name instead.")
     return (max if direction == "max" else min)(values, key=lambda name: values[name])
 
 
