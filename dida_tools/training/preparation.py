@@ -111,8 +111,9 @@ def prepare(
     except (ValueError, TypeError, RuntimeError) as error:
         problems.append(str(error))
     model, num_outputs = None, None
-    if not problems:
-        model, num_outputs, problems = _build_model(config, given["train"])
+    if not any(problem.startswith(("MODEL", "INIT_WEIGHTS", "SEED")) for problem in problems):
+        model, num_outputs, more = _build_model(config, given["train"])
+        problems += more
 
     cache_file = Path(global_config["LOG_DIR"]) / "data_facts.json"
     data_problems = _data_problems(given, num_outputs, cache_file)
@@ -221,10 +222,12 @@ def _split(given: dict[str, Any], config: dict[str, Any]) -> tuple[Any, Any, Any
 
 
 def _hashes(given: dict[str, Any]) -> dict[str, str]:
-    facts: dict[Path, Any] = {}
-    for dataset in given.values():
-        facts |= dataset.scan() if hasattr(dataset, "scan") else {}
-    return {f"{file.parent.name}/{file.name}": fact["sha256"] for file, fact in facts.items()}
+    scanned = {part: dataset.scan() for part, dataset in given.items() if hasattr(dataset, "scan")}
+    return {
+        f"{part}/{file.parent.name}/{file.name}": fact["sha256"]
+        for part, facts in scanned.items()
+        for file, fact in facts.items()
+    }
 
 
 def _contract_of_foreign(dataset: Any, model: nn.Module) -> DataContract:

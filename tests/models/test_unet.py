@@ -102,6 +102,19 @@ def test_each_recursion_doubles_the_channels_and_halves_the_size(use_pooling: bo
     assert shapes == [(2, 4, 16, 40), (2, 8, 8, 20), (2, 16, 4, 10), (2, 32, 2, 5)]
 
 
+@pytest.mark.parametrize("level", ["below", "below.deeper"])
+def test_each_recursion_pools_and_joins_with_what_was_there(level: str) -> None:
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    model = small_unet()
+    for name in ("", ".down", ".up", ".decode"):
+        module = model.get_submodule(level + name)
+        module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+    model(torch.randn(2, 3, 8, 12))
+    x = seen[""][0]
+    assert torch.equal(seen[".down"][1], functional.max_pool2d(x, 2))
+    assert torch.equal(seen[".decode"][0], torch.cat([x, seen[".up"][1]], 1))
+
+
 @pytest.mark.parametrize("n_recursions, bulk_ch", [(1, 4), (3, 6)])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("use_shuffle, use_pooling", BOTH_WAYS)

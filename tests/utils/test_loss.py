@@ -208,6 +208,14 @@ def test_loss_is_a_float32_scalar(loss: Any) -> None:
         assert value.shape == () and value.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_half_precision_logits_are_taken_as_their_float32_values(loss: Any, dtype: torch.dtype) -> None:
+    pred, target = example(loss)
+    pred = pred.to(dtype)
+    assert torch.equal(loss(pred, target), loss(pred.float(), target))
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float32])
 @pytest.mark.parametrize("loss", BINARY_LOSSES)
 def test_binary_target_may_be_of_any_dtype(loss: Any, dtype: torch.dtype) -> None:

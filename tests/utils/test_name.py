@@ -64,7 +64,7 @@ def test_safe_name_by_example(text: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     "text, max_length, expected",
-    [("abcdef", 3, "abc"), ("ab-cdef", 3, "ab"), ("console", 3, "_co"), ("", 3, "unn"), ("com1.x", 5, "_com1")],
+    [("abcdef", 3, "abc"), ("ab-cdef", 3, "ab"), ("console", 3, "_co"), ("", 3, "unn"), ("com1.x", 6, "_com1")],
 )
 def test_long_names_are_cut_and_stay_safe(text: str, max_length: int, expected: str) -> None:
     assert safe_name(text, max_length) == expected

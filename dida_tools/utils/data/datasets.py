@@ -301,6 +301,11 @@ class NpyDataset(Dataset):
                 problems += [
                     f"{mask}: {problem}" for problem in self._mask_problems(facts[image], facts[mask], num_classes)
                 ]
+        if not problems and self.task != "values" and self._flat_classes() == {0, self.ignore_index}:
+            problems.append(
+                f"{self.masks[0].parent}: the masks hold 0 and {self.ignore_index} alone, and {self.ignore_index} is "
+                f"ignored: map it with MASK_VALUES={{{self.ignore_index}: 1}}"
+            )
         if problems:
             raise DataError(problems)
 
@@ -345,6 +350,9 @@ class NpyDataset(Dataset):
         if not isinstance(value, int):
             return False
         return value == self.ignore_index or 0 <= value < (num_classes or 2**31)
+
+    def _flat_classes(self) -> set[Any]:
+        return {number for key in self.class_counts() for number in (key if isinstance(key, tuple) else (key,))}
 
     def class_counts(self) -> Counter:
         """Number of pixels of each class over all masks."""

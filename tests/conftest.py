@@ -1,0 +1,81 @@
+"""Fixtures for all tests: a small data set that can be learned, and a config that learns it in a second."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dida_tools.config.config import make_global_config
+from dida_tools.models import UNET
+from dida_tools.utils.data import NpyDataset
+from dida_tools.utils.data.transforms import STANDARD
+from dida_tools.utils.loss import f1, multi_class_dice_ce_sum, precision, recall
+
+# Two test processes with two threads each would wait for one another most of the time.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def write_pairs(folder: Path, num_images: int, seed: int, size: int = 32, channels: int = 3) -> Path:
+    """Images in uint8 whose bright blobs are class 1, and bright blobs in the last channel alone class 2."""
+    rng = np.random.default_rng(seed)
+    for kind in ("x", "y"):
+        (folder / kind).mkdir(parents=True)
+    y, x = np.mgrid[0:size, 0:size]
+    for number in range(num_images):
+        image = rng.normal(80, 12, (size, size, channels))
+        mask = np.zeros((size, size), np.uint8)
+        for blob in range(3):
+            top, left = rng.integers(0, size, 2)
+            inside = (y - top) ** 2 + (x - left) ** 2 < (size / 5) ** 2
+            label = 1 + blob % 2
+            mask[inside] = label
+            image[inside] = 80
+            image[inside, -1 if label == 2 else 0] += 70
+            image[inside] += rng.normal(0, 12, (int(inside.sum()), channels))
+        np.save(folder / "x" / f"image_{number:02d}.npy", np.clip(image, 0, 255).astype(np.uint8))
+        np.save(folder / "y" / f"image_{number:02d}.npy", mask)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/{x,y} with 10 and test/{x,y} with 4 pairs, three classes, 32 x 32 pixels, 3 channels."""
+    folder = tmp_path_factory.mktemp("pairs")
+    write_pairs(folder / "train", 10, seed=1)
+    write_pairs(folder / "test", 4, seed=2)
+    return folder
+
+
+@pytest.fixture
+def datasets(pairs_dir: Path) -> tuple[NpyDataset, NpyDataset]:
+    """The training set with crops and augmentation, and the test set."""
+    train = NpyDataset(pairs_dir / "train" / "x", pairs_dir / "train" / "y", crop=16, crops_per_image=2, augment=STANDARD)
+    return train, NpyDataset(pairs_dir / "test" / "x", pairs_dir / "test" / "y")
+
+
+@pytest.fixture
+def global_config(tmp_path: Path) -> dict[str, str]:
+    """All folders below the test's own."""
+    return make_global_config(tmp_path / "project")
+
+
+@pytest.fixture
+def tiny_config() -> dict:
+    """A U-Net of a few thousand parameters: 4 batches an epoch with the data sets above."""
+    return {
+        "SESSION_NAME": "tiny",
+        "MODEL": UNET,
+        "MODEL_CONFIG": {"ch_in": 3, "ch_out": 3, "bulk_ch": 4, "n_recursions": 1, "dropout": 0.1},
+        "DATA_LOADER_CONFIG": {"batch_size": 4, "shuffle": True},
+        "OPTIMIZER": torch.optim.AdamW,
+        "OPTIMIZER_CONFIG": {"lr": 1e-2},
+        "EPOCHS": 2,
+        "LOSS": multi_class_dice_ce_sum,
+        "METRICS": {"f1": f1, "precision": precision, "recall": recall},
+        "MONITOR": "max f1",
+        "DEVICE": "cpu",
+        "PRECISION": "fp32",
+    }
