@@ -21,7 +21,7 @@ READY = .venv/.ready
 DEV_READY = .venv/.ready-dev
 endif
 
-.PHONY: help env env-dev env-remove train test test-all lint format types clean
+.PHONY: help env env-dev env-remove train test test-all lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list

@@ -10,15 +10,19 @@ Trains a model.
 
 import argparse
 import importlib
+import pkgutil
 import sys
 import warnings
 from pathlib import Path
 
+from dida_tools import training
 from dida_tools.config.capture import override
 from dida_tools.config.config import global_config
 from dida_tools.config.errors import UserError
 from dida_tools.utils.data.build import build_datasets, use_folder
 from dida_tools.utils.logging.runs import find_run, read_run_config
+
+ROUTINES = [module.name[:-9] for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")]
 
 
 def main() -> int:
@@ -26,7 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the config, such as EPOCHS=3")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train/{x,y} and test/{x,y}")
-    parser.add_argument("--routine", default="pytorch", metavar="NAME", help="which routine trains (default: pytorch)")
+    parser.add_argument("--routine", default="pytorch", choices=ROUTINES, help="what trains (default: pytorch)")
     parser.add_argument(
         "--variant", default="small", metavar="NAME", help="variant of its config, or full (default: small)"
     )
@@ -37,6 +41,8 @@ def main() -> int:
         warnings.simplefilter("ignore")
 
     routine = importlib.import_module(f"dida_tools.training.{arguments.routine}_training")
+    if arguments.variant not in ("full", *routine.VARIANTS):
+        parser.error(f"--variant {arguments.variant}: choose one of full, {', '.join(routine.VARIANTS)}")
     try:
         if arguments.resume:
             name = find_run(global_config, arguments.resume)
@@ -45,7 +51,7 @@ def main() -> int:
             # <- your config here: a model, a loss, ...; or edit train_config in the routine
             config = routine.train_config
             if arguments.variant != "full":
-                config = getattr(routine, arguments.variant)(config)
+                config = routine.VARIANTS[arguments.variant](config)
             if arguments.data:
                 config = use_folder(config, arguments.data, Path(global_config["LOG_DIR"]) / "data_facts.json")
         config = override(config, arguments.overrides)

@@ -18,6 +18,10 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--weights", default=None, help="weights file that tests/test_models tests")
+
+
 def write_pairs(folder: Path, num_images: int, seed: int, size: int = 32, channels: int = 3) -> Path:
     """Images in uint8 whose bright blobs are class 1, and bright blobs in the last channel alone class 2."""
     rng = np.random.default_rng(seed)
@@ -52,7 +56,9 @@ def pairs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def datasets(pairs_dir: Path) -> tuple[NpyDataset, NpyDataset]:
     """The training set with crops and augmentation, and the test set."""
-    train = NpyDataset(pairs_dir / "train" / "x", pairs_dir / "train" / "y", crop=16, crops_per_image=2, augment=STANDARD)
+    train = NpyDataset(
+        pairs_dir / "train" / "x", pairs_dir / "train" / "y", crop=16, crops_per_image=2, augment=STANDARD
+    )
     return train, NpyDataset(pairs_dir / "test" / "x", pairs_dir / "test" / "y")
 
 

@@ -359,7 +359,7 @@ def _join(path: str, key: str) -> str:
 
 def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """
-    A copy of a config with values replaced, as on the command line: ``EPOCHS=3 MODEL_CONFIG.dropout=0.1``.
+    A copy of a config with values from the command line: ``EPOCHS=3 MODEL_CONFIG.dropout=0.1 OPTIMIZER=AdamW``.
 
     A value is a Python literal, the dotted name of an object, or else a string.
 

@@ -22,16 +22,14 @@ from .config import global_config
 
 PACKAGE = __name__.partition(".")[0]
 
-# Libraries, or parts of them, whose models, losses, metrics and data sets may be restored from a record (not all of
-# monai: its bundles evaluate text).  # <- your libraries here
+# Libraries, or parts of them, whose models, losses, metrics and data sets may be restored from a record. Other parts of
+# these download files, write logs, or evaluate text.  # <- your libraries here
 ALLOWED_ROOTS = (
-    "torchvision",
     "torchmetrics",
-    "timm",
-    "segmentation_models_pytorch",
-    "monai.losses",
-    "monai.metrics",
-    "monai.networks",
+    *(f"torchvision.{part}" for part in ("models", "ops", "transforms")),
+    *(f"timm.{part}" for part in ("layers", "loss", "optim")),
+    *(f"segmentation_models_pytorch.{part}" for part in ("decoders", "losses", "metrics")),
+    *(f"monai.{part}" for part in ("losses", "metrics", "networks.blocks", "networks.layers", "networks.nets")),
 )
 
 # Old names of what was renamed or moved, so that old records can still be read.  # <- your renamed objects here

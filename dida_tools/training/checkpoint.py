@@ -28,6 +28,8 @@ def save_checkpoint(folder: str | os.PathLike, step: int, state: dict[str, Any])
     """
     Writes the training state of a step, and removes old generations once the new one is verified.
 
+    Damaged ones of later steps, which a run that goes on from before them leaves behind, are no generations.
+
     :return: its file
     :raises WeightsError: if what was written cannot be read back
     """
@@ -36,8 +38,11 @@ def save_checkpoint(folder: str | os.PathLike, step: int, state: dict[str, Any])
     problem = find_damage(file)
     if problem:
         raise WeightsError(f"{file}: {problem} right after it was written. Is the disk in order?")
-    for old in checkpoint_files(folder)[GENERATIONS:]:
-        old.unlink()
+    files = checkpoint_files(folder)
+    place = files.index(file)
+    damaged = [later for later in files[:place] if find_damage(later)]
+    for old in [*damaged, *files[place + GENERATIONS :]]:
+        old.unlink(missing_ok=True)
     return file
 
 
@@ -48,9 +53,10 @@ def load_checkpoint(folder: str | os.PathLike, say: Callable[[str], None] = prin
     :param say: gets a sentence about each one that is damaged
     :return: None where there is none
     """
-    for file in checkpoint_files(folder):
+    files = checkpoint_files(folder)
+    for file in files:
         try:
             return load_weights(file)
         except WeightsError as error:
-            say(f"{error} The one before is used.")
+            say(f"{error} {'There is none before it.' if file == files[-1] else 'The one before is used.'}")
     return None

@@ -36,19 +36,21 @@ def seed_step(seed: int, batch_number: int, device: torch.device, rank: int = 0)
     :param batch_number: counted over all epochs
     """
     number = mix(_STEP, seed, batch_number, rank)
-    torch.default_generator.manual_seed(
-        number
-    )  # torch.manual_seed also visits every device, and takes 100 times longer
+    _seed_cpu(number)
     if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(number)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(number)
     elif device.type == "mps":
         torch.mps.manual_seed(number)
 
 
 def seed_sample(seed: int, epoch: int, index: int) -> None:
     """Seeds what a sample's crop and augmentation draw, from PyTorch, numpy or Python."""
-    number = mix(_SAMPLE, seed, epoch, index)
-    torch.default_generator.manual_seed(number)
+    _seed_cpu(mix(_SAMPLE, seed, epoch, index))
+
+
+def _seed_cpu(number: int) -> None:
+    torch.default_generator.manual_seed(number)  # torch.manual_seed also visits every device: 100 times slower
     np.random.seed(number % 2**32)
     random.seed(number)
 

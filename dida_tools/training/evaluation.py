@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 from ..config.device import autocast
 from ..utils.loss import count, unmask
+from ..utils.torchutils import evaluation_mode
 
 
 class Evaluation:
     """
     Accumulates the loss and the metrics of a data set.
 
-    Metrics that carry a count form (those of loss.py) are computed once from the counts of all pixels. The loss, and any
-    other function, is the mean over samples; its name ends in _sample_mean then.
+    Metrics that carry a count form (those of loss.py) are computed once from the counts of all pixels. The loss, and
+    any other function, is the mean over samples; its name ends in _sample_mean then.
     """
 
     def __init__(
@@ -25,8 +26,11 @@ class Evaluation:
         ignore_index: int = 255,
         class_names: Sequence[str] = (),
     ) -> None:
-        self.metrics, self.loss_function, self.ignore_index = metrics, loss_function, ignore_index
-        self.class_names = class_names
+        self.counted: dict[str, Any] = {key: one for key, one in metrics.items() if hasattr(one, "from_counts")}
+        self.averaged = {"loss": loss_function} | {
+            f"{key}_sample_mean": one for key, one in metrics.items() if key not in self.counted
+        }
+        self.ignore_index, self.class_names = ignore_index, class_names
         self.num_samples = 0
         self.counts: dict[bool, Tensor] = {}  # by whether the target's first channel is a usability mask
         self._sums: dict[str, float] = {}
@@ -38,25 +42,20 @@ class Evaluation:
         :param predictions: (N, C, ...) logits in float32
         :param targets: by the convention of loss.py
         """
-        for masked in {metric.masked for metric in self.metrics.values() if hasattr(metric, "from_counts")}:
+        for masked in {metric.masked for metric in self.counted.values()}:
             bare, valid = unmask(predictions, targets) if masked else (targets, None)
             counts = count(predictions, bare, valid, ignore_index=self.ignore_index).cpu()
             self.counts[masked] = self.counts[masked] + counts if masked in self.counts else counts
-        means = {"loss": self.loss_function} | {
-            f"{name}_sample_mean": metric for name, metric in self.metrics.items() if not hasattr(metric, "from_counts")
-        }
         for index in range(len(predictions)):
             prediction, target = predictions[index : index + 1], targets[index : index + 1]
-            for name, function in means.items():
+            for name, function in self.averaged.items():
                 self._sums[name] = self._sums.get(name, 0.0) + float(function(prediction, target))
         self.num_samples += len(predictions)
 
     def results(self) -> dict[str, float]:
         """The loss and each metric, and of metrics with several classes also "name.class"."""
         results = {name: total / self.num_samples for name, total in self._sums.items()}
-        for name, metric in self.metrics.items():
-            if not hasattr(metric, "from_counts"):
-                continue
+        for name, metric in self.counted.items():
             counts = self.counts[metric.masked]
             results[name] = metric.from_counts(counts).item()
             per_class = metric.per_class(counts).tolist()
@@ -81,21 +80,17 @@ def evaluate(
     :param batches: (inputs, targets)
     :param evaluation: an empty one, which holds the counts afterwards
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for inputs, targets in batches:
             inputs, targets = to_device(inputs, device, channels_last), targets.to(device)
             with autocast(device, precision):
                 predictions = model(inputs)
             evaluation.update(predictions.float(), targets)
-    finally:
-        model.train(was_training)
     return evaluation.results()
 
 
 def to_device(inputs: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    """Moves inputs to the device; images (N, C, H, W) also into the memory format that convolutions are fastest with."""
+    """Moves inputs to the device; images (N, C, H, W) into the memory format that convolutions are fastest with."""
     if channels_last and inputs.ndim == 4:
         return inputs.to(device, non_blocking=True, memory_format=torch.channels_last)
     return inputs.to(device, non_blocking=True)

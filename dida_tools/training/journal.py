@@ -1,16 +1,19 @@
 """
 Contains the journal of a run: every metric and event, one line of JSON each, appended and never changed.
 
-It is the truth about a run; tables and pictures are made from it. A line that was cut off by a crash, or damaged later, is
-noticed by its checksum.
+It is the truth about a run; tables and pictures are made from it. A line that was cut off by a crash, or damaged later,
+is noticed by its checksum.
 """
 
+import errno
 import json
 import math
 import os
 import zlib
 from pathlib import Path
 from typing import Any
+
+from ..utils.path import sync_dir
 
 Event = dict[str, Any]
 
@@ -24,7 +27,9 @@ class Journal:
         events, self.num_damaged, whole_bytes = _read(self.path)
         self._known = {_identity(event): _content(event) for event in events if _identity(event) is not None}
         self.contradictions: list[str] = []
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        binary = getattr(os, "O_BINARY", 0)  # Windows would write other line ends
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | binary, 0o666)
+        sync_dir(self.path.parent)
         if os.fstat(self._file).st_size > whole_bytes:
             os.ftruncate(self._file, whole_bytes)
 
@@ -33,15 +38,20 @@ class Journal:
         Appends an event. One of a step or epoch that is there already, as happens after a crash, is compared instead.
 
         :return: whether it was new
+        :raises OSError: if it cannot be written, such as on a full disk; the journal is as it was before
         """
         identity = _identity(event)
         if identity is not None and identity in self._known:
             if self._known[identity] != _content(event):
                 self.contradictions.append(f"{identity[0]} {identity[1]}")
             return False
+        line = _line(event)
+        written = os.write(self._file, line)  # one call, so the line is whole or, after a power cut, cut off at the end
+        if written < len(line):
+            os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         if identity is not None:
             self._known[identity] = _content(event)
-        os.write(self._file, _line(event))  # one call, so the line is whole or, after a power cut, cut off at the end
         return True
 
     def sync(self) -> None:
@@ -60,19 +70,23 @@ def read_journal(path: str | os.PathLike) -> list[Event]:
 
 
 def _read(path: Path) -> tuple[list[Event], int, int]:
-    """The events, the number of damaged lines, and the bytes of all lines that have an end."""
+    """The events, the number of lines that are damaged or cut off, and the bytes of all lines that have an end."""
     if not path.is_file():
         return [], 0, 0
     content = path.read_bytes()
     whole_bytes = content.rfind(b"\n") + 1
-    events = [_parse(line) for line in content[:whole_bytes].splitlines(keepends=True)]
+    events = [_parse(line) for line in content.splitlines(keepends=True)]
     return [event for event in events if event is not None], events.count(None), whole_bytes
 
 
+def _text(event: Event) -> str:
+    # JSON has no NaN.
+    plain = {key: {"@float": repr(float(value))} if _is_odd(value) else value for key, value in event.items()}
+    return json.dumps(plain, allow_nan=False)
+
+
 def _line(event: Event) -> bytes:
-    # JSON has no NaN: it is written as a string of its own.
-    plain = {key: repr(value) if _is_odd(value) else value for key, value in event.items()}
-    text = json.dumps(plain, allow_nan=False)
+    text = _text(event)
     return f'{text[:-1]}, "crc": "{zlib.crc32(text.encode()):08x}"}}\n'.encode()
 
 
@@ -81,11 +95,15 @@ def _parse(line: bytes) -> Event | None:
     if not separator or not line.endswith(b'"}\n') or tail[:-3] != f"{zlib.crc32(head + b'}'):08x}".encode():
         return None
     event = json.loads(head + b"}")
-    return {key: float(value) if value in ("nan", "inf", "-inf") else value for key, value in event.items()}
+    return {key: _plain(value) for key, value in event.items()}
 
 
 def _is_odd(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
+
+
+def _plain(value: Any) -> Any:
+    return float(value["@float"]) if isinstance(value, dict) and set(value) == {"@float"} else value
 
 
 def _identity(event: Event) -> tuple[str, int] | None:
@@ -96,4 +114,4 @@ def _identity(event: Event) -> tuple[str, int] | None:
 
 
 def _content(event: Event) -> str:
-    return repr(sorted((key, value) for key, value in event.items() if key not in ("time", "seconds")))
+    return _text({key: event[key] for key in sorted(event) if key not in ("time", "seconds")})

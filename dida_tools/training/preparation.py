@@ -199,7 +199,7 @@ def _data_problems(given: dict[str, Any], num_classes: int | None, cache_file: P
             problems.append(f"the {part} data is empty")
         elif hasattr(dataset, "check"):
             try:
-                dataset.check(cache_file, num_classes)
+                dataset.check(cache_file, num_classes, training=part == "train")
             except DataError as error:
                 problems += error.problems
     return problems
@@ -217,8 +217,11 @@ def _split(given: dict[str, Any], config: dict[str, Any]) -> tuple[Any, Any, Any
             order = np.random.default_rng(config["SEED"]).permutation(len(train))
             number = min(max(1, round(fraction * len(train))), len(train) - 1)
             train, validation = (Subset(train, sorted(part.tolist())) for part in (order[number:], order[:number]))
-    evaluated = (part.for_evaluation() if hasattr(part, "for_evaluation") else part for part in (validation, test))
-    return (train, *evaluated)
+    return train, _for_evaluation(validation), _for_evaluation(test)
+
+
+def _for_evaluation(dataset: Any) -> Any:
+    return dataset.for_evaluation() if hasattr(dataset, "for_evaluation") else dataset
 
 
 def _hashes(given: dict[str, Any]) -> dict[str, str]:

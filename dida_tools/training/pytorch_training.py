@@ -61,7 +61,7 @@ def small(config: dict[str, Any] = train_config) -> dict[str, Any]:
     return config
 
 
-# <- your variants here: functions that take a config, change some keys, and return it
+VARIANTS = {"small": small}  # <- your variants here: functions that take a config, change some keys, and return it
 
 
 def train(

@@ -1,8 +1,9 @@
 """Contains small helpers for models: seeds, loading, one step forward and backward, and checks of parameters."""
 
+import contextlib
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -62,13 +63,20 @@ def fill_model(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
 
 def forward(model: nn.Module, inputs: Tensor) -> Tensor:
     """The model's answer in evaluation mode, without gradients. The mode it was in is restored."""
-    was_training = model.training
+    with evaluation_mode(model), torch.no_grad():
+        return model(inputs)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Has a model in evaluation mode. Afterwards each of its modules is in the mode it was in, frozen ones too."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
-            return model(inputs)
+        yield
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
 
 
 def backprop(

@@ -19,10 +19,12 @@ from .path import write_atomic
 
 _PREFIX = b"sha256:"
 _COMMENT_BYTES = len(_PREFIX) + 64
+_END, _END_BYTES = b"PK\5\6", 22  # the end of an archive without a comment, as torch.save writes it
+_IS_FOLDER = 0x10
 
 
 class WeightsError(UserError):
-    """A weights file that is missing, damaged, or of another model."""
+    """A weights file that is missing, damaged, of another model, or not to be written since nobody could read it."""
 
 
 def save_weights(path: str | os.PathLike, state: dict[str, Any]) -> None:
@@ -30,16 +32,19 @@ def save_weights(path: str | os.PathLike, state: dict[str, Any]) -> None:
     Writes tensors and plain data to a file, with their digest.
 
     :param state: dicts, lists, tensors, strings and numbers
+    :raises WeightsError: if it holds anything else, so that it could not be read again; the old file stays
     """
 
     def write(file: BinaryIO) -> None:
         torch.save(state, file)
+        file.seek(0)
+        _read(file, str(path), "meta")  # without the data, so it takes no time
         # The archive ends with the length of its comment, in two bytes.
         file.seek(-2, os.SEEK_END)
         file.write(_COMMENT_BYTES.to_bytes(2, "little") + _PREFIX)
         file.flush()
         file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         file.seek(0, os.SEEK_END)
         file.write(digest.encode())
 
@@ -58,37 +63,58 @@ def load_weights(path: str | os.PathLike, device: str | torch.device = "cpu") ->
     problem = find_damage(path)
     if problem:
         raise WeightsError(f"{path}: {problem}.")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # whatever a file of unknown origin leads to
-        raise WeightsError(f"{path}: cannot be read as weights ({str(error).splitlines()[0]}).") from error
-    if not isinstance(state, dict):
-        raise WeightsError(f"{path}: holds a {type(state).__name__}, weights files hold a dict.")
-    return state
+    return _read(path, str(path), device)
 
 
 def find_damage(path: str | os.PathLike) -> str | None:
     """What is wrong with the bytes of a weights file, or None."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _COMMENT_BYTES))
-        comment = file.read()
-        if comment.startswith(_PREFIX):
-            file.seek(0)
-            digest, left = hashlib.sha256(), size - 64
-            while left and (block := file.read(min(left, 2**20))):
-                digest.update(block)
-                left -= len(block)
-            is_right = digest.hexdigest().encode() == comment[len(_PREFIX) :]
-            return None if is_right else "the file is damaged: its content does not have the digest it was written with"
-    try:  # not ours: the checksums of the archive must do
-        with zipfile.ZipFile(path) as archive:
-            if archive.comment:  # torch.save writes none: this was ours
-                return "the file is damaged: its digest cannot be read"
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _COMMENT_BYTES))
+            end = file.read()
+            return _digest_problem(file, size, end) if end.startswith(_PREFIX) else _archive_problem(file, end)
+    except Exception as error:  # whatever damage, of the file or of the disk, leads to
         return f"the file is damaged or no weights file ({error})"
-    return None if damaged is None else f"the file is damaged: {damaged} does not have its checksum"
+
+
+def _digest_problem(file: BinaryIO, size: int, comment: bytes) -> str | None:
+    file.seek(0)
+    digest, left = hashlib.sha256(), size - 64
+    while left and (block := file.read(min(left, 2**20))):
+        digest.update(block)
+        left -= len(block)
+    is_right = digest.hexdigest().encode() == comment[len(_PREFIX) :]
+    return None if is_right else "the file is damaged: its content does not have the digest it was written with"
+
+
+def _archive_problem(file: BinaryIO, end: bytes) -> str | None:
+    """Not ours: the checksums of the archive must do."""
+    end = end[-_END_BYTES:]
+    if not (end.startswith(_END) and end.endswith(b"\0\0")):
+        return "the file is damaged or no weights file: it does not end as one"
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+        # PyTorch reads nothing of what is marked as a folder, and takes what lies in the memory.
+        damaged = damaged or next((part.filename for part in archive.filelist if part.external_attr & _IS_FOLDER), None)
+    return None if damaged is None else f"the file is damaged: {damaged} is not what was written"
+
+
+def _read(file: Path | BinaryIO, name: str, device: str | torch.device) -> dict[str, Any]:
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # whatever a file of unknown origin leads to
+        raise WeightsError(f"{name}: cannot be read as weights ({_reason(error)}).") from error
+    if not isinstance(state, dict):
+        raise WeightsError(f"{name}: holds a {type(state).__name__}, weights files hold a dict.")
+    return state
+
+
+def _reason(error: Exception) -> str:
+    """The line of PyTorch's message that says what is wrong, without its advice to trust the file."""
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    refused = (line for line in lines if line.startswith("WeightsUnpickler error"))
+    return next(refused, lines[0]).partition(". Please")[0]
 
 
 def model_state(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -101,6 +127,6 @@ def weights_digest(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

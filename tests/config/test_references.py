@@ -84,6 +84,8 @@ HOSTILE = [
     "torch.multiprocessing:spawn",
     "torch.nn.functional:importlib.import_module",
     "torch.nn.functional:_add_docstr",
+    "torch.nn.functional:has_torch_function",
+    "torch.nn.functional:handle_torch_function",
     "torch.nn.functional:relu.__globals__",
     "torch.nn.functional:relu.__globals__.get",
     "torch.nn.functional:relu.__class__",
@@ -128,6 +130,11 @@ HOSTILE = [
     "numpy:load",
     "monai.bundle:ConfigParser",
     "monai.bundle.scripts:run",
+    "monai.networks.utils:save_state",
+    "torchvision.datasets.utils:download_url",
+    "torchvision.io:write_file",
+    "timm.utils.summary:update_summary",
+    "timm.models._helpers:load_checkpoint",
     "__main__:main",
     ".config.config:os.system",
     ".config.config:os.environ.get",
@@ -428,6 +435,21 @@ def test_a_function_that_a_project_file_merely_imports_is_refused(project, monke
         with pytest.raises(ReferenceProblem, match="outside of what may be restored"):
             resolve(f"my_losses:{name}")
     del sys.modules["my_losses"]
+
+
+def test_an_instance_in_a_project_file_is_refused(project, monkeypatch):
+    write(project / "my_things.py", "class Thing: ...\nthing = Thing()\n")
+    monkeypatch.syspath_prepend(project)
+    assert isinstance(resolve("my_things:Thing"), type)
+    with pytest.raises(ReferenceProblem, match="outside of what may be restored"):
+        resolve("my_things:thing")
+    del sys.modules["my_things"]
+
+
+@pytest.mark.parametrize("name", ["torch:nn.ELU", ".utils.loss:functional.relu", ".models:unet.UNET"])
+def test_a_name_does_not_lead_through_another_module(name):
+    with pytest.raises(ReferenceProblem, match="is a module"):
+        resolve(name)
 
 
 def test_a_folder_of_the_project_that_is_no_package_is_not_its_module(project):

@@ -70,7 +70,9 @@ def test_the_number_of_workers_does_not_change_the_weights(datasets, tiny_config
         for workers in (0, 2)
     ]
     assert results[0].digest == results[1].digest
-    assert [event["train.loss"] for event in results[0].history] == [event["train.loss"] for event in results[1].history]
+    assert [event["train.loss"] for event in results[0].history] == [
+        event["train.loss"] for event in results[1].history
+    ]
 
 
 def test_what_happens_to_the_generators_outside_does_not_matter(datasets, tiny_config, global_config):
@@ -216,7 +218,12 @@ def test_it_stops_when_nothing_improves(datasets, tiny_config, global_config, ca
 
 
 def test_accumulation_makes_the_steps_of_larger_batches(datasets, tiny_config, global_config):
-    tiny_config |= {"OPTIMIZER": torch.optim.SGD, "OPTIMIZER_CONFIG": {"lr": 0.1}, "EPOCHS": 1, "VALIDATION_FRACTION": 0}
+    tiny_config |= {
+        "OPTIMIZER": torch.optim.SGD,
+        "OPTIMIZER_CONFIG": {"lr": 0.1},
+        "EPOCHS": 1,
+        "VALIDATION_FRACTION": 0,
+    }
     tiny_config["MODEL_CONFIG"] |= {"dropout": 0.0, "norm": None}
     states = []
     for batch_size, accumulate in ((8, 1), (4, 2), (2, 4)):
@@ -464,7 +471,9 @@ def test_all_problems_are_told_at_once_and_nothing_is_written(datasets, tiny_con
         train(*datasets, config, global_config)
     for part in ("EPOCHS?", "cuda:77", "lambda", "ACCUMULATE", "dropout?"):
         assert part in str(caught.value)
-    assert not Path(global_config["ROOT_PATH"]).exists() or not list(Path(global_config["ROOT_PATH"]).rglob("config.json"))
+    assert not Path(global_config["ROOT_PATH"]).exists() or not list(
+        Path(global_config["ROOT_PATH"]).rglob("config.json")
+    )
 
 
 def test_problems_of_config_and_data_are_told_together(tmp_path, pairs_dir, datasets, tiny_config, global_config):

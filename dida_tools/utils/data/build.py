@@ -6,6 +6,7 @@ from typing import Any
 from ...config.keys import copy_config
 from .datasets import NpyDataset
 from .fingerprint import folders_of, suggest
+from .images import DataError
 
 
 def build_datasets(config: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -15,6 +16,10 @@ def build_datasets(config: dict[str, Any]) -> tuple[Any, Any, Any]:
     :return: the training, test and validation set; None where DATASET_CONFIG has no such part
     :raises DataError: if they cannot be made
     """
+    if config.get("DATASET") is None or "train" not in (config.get("DATASET_CONFIG") or {}):
+        raise DataError(
+            ['the config names no training data: set DATASET and DATASET_CONFIG["train"], or give a folder']
+        )
     parts = {part: config["DATASET"](**arguments) for part, arguments in config["DATASET_CONFIG"].items()}
     return parts["train"], parts.get("test"), parts.get("validation")
 
@@ -30,11 +35,12 @@ def use_folder(config: dict[str, Any], folder: Path, cache_file: Path | None = N
     places = {part: (str(x_dir), str(y_dir)) for part, (x_dir, y_dir) in folders_of(folder.resolve()).items()}
     suggestion = suggest(NpyDataset(*places["train"]), cache_file)
     for_training = suggestion.pop("DATASET_CONFIG")
-    for_training["augment"] = config["DATASET_CONFIG"]["train"].get("augment", ())
+    arguments = (config.get("DATASET_CONFIG") or {}).get("train", {})
+    for_training["augment"] = arguments.get("augment", ())
     config["DATASET"] = NpyDataset
     config["DATASET_CONFIG"] = {
         part: {"x_dir": x_dir, "y_dir": y_dir} | (for_training if part == "train" else {"task": for_training["task"]})
         for part, (x_dir, y_dir) in places.items()
     }
-    config["MODEL_CONFIG"] |= suggestion.pop("MODEL_CONFIG")
+    config["MODEL_CONFIG"] = config.get("MODEL_CONFIG", {}) | suggestion.pop("MODEL_CONFIG")
     return config | suggestion

@@ -52,7 +52,7 @@ class DataContract:
     def from_dict(cls, stored: dict[str, Any]) -> "DataContract":
         """Reads what to_dict wrote; ignores what a later version may have added."""
         known = {field.name for field in fields(cls)}
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def problems(self, image: np.ndarray) -> list[str]:
@@ -61,13 +61,13 @@ class DataContract:
         if image.shape[-1] != self.channels:
             names = f" ({', '.join(self.channel_names)})" if self.channel_names else ""
             found.append(f"it has {image.shape[-1]} channels, the model was trained on {self.channels}{names}")
-        if str(image.dtype) != self.dtype:
+        if image.dtype.name != self.dtype:
             found.append(
                 f"it is {image.dtype}, the model was trained on {self.dtype} files, whose values were multiplied with "
                 f"{self.scale:g}: convert it to {self.dtype} with the same range of values"
             )
         elif image.dtype.kind == "f":
-            bad = ~np.isfinite(image[has_data(image, self.nodata)])
+            bad = ~np.isfinite(image) & has_data(image, self.nodata)[..., None]
             if bad.any():
                 found.append(f"it has {int(bad.sum())} NaN or infinite values: replace them, or name them as nodata")
         return found
@@ -80,11 +80,13 @@ class DataContract:
         :return: (C, H, W) in float32, 0 where there is no data; and where there is data, (H, W) bool
         """
         valid = has_data(image, self.nodata)
-        values = image.astype(np.float32) * np.float32(self.scale)
+        kind = np.float32 if image.dtype.itemsize <= 2 else np.float64  # of a large mean, float32 loses the deviation
+        values = np.multiply(image, self.scale, dtype=kind)
         if len(self.mean):
-            values = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+            values = (values - np.asarray(self.mean, kind)) / np.asarray(self.std, kind)
         values[~valid] = 0
-        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, 0))), torch.from_numpy(valid)
+        channels_first = np.ascontiguousarray(np.moveaxis(values, -1, 0), np.float32)
+        return torch.from_numpy(channels_first), torch.from_numpy(valid)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Logits (N, C, ...) as probabilities of the classes in float32; values of a regression as they are."""

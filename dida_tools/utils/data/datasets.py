@@ -5,8 +5,8 @@ The routines train on any data set of (input, target) pairs. These offer more, w
 and which your own data set may offer too:
 
 - ``arguments``: what it was built with, for the record
-- ``check(cache_file, num_classes)``: raises DataError with everything that is wrong, before training starts
-- ``contract(normalise)`` and ``with_contract(contract)``: how images are read, fitted on this data set, then applied to all
+- ``check(cache_file, num_classes, training)``: raises DataError with everything that is wrong, before training starts
+- ``contract(normalise)``, ``with_contract(contract)``: how images are read, fitted on this data set, applied to all
 - ``split(fraction, seed)``: two data sets; ``for_evaluation()``: without augmentation, every pixel once
 - ``sample_name(index)``: for messages; ``sample_shape(index)``: evaluation batches samples of the same shape
 """
@@ -25,10 +25,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .contract import TASKS, DataContract, default_scale
-from .facts import Facts, merge_moments, scan_files, scan_image, scan_mask
+from .facts import Facts, Moments, merge_moments, scan_files, scan_image, scan_mask
 from .images import DataError, ImageInfo, Window, image_info, list_images, read_image
-
-_TRIES = 10  # windows drawn to find a wanted class
 
 
 class NpyDataset(Dataset):
@@ -63,13 +61,14 @@ class NpyDataset(Dataset):
         :param crop: edge of the random crops in pixels; None takes whole images, which then need the same size
         :param crops_per_image: samples of each image in an epoch
         :param foreground: part of the crops that are drawn to hold a class other than 0, each class as often as another
+            (not for "values")
         :param augment: functions of transforms.py, such as transforms.STANDARD
         :param task: "multi-class", "multi-label" or "values"
         :param class_names: names of the classes, in the order of their numbers
         :param channel_names: names of the channels of the images, in their order
         :param mask_values: class number of values in the masks, such as {255: 1} or {(255, 0, 0): 1}; others stay
         :param ignore_index: class number of pixels that count nowhere
-        :param nodata: value of pixels without data, if the files do not state it; they count nowhere
+        :param nodata: value of pixels without data, if the files do not state it; they count nowhere (but for "values")
         :param scale: what images are multiplied with; None divides integers by the largest value of their type
         :param tile: largest edge of a sample in evaluation, in pixels
         :raises DataError: if the folders do not hold pairs, with every missing or surplus partner
@@ -78,6 +77,9 @@ class NpyDataset(Dataset):
         self.arguments |= {"x_dir": str(x_dir), "y_dir": str(y_dir)}
         if task not in TASKS:
             raise ValueError(f"task is {task!r}: choose one of {', '.join(TASKS)}.")
+        for name, edge in {"crop": crop, "crops_per_image": crops_per_image, "tile": tile}.items():
+            if edge is not None and edge < 1:
+                raise ValueError(f"{name} is {edge}: it is at least 1.")
         self.images, self.masks = pair_files(Path(x_dir), Path(y_dir))
         self.crop, self.crops_per_image, self.foreground, self.augment = (
             crop,
@@ -98,8 +100,8 @@ class NpyDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """
-        :return: the image (C, H, W) in float32, and its mask: (H, W) in int64 for "multi-class", (C, H, W) in float32 for
-            "multi-label" and "values"
+        :return: the image (C, H, W) in float32, and its mask: (H, W) in int64 for "multi-class", (C, H, W) in float32
+            for "multi-label" and "values"
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -113,7 +115,7 @@ class NpyDataset(Dataset):
                 image, mask = transform(image, mask)
         return image.contiguous(), mask.contiguous()
 
-    # ------------------------------------------------------------------------------------------------- windows and masks
+    # ------------------------------------------------------------------------------------------------ windows and masks
 
     def _choose_window(self, index: int) -> tuple[int, Window]:
         if self._windows is not None:
@@ -123,35 +125,36 @@ class NpyDataset(Dataset):
         if self.crop is None:
             return number, Window(0, 0, height, width)
         if self.foreground and self.task != "values" and torch.rand(()) < self.foreground:
-            classes = self._foreground_classes(number)
-            if classes:
-                return number, self._window_with(classes[int(torch.randint(len(classes), ()))], number, height, width)
+            places = list(self._foreground_places(number).values())
+            if places:
+                of_class = places[int(torch.randint(len(places), ()))]
+                return number, self._random_window(height, width, of_class[int(torch.randint(len(of_class), ()))])
         return number, self._random_window(height, width)
 
-    def _random_window(self, height: int, width: int) -> Window:
+    def _random_window(self, height: int, width: int, place: int | None = None) -> Window:
+        """A window anywhere, or one that holds a place (row * width + column)."""
         size = self.crop or 0
         if size > min(height, width):
             raise DataError([f"the crop of {size} pixels is larger than an image of {height} x {width}"])
-        top, left = int(torch.randint(height - size + 1, ())), int(torch.randint(width - size + 1, ()))
-        return Window(top, left, size, size)
+        row, column = (None, None) if place is None else divmod(place, width)
+        return Window(_random_start(height, size, row), _random_start(width, size, column), size, size)
 
-    def _window_with(self, wanted: int, number: int, height: int, width: int) -> Window:
-        """The one of some windows that holds most of a class: no need to read the whole mask."""
-        windows = [self._random_window(height, width) for _ in range(_TRIES)]
-        return max(windows, key=lambda window: self._amount(wanted, number, window))
+    def _foreground_places(self, number: int) -> dict[int, list[int]]:
+        """Some places of each class other than 0 in a mask."""
+        fact = self._fact(self.masks[number])
+        places: dict[int, list[int]] = {}
+        for (value, _), noted in zip(fact.get("values") or [], fact.get("places") or [], strict=True):
+            for label in self._labels(value):
+                places.setdefault(label, []).extend(noted)
+        return places
 
-    def _amount(self, wanted: int, number: int, window: Window) -> int:
-        mask = self._read_mask(number, window)
-        return int((mask == wanted).sum() if self.task == "multi-class" else (mask[wanted] == 1).sum())
-
-    def _foreground_classes(self, number: int) -> list[int]:
-        values = [value for value, _ in self._fact(self.masks[number]).get("values") or []]
+    def _labels(self, value: Any) -> list[int]:
+        """The classes other than 0 of a pixel that has this value."""
         if self.task == "multi-class":
-            mapped = {self._class_of(value) for value in values}
-            return sorted(value for value in mapped if isinstance(value, int) and value not in (0, self.ignore_index))
-        rows = [value if isinstance(value, list) else [value] for value in values]
-        mapped_rows = [[self._class_of(value) for value in row] for row in rows]
-        return sorted({label for row in mapped_rows for label, value in enumerate(row) if value == 1})
+            label = self._class_of(value)
+            return [label] if isinstance(label, int) and label not in (0, self.ignore_index) else []
+        row = value if isinstance(value, list) else [value]
+        return [label for label, part in enumerate(row) if self._class_of(part) == 1]
 
     def _class_of(self, value: Any) -> Any:
         value = tuple(value) if isinstance(value, list) else value
@@ -165,7 +168,7 @@ class NpyDataset(Dataset):
             return torch.from_numpy(mask[..., 0].astype(np.int64))
         return torch.from_numpy(np.moveaxis(mask, -1, 0).astype(np.float32))
 
-    # ------------------------------------------------------------------------------------------------------ reading images
+    # --------------------------------------------------------------------------------------------------- reading images
 
     def _image_info(self, number: int) -> ImageInfo:
         file = self.images[number]
@@ -183,6 +186,12 @@ class NpyDataset(Dataset):
         if not all(file in self._facts for file in [*self.images, *self.masks]):
             self._facts = scan_files(self.images, scan_image, cache_file, nodata=self.nodata)
             self._facts |= scan_files(self.masks, scan_mask, cache_file)
+            for file in self.images:
+                fact = self._facts[file]
+                if "problem" not in fact:  # saves opening the file for them
+                    nodata = None if fact["nodata"] is None else float(fact["nodata"])
+                    height, width, channels = fact["shape"]
+                    self._info[file] = ImageInfo((height, width, channels), fact["dtype"], nodata)
         return self._facts
 
     def _reading(self) -> DataContract:
@@ -208,20 +217,30 @@ class NpyDataset(Dataset):
         contract = self._plain_contract()
         if not normalise:
             return contract
-        count, mean, m2 = 0, 0.0, 0.0
+        moments: Moments = (0, 0.0, 0.0)
         for file in self.images:
             facts = self._fact(file, cache_file)
             part = (np.array(facts["count"]), np.array(facts["mean"]), np.array(facts["m2"]))
-            count, mean, m2 = merge_moments((count, mean, m2), part)
+            moments = merge_moments(moments, part)
+        count, mean, m2 = moments
         std = np.sqrt(m2 / np.maximum(count, 1)) * contract.scale
-        std = np.where(std > 0, std, 1.0)  # a constant channel becomes 0
         mean = np.asarray(mean) * contract.scale
+        std = np.where(std > 1e-12 * np.abs(mean), std, 1.0)  # a constant channel becomes 0
         return dataclasses.replace(contract, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
     # ------------------------------------------------------------------------------------------- what the routines call
 
     def with_contract(self, contract: DataContract) -> "NpyDataset":
-        """A copy that reads its images by this contract, usually that of the training set."""
+        """
+        A copy that reads its images by this contract, usually that of the training set.
+
+        :raises DataError: with each image that has other channels or another dtype
+        """
+        problems = []
+        for number, file in enumerate(self.images):
+            problems += _contract_problems(contract, file, self._image_info(number))
+        if problems:
+            raise DataError(problems)
         other = copy.copy(self)
         other._contract = contract
         return other
@@ -257,7 +276,7 @@ class NpyDataset(Dataset):
         other = copy.copy(self)
         other.images = [self.images[number] for number in numbers]
         other.masks = [self.masks[number] for number in numbers]
-        return other
+        return other if self._windows is None else other.for_evaluation()
 
     def sample_name(self, index: int) -> str:
         """The image's file name, for messages."""
@@ -272,20 +291,24 @@ class NpyDataset(Dataset):
         _, window = self._choose_window(index)
         return window.height, window.width
 
-    def check(self, cache_file: Path | None = None, num_classes: int | None = None) -> None:
+    def check(self, cache_file: Path | None = None, num_classes: int | None = None, training: bool = True) -> None:
         """
         Reads every file once and checks all that training relies on.
 
         :param num_classes: number of the model's output channels, if class numbers are to be checked against it
-        :raises DataError: with everything that is wrong: unreadable files, NaN, mixed channels, dtypes or sizes, masks of
-            another size than their image or with values outside the classes
+        :param training: whether crops are taken, or whole images evaluated
+        :raises DataError: with everything that is wrong: unreadable files, NaN, mixed channels, dtypes, nodata values
+            or sizes, masks of another size than their image or with values outside the classes
         """
         facts = self.scan(cache_file)
         problems = [facts[file]["problem"] for file in [*self.images, *self.masks] if "problem" in facts[file]]
         images = {file: facts[file] for file in self.images if "problem" not in facts[file]}
         problems += _odd_ones_out({file: fact["shape"][2] for file, fact in images.items()}, "channels")
         problems += _odd_ones_out({file: fact["dtype"] for file, fact in images.items()}, "as dtype")
-        if self.crop is None:
+        problems += _odd_ones_out({file: fact["nodata"] for file, fact in images.items()}, "as nodata value")
+        masks = {file: facts[file]["shape"][2] for file in self.masks if "problem" not in facts[file]}
+        problems += _odd_ones_out(masks, "channels")
+        if training and self.crop is None:
             odd = _odd_ones_out({file: "{} x {}".format(*fact["shape"]) for file, fact in images.items()}, "pixels")
             problems += [f"{problem}: images of several sizes need a crop" for problem in odd]
         for file, fact in images.items():
@@ -293,7 +316,7 @@ class NpyDataset(Dataset):
                 problems.append(
                     f"{file}: {fact['damaged']} values are NaN or infinite: replace them, or name them as nodata"
                 )
-            if self.crop is not None and self.crop > min(fact["shape"][:2]):
+            if training and self.crop is not None and self.crop > min(fact["shape"][:2]):
                 size = "{} x {}".format(*fact["shape"])
                 problems.append(f"{file}: its size is {size} pixels, too small for a crop of {self.crop}")
         for image, mask in zip(self.images, self.masks, strict=True):
@@ -332,8 +355,8 @@ class NpyDataset(Dataset):
             elif found:
                 allowed = f"0 to {num_classes - 1}" if num_classes else "0 and above"
                 problems.append(
-                    f"the values {', '.join(found[:8])} are outside of the classes {allowed} (ignored: {self.ignore_index}): "
-                    "map them with MASK_VALUES, such as {255: 1}, or correct ch_out"
+                    f"the values {', '.join(found[:8])} are outside of the classes {allowed} "
+                    f"(ignored: {self.ignore_index}): map them with MASK_VALUES, such as {255: 1}, or correct ch_out"
                 )
             return problems
         flat = {v for value, _ in mask["values"] for v in (value if isinstance(value, list) else [value])}
@@ -384,9 +407,7 @@ class NpyPredictionDataset(Dataset):
         problems = []
         for file in self.files:
             try:
-                info = image_info(file)
-                corner = np.zeros((1, 1, info.shape[2]), info.dtype)
-                problems += [f"{file}: {problem}" for problem in contract.problems(corner)]
+                problems += _contract_problems(contract, file, image_info(file))
             except DataError as error:
                 problems += error.problems
         if problems:
@@ -434,6 +455,11 @@ def pair_files(x_dir: Path, y_dir: Path) -> tuple[list[Path], list[Path]]:
     return list(images.values()), [masks[stem] for stem in images]
 
 
+def _contract_problems(contract: DataContract, file: Path, info: ImageInfo) -> list[str]:
+    pixel = np.zeros((1, 1, info.shape[2]), info.dtype)
+    return [f"{file}: {problem}" for problem in contract.problems(pixel)]
+
+
 def map_values(mask: np.ndarray, mask_values: dict | None) -> np.ndarray:
     """
     Replaces values of a mask (H, W, C) by class numbers; values that are not named stay.
@@ -451,6 +477,14 @@ def map_values(mask: np.ndarray, mask_values: dict | None) -> np.ndarray:
     for value, number in mask_values.items():
         result[mask == value] = number
     return result
+
+
+def _random_start(length: int, size: int, place: int | None) -> int:
+    """Where a part of some size begins, so that it is within the length, and holds the place if there is one."""
+    low, high = 0, length - size
+    if place is not None:
+        low, high = max(low, place - size + 1), min(high, place)
+    return low + int(torch.randint(high - low + 1, ()))
 
 
 def _several_channels(channels: int) -> str:

@@ -16,10 +16,12 @@ import numpy as np
 from filelock import FileLock
 
 from ..path import write_atomic
-from .images import DataError, Window, image_info, read_image
+from .images import DataError, image_info, read_bands
 
-_ROWS_PIXELS = 2**22  # an image is read in bands of about this many pixels, so that memory stays small
+_VERSION = 1  # a change of what is found out gets a new number, so that older caches are not used
+_BAND_VALUES = 2**22  # an image is read in bands of at most so many values, so that memory stays small
 _MAX_VALUES = 4096  # a mask with more different values is none
+_MAX_PLACES = 16  # places of each value that are noted in each band
 
 Facts = dict[str, Any]
 
@@ -37,21 +39,23 @@ def scan_files(
     """
     files = list(files)
     cache = _read_cache(cache_file)
-    keys = {file: f"{scan.__name__}{sorted(options.items())}:{file.absolute()}" for file in files}
-    stamps = {file: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-    missing = [file for file in files if cache.get(keys[file], {}).get("stamp") != stamps[file]]
+    keys = {file: f"{_VERSION}:{scan.__name__}{sorted(options.items())}:{file.absolute()}" for file in files}
+    stamps = {file: _stamp(file) for file in files}
+    missing = [file for file in files if not stamps[file] or cache.get(keys[file], {}).get("stamp") != stamps[file]]
 
     def scan_one(file: Path) -> Facts:
         try:
             return scan(file, **options)
-        except DataError as error:
-            return {"problem": error.problems[0]}
+        except (DataError, OSError) as error:
+            return {"problem": error.problems[0] if isinstance(error, DataError) else f"{file}: {error}"}
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for file, facts in zip(missing, pool.map(scan_one, missing), strict=True):
             cache[keys[file]] = {"stamp": stamps[file], "facts": facts}
     if missing and cache_file is not None:
-        _write_cache(cache_file, {keys[file]: cache[keys[file]] for file in missing})
+        entries = {keys[file]: cache[keys[file]] for file in missing}
+        # What cannot be read may be readable later without a change of the file, such as of its permissions.
+        _write_cache(cache_file, {key: entry for key, entry in entries.items() if "problem" not in entry["facts"]})
     return {file: cache[keys[file]]["facts"] for file in files}
 
 
@@ -64,14 +68,12 @@ def scan_image(file: Path, nodata: float | None = None) -> Facts:
         each channel min, max, count, mean and m2 (sum of squared differences from the mean) in float64
     """
     info = image_info(file)
-    height, width, channels = info.shape
+    channels = info.shape[2]
     nodata = info.nodata if nodata is None else nodata
-    rows = max(1, _ROWS_PIXELS // width)
     low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
     count, mean, m2 = np.zeros(channels, np.int64), np.zeros(channels), np.zeros(channels)
     damaged = 0
-    for top in range(0, height, rows):
-        band = read_image(file, Window(top, 0, min(rows, height - top), width)).reshape(-1, channels)
+    for band in read_bands(file, _BAND_VALUES):
         band = band[has_data(band, nodata)]
         finite = np.isfinite(band)
         damaged += int(band.size - finite.sum())
@@ -101,31 +103,53 @@ def scan_mask(file: Path) -> Facts:
     Reads a mask once.
 
     :return: sha256, shape, dtype, damaged, and values: [[value, number of pixels], ...] of an integer mask, where the
-        value of a mask with several channels is a list; None where there are too many for a mask
+        value of a mask with several channels is a list; None where there are too many for a mask. places: for each
+        value the numbers (row * width + column) of some of its pixels, spread over the mask
     """
     info = image_info(file)
-    height, width, channels = info.shape
-    rows = max(1, _ROWS_PIXELS // width)
-    damaged, totals = 0, {}
+    channels = info.shape[2]
+    damaged, first_pixel = 0, 0
     is_integer = np.dtype(info.dtype).kind in "bui"
-    for top in range(0, height, rows):
-        band = read_image(file, Window(top, 0, min(rows, height - top), width)).reshape(-1, channels)
-        damaged += int(band.size - np.isfinite(band).sum())
-        if is_integer and totals is not None:
-            found, counts = np.unique(band, axis=0 if channels > 1 else None, return_counts=True)
-            for value, number in zip(found.tolist(), counts.tolist(), strict=True):
-                key = tuple(value) if channels > 1 else value
-                totals[key] = totals.get(key, 0) + number
-            if len(totals) > _MAX_VALUES:
-                totals = None
-    values = [[list(key) if channels > 1 else key, number] for key, number in sorted((totals or {}).items())]
+    found: dict[Any, tuple[int, list[int]]] | None = {} if is_integer else None
+    for band in read_bands(file, _BAND_VALUES):
+        pixels = band.reshape(-1, channels)
+        damaged += int(pixels.size - np.isfinite(pixels).sum())
+        if found is not None:
+            codes = _codes(pixels)
+            order = codes.argsort(kind="stable")
+            starts = np.flatnonzero(np.diff(codes[order], prepend=~codes[order[:1]]))
+            if len(starts) > _MAX_VALUES:
+                found = None
+                continue
+            most = min(_MAX_PLACES, _MAX_VALUES // len(starts))
+            for same in np.split(order, starts[1:]):
+                value = pixels[same[0]].tolist()
+                number, places = found.get(tuple(value), (0, []))
+                some = same[np.linspace(0, len(same) - 1, min(len(same), most)).astype(int)] + first_pixel
+                found[tuple(value)] = number + len(same), places + some.tolist()
+            found = None if len(found) > _MAX_VALUES else found
+        first_pixel += len(pixels)
+    in_order = sorted((found or {}).items())
     return {
         "sha256": _sha256(file),
         "shape": list(info.shape),
         "dtype": info.dtype,
         "damaged": damaged,
-        "values": values if is_integer and totals is not None else None,
+        "values": None if found is None else [[list(v) if channels > 1 else v[0], n] for v, (n, _) in in_order],
+        "places": [places for _, (_, places) in in_order],
     }
+
+
+def _codes(pixels: np.ndarray) -> np.ndarray:
+    """A number for each pixel (N, C), the same for equal ones alone."""
+    if pixels.shape[1] == 1:
+        return pixels[:, 0]
+    size = pixels.shape[1] * pixels.itemsize
+    if size > 8:
+        return np.unique(pixels, axis=0, return_inverse=True)[1].ravel()
+    codes = np.zeros((len(pixels), 8), np.uint8)  # many times faster than np.unique
+    codes[:, :size] = np.ascontiguousarray(pixels).view(np.uint8)
+    return codes.view(np.uint64)[:, 0]
 
 
 def has_data(pixels: np.ndarray, nodata: float | None) -> np.ndarray:
@@ -145,6 +169,13 @@ def merge_moments(one: Moments, other: Moments) -> Moments:
     delta = other[1] - one[1]
     share = other[0] / np.maximum(count, 1)
     return count, one[1] + delta * share, one[2] + other[2] + delta**2 * one[0] * share
+
+
+def _stamp(file: Path) -> list[int]:
+    try:
+        return [file.stat().st_size, file.stat().st_mtime_ns]
+    except OSError:
+        return []  # a link to nothing, say; scanning will tell
 
 
 def _sha256(file: Path) -> str:

@@ -30,7 +30,7 @@ def fingerprint(dataset: NpyDataset, cache_file: Path | None = None) -> dict[str
     """
     What is in a data set.
 
-    :return: number of images, sizes, channels, dtypes, part of each mask value, and for each channel min, max, mean, std
+    :return: number of images, sizes, channels, dtypes, part of each mask value, and of each channel min, max, mean, std
     :raises DataError: if a file cannot be read
     """
     facts = dataset.scan(cache_file)
@@ -45,6 +45,7 @@ def fingerprint(dataset: NpyDataset, cache_file: Path | None = None) -> dict[str
         else:
             values.update({_hashable(value): number for value, number in mask["values"]})
     total = sum(values.values()) if values else 1
+    in_order = sorted((values or {}).items(), key=lambda item: np.atleast_1d(item[0]).tolist())
     channels = Counter(image["shape"][2] for image in images)
     summary: dict[str, Any] = {
         "images": len(images),
@@ -53,15 +54,15 @@ def fingerprint(dataset: NpyDataset, cache_file: Path | None = None) -> dict[str
         "dtypes": Counter(image["dtype"] for image in images),
         "mask channels": Counter(mask["shape"][2] for mask in masks),
         "mask dtypes": Counter(mask["dtype"] for mask in masks),
-        "mask values": None if values is None else {value: number / total for value, number in sorted(values.items())},
+        "mask values": None if values is None else {value: number / total for value, number in in_order},
         "statistics": [],
     }
     if len(channels) == 1:
         contract = dataset.contract(normalise=True, cache_file=cache_file)
         summary["statistics"] = [
             {
-                "min": min(image["min"][channel] for image in images),
-                "max": max(image["max"][channel] for image in images),
+                "min": min((image["min"][channel] for image in images if image["count"][channel]), default=0.0),
+                "max": max((image["max"][channel] for image in images if image["count"][channel]), default=0.0),
                 "mean": contract.mean[channel] / contract.scale,
                 "std": contract.std[channel] / contract.scale,
             }
@@ -93,20 +94,20 @@ def suggest(dataset: NpyDataset, cache_file: Path | None = None) -> dict[str, An
     metrics = {"f1": f1, "precision": precision, "recall": recall, "iou": iou, "accuracy": accuracy}
     suggestion |= {"METRICS": metrics}
     if mask_channels > 1:
-        labels = {number for value in values for number in value}
-        if not labels <= {0, 1, 255}:
-            colours = sorted(values)
-            suggestion["MASK_VALUES"] = {colour: number for number, colour in enumerate(colours)}
-            suggestion["MODEL_CONFIG"]["ch_out"] = max(2, len(colours))
+        labels = {number for value in values for number in np.atleast_1d(value).tolist()}
+        if not labels <= {0, 1, 255} or (mask_channels == 3 and 255 in labels and 1 not in labels):
+            suggestion["MASK_VALUES"] = {colour: number for number, colour in enumerate(values)}
+            suggestion["MODEL_CONFIG"]["ch_out"] = max(2, len(values))
+            suggestion["DATASET_CONFIG"]["foreground"] = 0.3
             return suggestion
         suggestion["DATASET_CONFIG"]["task"] = "multi-label"
         suggestion["MODEL_CONFIG"]["ch_out"] = mask_channels
         suggestion |= {"LOSS": dice_bce_sum}
-        if labels == {0, 255}:
+        if 255 in labels and 1 not in labels:
             suggestion["MASK_VALUES"] = {255: 1}
         return suggestion
     classes = [value for value in values if value != dataset.ignore_index]
-    if set(values) == {0, 255}:
+    if 255 in values and set(values) <= {0, 255}:
         suggestion["MASK_VALUES"] = {255: 1}
         classes = [0, 1]
     elif classes != list(range(len(classes))) and max(classes) >= 2 * len(classes):

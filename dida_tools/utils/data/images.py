@@ -6,25 +6,28 @@ An image is (H, W, C) here, channels last, in the dtype of its file. Windows of 
 the rest of the image.
 """
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ...config.errors import UserError
 
-ENDINGS = (".npy", ".npz", ".png", ".jpg", ".jpeg", ".tif", ".tiff")  # <- your formats here, and in the two functions
+ENDINGS = (".npy", ".npz", ".png", ".jpg", ".jpeg", ".tif", ".tiff")  # <- your formats here, and below
+_RASTERS = (".tif", ".tiff")
 
 
 class DataError(UserError):
     """Data that cannot be used. Its message lists every problem."""
 
     def __init__(self, problems: Sequence[str], max_listed: int = 50) -> None:
-        self.problems = list(problems)
+        # A single string is what DataLoader passes on from its workers.
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
         listed = [f"  - {problem}" for problem in self.problems[:max_listed]]
         if len(self.problems) > max_listed:
             listed.append(f"  - and {len(self.problems) - max_listed} more")
@@ -62,19 +65,12 @@ def image_info(path: Path) -> ImageInfo:
 
     :raises DataError: if the file cannot be read as an image
     """
-    try:
-        if path.suffix.lower() in (".tif", ".tiff"):
+    with _named(path):
+        if path.suffix.lower() in _RASTERS:
             with _open_raster(path) as raster:
-                if len(set(raster.dtypes)) > 1:
-                    raise ValueError(f"its bands have several dtypes ({', '.join(sorted(set(raster.dtypes)))})")
                 return ImageInfo((raster.height, raster.width, raster.count), raster.dtypes[0], raster.nodata)
-        if path.suffix.lower() == ".npy":
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            array = _read_whole(path)
-        return ImageInfo(_three_dimensions(array).shape, str(array.dtype))
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise DataError([f"{path}: cannot be read as an image ({_one_line(error)})"]) from error
+        array = _open_array(path)
+        return ImageInfo(array.shape, array.dtype.name)
 
 
 def read_image(path: Path, window: Window | None = None) -> np.ndarray:
@@ -84,24 +80,57 @@ def read_image(path: Path, window: Window | None = None) -> np.ndarray:
     :return: (H, W, C) in the dtype of the file
     :raises DataError: if the file cannot be read as an image
     """
-    try:
-        if path.suffix.lower() in (".tif", ".tiff"):
+    with _named(path):
+        if path.suffix.lower() in _RASTERS:
             with _open_raster(path) as raster:
-                part = None if window is None else ((window.top, window.top + window.height), _columns(window))
+                part = None if window is None else (_rows(window), _columns(window))
                 return np.moveaxis(raster.read(window=part), 0, -1)
-        if path.suffix.lower() == ".npy":
-            array = _three_dimensions(np.load(path, mmap_mode="r", allow_pickle=False))
-        else:
-            array = _three_dimensions(_read_whole(path))
-        if window is not None:
-            array = array[window.top : window.top + window.height, slice(*_columns(window))]
-        return np.array(array)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        array = _open_array(path)
+        return np.array(array if window is None else array[slice(*_rows(window)), slice(*_columns(window))])
+
+
+def read_bands(path: Path, max_values: int) -> Iterator[np.ndarray]:
+    """
+    Reads an image from top to bottom, in bands of whole rows that hold at most max_values, but at least one row.
+
+    :return: (rows, W, C) each, in the dtype of the file
+    :raises DataError: if the file cannot be read as an image
+    """
+    height, width, channels = image_info(path).shape
+    rows = max(1, max_values // (width * channels))
+    with _named(path), contextlib.ExitStack() as stack:  # opened once: formats without windows are decoded once
+        is_raster = path.suffix.lower() in _RASTERS
+        source: Any = stack.enter_context(_open_raster(path)) if is_raster else _open_array(path)
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            if is_raster:
+                yield np.moveaxis(source.read(window=((top, bottom), (0, width))), 0, -1)
+            else:
+                yield source[top:bottom]
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors become a DataError with the file's name."""
+    try:
+        yield
+    except Exception as error:  # damaged files make decoders raise all kinds
         raise DataError([f"{path}: cannot be read as an image ({_one_line(error)})"]) from error
+
+
+def _rows(window: Window) -> tuple[int, int]:
+    return window.top, window.top + window.height
 
 
 def _columns(window: Window) -> tuple[int, int]:
     return window.left, window.left + window.width
+
+
+def _open_array(path: Path) -> np.ndarray:
+    """(H, W, C); of .npy files, nothing is read yet."""
+    if path.suffix.lower() == ".npy":
+        return _three_dimensions(np.load(path, mmap_mode="r", allow_pickle=False))
+    return _three_dimensions(_read_whole(path))
 
 
 def _read_whole(path: Path) -> np.ndarray:
@@ -112,6 +141,11 @@ def _read_whole(path: Path) -> np.ndarray:
             return arrays[arrays.files[0]]
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(f"its ending is none of {', '.join(ENDINGS)}")
+    with open(path, "rb") as stream:
+        header = stream.read(26)
+    if header.startswith(b"\x89PNG") and header[24:25] == b"\x10" and header[25:] != b"\x00":
+        with _open_raster(path) as raster:  # Pillow takes 16-bit colours for 8-bit ones
+            return np.moveaxis(raster.read(), 0, -1)
     with Image.open(path) as image:
         array = np.asarray(image)  # of palette images, the numbers
     return array.astype(np.uint8) if array.dtype == bool else array
@@ -123,7 +157,17 @@ def _open_raster(path: Path):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # plain TIFFs are welcome
-        return rasterio.open(path)
+        raster = rasterio.open(path)
+    if raster.subdatasets:
+        problem = f"it holds {len(raster.subdatasets)} images instead of one"
+    elif len(set(raster.dtypes)) > 1:
+        problem = f"its bands have several dtypes ({', '.join(sorted(set(raster.dtypes)))})"
+    elif np.dtype(raster.dtypes[0]).kind not in "buif":
+        problem = f"its dtype is {raster.dtypes[0]}, an image holds real numbers"
+    else:
+        return raster
+    raster.close()
+    raise ValueError(problem)
 
 
 def _three_dimensions(array: np.ndarray) -> np.ndarray:
@@ -132,7 +176,7 @@ def _three_dimensions(array: np.ndarray) -> np.ndarray:
     if array.ndim != 3 or 0 in array.shape:
         raise ValueError(f"its shape is {array.shape}, an image has (H, W) or (H, W, C)")
     if array.dtype.kind not in "buif":
-        raise ValueError(f"its dtype is {array.dtype}, an image holds numbers")
+        raise ValueError(f"its dtype is {array.dtype}, an image holds real numbers")
     return array
 
 

@@ -3,14 +3,13 @@ Contains the built-in scenes: invented satellite images with masks, for first st
 
 They look like Sentinel-2 images (12 bands, 10 m pixels, reflectance times 10,000 in uint16): fields, forest, water,
 settlements and clouds, with sensor noise, blurred 20 m and 60 m bands, haze, cloud shadows and slanted borders without
-data. Colour alone does not tell the classes apart: lush fields have the colour of forest but not its texture, settlements
-are a mixture of all colours, shadows are as dark as water. Everything follows from the number of a scene.
+data. Colour alone does not tell the classes apart: lush fields have the colour of forest but not its texture,
+settlements are a mixture of all colours, shadows are as dark as water. Everything follows from the number of a scene.
 """
 
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -60,6 +59,7 @@ class SceneDataset(NpyDataset):
         crops_per_image: int = 1,
         foreground: float = 0.0,
         augment: Sequence[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = (),
+        mask_values: dict | None = None,
     ) -> None:
         """
         :param part: "train" or "test"
@@ -78,6 +78,7 @@ class SceneDataset(NpyDataset):
             augment,
             class_names=CLASS_NAMES,
             channel_names=CHANNEL_NAMES,
+            mask_values=mask_values,
             nodata=NODATA,
         )
         self.arguments = arguments | {"data_dir": None if data_dir is None else str(data_dir)}
@@ -96,7 +97,8 @@ def make_scenes(data_dir: str | os.PathLike) -> Path:
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():
             return folder
-        unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        unfinished = folder.with_name(f".{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:
             number = 0
             for part, count in NUM_SCENES.items():

@@ -2,8 +2,8 @@
 Contains augmentation: functions of an image and its mask, for any number of channels.
 
 Each takes the image (C, H, W) in float32, normalised, and the mask (H, W) or (K, H, W), and returns both. They draw
-from PyTorch's generator, which the routines seed for each sample from (seed, epoch, index): a sample is the same whatever
-the number of workers. Strengths are set with functools.partial, so that a config can record them:
+from PyTorch's generator, which the routines seed for each sample from (seed, epoch, index): a sample is the same
+whatever the number of workers. Strengths are set with functools.partial, so that a config can record them:
 ``augment=(flip, quarter_turn, partial(noise, std=0.1))``.
 """
 

@@ -3,11 +3,11 @@ Contains the experiment tracker: a CSV file with one row for each run, which any
 
 Values: numbers are written so that they are read back exactly, None as an empty cell, and a string so that it is read
 back as the same string: one that a spreadsheet would compute (it begins with = + - @), that looks like another type, or
-that is empty, gets an apostrophe in front.
+that is empty, gets an apostrophe in front. What no CSV file can hold, is left out (NUL) or written as its number (half
+of a surrogate pair).
 """
 
 import csv
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from ..path import write_atomic
 
 KEY = "NAME"
 LOCK_SECONDS = 60
+_LONGEST_CELL = 2**31 - 1
 
 
 def write_log(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """
     Writes a row: a new one, or more columns of the one with the same NAME.
 
-    New keys become new columns, keys that are not given stay as they are. When this returns, the row is on the disk; when
-    the process is killed meanwhile, the file is as it was before.
+    New keys become new columns, keys that are not given stay as they are. When this returns, the row is on the disk;
+    when the process is killed meanwhile, the file is as it was before.
 
     :param content: strings, numbers, booleans and None by column
     :raises TimeoutError: if another process holds the file for more than a minute
@@ -38,16 +39,14 @@ def write_log(path: str | os.PathLike, content: dict[str, Any]) -> None:
             columns += [key for key in content if key not in columns]
             cells = {key: _to_cell(value) for key, value in content.items()}
             for row in rows:
-                if KEY in cells and row.get(KEY) == cells[KEY]:
+                if cells.get(KEY) and row.get(KEY) == cells[KEY]:
                     row.update(cells)
                     break
             else:
                 rows.append(cells)
-            text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+            lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+            text = "".join(_to_line(line) for line in lines)
+            write_atomic(path, lambda file: file.write(text.encode(errors="surrogateescape")))
     except Timeout as error:
         raise TimeoutError(f"{path}: another process has held it for {LOCK_SECONDS} s; is it hanging?") from error
 
@@ -59,23 +58,44 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _read_cells(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """
+    The columns, and the cells of each row by column.
+
+    What another program or a hand left is kept: bytes that are no UTF-8, cells without a column, columns of one name.
+    """
     if not path.is_file():
         return [], []
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, restval="", restkey=None)
-        rows = [{key: cell for key, cell in row.items() if key is not None} for row in reader]
-        return list(reader.fieldnames or []), rows
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            header, *lines = [line for line in csv.reader(file) if line] or [[]]
+    finally:
+        csv.field_size_limit(limit)
+    header += [""] * (max(map(len, lines), default=0) - len(header))
+    columns = [
+        name if name and name not in header[:index] else f"column {index + 1}" for index, name in enumerate(header)
+    ]
+    return columns, [dict(zip(columns, line, strict=False)) for line in lines]
+
+
+def _to_line(cells: list[str]) -> str:
+    # Not by the csv module, which leaves a carriage return bare and then reads it as the end of the row.
+    quoted = ('"' + cell.replace('"', '""') + '"' if set(cell) & set(',"\r\n') else cell for cell in cells)
+    return (",".join(quoted) or '""') + "\n"
 
 
 def _to_cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        text = value.replace("\0", "")  # no CSV reader takes it
+        text = value.replace("\0", "").encode(errors="backslashreplace").decode()
         needs_mark = text == "" or text[0] in "=+-@'\t\r" or _from_cell(text) != text
         return f"'{text}" if needs_mark else text
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool):
         return repr(value)
+    for number in (int, float):
+        if isinstance(value, number):
+            return repr(number(value))  # numpy's float64 is a float, too, and calls itself np.float64(0.5)
     raise TypeError(f"a cell holds a string, a number, a boolean or None, not {value!r}")
 
 

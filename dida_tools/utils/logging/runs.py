@@ -15,8 +15,8 @@ def find_run(global_config: dict[str, str], wanted: str, logfile: str = "experim
     """
     The name of a run.
 
-    :param wanted: a name or a part of one, "latest", or "best": of the finished runs with the MONITOR of the latest one,
-        the one with the best validation result
+    :param wanted: a name or a part of one, "latest", or "best": of the finished runs with the MONITOR of the latest
+        one, the one with the best validation result
     :raises UserError: if there is none, or more than one
     """
     log_dir = Path(global_config["LOG_DIR"])
@@ -45,7 +45,9 @@ def _best_run(rows: list[dict[str, Any]], names: list[str]) -> str:
     direction, goal = monitor.split()
     values = {}
     for row in rows:
-        value = row.get(f"validation.{goal}", row.get(f"validation.{goal}_sample_mean"))
+        value = row.get(f"validation.{goal}")
+        if value is None:  # also where only another run has the column
+            value = row.get(f"validation.{goal}_sample_mean")
         if row["MONITOR"] == monitor and isinstance(value, int | float) and value == value:
             values[row["NAME"]] = value
     if not values:
@@ -63,6 +65,6 @@ def read_run_config(run_dir: str | os.PathLike, roots: Iterable[str] = ()) -> di
     file = Path(run_dir) / "config.json"
     try:
         stored = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError([f"{file} cannot be read: {error}"]) from error
     return restore(stored, roots)

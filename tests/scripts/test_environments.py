@@ -1,0 +1,110 @@
+"""The lists of dependencies agree, and the Makefile does what it says."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def name_of(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower()
+
+
+def conda_names(file: str) -> set[str]:
+    lines = (ROOT / file).read_text().split("dependencies:")[1].splitlines()
+    names = {name_of(line.strip()[2:]) for line in lines if line.strip().startswith("- ")}
+    return {CONDA_NAMES.get(name, name) for name in names - {"python", "pip"}}
+
+
+def constraints() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_conda_and_pip_install_the_same():
+    assert conda_names("environment.yml") == {name_of(requirement) for requirement in PROJECT["dependencies"]}
+    assert conda_names("dev.yml") == {name_of(requirement) for requirement in PROJECT["optional-dependencies"]["dev"]}
+
+
+def test_every_dependency_has_a_tested_version():
+    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    assert {name_of(requirement) for requirement in wanted} <= constraints().keys()
+
+
+def test_the_tested_versions_are_those_that_are_installed_here():
+    from importlib.metadata import version
+
+    pinned = constraints()
+    for requirement in PROJECT["dependencies"]:
+        assert version(name_of(requirement)).split("+")[0] == pinned[name_of(requirement)]
+
+
+def test_every_import_of_the_package_is_a_dependency():
+    found = set()
+    for file in (ROOT / "dida_tools").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module)
+    roots = {"tensorboard" if name == "torch.utils.tensorboard" else name.partition(".")[0] for name in found}
+    known = {"PIL": "pillow"}
+    used = {known.get(root, root) for root in roots - set(sys.stdlib_module_names)}
+    assert used == {name_of(requirement) for requirement in PROJECT["dependencies"]}
+
+
+def make(*arguments: str) -> str:
+    return subprocess.run(["make", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def test_help_lists_every_target():
+    text = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split())
+    listed = set(re.findall(r"^  make (\S+)", make("help"), re.MULTILINE))
+    assert listed == targets
+
+
+@pytest.mark.parametrize("target", ["train", "test", "env", "env-dev", "lint"])
+def test_targets_can_be_planned_for_both_kinds_of_environment(target):
+    assert "pip install" in make("-n", "-B", target, "ENV=venv")
+    assert "environment.yml" in make("-n", "-B", target, "ENV=conda", "CONDA=micromamba")
+
+
+def test_ci_calls_make_test_alone():
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert [line for line in lines if line.startswith("make")] == ["make test"]
+
+
+def test_a_broken_torchvision_is_removed_and_said(tmp_path):
+    """A stand-in whose import fails, in an environment of its own that sees the packages of this one."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    site = Path(
+        subprocess.check_output([python, "-c", "import site; print(site.getsitepackages()[0])"], text=True).strip()
+    )
+    here = subprocess.check_output([sys.executable, "-c", "import site; print(site.getsitepackages()[0])"], text=True)
+    (site / "outer.pth").write_text(here)
+    (site / "torchvision").mkdir()
+    (site / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (site / "torchvision-0.28.0.dist-info").mkdir()
+    (site / "torchvision-0.28.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n"
+    )
+    (site / "torchvision-0.28.0.dist-info" / "RECORD").write_text(
+        "torchvision/__init__.py,,\ntorchvision-0.28.0.dist-info/METADATA,,\ntorchvision-0.28.0.dist-info/RECORD,,\n"
+        "torchvision-0.28.0.dist-info/INSTALLER,,\n"
+    )
+    (site / "torchvision-0.28.0.dist-info" / "INSTALLER").write_text("pip\n")
+    command = [python, ROOT / "tools" / "check_torchvision.py"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "torchvision 0.28.0 cannot be imported" in answer
+    assert not (site / "torchvision" / "__init__.py").exists()
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
