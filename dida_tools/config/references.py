@@ -182,7 +182,10 @@ def _may_import(place: str, roots: tuple[str, ...]) -> bool:
 def _is_harmless(obj: Any, roots: tuple[str, ...]) -> bool:
     # An object may be reached through a module that merely imports it (torch:os.system): its own module decides.
     place = getattr(obj, "__module__", None)
-    if not isinstance(place, str) or not callable(obj) or _within(place, _MACHINERY):
+    if not isinstance(place, str) or not callable(obj):
+        return False
+    is_own_loss = place.endswith("_training") and getattr(obj, "__name__", "train") != "train"  # <- in a routine's file
+    if _within(place, _MACHINERY) and not is_own_loss:
         return False
     if is_project_module(_script_name() if place == "__main__" else place) or _within(place, roots):
         return True

@@ -194,7 +194,7 @@ def test_the_config_of_a_run_is_read_back_to_the_same_objects(log_dir: Path) -> 
 )
 def test_a_damaged_config_is_refused_with_a_sentence(log_dir: Path, content: bytes) -> None:
     (log_dir / NAMES[0] / "config.json").write_bytes(content)
-    with pytest.raises(ConfigError, match="the config has 1 problem: .{20}"):
+    with pytest.raises(ConfigError, match=r"the config has 1 problem: .{20}"):
         read_run_config(log_dir / NAMES[0])
 
 
