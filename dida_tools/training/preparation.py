@@ -24,6 +24,7 @@ from ..config.keys import complete
 from ..utils.data.contract import DataContract
 from ..utils.data.images import DataError
 from ..utils.loss import is_multi_class
+from ..utils.name import date_now
 from ..utils.torchutils import fill_model, load_weights, model_state, set_seed
 from .determinism import EvaluationBatches, Samples, TrainingBatches
 from .evaluation import Evaluation, evaluate
@@ -99,6 +100,7 @@ def prepare(
     :raises DataError: with all problems of the data
     """
     config = complete(training_config) | {"ROUTINE_NAME": routine}
+    config["DATE"] = config["DATE"] or date_now()
     given = {"train": train_dataset, "test": test_dataset, "validation": validation_dataset}
     given = {part: dataset for part, dataset in given.items() if dataset is not None}
     given, problems = _with_mask_values(given, config["MASK_VALUES"])
@@ -142,7 +144,7 @@ def prepare(
     optimizer = config["OPTIMIZER"](_trainable(model), **config["OPTIMIZER_CONFIG"])
     steps_per_epoch = -(-batches.num_batches // config["ACCUMULATE"])
     reasons: list[str] = []
-    record = capture(config, reasons)
+    record = capture({key: value for key, value in config.items() if key != "RESUME"}, reasons)
     return Preparation(
         config=config,
         record=record,

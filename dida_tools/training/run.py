@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..config.capture import ConfigError, difference, flatten
 from ..config.errors import UserError
 from ..utils.logging.csv import write_log
-from ..utils.name import date_now, make_unique_dir, safe_name
+from ..utils.name import make_unique_dir, safe_name
 from ..utils.path import create_dirs, write_atomic
 from ..utils.torchutils import assert_isfinite, fill_model
 from ..utils.weights import load_weights, save_weights, weights_digest
@@ -37,7 +37,6 @@ from .preparation import Preparation, build_scheduler
 _HEARTBEAT_SECONDS = 60
 # What may change when a run goes on, without a word: it has no influence on the result.
 _FREE_TO_CHANGE = (
-    "RESUME",
     "DATE",
     "SESSION_NAME",
     "EPOCHS",
@@ -45,6 +44,7 @@ _FREE_TO_CHANGE = (
     "LOGFILE",
     "__COMMENT",
     "ROUTINE_NAME",
+    "DATA_LOADER_CONFIG.num_workers",
 )
 
 
@@ -94,7 +94,6 @@ class Run:
         self.preparation, self.config, self.global_config = preparation, preparation.config, global_config
         log_root, weight_root = Path(global_config["LOG_DIR"]), Path(global_config["WEIGHT_DIR"])
         if self.config["RESUME"] is None:
-            self.config["DATE"] = self.config["DATE"] or date_now()
             wanted = f"{safe_name(self.config['DATE'])}_{safe_name(self.config['SESSION_NAME'])}"
             self.name = make_unique_dir(log_root, wanted)
         else:
@@ -117,10 +116,7 @@ class Run:
         self._write_json("environment.json", environment | {"data": preparation.data_hashes})
         self.journal = Journal(self.log_dir / "journal.jsonl")
         self._restore()
-        from torch.utils.tensorboard import SummaryWriter  # imported where used: it takes a second
-
-        purge_step = self.state.step + 1 if self.config["RESUME"] else None
-        self.writer = SummaryWriter(str(self.log_dir / "tensorboard"), purge_step=purge_step)
+        self.writer = self._open_tensorboard()
         self.journal.write({"event": "start", "time": time.time(), "step": self.state.step})
         self._started = time.monotonic() - self.state.seconds
         self._last_checkpoint = self._last_heartbeat = time.monotonic()
@@ -161,9 +157,9 @@ class Run:
         loss = sum(self._step_losses) / len(self._step_losses)
         self._step_losses.clear()
         event = {"event": "step", "step": self.state.step, "epoch": self.state.epoch + 1, "loss": loss}
-        if self.journal.write(event | {"learning_rate": learning_rate}):
-            self.writer.add_scalar("train/loss", loss, self.state.step)
-            self.writer.add_scalar("train/learning_rate", learning_rate, self.state.step)
+        event["learning_rate"] = learning_rate
+        self.journal.write(event)
+        self._write_step_scalars(event)
         self._show_progress()
         now = time.monotonic()
         if now - self._last_checkpoint >= self.config["CHECKPOINT_SECONDS"]:
@@ -191,13 +187,11 @@ class Run:
         train_loss = state.loss_sum / max(1, state.num_samples)
         values = {"train.loss": train_loss} | {f"validation.{name}": result for name, result in results.items()}
         seconds = round(time.monotonic() - self._started, 2)
-        if self.journal.write(
-            {"event": "epoch", "epoch": state.epoch, "step": state.step, "seconds": seconds} | values
-        ):
-            self.writer.add_scalar("train/epoch_loss", train_loss, state.step)
-            for name, result in results.items():
-                self.writer.add_scalar(f"validation/{name.replace('.', '/')}", result, state.step)
-            self._write_pictures()
+        self.journal.write({"event": "epoch", "epoch": state.epoch, "step": state.step, "seconds": seconds} | values)
+        self.writer.add_scalar("train/epoch_loss", train_loss, state.step)
+        for name, result in results.items():
+            self.writer.add_scalar(f"validation/{name.replace('.', '/')}", result, state.step)
+        self._write_pictures()
         state.batch, state.num_samples, state.loss_sum = 0, 0, 0.0
         self._last_results = {goal: value} if value is not None else {}
         self._say_epoch(train_loss, results, improved)
@@ -220,6 +214,7 @@ class Run:
                 f"after step {self.state.step} a parameter is not finite ({error}). {self._advice()}"
             ) from error
         self.journal.sync()
+        self.writer.flush()
         self.state.seconds = time.monotonic() - self._started
         scheduler, ema = preparation.scheduler, preparation.ema
         save_checkpoint(
@@ -300,6 +295,21 @@ class Run:
             self.state.stopped, self.state.bad_epochs = False, 0
         _say(f"{self.name} goes on after epoch {self.state.epoch}, step {self.state.step}.")
 
+    def _open_tensorboard(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # imported where used: it takes a second
+
+        folder, state = str(self.log_dir / "tensorboard"), self.state
+        if self.config["RESUME"] is None:
+            return SummaryWriter(folder)
+        if state.batch < self.preparation.train_batches.num_batches:
+            return SummaryWriter(folder, purge_step=state.step + 1)
+        # The epoch's results come at its last step too, and may be there or not: that step is written again.
+        writer = self.writer = SummaryWriter(folder, purge_step=state.step)
+        for event in read_journal(self.journal.path):
+            if event["event"] == "step" and event["step"] == state.step:
+                self._write_step_scalars(event)
+        return writer
+
     def _restore_schedule(self, stored: dict[str, Any]) -> None:
         scheduler = self.preparation.scheduler
         if scheduler is None or stored["scheduler"] is None:
@@ -338,7 +348,7 @@ class Run:
         columns |= {"HOST": socket.gethostname(), "PID": os.getpid(), "ERROR": None}
         reason = self.preparation.not_rerunnable
         columns["RERUNNABLE"] = f"no: {reason}" if reason else "yes"
-        return columns | flatten(self.preparation.record) | {"DATE": self.config["DATE"]}
+        return columns | flatten(self.preparation.record)
 
     # ------------------------------------------------------------------------------------------------------ selection
 
@@ -371,6 +381,10 @@ class Run:
             write_log(Path(self.global_config["LOG_DIR"]) / self.config["LOGFILE"], {"NAME": self.name} | columns)
         except (OSError, TimeoutError) as error:
             _say(f"The tracker's row could not be written ({error}); training goes on, the journal has it all.")
+
+    def _write_step_scalars(self, event: dict[str, Any]) -> None:
+        for name in ("loss", "learning_rate"):
+            self.writer.add_scalar(f"train/{name}", event[name], event["step"])
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2)

@@ -7,6 +7,7 @@ archive's comment. Any PyTorch can load it; ours notices a single flipped bit, w
 
 import hashlib
 import os
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,7 +37,10 @@ def save_weights(path: str | os.PathLike, state: dict[str, Any]) -> None:
     """
 
     def write(file: BinaryIO) -> None:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise WeightsError(f"{path}: cannot be written as weights ({error}).") from error
         file.seek(0)
         _read(file, str(path), "meta")  # without the data, so it takes no time
         # The archive ends with the length of its comment, in two bytes.

@@ -165,3 +165,47 @@ def test_another_config_is_said(datasets, rich_config, global_config, capsys):
     rich_config["LOSS"] = nn.CrossEntropyLoss
     train(*datasets, rich_config | {"RESUME": name}, global_config)
     assert "goes on with another LOSS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", [2, 6, 7, 9, 13])
+def test_tensorboard_goes_on_without_gaps_or_repetitions(datasets, rich_config, global_config, at):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    name = interrupt(datasets, rich_config, global_config, at)
+    result = train(*datasets, rich_config | {"RESUME": name}, global_config)
+    events = EventAccumulator(str(result.log_dir / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 10))
+    assert [event.step for event in events.Scalars("validation/f1")] == [3, 6, 9]
+
+
+def test_tensorboard_after_an_interruption_of_the_evaluation(datasets, rich_config, global_config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    expected = train(*datasets, rich_config, global_config)
+    rich_config["METRICS"] = {"f1": rich_config["METRICS"]["f1"], "interrupts": interrupting_metric}
+    InterruptingMetric.calls, InterruptingMetric.at = 0, 4
+    with pytest.raises(KeyboardInterrupt):
+        train(*datasets, rich_config, global_config)
+    InterruptingMetric.at = None
+    name = read_log(Path(global_config["LOG_DIR"]) / "experiments.csv")[-1]["NAME"]
+    result = train(*datasets, rich_config | {"RESUME": name}, global_config)
+    assert result.digest == expected.digest
+    events = EventAccumulator(str(result.log_dir / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 10))
+    assert [event.step for event in events.Scalars("validation/f1")] == [3, 6, 9]
+
+
+class InterruptingMetric:
+    """When to interrupt."""
+
+    calls = 0
+    at: int | None = None
+
+
+def interrupting_metric(pred: Tensor, target: Tensor) -> float:
+    InterruptingMetric.calls += 1
+    if InterruptingMetric.calls == InterruptingMetric.at:
+        raise KeyboardInterrupt
+    return float((pred.argmax(1) == target).float().mean())

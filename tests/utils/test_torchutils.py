@@ -48,7 +48,7 @@ def digest(model: nn.Module) -> str:
     return weights_digest(model.state_dict())
 
 
-# --------------------------------------------------------------------------------------------------------------- seeds
+# ---------------------------------------------------------------------------------------------------------------- seeds
 
 
 def draws() -> tuple:
@@ -72,7 +72,7 @@ def test_seeds_give_different_draws() -> None:
     assert all(len({str(value) for value in values}) == 20 for values in zip(*found, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
+# -------------------------------------------------------------------------------------------------------------- loading
 
 
 SAVERS: dict[str, Callable[[Path, nn.Module], None]] = {
@@ -137,7 +137,7 @@ def test_damaged_and_missing_files_are_refused(tmp_path: Path) -> None:
             load_model(tmp_path / name, Net)
 
 
-# -------------------------------------------------------------------------------------------------------- one step
+# ------------------------------------------------------------------------------------------------------------- one step
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -201,7 +201,7 @@ def test_modules_are_frozen_and_freed() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-# -------------------------------------------------------------------------------------------------------------- checks
+# --------------------------------------------------------------------------------------------------------------- checks
 
 
 NAN, INF = math.nan, math.inf

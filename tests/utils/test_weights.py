@@ -64,7 +64,7 @@ def flipped(content: bytes, bit: int) -> bytes:
     return bytes(damaged)
 
 
-# --------------------------------------------------------------------------------------------------------- round trip
+# ----------------------------------------------------------------------------------------------------------- round trip
 
 
 def test_round_trip_is_equal_bit_for_bit(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_folders_are_made(tmp_path: Path) -> None:
     assert load_weights(str(tmp_path / "a" / "b" / "w.pt")) == {"x": 1}
 
 
-# ------------------------------------------------------------------------------------------------------------- damage
+# --------------------------------------------------------------------------------------------------------------- damage
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_damage_is_described(tmp_path: Path) -> None:
         load_weights(file)
 
 
-# ------------------------------------------------------------------------------------------------- what is no weights
+# --------------------------------------------------------------------------------------------------- what is no weights
 
 
 class Hostile:
@@ -255,7 +255,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         assert str(path) in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------------- saving
+# --------------------------------------------------------------------------------------------------------------- saving
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, unsaveable:
     file = tmp_path / "w.pt"
     save_weights(file, example())
     before = file.read_bytes()
-    with pytest.raises((WeightsError, AttributeError, pickle.PicklingError)):
+    with pytest.raises(WeightsError, match=r"w\.pt: cannot be (written|read) as weights"):
         save_weights(file, {"weight": torch.ones(1000), "more": unsaveable})
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
@@ -283,7 +283,7 @@ def test_saving_again_replaces_the_file(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["w.pt"]
 
 
-# ------------------------------------------------------------------------------------------------- states and digests
+# --------------------------------------------------------------------------------------------------- states and digests
 
 
 def test_model_state_is_found_under_its_name_or_bare() -> None:

@@ -347,20 +347,19 @@ class NpyDataset(Dataset):
                 f"its values ({mask['dtype']}) are no class numbers: a mask holds a few different integers",
             ]
         if self.task == "multi-class":
-            found = sorted(
-                {str(value) for value, _ in mask["values"] if not self._is_class(self._class_of(value), num_classes)}
-            )
+            values = [tuple(value) if isinstance(value, list) else value for value, _ in mask["values"]]
+            found = [str(value) for value in values if not self._is_class(self._class_of(value), num_classes)]
             if found and mask["shape"][2] > 1:
                 problems.append(_several_channels(mask["shape"][2]) + f" (unmapped: {', '.join(found[:8])})")
             elif found:
                 allowed = f"0 to {num_classes - 1}" if num_classes else "0 and above"
                 problems.append(
                     f"the values {', '.join(found[:8])} are outside of the classes {allowed} "
-                    f"(ignored: {self.ignore_index}): map them with MASK_VALUES, such as {255: 1}, or correct ch_out"
+                    f"(ignored: {self.ignore_index}): map them with MASK_VALUES, such as {{255: 1}}, or correct ch_out"
                 )
             return problems
         flat = {v for value, _ in mask["values"] for v in (value if isinstance(value, list) else [value])}
-        odd = sorted(str(v) for v in flat if self._class_of(v) not in (0, 1, self.ignore_index))
+        odd = [str(v) for v in sorted(flat) if self._class_of(v) not in (0, 1, self.ignore_index))
         if odd:
             problems.append(
                 f"the values {', '.join(odd[:8])} are not 0 or 1: map them with MASK_VALUES, such as {{255: 1}}"

@@ -7,6 +7,7 @@ the rest of the image.
 """
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ...config.errors import UserError
 
 ENDINGS = (".npy", ".npz", ".png", ".jpg", ".jpeg", ".tif", ".tiff")  # <- your formats here, and below
 _RASTERS = (".tif", ".tiff")
+_WARNINGS = threading.Lock()  # threads share their filters
 
 
 class DataError(UserError):
@@ -155,7 +157,7 @@ def _open_raster(path: Path):
     import rasterio  # imported where used: the file formats of most projects do not need it
     from rasterio.errors import NotGeoreferencedWarning
 
-    with warnings.catch_warnings():
+    with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # plain TIFFs are welcome
         raster = rasterio.open(path)
     if raster.subdatasets:

@@ -101,7 +101,7 @@ def written(path: Path, value: Any) -> str:
     return cells(path)[-1][1]
 
 
-# ---------------------------------------------------------------------------------------------------------- round trip
+# ----------------------------------------------------------------------------------------------------------- round trip
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -54,7 +54,7 @@ def find(log_dir: Path, wanted: str, **options: Any) -> str:
     return find_run({"LOG_DIR": str(log_dir)}, wanted, **options)
 
 
-# --------------------------------------------------------------------------------------------------------------- names
+# ---------------------------------------------------------------------------------------------------------------- names
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,7 +99,7 @@ def test_the_latest_run_is_the_one_started_last(log_dir: Path) -> None:
     assert find(log_dir, "latest") == NAMES[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------- best
+# ----------------------------------------------------------------------------------------------------------------- best
 
 
 @pytest.mark.parametrize("monitor, best", [("max f1", 2), ("min loss", 1)])

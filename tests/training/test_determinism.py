@@ -1,0 +1,359 @@
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dida_tools.training.determinism import (
+    EvaluationBatches,
+    Samples,
+    TrainingBatches,
+    deterministic_algorithms,
+    mix,
+    seed_sample,
+    seed_step,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _keep_random_states() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
+def draws() -> tuple:
+    return random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------------ mix
+
+
+def test_mix_is_splitmix64() -> None:
+    golden = 0x9E3779B97F4A7C15
+    outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
+    assert [mix(golden * place) for place in range(4)] == [output >> 1 for output in outputs]
+
+
+def test_mix_has_no_collisions_on_a_grid_of_small_numbers() -> None:
+    grid = list(itertools.product(range(3), range(8), range(60), range(60)))
+    assert len({mix(*numbers) for numbers in grid}) == len(grid)
+
+
+def test_mix_depends_on_order_and_number_of_arguments() -> None:
+    found = [mix(*numbers) for length in range(5) for numbers in itertools.product(range(4), repeat=length)]
+    assert len(set(found)) == len(found) == 341
+
+
+def test_mix_gives_63_bits_that_are_all_used() -> None:
+    numbers = [mix(*pair) for pair in itertools.product(range(60), range(60))]
+    assert all(0 <= number < 2**63 for number in numbers)
+    for bit in range(63):
+        assert 0.45 < sum(number >> bit & 1 for number in numbers) / len(numbers) < 0.55, bit
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_each_bit_of_the_input_changes_half_of_the_output(place: int) -> None:
+    for bit in range(40):
+        changes = []
+        for number in range(40):
+            numbers = [number, 3 * number, 7]
+            before = mix(*numbers)
+            numbers[place] ^= 1 << bit
+            changes.append((before ^ mix(*numbers)).bit_count())
+        assert 28 < sum(changes) / len(changes) < 35 and min(changes) > 10
+
+
+@pytest.mark.parametrize("number", [-1, -(2**63), 2**63, 2**64 - 1, 2**70])
+def test_mix_takes_any_number(number: int) -> None:
+    assert 0 <= mix(number, 1) < 2**63 and mix(number, 1) != mix(1, number)
+
+
+# ---------------------------------------------------------------------------------------------------------------- seeds
+
+
+def seed_a_step(seed: int, number: int, more: int) -> None:
+    seed_step(seed, number, CPU, more)
+
+
+@pytest.mark.parametrize("seed_function", [seed_a_step, seed_sample])
+def test_draws_of_python_numpy_and_torch_are_the_same_again(seed_function: Callable) -> None:
+    for numbers in [(0, 0, 0), (1, 2, 3), (2**62, 10**9, 7)]:
+        seed_function(*numbers)
+        first = draws()
+        assert draws() != first
+        seed_function(*numbers)
+        assert draws() == first
+
+
+@pytest.mark.parametrize("seed_function", [seed_a_step, seed_sample])
+def test_draws_differ_for_each_seed_and_place(seed_function: Callable) -> None:
+    found = []
+    for numbers in itertools.product(range(4), repeat=3):
+        seed_function(*numbers)
+        found.append(draws())
+    assert all(len({str(value) for value in values}) == 64 for values in zip(*found, strict=True))
+
+
+def test_steps_and_samples_draw_differently() -> None:
+    seed_sample(1, 2, 3)
+    sample = draws()
+    seed_step(1, 2, CPU, 3)
+    assert all(one != other for one, other in zip(sample, draws(), strict=True))
+
+
+def test_dropout_is_a_function_of_seed_and_step() -> None:
+    dropout = torch.nn.Dropout(0.5)
+
+    def mask(seed: int, number: int) -> Tensor:
+        seed_step(seed, number, CPU)
+        return dropout(torch.ones(1000))
+
+    assert torch.equal(mask(0, 5), mask(0, 5))
+    assert not torch.equal(mask(0, 5), mask(0, 6)) and not torch.equal(mask(0, 5), mask(1, 5))
+
+
+# ---------------------------------------------------------------------------------------------------------------- order
+
+
+def batches(order: TrainingBatches, epoch: int = 0, first_batch: int = 0) -> list[list[int]]:
+    order.epoch, order.first_batch = epoch, first_batch
+    found = list(order)
+    assert len(found) == len(order) and {number for batch in found for number, _ in batch} <= {epoch}
+    return [[index for _, index in batch] for batch in found]
+
+
+def flat(parts: list[list[int]]) -> list[int]:
+    return [index for part in parts for index in part]
+
+
+@pytest.mark.parametrize("num_samples, batch_size", [(1, 1), (7, 3), (12, 4), (5, 8), (100, 7)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_each_sample_comes_once_per_epoch(num_samples: int, batch_size: int, shuffle: bool) -> None:
+    order = TrainingBatches(num_samples, batch_size, shuffle, False, seed=3)
+    for epoch in range(3):
+        found = batches(order, epoch)
+        assert sorted(flat(found)) == list(range(num_samples))
+        assert all(len(batch) == batch_size for batch in found[:-1]) and 0 < len(found[-1]) <= batch_size
+
+
+@pytest.mark.parametrize("num_samples, batch_size, number", [(7, 3, 2), (12, 4, 3), (5, 8, 0), (100, 7, 14)])
+def test_the_last_batch_is_dropped_where_it_is_smaller(num_samples: int, batch_size: int, number: int) -> None:
+    order = TrainingBatches(num_samples, batch_size, True, True, seed=3)
+    found = batches(order, 1)
+    assert [len(batch) for batch in found] == [batch_size] * number
+    assert flat(found) == list(order.order(1))[: number * batch_size]
+
+
+def test_the_order_differs_per_epoch_and_seed_and_is_the_same_again() -> None:
+    orders = [tuple(TrainingBatches(50, 8, True, False, seed).order(epoch)) for seed in range(5) for epoch in range(5)]
+    assert len(set(orders)) == 25
+    again = [tuple(TrainingBatches(50, 3, True, True, seed).order(epoch)) for seed in range(5) for epoch in range(5)]
+    assert again == orders
+
+
+def test_the_order_does_not_depend_on_what_was_drawn_before() -> None:
+    torch.manual_seed(1)
+    first = TrainingBatches(50, 8, True, False, 0).order(0)
+    draws()
+    assert TrainingBatches(50, 8, True, False, 0).order(0) == first
+
+
+def test_the_order_spreads() -> None:
+    order = TrainingBatches(10, 1, True, False, 0)
+    places = Counter((place, index) for epoch in range(2000) for place, index in enumerate(order.order(epoch)))
+    assert len(places) == 100 and all(140 < number < 260 for number in places.values())
+
+
+@pytest.mark.parametrize("seed, epoch", [(0, 0), (5, 7)])
+def test_without_shuffling_the_order_is_that_of_the_data(seed: int, epoch: int) -> None:
+    assert flat(batches(TrainingBatches(10, 4, False, False, seed), epoch)) == list(range(10))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("first_batch", range(6))
+def test_an_epoch_goes_on_with_the_rest_of_its_order(shuffle: bool, drop_last: bool, first_batch: int) -> None:
+    order = TrainingBatches(23, 4, shuffle, drop_last, seed=1)
+    assert batches(order, 2, first_batch) == batches(order, 2)[first_batch:]
+    assert batches(order, 3, 0) == batches(TrainingBatches(23, 4, shuffle, drop_last, seed=1), 3)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_indices_agree_with_iteration(shuffle: bool) -> None:
+    order = TrainingBatches(23, 4, shuffle, False, seed=1)
+    for epoch in range(3):
+        assert [order.indices(epoch, batch) for batch in range(order.num_batches)] == batches(order, epoch)
+
+
+@pytest.mark.parametrize("seed", [0, 2**32, 2**63 - 1])
+def test_large_seeds_are_taken(seed: int) -> None:
+    assert sorted(TrainingBatches(9, 2, True, False, seed).order(10**6)) == list(range(9))
+
+
+# -------------------------------------------------------------------------------------------------------------- loaders
+
+
+class Noise(Dataset):
+    def __init__(self, num_samples: int = 11) -> None:
+        self.num_samples = num_samples
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Tensor:
+        drawn = [float(index), random.random(), np.random.rand(), np.random.randint(1000), random.gauss(0, 1)]
+        return torch.cat([torch.tensor(drawn), torch.rand(2), torch.randn(1)])
+
+
+def load(num_workers: int, epochs: list[tuple[int, int]], seed: int = 4, **options: Any) -> list[list[Tensor]]:
+    order = TrainingBatches(11, 3, True, False, seed)
+    loader = DataLoader(Samples(Noise(), seed), batch_sampler=order, num_workers=num_workers, **options)
+    found = []
+    for order.epoch, order.first_batch in epochs:
+        found.append(list(loader))
+        assert len(found[-1]) == len(loader)
+    return found
+
+
+def equal(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
+    pairs = [pair for parts in zip(one, other, strict=True) for pair in zip(*parts, strict=True)]
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def test_loaders_give_the_same_with_and_without_workers() -> None:
+    epochs = [(0, 0), (1, 0), (5, 2)]
+    expected = load(0, epochs)
+    assert equal(load(2, epochs, persistent_workers=True), expected)
+    assert equal(load(2, epochs), expected)
+    assert [len(epoch) for epoch in expected] == [4, 4, 2]
+
+
+def test_loaded_samples_differ_per_epoch_and_seed_but_not_per_visit() -> None:
+    first, second, again = load(0, [(0, 0), (1, 0), (0, 0)])
+    assert equal([first], [again]) and not equal([first], load(0, [(0, 0)], seed=5))
+    for samples in (torch.cat(first), torch.cat(second)):
+        assert all(len(column.unique()) == 11 for column in samples[:, [0, 1, 2, 4, 5, 6, 7]].T)
+    ordered = [torch.cat(epoch)[torch.cat(epoch)[:, 0].argsort()] for epoch in (first, second)]
+    assert not (ordered[0][:, 1:] == ordered[1][:, 1:]).any(0).all()
+
+
+def test_a_loader_goes_on_within_an_epoch_as_if_nothing_had_happened() -> None:
+    whole = load(0, [(3, 0)])[0]
+    for first_batch in range(4):
+        assert equal(load(0, [(3, first_batch)]), [whole[first_batch:]])
+    assert equal(load(2, [(2, 3), (3, 1)], persistent_workers=True)[1:], [whole[1:]])
+
+
+def test_a_sample_does_not_depend_on_its_neighbours() -> None:
+    samples = Samples(Noise(), 7)
+    alone = samples[2, 5]
+    for index in (3, 9, 0):
+        samples[2, index]
+    assert torch.equal(samples[2, 5], alone)
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+class Images:
+    def __init__(self, shapes: list[tuple[int, int]]) -> None:
+        self.shapes = shapes
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def sample_shape(self, index: int) -> tuple[int, int]:
+        return self.shapes[index]
+
+
+SHAPES = [(4, 4), (8, 8), (4, 4), (4, 8), (8, 4), (4, 4), (40, 40), (8, 8), (4, 4), (4, 4), (40, 40)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+@pytest.mark.parametrize("max_pixels", [None, 1, 32, 64, 128, 10**6])
+def test_evaluation_has_each_sample_once_and_one_shape_per_batch(batch_size: int, max_pixels: int | None) -> None:
+    order = EvaluationBatches(Images(SHAPES), batch_size, max_pixels)
+    found = list(order)
+    assert len(found) == len(order) and list(order) == found
+    assert sorted(flat(found)) == [(0, index) for index in range(len(SHAPES))]
+    for batch in found:
+        shapes = [SHAPES[index] for _, index in batch]
+        assert len(set(shapes)) == 1 and 1 <= len(batch) <= batch_size
+        pixels = sum(height * width for height, width in shapes)
+        assert len(batch) == 1 or max_pixels is None or pixels <= max_pixels
+
+
+def test_evaluation_fills_its_batches() -> None:
+    sizes = [len(batch) for batch in EvaluationBatches(Images([(4, 4)] * 10), 4, 48)]
+    assert sizes == [3, 3, 3, 1]
+    sizes = [len(batch) for batch in EvaluationBatches(Images([(4, 4)] * 10), 4, 64)]
+    assert sizes == [4, 4, 2]
+
+
+@pytest.mark.parametrize("max_pixels", [None, 1])
+def test_evaluation_takes_data_that_does_not_tell_its_shapes(max_pixels: int | None) -> None:
+    order = EvaluationBatches(Noise(), 4, max_pixels)
+    assert [[index for _, index in batch] for batch in order] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+
+
+def test_evaluation_draws_the_same_each_time_and_with_workers() -> None:
+    found = []
+    for num_workers in (0, 0, 2):
+        order = EvaluationBatches(Noise(), 4, None)
+        found.append(list(DataLoader(Samples(Noise(), 1), batch_sampler=order, num_workers=num_workers)))
+    assert equal([found[0]], [found[1]]) and equal([found[0]], [found[2]])
+
+
+# ----------------------------------------------------------------------------------------------------------- algorithms
+
+
+def global_settings() -> tuple:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+    )
+
+
+def test_on_the_cpu_global_settings_stay_as_they_are() -> None:
+    before = global_settings()
+    with deterministic_algorithms(CPU):
+        assert global_settings() == before
+    assert global_settings() == before
+    with pytest.raises(ValueError, match="mine"), deterministic_algorithms(CPU):
+        raise ValueError("mine")
+    assert global_settings() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_global_settings_are_restored() -> None:
+    before = global_settings()
+    with pytest.raises(ValueError, match="mine"), deterministic_algorithms(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        raise ValueError("mine")
+    assert global_settings() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_on_a_gpu_dropout_is_a_function_of_seed_and_step(device: str) -> None:
+    found = []
+    for number in (5, 6, 5):
+        seed_step(0, number, torch.device(device))
+        found.append(torch.rand(100, device=device))
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])

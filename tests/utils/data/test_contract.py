@@ -1,0 +1,208 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dida_tools.utils.data.contract import TASKS, DataContract, default_scale
+
+FULL = DataContract(
+    channels=3,
+    channel_names=("red", "green", "blue"),
+    dtype="uint8",
+    scale=1 / 255,
+    mean=(0.1, 0.2, 0.3),
+    std=(0.5, 0.25, 1 / 3),
+    nodata=0.0,
+    task="multi-label",
+    class_names=("road", "house"),
+    threshold=0.3,
+)
+CONTRACTS = pytest.mark.parametrize("contract", [FULL, DataContract(1), DataContract(12, dtype="uint16", nodata=-1.5)])
+
+
+def invent(dtype: str, channels: int = 3, height: int = 8, width: int = 9) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return (rng.random((height, width, channels)) * 100).astype(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ storage
+
+
+@CONTRACTS
+def test_a_contract_survives_json(contract: DataContract) -> None:
+    assert DataContract.from_dict(json.loads(json.dumps(contract.to_dict()))) == contract
+
+
+@CONTRACTS
+def test_a_contract_fits_into_a_weights_file(tmp_path: Path, contract: DataContract) -> None:
+    torch.save({"contract": contract.to_dict()}, tmp_path / "weights.pt")
+    stored = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert DataContract.from_dict(stored["contract"]) == contract
+
+
+def test_a_nodata_value_of_nan_survives(tmp_path: Path) -> None:
+    contract = DataContract(1, nodata=float("nan"))
+    torch.save(contract.to_dict(), tmp_path / "weights.pt")
+    for stored in (json.loads(json.dumps(contract.to_dict())), torch.load(tmp_path / "weights.pt", weights_only=True)):
+        assert np.isnan(DataContract.from_dict(stored).nodata)
+
+
+@CONTRACTS
+def test_a_stored_contract_is_plain_data(contract: DataContract) -> None:
+    def plain(value: Any) -> bool:
+        if isinstance(value, list):
+            return all(map(plain, value))
+        return value is None or type(value) in (str, int, float)
+
+    stored = contract.to_dict()
+    assert all(type(key) is str and plain(value) for key, value in stored.items())
+
+
+def test_what_a_later_version_adds_is_ignored_and_what_it_lacks_is_filled_in() -> None:
+    assert DataContract.from_dict({"channels": 2, "projection": "EPSG:4326"}) == DataContract(2)
+
+
+def test_the_contract_of_a_data_set_survives_storage(tmp_path: Path, write_pairs: Any) -> None:
+    from dida_tools.utils.data import NpyDataset
+
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (8, 8, 5)).astype(np.uint8) for _ in range(3)]
+    contract = NpyDataset(*write_pairs(images, [np.zeros((8, 8), np.uint8)] * 3), nodata=0).contract()
+    torch.save(contract.to_dict(), tmp_path / "weights.pt")
+    assert DataContract.from_dict(torch.load(tmp_path / "weights.pt", weights_only=True)) == contract
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+@CONTRACTS
+def test_an_image_as_in_training_has_no_problems(contract: DataContract) -> None:
+    assert contract.problems(invent(contract.dtype, contract.channels)) == []
+
+
+def test_byte_order_is_no_problem() -> None:
+    assert DataContract(3, dtype="uint16").problems(invent(">u2")) == []
+
+
+def test_other_channels_are_named() -> None:
+    assert FULL.problems(invent("uint8", 4)) == ["it has 4 channels, the model was trained on 3 (red, green, blue)"]
+    assert DataContract(2, dtype="uint8").problems(invent("uint8", 1)) == [
+        "it has 1 channels, the model was trained on 2"
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32", "int8", "bool"])
+def test_another_dtype_is_named_with_the_scale(dtype: str) -> None:
+    (problem,) = FULL.problems(invent(dtype))
+    assert problem.startswith(f"it is {dtype}, the model was trained on uint8 files") and "0.00392157" in problem
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinite_values_are_counted(value: float) -> None:
+    image = invent("float32")
+    image[2, 3, 1] = image[4] = value
+    (problem,) = DataContract(3).problems(image)
+    assert problem.startswith("it has 28 NaN or infinite values")
+
+
+def test_nan_is_no_problem_where_it_means_no_data() -> None:
+    contract, image = DataContract(3, nodata=float("nan")), invent("float32")
+    image[2:4] = np.nan
+    assert contract.problems(image) == []
+    image[6, 6, 0] = np.nan
+    assert contract.problems(image)[0].startswith("it has 1 NaN")
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    assert len(FULL.problems(invent("float64", 2))) == 2
+
+
+# -------------------------------------------------------------------------------------------------------- preparation
+
+
+def test_images_are_scaled_and_normalised_by_channel() -> None:
+    image = invent("uint8")
+    values, valid = FULL.prepare(image)
+    expected = (image / 255 - np.array(FULL.mean)) / np.array(FULL.std)
+    expected[(image == 0).all(-1)] = 0
+    assert values.dtype == torch.float32 and values.shape == (3, 8, 9) and values.is_contiguous()
+    torch.testing.assert_close(values, torch.from_numpy(np.moveaxis(expected, -1, 0)).float())
+    assert np.array_equal(valid.numpy(), ~(image == 0).all(-1))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int16", ">u2", "uint32", "int64", "float16", "float32", "float64"])
+def test_without_statistics_images_are_only_scaled(dtype: str) -> None:
+    image = invent(dtype)
+    values, valid = DataContract(3, scale=0.5).prepare(image)
+    torch.testing.assert_close(values, torch.from_numpy(np.moveaxis(image.astype(np.float32) / 2, -1, 0)))
+    assert values.dtype == torch.float32 and valid.dtype == torch.bool and valid.all()
+
+
+@pytest.mark.parametrize(("dtype", "nodata"), [("uint8", 0), ("int16", -9999), ("float32", float("nan"))])
+def test_pixels_without_data_become_0(dtype: str, nodata: float) -> None:
+    image = invent(dtype) + np.ones((), dtype)
+    image[3:5, 2:4] = nodata
+    contract = DataContract(3, dtype=dtype, mean=(7.0, 8.0, 9.0), std=(1.0, 2.0, 3.0), nodata=nodata)
+    values, valid = contract.prepare(image)
+    assert int((~valid).sum()) == 4 and not valid[3:5, 2:4].any()
+    assert (values[:, ~valid] == 0).all() and values.isfinite().all()
+    assert (values[:, valid] != 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("dtype", "offset"), [("float32", 1e6), ("float64", 1e9), ("uint32", 4e9), ("int64", 1e12)])
+def test_large_means_do_not_drown_the_deviation(dtype: str, offset: float) -> None:
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (20, 20, 1))
+    contract = DataContract(1, dtype=dtype, mean=(offset + 1 / 3,), std=(1.0,))
+    values, _ = contract.prepare((offset + signs).astype(dtype))
+    torch.testing.assert_close(values[0], torch.from_numpy(signs[..., 0] - 1 / 3).float(), rtol=1e-3, atol=1e-3)
+
+
+def test_preparation_leaves_the_image_alone() -> None:
+    image = invent("float32")
+    kept = image.copy()
+    DataContract(3, scale=2.0, mean=(1.0, 1.0, 1.0), std=(1.0, 1.0, 1.0), nodata=0).prepare(image)
+    assert np.array_equal(image, kept)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        ("uint8", 1 / 255),
+        ("uint16", 1 / 65535),
+        ("int16", 1 / 32767),
+        ("float32", 1.0),
+        ("float64", 1.0),
+        ("bool", 1.0),
+    ],
+)
+def test_integers_are_divided_by_the_largest_value_of_their_type(dtype: str, scale: float) -> None:
+    assert default_scale(dtype) == scale
+
+
+# ------------------------------------------------------------------------------------------------------------ outputs
+
+
+def test_probabilities_follow_the_task() -> None:
+    logits = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16)
+    expected = {"multi-class": logits.float().softmax(1), "multi-label": logits.float().sigmoid()}
+    for task in TASKS:
+        found = DataContract(1, task=task).probabilities(logits)
+        assert found.dtype == torch.float32 and torch.equal(found, expected.get(task, logits.float()))
+
+
+def test_classes_of_multi_class_are_the_most_probable() -> None:
+    probabilities = torch.rand(2, 5, 4, 3)
+    classes = DataContract(1).classes(probabilities)
+    assert classes.dtype == torch.uint8 and torch.equal(classes.long(), probabilities.argmax(1))
+
+
+@pytest.mark.parametrize("threshold", [0.25, 0.5])
+def test_classes_of_multi_label_begin_at_the_threshold(threshold: float) -> None:
+    probabilities = torch.tensor([0.0, 0.2, 0.25, 0.4, 0.5, 1.0]).reshape(1, 1, 2, 3)
+    contract = DataContract(1, task="multi-label", threshold=threshold)
+    expected = (probabilities >= threshold).to(torch.uint8)
+    assert torch.equal(contract.classes(probabilities), expected[:, 0])
+    assert torch.equal(contract.classes(probabilities.repeat(1, 2, 1, 1)), expected.repeat(1, 2, 1, 1))
