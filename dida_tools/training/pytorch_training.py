@@ -56,7 +56,7 @@ def small(config: dict[str, Any] = train_config) -> dict[str, Any]:
     config["MODEL_CONFIG"] |= {"bulk_ch": 16, "n_recursions": 3, "dropout": 0.0}
     config["DATASET_CONFIG"]["train"] |= {"crop": 96, "crops_per_image": 3}
     config["DATA_LOADER_CONFIG"] |= {"num_workers": 0}
-    config["OPTIMIZER_CONFIG"] |= {"lr": 5e-3}
+    config["OPTIMIZER_CONFIG"] |= {"lr": 2e-3}
     config["EPOCHS"] = 20
     return config
 

@@ -133,7 +133,7 @@ def batches(order: TrainingBatches, epoch: int = 0, first_batch: int = 0) -> lis
     return [[index for _, index in batch] for batch in found]
 
 
-def flat(parts: list[list[int]]) -> list[int]:
+def flat(parts: list[list[Any]]) -> list[Any]:
     return [index for part in parts for index in part]
 
 
@@ -324,7 +324,7 @@ def global_settings() -> tuple:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.backends.cudnn.benchmark,
         torch.backends.cudnn.deterministic,
-        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         torch.get_num_threads(),
         torch.get_default_dtype(),
     )

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from dida_tools.training.journal import Journal, read_journal
 
+ROOT = Path(__file__).parents[2]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
 
 
@@ -49,7 +50,23 @@ def read_counted(path: Path) -> tuple[list[dict[str, Any]], int]:
 # ----------------------------------------------------------------------------------------------------------- round trip
 
 
-VALUES = [math.nan, math.inf, -math.inf, -0.0, 5e-324, 0.1 + 0.2, 10**30, 1, 1.0, True, False, None, "", "nan", "inf"]
+VALUES: list[Any] = [
+    math.nan,
+    math.inf,
+    -math.inf,
+    -0.0,
+    5e-324,
+    0.1 + 0.2,
+    10**30,
+    1,
+    1.0,
+    True,
+    False,
+    None,
+    "",
+    "nan",
+    "inf",
+]
 VALUES += ["-inf", "ä 日本 🙂", "a\nb\r\n\t", '"quoted", "crc": "00000000"}', "\0", "\u2028", "\ud800", [1, "x", None]]
 
 
@@ -244,7 +261,7 @@ def test_a_killed_writer_loses_no_line_it_acknowledged(tmp_path: Path) -> None:
     for _ in range(20):
         first = acknowledged[-1] + 1 if acknowledged else 1
         command = [sys.executable, "-c", WRITER, str(path), str(first)]
-        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
         time.sleep(chance.random() * 0.01)
         writer.send_signal(signal.SIGKILL)
@@ -285,7 +302,7 @@ print(number)
 @posix
 def test_a_full_disk_leaves_the_journal_whole(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FULL, str(tmp_path / "j")]
-    number = int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    number = int(subprocess.run(command, capture_output=True, check=True, text=True, cwd=ROOT).stdout)
     events, num_damaged = read_counted(tmp_path / "j")
     assert [event["step"] for event in events] == list(range(1, number + 2)) and num_damaged == 0 and number > 3
 

@@ -107,7 +107,10 @@ def test_a_class_without_arguments_needs_no_config(tmp_path: Path) -> None:
         (Net(bias=False), "1 parameters are missing, such as first.bias"),
         (nn.ModuleDict({"first": nn.Linear(3, 4)}), "7 parameters are missing, such as last.bias"),
         (Net(width=6), "7 have another shape, such as first.bias: (6,) instead of (4,)"),
-        (nn.ModuleDict({**Net()._modules, "more": nn.Linear(1, 1)}), "2 are not of this model, such as more.bias"),
+        (
+            nn.ModuleDict({**dict(Net().named_children()), "more": nn.Linear(1, 1)}),
+            "2 are not of this model, such as more.bias",
+        ),
         (nn.Linear(1, 1), "2 are not of this model, such as bias"),
     ],
 )
@@ -226,8 +229,8 @@ PASSING: list[tuple[Callable, tuple, list[float]]] = [
 
 def with_parameter(values: list[float]) -> nn.Module:
     model = nn.Sequential(nn.Linear(2, 2), nn.Module())
-    nn.init.constant_(model[0].weight, 0.5)
-    nn.init.constant_(model[0].bias, 0.5)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.5)
     model[1].register_parameter("odd", nn.Parameter(torch.tensor(values)))
     return model
 

@@ -359,7 +359,7 @@ class NpyDataset(Dataset):
                 )
             return problems
         flat = {v for value, _ in mask["values"] for v in (value if isinstance(value, list) else [value])}
-        odd = [str(v) for v in sorted(flat) if self._class_of(v) not in (0, 1, self.ignore_index))
+        odd = [str(v) for v in sorted(flat) if self._class_of(v) not in (0, 1, self.ignore_index)]
         if odd:
             problems.append(
                 f"the values {', '.join(odd[:8])} are not 0 or 1: map them with MASK_VALUES, such as {{255: 1}}"

@@ -389,7 +389,7 @@ class Broken(Dataset):
 
 
 def test_an_error_in_a_worker_keeps_its_message() -> None:
-    with pytest.raises(DataError, match="image_07.npy: is broken\n  - image_08.npy: is broken") as caught:
+    with pytest.raises(DataError, match=r"image_07\.npy: is broken\n  - image_08\.npy: is broken") as caught:
         list(DataLoader(Broken(), num_workers=1))
     assert len(caught.value.problems) == 1
 

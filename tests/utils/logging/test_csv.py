@@ -74,6 +74,7 @@ NUMBERS: list[Any] = [
 ]
 NUMBERS += [math.nan, math.inf, -math.inf, True, False]
 
+ROOT = Path(__file__).parents[3]
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 plain = st.text(string.ascii_letters + "'=+-@,;\" \n\r\t019.e_", max_size=8)
 values = st.one_of(
@@ -304,7 +305,7 @@ for number in range(count):
 
 def start_writer(path: Path, writer: str, count: int, pause: float = 0.0) -> subprocess.Popen:
     command = [sys.executable, "-c", WRITER, str(path), writer, str(count), str(pause)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def test_six_processes_lose_no_row(tmp_path: Path) -> None:

@@ -36,10 +36,15 @@ def make_run(log_dir: Path, name: str, config: dict[str, Any] | None = None) -> 
 
 
 def make_row(
-    log_dir: Path, name: str, value: Any, monitor: str = "max f1", status: str = "finished", **more: Any
+    log_dir: Path,
+    name: str,
+    value: Any,
+    monitor: str = "max f1",
+    status: str = "finished",
+    more: dict[str, Any] | None = None,
 ) -> None:
-    key = f"validation.{monitor.split()[1]}"
-    write_log(log_dir / "experiments.csv", {"NAME": name, "STATUS": status, "MONITOR": monitor, key: value} | more)
+    row = {"NAME": name, "STATUS": status, "MONITOR": monitor, f"validation.{monitor.split()[1]}": value}
+    write_log(log_dir / "experiments.csv", row | (more or {}))
 
 
 @pytest.fixture
@@ -127,7 +132,7 @@ def test_unfinished_runs_are_left_out_of_the_best(log_dir: Path, status: str) ->
 
 def test_only_runs_with_the_last_finished_runs_monitor_are_compared(log_dir: Path) -> None:
     make_row(log_dir, NAMES[0], 0.01, "min loss")
-    make_row(log_dir, NAMES[1], 0.5, "max f1", **{"validation.loss": 0.001})
+    make_row(log_dir, NAMES[1], 0.5, "max f1", more={"validation.loss": 0.001})
     make_row(log_dir, NAMES[2], 0.02, "min loss")
     assert find(log_dir, "best") == NAMES[0]
     make_row(log_dir, NAMES[3], 0.4, "max f1")
@@ -141,8 +146,8 @@ def test_runs_whose_folder_is_gone_are_left_out_of_the_best(log_dir: Path) -> No
 
 
 def test_results_that_are_means_over_samples_count(log_dir: Path) -> None:
-    make_row(log_dir, NAMES[0], None, **{"validation.f1_sample_mean": 0.8})
-    make_row(log_dir, NAMES[1], None, **{"validation.f1_sample_mean": 0.9})
+    make_row(log_dir, NAMES[0], None, more={"validation.f1_sample_mean": 0.8})
+    make_row(log_dir, NAMES[1], None, more={"validation.f1_sample_mean": 0.9})
     make_row(log_dir, NAMES[2], 0.1)
     assert find(log_dir, "best") == NAMES[1]
 
