@@ -38,9 +38,9 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
 
     The images are read, scaled and normalised as in training, by the data contract in the weights file.
 
-    :param predict_config: MODEL (class), MODEL_CONFIG, WEIGHTS (file), FILES (image files or folders of them), OUT_DIR,
-        DEVICE, PRECISION, OUTPUT ("classes": uint8, "probabilities": float32 (H, W, C) as .npy), PREFIX and SUFFIX of the
-        names of the outputs
+    :param predict_config: MODEL (class), MODEL_CONFIG, WEIGHTS (file), FILES (image files or folders of them),
+        OUT_DIR, DEVICE, PRECISION, OUTPUT ("classes": uint8, "probabilities": float32 (H, W, C)), and PREFIX and SUFFIX
+        of the outputs' names
     :return: the written files
     :raises ConfigError, DataError, WeightsError: before anything is written, for what cannot be used
     """

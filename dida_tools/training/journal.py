@@ -46,7 +46,7 @@ class Journal:
                 self.contradictions.append(f"{identity[0]} {identity[1]}")
             return False
         line = _line(event)
-        written = os.write(self._file, line)  # one call, so the line is whole or, after a power cut, cut off at the end
+        written = os.write(self._file, line)  # one call, so the line is whole or, after a kill or power cut, cut off
         if written < len(line):
             os.ftruncate(self._file, os.fstat(self._file).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))

@@ -57,7 +57,7 @@ def small(config: dict[str, Any] = train_config) -> dict[str, Any]:
     config["DATASET_CONFIG"]["train"] |= {"crop": 96, "crops_per_image": 3}
     config["DATA_LOADER_CONFIG"] |= {"num_workers": 0}
     config["OPTIMIZER_CONFIG"] |= {"lr": 2e-3}
-    config["EPOCHS"] = 20
+    config["EPOCHS"] = 40
     return config
 
 

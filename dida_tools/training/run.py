@@ -508,10 +508,10 @@ def _as_out_of_memory(error: BaseException, preparation: Preparation) -> BaseExc
     if preparation.device.type == "cuda":
         torch.cuda.empty_cache()
     size = preparation.train_batches.batch_size
+    smaller = f"DATA_LOADER_CONFIG.batch_size={max(1, size // 2)} ACCUMULATE={2 * preparation.config['ACCUMULATE']}"
     return OutOfMemory(
-        f"the memory of {preparation.device} does not suffice for batch_size={size}: try "
-        f"DATA_LOADER_CONFIG.batch_size={max(1, size // 2)} ACCUMULATE={2 * preparation.config['ACCUMULATE']} (the same "
-        "result for models without BatchNorm), a smaller crop, or PRECISION=bf16."
+        f"the memory of {preparation.device} does not suffice for batch_size={size}: try {smaller} (the same result "
+        "for models without BatchNorm), a smaller crop, or PRECISION=bf16."
     )
 
 

@@ -1,6 +1,7 @@
 """The raw routine: it trains what it is told, evaluates honestly, and leaves what it promises."""
 
 import copy
+import itertools
 import json
 import math
 from functools import partial
@@ -136,7 +137,7 @@ def test_training_is_shuffled_and_complete_and_the_test_set_is_read_in_order_and
     epochs = [train_log[start : start + 10] for start in range(len(train_log) - 30, len(train_log), 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != list(range(10))
-    in_order = [index for index, following in zip(test_log, test_log[1:], strict=False) if following == index + 1]
+    in_order = [index for index, following in itertools.pairwise(test_log) if following == index + 1]
     assert in_order[:3] == [0, 1, 2]
 
 
@@ -393,7 +394,7 @@ def test_binary_masks_of_0_and_255_are_mapped_by_the_config(pairs_dir, tmp_path,
 
 
 def test_a_lambda_trains_where_the_user_asks_for_it_and_the_row_says_so(datasets, tiny_config, global_config):
-    config = tiny_config | {"LOSS": lambda pred, target: multi_class_dice_ce_sum(pred, target)}  # noqa: PLW0108
+    config = tiny_config | {"LOSS": lambda pred, target: multi_class_dice_ce_sum(pred, target)}
     with pytest.raises(ConfigError, match="lambda"):
         train(*datasets, config, global_config)
     train(*datasets, config | {"REQUIRE_RERUNNABLE": False}, global_config)

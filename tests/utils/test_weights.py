@@ -50,10 +50,10 @@ def seal(content: bytes) -> bytes:
     return content + hashlib.sha256(content).hexdigest().encode()
 
 
-def outcome(file: Path, content: bytes) -> Any:
+def outcome(file: Path, content: bytes) -> str:
     file.write_bytes(content)
     try:
-        return bits(load_weights(file))
+        return repr(bits(load_weights(file)))
     except WeightsError:
         return "refused"
 
@@ -181,7 +181,7 @@ def test_no_flipped_bit_in_the_rest_of_a_plain_file_gives_other_values(tmp_path:
     chosen = random.Random(0).sample(range(8 * directory), 300)
     chosen += random.Random(0).sample(range(8 * directory, 8 * len(content)), 700)
     outcomes = [outcome(file, flipped(content, bit)) for bit in chosen]
-    assert all(found in ("refused", bits(example())) for found in outcomes)
+    assert all(found in ("refused", repr(bits(example()))) for found in outcomes)
 
 
 def test_data_marked_as_a_folder_in_a_plain_file_is_noticed(tmp_path: Path) -> None:

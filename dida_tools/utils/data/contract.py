@@ -82,7 +82,7 @@ class DataContract:
         valid = has_data(image, self.nodata)
         kind = np.float32 if image.dtype.itemsize <= 2 else np.float64  # of a large mean, float32 loses the deviation
         values = np.multiply(image, self.scale, dtype=kind)
-        if len(self.mean):
+        if self.mean:
             values = (values - np.asarray(self.mean, kind)) / np.asarray(self.std, kind)
         values[~valid] = 0
         channels_first = np.ascontiguousarray(np.moveaxis(values, -1, 0), np.float32)

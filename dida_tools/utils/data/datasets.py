@@ -217,16 +217,19 @@ class NpyDataset(Dataset):
         contract = self._plain_contract()
         if not normalise:
             return contract
+        mean, std = (statistic * contract.scale for statistic in self.mean_and_std(cache_file))
+        std = np.where(std > 1e-12 * np.abs(mean), std, 1.0)  # a constant channel becomes 0
+        return dataclasses.replace(contract, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+    def mean_and_std(self, cache_file: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation of each channel over all pixels that hold data, as they stand in the files."""
         moments: Moments = (0, 0.0, 0.0)
         for file in self.images:
             facts = self._fact(file, cache_file)
             part = (np.array(facts["count"]), np.array(facts["mean"]), np.array(facts["m2"]))
             moments = merge_moments(moments, part)
         count, mean, m2 = moments
-        std = np.sqrt(m2 / np.maximum(count, 1)) * contract.scale
-        mean = np.asarray(mean) * contract.scale
-        std = np.where(std > 1e-12 * np.abs(mean), std, 1.0)  # a constant channel becomes 0
-        return dataclasses.replace(contract, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+        return np.asarray(mean), np.sqrt(m2 / np.maximum(count, 1))
 
     # ------------------------------------------------------------------------------------------- what the routines call
 
@@ -234,9 +237,15 @@ class NpyDataset(Dataset):
         """
         A copy that reads its images by this contract, usually that of the training set.
 
-        :raises DataError: with each image that has other channels or another dtype
+        :raises DataError: with each image that has other channels or another dtype, and if nodata is another value
         """
         problems = []
+        nodata = self._plain_contract().nodata
+        if nodata is not None and nodata != contract.nodata and str(nodata) != str(contract.nodata):  # NaN is not NaN
+            problems.append(
+                f"{self.images[0].parent}: its nodata value is {nodata}, that of the training data {contract.nodata}: "
+                "give both the same nodata"
+            )
         for number, file in enumerate(self.images):
             problems += _contract_problems(contract, file, self._image_info(number))
         if problems:
@@ -324,7 +333,7 @@ class NpyDataset(Dataset):
                 problems += [
                     f"{mask}: {problem}" for problem in self._mask_problems(facts[image], facts[mask], num_classes)
                 ]
-        if not problems and self.task != "values" and self._flat_classes() == {0, self.ignore_index}:
+        if training and not problems and self.task != "values" and self._flat_classes() == {0, self.ignore_index}:
             problems.append(
                 f"{self.masks[0].parent}: the masks hold 0 and {self.ignore_index} alone, and {self.ignore_index} is "
                 f"ignored: map it with MASK_VALUES={{{self.ignore_index}: 1}}"
@@ -374,14 +383,19 @@ class NpyDataset(Dataset):
         return value == self.ignore_index or 0 <= value < (num_classes or 2**31)
 
     def _flat_classes(self) -> set[Any]:
-        return {number for key in self.class_counts() for number in (key if isinstance(key, tuple) else (key,))}
+        """What the masks hold after mapping, in any channel."""
+        values = [value for file in self.masks for value, _ in self._fact(file).get("values") or []]
+        if self.task == "multi-label":
+            values = [part for value in values for part in (value if isinstance(value, list) else [value])]
+        return {self._class_of(value) for value in values}
 
     def class_counts(self) -> Counter:
-        """Number of pixels of each class over all masks."""
+        """Number of pixels of each class over all masks; for "multi-label", of each label."""
         counts: Counter = Counter()
         for file in self.masks:
             for value, number in self._fact(file).get("values") or []:
-                counts[self._class_of(value)] += number
+                for label in self._labels(value) if self.task == "multi-label" else [self._class_of(value)]:
+                    counts[label] += number
         return counts
 
 

@@ -58,15 +58,15 @@ def fingerprint(dataset: NpyDataset, cache_file: Path | None = None) -> dict[str
         "statistics": [],
     }
     if len(channels) == 1:
-        contract = dataset.contract(normalise=True, cache_file=cache_file)
+        mean, std = dataset.mean_and_std(cache_file)
         summary["statistics"] = [
             {
                 "min": min((image["min"][channel] for image in images if image["count"][channel]), default=0.0),
                 "max": max((image["max"][channel] for image in images if image["count"][channel]), default=0.0),
-                "mean": contract.mean[channel] / contract.scale,
-                "std": contract.std[channel] / contract.scale,
+                "mean": float(mean[channel]),
+                "std": float(std[channel]),
             }
-            for channel in range(contract.channels)
+            for channel in range(len(mean))
         ]
     return summary
 

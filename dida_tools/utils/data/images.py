@@ -98,11 +98,11 @@ def read_bands(path: Path, max_values: int) -> Iterator[np.ndarray]:
     :return: (rows, W, C) each, in the dtype of the file
     :raises DataError: if the file cannot be read as an image
     """
-    height, width, channels = image_info(path).shape
-    rows = max(1, max_values // (width * channels))
     with _named(path), contextlib.ExitStack() as stack:  # opened once: formats without windows are decoded once
         is_raster = path.suffix.lower() in _RASTERS
         source: Any = stack.enter_context(_open_raster(path)) if is_raster else _open_array(path)
+        height, width, channels = (source.height, source.width, source.count) if is_raster else source.shape
+        rows = max(1, max_values // (width * channels))
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
             if is_raster:

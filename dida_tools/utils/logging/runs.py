@@ -1,6 +1,7 @@
 """Contains how tracked runs are found again, with their configs."""
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,7 +49,7 @@ def _best_run(rows: list[dict[str, Any]], names: list[str]) -> str:
         value = row.get(f"validation.{goal}")
         if value is None:  # also where only another run has the column
             value = row.get(f"validation.{goal}_sample_mean")
-        if row["MONITOR"] == monitor and isinstance(value, int | float) and value == value:
+        if row["MONITOR"] == monitor and isinstance(value, int | float) and not math.isnan(value):
             values[row["NAME"]] = value
     if not values:
         raise UserError(f"no finished run has a validation result for MONITOR {monitor!r}: give a name instead.")

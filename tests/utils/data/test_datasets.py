@@ -302,6 +302,23 @@ def test_data_that_the_contract_does_not_fit_are_refused_with_every_name(write_p
     assert all("it is uint16, the model was trained on uint8 files" in problem for problem in problems)
 
 
+@pytest.mark.parametrize(
+    ("of_train", "of_test", "fits"),
+    [(0, None, True), (0, 0.0, True), (None, 0, False), (0, 5, False), (float("nan"), float("nan"), True)],
+)
+def test_data_of_another_nodata_value_are_refused(
+    write_pairs: Pairs, of_train: float | None, of_test: float | None, fits: bool
+) -> None:
+    folders = write_pairs(invent_images(dtype="float32"), invent_masks())
+    contract = NpyDataset(*folders, nodata=of_train).contract()
+    dataset = NpyDataset(*folders, nodata=of_test)
+    if fits:
+        assert dataset.with_contract(contract).contract().channels == 3
+    else:
+        (problem,) = problems_of(dataset.with_contract, contract)
+        assert f"its nodata value is {of_test}, that of the training data {of_train}" in problem
+
+
 def test_the_contract_of_the_training_part_knows_nothing_of_the_validation_part(write_pairs: Pairs) -> None:
     dataset = NpyDataset(*write_pairs(invent_images(6), invent_masks(6)))
     dataset.check()
@@ -571,6 +588,13 @@ def test_copies_leave_the_data_set_as_it_is(write_pairs: Pairs) -> None:
     assert len(dataset) == 8 and equal([before], [Samples(dataset, 0)[0, 3]])
 
 
+def test_labels_are_counted_over_all_masks(write_pairs: Pairs) -> None:
+    masks = [np.random.default_rng(n).choice(np.uint8([0, 200, 255]), (24, 30, 2)) for n in range(4)]
+    dataset = NpyDataset(*write_pairs(invent_images(), masks), task="multi-label", mask_values={200: 1})
+    pixels = np.concatenate(masks).reshape(-1, 2)
+    assert dataset.class_counts() == {0: (pixels[:, 0] == 200).sum(), 1: (pixels[:, 1] == 200).sum()}
+
+
 def test_classes_are_counted_over_all_masks(write_pairs: Pairs) -> None:
     masks = invent_masks(classes=3)
     dataset = NpyDataset(*write_pairs(invent_images(), masks), mask_values={2: 1})
@@ -742,6 +766,19 @@ def test_class_numbers_are_checked_against_the_model(write_pairs: Pairs) -> None
 def test_an_ignored_value_is_no_problem(write_pairs: Pairs) -> None:
     masks = [np.where(mask == 2, 9, mask) for mask in invent_masks()]
     NpyDataset(*write_pairs(invent_images(), masks), ignore_index=9).check(num_classes=2)
+
+
+@pytest.mark.parametrize(("task", "channels"), [("multi-class", None), ("multi-label", None), ("multi-label", 2)])
+def test_masks_of_0_and_an_ignored_255_alone_are_refused_in_training(
+    write_pairs: Pairs, task: str, channels: int | None
+) -> None:
+    shape = (24, 30) if channels is None else (24, 30, channels)
+    masks = [np.random.default_rng(n).integers(0, 2, shape, dtype=np.uint8) * 255 for n in range(4)]
+    dataset = NpyDataset(*write_pairs(invent_images(), masks), task=task)
+    (problem,) = problems_of(dataset.check)
+    assert problem.endswith("map it with MASK_VALUES={255: 1}")
+    dataset.check(training=False)
+    dataset.with_mask_values({255: 1}).check()
 
 
 def test_nan_is_no_problem_if_it_means_no_data(write_pairs: Pairs) -> None:

@@ -337,7 +337,7 @@ def test_killed_writers_lose_no_acknowledged_row(tmp_path: Path) -> None:
         acknowledged += lines
         names = [row["NAME"] for row in read_log(path)]
         assert len(names) == len(set(names)) and set(acknowledged) <= set(names)
-    assert len(acknowledged) > 32
+    assert len(acknowledged) >= 32
     write_log(path, {"NAME": "at last"})
     assert len(read_log(path)) >= len(acknowledged) + 1
 
