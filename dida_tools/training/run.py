@@ -284,6 +284,8 @@ class Run:
             _say(f"{self.name} has no checkpoint yet: it starts again.")
             return
         preparation = self.preparation
+        if stored["contract"] != preparation.contract.to_dict():
+            _say(f"{self.name}: the training data is not what it was: its channels, scale or statistics have changed.")
         fill_model(preparation.model, stored["model"], str(self.weight_dir))
         preparation.optimizer.load_state_dict(stored["optimizer"])
         self._restore_schedule(stored)

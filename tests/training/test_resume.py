@@ -209,3 +209,21 @@ def interrupting_metric(pred: Tensor, target: Tensor) -> float:
     if InterruptingMetric.calls == InterruptingMetric.at:
         raise KeyboardInterrupt
     return float((pred.argmax(1) == target).float().mean())
+
+
+def test_changed_data_is_said(datasets, pairs_dir, rich_config, global_config, tmp_path, capsys):
+    import shutil
+
+    import numpy as np
+
+    from dida_tools.utils.data import NpyDataset
+
+    folder = shutil.copytree(pairs_dir / "train", tmp_path / "train")
+    own = NpyDataset(folder / "x", folder / "y", crop=16), datasets[1]
+    name = interrupt(own, rich_config, global_config, at=9)
+    for file in (folder / "x").iterdir():
+        np.save(file, np.load(file) // 2)
+    again = NpyDataset(folder / "x", folder / "y", crop=16), datasets[1]
+    capsys.readouterr()
+    train(*again, rich_config | {"RESUME": name}, global_config)
+    assert "the training data is not what it was" in capsys.readouterr().out

@@ -68,6 +68,7 @@ def test_the_callers_config_stays_as_it_is(folder: Path, tiny_config: dict[str, 
         key: dict(value) for key, value in tiny_config.items() if isinstance(value, dict)
     }
     config = use_folder(tiny_config, folder)
+    assert config["OPTIMIZER_CONFIG"] is not tiny_config["OPTIMIZER_CONFIG"]
     assert tiny_config == before and config["DATASET_CONFIG"]["train"]["augment"] == GEOMETRY
     assert config["MODEL_CONFIG"]["bulk_ch"] == tiny_config["MODEL_CONFIG"]["bulk_ch"]
 

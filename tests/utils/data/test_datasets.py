@@ -266,8 +266,9 @@ def test_statistics_leave_out_pixels_without_data(write_pairs: Pairs) -> None:
 
 
 @pytest.mark.parametrize("value", [0, 7, 0.1, 1e6 / 3])
-def test_a_constant_channel_becomes_0(write_pairs: Pairs, value: float) -> None:
-    images = invent_images(3, (17, 13), dtype="float32")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_constant_channel_becomes_0(write_pairs: Pairs, value: float, dtype: str) -> None:
+    images = invent_images(3, (17, 13), dtype=dtype)
     for image in images:
         image[..., 1] = value
     dataset = NpyDataset(*write_pairs(images, invent_masks(3, (17, 13))))

@@ -267,6 +267,22 @@ def test_a_maker_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
 
 
+@pytest.mark.usefixtures("few")
+def test_scenes_appear_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+
+    def replace(source: Path, target: Path) -> None:
+        assert not target.exists() and len(list(source.rglob("*.npy"))) == 10
+        moved.append((source.parent, target))
+        raise OSError("stopped")
+
+    monkeypatch.setattr(module.os, "replace", replace)
+    with pytest.raises(OSError, match="stopped"):
+        make_scenes(tmp_path)
+    assert moved == [(tmp_path, tmp_path / "scenes-1")]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
 def test_makers_at_the_same_time_write_the_same_scenes_once(tmp_path: Path) -> None:
     makers = [start_maker(tmp_path, 4) for _ in range(2)]
     for maker in makers:
