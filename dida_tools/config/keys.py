@@ -84,6 +84,8 @@ def _callable(value: Any) -> str | None:
 def _metrics(value: Any) -> str | None:
     if not isinstance(value, dict):
         return "must be a dict of name: function"
+    if "loss" in value:
+        return "must not call a metric 'loss': that is the mean of LOSS"
     wrong = [str(name) for name, function in value.items() if not isinstance(name, str) or not callable(function)]
     return f"must be a dict of name: function, which {', '.join(wrong)} is not" if wrong else None
 

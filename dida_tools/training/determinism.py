@@ -7,6 +7,7 @@ in every routine.
 """
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -133,6 +134,7 @@ def deterministic_algorithms(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product is computed
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     was_warning = torch.is_deterministic_algorithms_warn_only_enabled()
     was_benchmark = torch.backends.cudnn.benchmark

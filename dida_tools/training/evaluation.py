@@ -48,13 +48,15 @@ class Evaluation:
             self.counts[masked] = self.counts[masked] + counts if masked in self.counts else counts
         for index in range(len(predictions)):
             prediction, target = predictions[index : index + 1], targets[index : index + 1]
+            if not target.is_floating_point() and bool((target == self.ignore_index).all()):
+                continue  # no pixel counts, and some losses answer NaN to that
+            self.num_samples += 1
             for name, function in self.averaged.items():
                 self._sums[name] = self._sums.get(name, 0.0) + float(function(prediction, target))
-        self.num_samples += len(predictions)
 
     def results(self) -> dict[str, float]:
         """The loss and each metric, and of metrics with several classes also "name.class"."""
-        results = {name: total / self.num_samples for name, total in self._sums.items()}
+        results = {name: total / max(1, self.num_samples) for name, total in self._sums.items()}
         for name, metric in self.counted.items():
             counts = self.counts[metric.masked]
             results[name] = metric.from_counts(counts).item()

@@ -260,6 +260,11 @@ class Run:
             counts = next(iter(evaluation.counts.values()), None)
             panels = self._panels()
         self.journal.write({"event": "test", "time": time.time(), "step": state.step, "digest": digest} | metrics)
+        if self.journal.contradictions:
+            _say(
+                f"{len(self.journal.contradictions)} results differ from those before the interruption, first in "
+                f"{self.journal.contradictions[0]}: code, data, config or machine are not what they were."
+            )
         picture = self.log_dir / "picture.png"
         save_picture(picture, self.name, history, self.monitored, counts, panels, preparation.contract.class_names)
         seconds = round(time.monotonic() - self._started, 1)
@@ -281,7 +286,7 @@ class Run:
             _say(f"{self.journal.path}: {self.journal.num_damaged} damaged lines are left out.")
         stored = load_checkpoint(self.weight_dir, _say)
         if stored is None:
-            _say(f"{self.name} has no checkpoint yet: it starts again.")
+            _say(f"{self.name} has no checkpoint that is whole: it starts again.")
             return
         preparation = self.preparation
         if stored["contract"] != preparation.contract.to_dict():

@@ -414,3 +414,14 @@ def test_other_inputs_are_moved_as_they_are(shape: tuple[int, ...]) -> None:
     inputs = torch.randn(shape)
     moved = to_device(inputs, CPU, True)
     assert torch.equal(moved, inputs) and moved.is_contiguous()
+
+
+def test_a_sample_of_ignored_pixels_alone_does_not_count():
+    predictions = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    targets = torch.randint(0, 2, (3, 4, 4), generator=torch.Generator().manual_seed(1))
+    targets[1] = 255
+    loss = torch.nn.CrossEntropyLoss(ignore_index=255)
+    evaluation = Evaluation({}, loss)
+    evaluation.update(predictions, targets)
+    expected = (loss(predictions[:1], targets[:1]) + loss(predictions[2:], targets[2:])) / 2
+    assert evaluation.results()["loss"] == pytest.approx(expected.item())
