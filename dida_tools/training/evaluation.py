@@ -56,7 +56,8 @@ class Evaluation:
 
     def results(self) -> dict[str, float]:
         """The loss and each metric, and of metrics with several classes also "name.class"."""
-        results = {name: total / max(1, self.num_samples) for name, total in self._sums.items()}
+        number = self.num_samples or float("nan")
+        results = {name: self._sums.get(name, 0.0) / number for name in self.averaged}
         for name, metric in self.counted.items():
             counts = self.counts[metric.masked]
             results[name] = metric.from_counts(counts).item()
