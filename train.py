@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 
 from dida_tools import training
-from dida_tools.config.capture import override
+from dida_tools.config.capture import check, override
 from dida_tools.config.config import global_config
 from dida_tools.config.errors import UserError
 from dida_tools.utils.data.build import build_datasets, use_folder
@@ -55,6 +55,7 @@ def main() -> int:
             if arguments.data:
                 config = use_folder(config, arguments.data, Path(global_config["LOG_DIR"]) / "data_facts.json")
         config = override(config, arguments.overrides)
+        check(config)
 
         # <- your data here: any two data sets of (input, target) pairs
         train_dataset, test_dataset, validation_dataset = build_datasets(config)

@@ -104,6 +104,7 @@ def prepare(
     given = {"train": train_dataset, "test": test_dataset, "validation": validation_dataset}
     given = {part: dataset for part, dataset in given.items() if dataset is not None}
     given, problems = _with_mask_values(given, config["MASK_VALUES"])
+    problems += _ignore_problems(config, given)
     data_reason = _enter_data(config, given)
     problems += find_problems(config)
     device, precision = torch.device("cpu"), "fp32"
@@ -181,6 +182,15 @@ def _with_mask_values(given: dict[str, Any], mask_values: dict | None) -> tuple[
             f"MASK_VALUES is set, but the {' and '.join(lacking)} data has no with_mask_values: map them there."
         ]
     return {part: dataset.with_mask_values(mask_values) for part, dataset in given.items()}, []
+
+
+def _ignore_problems(config: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    wanted = config["IGNORE_INDEX"]
+    return [
+        f"IGNORE_INDEX is {wanted}, but the {part} data ignores {dataset.ignore_index}: give both the same."
+        for part, dataset in given.items()
+        if getattr(dataset, "ignore_index", wanted) != wanted
+    ]
 
 
 def _enter_data(config: dict[str, Any], given: dict[str, Any]) -> str:

@@ -28,6 +28,8 @@ from .contract import TASKS, DataContract, default_scale
 from .facts import Facts, Moments, merge_moments, scan_files, scan_image, scan_mask
 from .images import DataError, ImageInfo, Window, image_info, list_images, read_image
 
+Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 class NpyDataset(Dataset):
     """
@@ -44,7 +46,7 @@ class NpyDataset(Dataset):
         crop: int | None = None,
         crops_per_image: int = 1,
         foreground: float = 0.0,
-        augment: Sequence[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = (),
+        augment: Transform | Sequence[Transform] = (),
         task: str = "multi-class",
         class_names: Sequence[str] = (),
         channel_names: Sequence[str] = (),
@@ -62,7 +64,7 @@ class NpyDataset(Dataset):
         :param crops_per_image: samples of each image in an epoch
         :param foreground: part of the crops that are drawn to hold a class other than 0, each class as often as another
             (not for "values")
-        :param augment: functions of transforms.py, such as transforms.STANDARD
+        :param augment: functions of transforms.py, such as transforms.STANDARD, or a single one
         :param task: "multi-class", "multi-label" or "values"
         :param class_names: names of the classes, in the order of their numbers
         :param channel_names: names of the channels of the images, in their order
@@ -81,12 +83,8 @@ class NpyDataset(Dataset):
             if edge is not None and edge < 1:
                 raise ValueError(f"{name} is {edge}: it is at least 1.")
         self.images, self.masks = pair_files(Path(x_dir), Path(y_dir))
-        self.crop, self.crops_per_image, self.foreground, self.augment = (
-            crop,
-            crops_per_image,
-            foreground,
-            tuple(augment),
-        )
+        self.crop, self.crops_per_image, self.foreground = crop, crops_per_image, foreground
+        self.augment = (augment,) if callable(augment) else tuple(augment)
         self.task, self.class_names, self.channel_names = task, tuple(class_names), tuple(channel_names)
         self.mask_values, self.ignore_index = mask_values, ignore_index
         self.nodata, self.scale, self.tile = nodata, scale, tile

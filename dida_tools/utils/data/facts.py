@@ -102,18 +102,21 @@ def scan_mask(file: Path) -> Facts:
     """
     Reads a mask once.
 
-    :return: sha256, shape, dtype, damaged, and values: [[value, number of pixels], ...] of an integer mask, where the
-        value of a mask with several channels is a list; None where there are too many for a mask. places: for each
-        value the numbers (row * width + column) of some of its pixels, spread over the mask
+    :return: sha256, shape, dtype, damaged, and values: [[value, number of pixels], ...] of a mask of whole numbers,
+        where the value of a mask with several channels is a list; None for other numbers, and where there are too many
+        for a mask. places: for each value the numbers (row * width + column) of some of its pixels, spread over the mask
     """
     info = image_info(file)
     channels = info.shape[2]
     damaged, first_pixel = 0, 0
-    is_integer = np.dtype(info.dtype).kind in "bui"
-    found: dict[Any, tuple[int, list[int]]] | None = {} if is_integer else None
+    found: dict[Any, tuple[int, list[int]]] | None = {}
     for band in read_bands(file, _BAND_VALUES):
         pixels = band.reshape(-1, channels)
-        damaged += int(pixels.size - np.isfinite(pixels).sum())
+        finite = np.isfinite(pixels)
+        damaged += int(pixels.size - finite.sum())
+        if pixels.dtype.kind == "f":  # class numbers may be stored as floats
+            is_whole = finite.all() and (pixels == np.floor(pixels)).all()
+            pixels, found = (pixels.astype(np.int64), found) if is_whole else (pixels, None)
         if found is not None:
             codes = _codes(pixels)
             order = codes.argsort(kind="stable")

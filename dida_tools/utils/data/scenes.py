@@ -10,15 +10,14 @@ settlements are a mixture of all colours, shadows are as dark as water. Everythi
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from torch import Tensor
 
 from ...config.config import global_config
-from .datasets import NpyDataset
+from .datasets import NpyDataset, Transform
 
 VERSION = 1  # a change of the scenes gets a new number, and with it a new folder
 SIZE = 192
@@ -58,7 +57,7 @@ class SceneDataset(NpyDataset):
         crop: int | None = None,
         crops_per_image: int = 1,
         foreground: float = 0.0,
-        augment: Sequence[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = (),
+        augment: Transform | Sequence[Transform] = (),
         mask_values: dict | None = None,
     ) -> None:
         """

@@ -7,8 +7,6 @@ whatever the number of workers. Strengths are set with functools.partial, so tha
 ``augment=(flip, quarter_turn, partial(noise, std=0.1))``.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -66,4 +64,11 @@ def noise(image: Tensor, mask: Tensor, std: float = 0.05) -> Pair:
 # <- your augmentation here: a function of (image, mask), at the top of a module
 
 GEOMETRY = (flip, quarter_turn)
-STANDARD = (flip, quarter_turn, rescale, brightness, contrast, partial(noise, std=0.05))
+STANDARD = (flip, quarter_turn, rescale, brightness, contrast, noise)
+
+
+def strong(image: Tensor, mask: Tensor) -> Pair:
+    """For few images that differ much, as those of other places or days: all of STANDARD, with larger changes."""
+    image, mask = rescale(*quarter_turn(*flip(image, mask)))
+    image, mask = contrast(*brightness(image, mask, std=0.5), amount=0.4)
+    return noise(image, mask, std=0.1)

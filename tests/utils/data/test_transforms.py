@@ -241,3 +241,18 @@ def test_the_number_of_threads_makes_no_difference() -> None:
     commands = [[sys.executable, "-c", code, threads] for threads in ("1", "3")]
     first, other = (subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout for command in commands)
     assert first == other and len(first) > 60
+
+
+def test_a_single_function_is_an_augmentation_too(tmp_path):
+    from dida_tools.utils.data import NpyDataset
+    from dida_tools.utils.data.transforms import strong
+
+    for kind, array in (("x", np.zeros((8, 8, 2), np.uint8)), ("y", np.zeros((8, 8), np.uint8))):
+        (tmp_path / kind).mkdir()
+        np.save(tmp_path / kind / "a.npy", array)
+    dataset = NpyDataset(tmp_path / "x", tmp_path / "y", augment=strong)
+    torch.manual_seed(0)
+    first, again = dataset[0][0], dataset[0][0]
+    assert not torch.equal(first, again)
+    torch.manual_seed(0)
+    assert torch.equal(dataset[0][0], first)
