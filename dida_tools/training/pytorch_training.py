@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import ELU
+from torch.nn import ELU, GroupNorm
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from ..config.config import global_config as default_global_config
@@ -27,7 +27,15 @@ from .run import Result, start_run
 train_config: dict[str, Any] = {
     "SESSION_NAME": "training-run",
     "MODEL": UNET,  # <- your model here: any class of torch.nn.Module
-    "MODEL_CONFIG": {"ch_in": 12, "ch_out": 5, "bulk_ch": 32, "n_recursions": 5, "dropout": 0.2, "activ": ELU},
+    "MODEL_CONFIG": {
+        "ch_in": 12,
+        "ch_out": 5,
+        "bulk_ch": 32,
+        "n_recursions": 5,
+        "dropout": 0.2,
+        "activ": ELU,
+        "norm": partial(GroupNorm, 8),  # unlike BatchNorm, the same in training and evaluation, for any batch size
+    },
     "DATASET": SceneDataset,  # <- your data here: NpyDataset, or any data set of (input, target) pairs
     "DATASET_CONFIG": {
         "train": {"part": "train", "crop": 128, "crops_per_image": 4, "foreground": 0.3, "augment": STANDARD},

@@ -104,7 +104,7 @@ def scan_mask(file: Path) -> Facts:
 
     :return: sha256, shape, dtype, damaged, and values: [[value, number of pixels], ...] of a mask of whole numbers,
         where the value of a mask with several channels is a list; None for other numbers, and where there are too many
-        for a mask. places: for each value the numbers (row * width + column) of some of its pixels, spread over the mask
+        for a mask. places: for each value the numbers (row * width + column) of some of its pixels
     """
     info = image_info(file)
     channels = info.shape[2]
