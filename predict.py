@@ -8,6 +8,9 @@ To predict with a tracked run, its name is enough: see run_prediction.py.
 
 import argparse
 import sys
+from functools import partial
+
+from torch.nn import GroupNorm
 
 from dida_tools.config.errors import UserError
 from dida_tools.models import UNET
@@ -15,7 +18,7 @@ from dida_tools.prediction import predict
 
 predict_config = {
     "MODEL": UNET,  # <- your model here
-    "MODEL_CONFIG": {"ch_in": 12, "ch_out": 5, "bulk_ch": 16, "n_recursions": 3},
+    "MODEL_CONFIG": {"ch_in": 12, "ch_out": 5, "bulk_ch": 16, "n_recursions": 3, "norm": partial(GroupNorm, 8)},
     "WEIGHTS": "weights/model.pt",  # <- your weights here
     "DEVICE": "auto",
     "OUTPUT": "classes",  # or probabilities

@@ -12,7 +12,7 @@ import pytest
 from dida_tools.utils.logging import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = ("MODEL_CONFIG.bulk_ch=4", "MODEL_CONFIG.n_recursions=1", "EPOCHS=1", "DATASET_CONFIG.train.crops_per_image=1")
+QUICK = ("MODEL_CONFIG.bulk_ch=8", "MODEL_CONFIG.n_recursions=1", "EPOCHS=1", "DATASET_CONFIG.train.crops_per_image=1")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_the_explicit_config_predicts_the_same(project, trained):
     name = read_log(project / "logs" / "experiments.csv")[0]["NAME"]
     run(project, "run_prediction.py", name, "-i", images, "-o", project / "a", "--output", "probabilities")
     script = (
-        (ROOT / "predict.py").read_text().replace('"bulk_ch": 16, "n_recursions": 3', '"bulk_ch": 4, "n_recursions": 1')
+        (ROOT / "predict.py").read_text().replace('"bulk_ch": 16, "n_recursions": 3', '"bulk_ch": 8, "n_recursions": 1')
     )
     edited = project / "my_predict.py"
     edited.write_text(
