@@ -2,8 +2,9 @@
 
 # Which environment: venv (a folder .venv) or conda; taken from what is active where it is not given.
 ENV ?= $(if $(CONDA_DEFAULT_ENV),$(if $(filter base,$(CONDA_DEFAULT_ENV)),venv,conda),venv)
-# Which PyTorch: cuda or cpu (several gigabytes less); taken from whether there is an NVIDIA GPU.
-TORCH ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+# Which PyTorch: cuda or cpu (several gigabytes less); what is installed, else by whether there is an NVIDIA GPU.
+INSTALLED = $(patsubst .venv/.ready-%,%,$(firstword $(wildcard .venv/.ready-cpu .venv/.ready-cuda)))
+TORCH ?= $(if $(INSTALLED),$(INSTALLED),$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu))
 # Which Python makes the .venv.
 PYTHON ?= python3
 CONDA ?= $(firstword $(foreach tool,mamba micromamba conda,$(if $(shell command -v $(tool) 2>/dev/null),$(tool))))
@@ -12,13 +13,14 @@ ARGS ?=
 
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 ifeq ($(ENV),conda)
-RUN = $(CONDA) run -n dida-tools --no-capture-output python
+RUN = $(shell $(CONDA) env list 2>/dev/null | awk '$$1 == "dida-tools" {print $$NF}')/bin/python
 READY = env
 DEV_READY = env-dev
 else
 RUN = .venv/bin/python
-READY = .venv/.ready
-DEV_READY = .venv/.ready-dev
+READY = .venv/.ready-$(TORCH)
+DEV_READY = .venv/.dev-ready-$(TORCH)
+OTHER = $(if $(filter cpu,$(TORCH)),cuda,cpu)
 endif
 
 .PHONY: help env env-dev env-remove train test test-all lint format clean
@@ -60,27 +62,29 @@ env-dev: env  ## set up the development environment
 env-remove:  ## remove the environment
 	$(CONDA) env remove -y -n dida-tools
 else
-env: .venv/.ready
-env-dev: .venv/.ready-dev
+env: $(READY)
+env-dev: $(DEV_READY)
 env-remove:
 	rm -rf .venv
 endif
 
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready-$(TORCH): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON): install Python 3.11 or newer, or give PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$$($(PYTHON) --version) is too old: install Python 3.11 or newer, or give PYTHON=python3.12."; exit 1; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	@echo "Installing PyTorch ($(TORCH); the other with TORCH=$(if $(filter cpu,$(TORCH)),cuda,cpu)) and what else is needed: some minutes."
+	@test ! -e .venv/.ready-$(OTHER) || { rm -f .venv/.*ready-$(OTHER); .venv/bin/python -m pip uninstall -q -y torch; }
+	@echo "Installing PyTorch ($(TORCH); the other with TORCH=$(OTHER)) and what else is needed: some minutes."
 ifeq ($(TORCH),cpu)
 	@# The build without CUDA has an index of its own; where that cannot be reached, pip's usual places must do.
 	@.venv/bin/python -m pip install --quiet --no-deps --retries 0 --timeout 10 --constraint constraints.txt \
-		--index-url $(TORCH_CPU_INDEX) torch >/dev/null 2>&1 || echo "($(TORCH_CPU_INDEX) cannot be reached: taking PyTorch from pip's usual places.)"
+		--index-url $(TORCH_CPU_INDEX) torch >/dev/null 2>&1 || \
+		echo "PyTorch's index of CPU builds gave none: pip takes what it finds, on Linux perhaps gigabytes with CUDA."
 endif
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt -e .
 	@touch $@
 
-.venv/.ready-dev: .venv/.ready
+.venv/.dev-ready-$(TORCH): .venv/.ready-$(TORCH)
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt -e ".[dev]"
 	@.venv/bin/python tools/check_torchvision.py
 	@touch $@

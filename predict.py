@@ -39,7 +39,7 @@ def main() -> int:
         config["WEIGHTS"] = arguments.weights
     try:
         files = predict(config)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(f"{len(files)} predictions are in {arguments.out_dir}")

@@ -28,14 +28,13 @@ def main() -> int:
     parser.add_argument("--suffix", default="", help="put after the names of the images")
     arguments = parser.parse_args()
     try:
-        name = find_run(global_config, arguments.name)
+        name = find_run(global_config, arguments.name, with_weights=True)
         config = read_run_config(Path(global_config["LOG_DIR"]) / name)
         files = predict(
             {
                 "MODEL": config["MODEL"],
                 "MODEL_CONFIG": config["MODEL_CONFIG"],
                 "WEIGHTS": Path(global_config["WEIGHT_DIR"]) / name / "best.pt",
-                "PRECISION": config["PRECISION"],
                 "FILES": arguments.images,
                 "OUT_DIR": arguments.out_dir,
                 "OUTPUT": arguments.output,
@@ -44,7 +43,7 @@ def main() -> int:
                 "SUFFIX": arguments.suffix,
             }
         )
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(f"{len(files)} predictions of {name} are in {arguments.out_dir}")

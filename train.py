@@ -41,6 +41,8 @@ def main() -> int:
         warnings.simplefilter("ignore")
 
     routine = importlib.import_module(f"dida_tools.training.{arguments.routine}_training")
+    if arguments.resume and (arguments.data or arguments.variant != "small"):
+        parser.error("--resume takes data and variant from the run's record: leave --data and --variant out")
     if arguments.variant not in ("full", *routine.VARIANTS):
         parser.error(f"--variant {arguments.variant}: choose one of full, {', '.join(routine.VARIANTS)}")
     try:
@@ -53,6 +55,7 @@ def main() -> int:
             if arguments.variant != "full":
                 config = routine.VARIANTS[arguments.variant](config)
             if arguments.data:
+                override(config, arguments.overrides)  # typos are told before the data is read
                 config = use_folder(config, arguments.data, Path(global_config["LOG_DIR"]) / "data_facts.json")
         config = override(config, arguments.overrides)
         check(config)
@@ -61,7 +64,9 @@ def main() -> int:
         train_dataset, test_dataset, validation_dataset = build_datasets(config)
 
         routine.train(train_dataset, test_dataset, config, global_config, validation_dataset)
-    except UserError as error:
+    except KeyboardInterrupt:
+        return 130  # the run has said how it goes on
+    except (UserError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -16,6 +16,9 @@ from dida_tools.utils.loss import f1, multi_class_dice_ce_sum, precision, recall
 # Two test processes with two threads each would wait for one another most of the time.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Folders of the user's own must not get what tests write.
+for _name in ("ROOT_PATH", "LOG_DIR", "WEIGHT_DIR", "DATA_DIR"):
+    os.environ.pop(_name, None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -112,6 +112,9 @@ def _argument_problems(config: dict[str, Any], unsound: set[str]) -> list[str]:
             problems.append(f"DATASET_CONFIG.{part} must be one of train, test, validation, and a dict of arguments.")
         elif config["DATASET"] is not None:
             problems += _call_problems(config["DATASET"], arguments, f"DATASET_CONFIG.{part}", "DATASET")
+    follows_results = issubclass(config["SCHEDULER"] or object, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    if follows_results and config["SCHEDULER_STEP"] != "epoch":
+        problems.append("SCHEDULER is ReduceLROnPlateau, which follows results of epochs: set SCHEDULER_STEP=epoch.")
     goal = config["MONITOR"].split()[1]
     results = ["loss", *config["METRICS"]]
     if "METRICS" not in unsound and goal.partition(".")[0].removesuffix("_sample_mean") not in results:

@@ -25,4 +25,5 @@ def make_global_config(root_path: str | os.PathLike | None = None) -> dict[str, 
     return {"ROOT_PATH": str(root)} | {key: str(path) for key, path in paths.items()}
 
 
+CODE_PATH = _root_path()  # where the project's code is, wherever ROOT_PATH puts its files
 global_config = make_global_config()

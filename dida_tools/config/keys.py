@@ -133,7 +133,7 @@ KEYS = {
     "DATE": Key(None, _optional(_text), "first part of the run's name; set when the run starts"),
     "SESSION_NAME": Key("training-run", _text, "second part of the run's name"),
     "ROUTINE_NAME": Key(None, _optional(_routine), "the routine that trains; each one enters itself"),
-    "__COMMENT": Key("", _text, "a note for the tracker"),
+    "__COMMENT": Key(None, _optional(_text), "a note for the tracker"),
     # the model
     "MODEL": Key(REQUIRED, _subclass(nn.Module, "torch.nn.Module"), "class of the model"),
     "MODEL_CONFIG": Key({}, _kwargs, "its arguments"),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from .config import global_config
+from .config import CODE_PATH, global_config
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -156,12 +156,13 @@ def resolve(name: str, roots: Iterable[str] = ()) -> Any:
 
 
 def is_project_module(place: str) -> bool:
-    """Whether a module is the project's own: in its package, or a file in ROOT_PATH itself, such as train.py."""
+    """Whether a module is the project's own: in its package, or a file beside it or in ROOT_PATH, such as train.py."""
     root = place.partition(".")[0]
     if root == PACKAGE:
         return True
-    folder = Path(global_config["ROOT_PATH"])
-    files = [file for file in (folder / f"{root}.py", folder / root / "__init__.py") if file.is_file()]
+    folders = (CODE_PATH, Path(global_config["ROOT_PATH"]))
+    places = [place for folder in folders for place in (folder / f"{root}.py", folder / root / "__init__.py")]
+    files = [file for file in places if file.is_file()]
     if not root.isidentifier() or not files:
         return False
     if root in sys.modules:

@@ -42,7 +42,8 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
         OUT_DIR, DEVICE, PRECISION, OUTPUT ("classes": uint8, "probabilities": float32 (H, W, C)), and PREFIX and SUFFIX
         of the outputs' names
     :return: the written files
-    :raises ConfigError, DataError, WeightsError: before anything is written, for what cannot be used
+    :raises ConfigError, DataError, WeightsError: for what cannot be used, before anything is written; NaN in an
+        image when it is its turn
     """
     unknown = [f"{key} is no key of a predict_config" for key in predict_config if key not in {*DEFAULTS, *REQUIRED}]
     missing = [f"{key} is missing" for key in REQUIRED if predict_config.get(key) is None]
@@ -60,11 +61,14 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     model = model.to(device).eval()
     files = find_files(config["FILES"])
     dataset = NpyPredictionDataset(files, contract)
-    outputs = _output_files(files, Path(config["OUT_DIR"]), config["PREFIX"], config["SUFFIX"], config["OUTPUT"])
+    # A picture holds one class number a pixel; anything else goes into .npy.
+    is_map = config["OUTPUT"] == "classes" and dataset.contract.task != "values"
+    as_picture = is_map and (dataset.contract.task == "multi-class" or dataset.contract.outputs == 1)
+    outputs = _output_files(files, Path(config["OUT_DIR"]), config["PREFIX"], config["SUFFIX"], as_picture)
     for index in tqdm(range(len(dataset)), unit=" images", disable=None, leave=False):
         inputs, _ = dataset[index]
         probabilities = predict_image(model, inputs, dataset.contract, device, precision)
-        if config["OUTPUT"] == "probabilities" or dataset.contract.task == "values":
+        if not is_map:
             result = np.moveaxis(probabilities.numpy(), 0, -1)
         else:
             result = dataset.contract.classes(probabilities[None])[0].numpy()
@@ -113,12 +117,12 @@ def find_files(paths: Any) -> list[Path]:
     return files
 
 
-def _output_files(files: list[Path], out_dir: Path, prefix: str, suffix: str, output: str) -> list[Path]:
+def _output_files(files: list[Path], out_dir: Path, prefix: str, suffix: str, as_picture: bool) -> list[Path]:
     """The input's name with prefix and suffix, one for each input, and never an input itself."""
     outputs = []
     for file in files:
         ending = {".npz": ".npy", ".jpg": ".png", ".jpeg": ".png"}.get(file.suffix.lower(), file.suffix.lower())
-        ending = ".npy" if output == "probabilities" and ending == ".png" else ending
+        ending = ".npy" if ending == ".png" and not as_picture else ending
         outputs.append(out_dir / f"{prefix}{file.stem}{suffix}{ending}")
     inputs = {file.resolve() for file in files}
     problems = [f"{output}: the output would overwrite an input: give another OUT_DIR, PREFIX or SUFFIX"

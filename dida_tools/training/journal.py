@@ -35,16 +35,17 @@ class Journal:
 
     def write(self, event: Event) -> bool:
         """
-        Appends an event. One of a step or epoch that is there already, as happens after a crash, is compared instead.
+        Appends an event. One of a step or epoch that is there already, as happens after a crash, is compared: it
+        is appended only if it is another.
 
         :return: whether it was new
         :raises OSError: if it cannot be written, such as on a full disk; the journal is as it was before
         """
         identity = _identity(event)
         if identity is not None and identity in self._known:
-            if self._known[identity] != _content(event):
-                self.contradictions.append(f"{identity[0]} {identity[1]}")
-            return False
+            if self._known[identity] == _content(event):
+                return False
+            self.contradictions.append(f"{identity[0]} {identity[1]}")
         line = _line(event)
         written = os.write(self._file, line)  # one call, so the line is whole or, after a kill or power cut, cut off
         if written < len(line):

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from ..config.device import autocast
 from ..utils.data.contract import DataContract
+from ..utils.torchutils import evaluation_mode
 from .evaluation import to_device
 
 # Colours of the classes, by number.  # <- your colours here
@@ -51,21 +53,20 @@ def make_panels(
     num_panels: int = 4,
 ) -> list[Panel]:
     """Pictures of samples spread over a data set. None where it does not hold images with masks."""
-    panels = []
-    was_training = model.training
-    model.eval()
-    try:
+    panels: list[Panel] = []
+    name_of = getattr(dataset, "sample_name", str)
+    with evaluation_mode(model):
         for index in np.unique(np.linspace(0, len(dataset) - 1, num_panels).round().astype(int)).tolist():
-            inputs, target = dataset[index]
-            if inputs.ndim != 3 or target.ndim < 2:
+            inputs, targets = default_collate([dataset[index]])
+            if inputs.ndim != 4 or targets.ndim < 3:
                 return []
             with autocast(device, precision):
-                logits = model(to_device(inputs[None], device, channels_last=True))
+                logits = model(to_device(inputs, device, channels_last=True))
+            if not inputs.shape[-2:] == targets.shape[-2:] == logits.shape[-2:]:
+                return []
+            target = targets[0]
             target = target if target.ndim == 2 or contract.task != "multi-class" else target[-1]  # masked targets
-            name_of = getattr(dataset, "sample_name", str)
-            panels.append(_panel(name_of(index), inputs, target, logits.float().cpu(), contract, ignore_index))
-    finally:
-        model.train(was_training)
+            panels.append(_panel(name_of(index), inputs[0], target, logits.float().cpu(), contract, ignore_index))
     return panels
 
 
@@ -150,7 +151,10 @@ def save_picture(
     :param monitor: name of the result that selects
     :param counts: (C, C) confusion matrix, or (C, 2, 2)
     """
-    from matplotlib.figure import Figure  # imported where used; without pyplot, so that no window system is touched
+    # Imported where used; without pyplot, so that no window system is touched.
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(12, 3.6 + 3.0 * len(panels)), layout="constrained")
     figure.suptitle(title)
@@ -172,6 +176,8 @@ def save_picture(
     axes[1].set(title="validation", xlabel="epoch")
     if names:
         axes[1].legend()
+    for axis in axes[:2]:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _draw_counts(axes[2], counts, class_names)
     for row, panel in zip(rows, panels, strict=True):
         cells = row.subplots(1, 4)
@@ -181,6 +187,12 @@ def save_picture(
             if picture is not None:
                 cell.imshow(picture, interpolation="nearest")
                 cell.set_title(text, fontsize=9)
+    if panels and class_names:
+        handles = [
+            Patch(facecolor=PALETTE[number % len(PALETTE)] / 255, edgecolor="grey", label=name)
+            for number, name in enumerate(class_names)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)))
     figure.savefig(path, dpi=90, format="png")
 
 

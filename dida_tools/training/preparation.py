@@ -6,7 +6,7 @@ other, and model, optimizer, schedule, loss and loaders are built from them. Not
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,18 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset, default_collate
 
-from ..config.capture import ConfigError, capture, find_problems
+from ..config.capture import ConfigError, capture, find_problems, restore
 from ..config.device import get_device, get_precision
+from ..config.errors import UserError
 from ..config.keys import complete
 from ..utils.data.contract import DataContract
 from ..utils.data.images import DataError
 from ..utils.loss import is_multi_class
 from ..utils.name import date_now
-from ..utils.torchutils import fill_model, load_weights, model_state, set_seed
+from ..utils.torchutils import fill_model, set_seed
+from ..utils.weights import load_weights, model_state
 from .determinism import EvaluationBatches, Samples, TrainingBatches
 from .evaluation import Evaluation, evaluate
 
@@ -104,7 +106,7 @@ def prepare(
     given = {"train": train_dataset, "test": test_dataset, "validation": validation_dataset}
     given = {part: dataset for part, dataset in given.items() if dataset is not None}
     given, problems = _with_mask_values(given, config["MASK_VALUES"])
-    problems += _ignore_problems(config, given)
+    problems += _disagreements(config, given)
     data_reason = _enter_data(config, given)
     problems += find_problems(config)
     device, precision = torch.device("cpu"), "fp32"
@@ -131,21 +133,31 @@ def prepare(
         contract = train_set.contract(config["NORMALISE"], cache_file)
     else:
         contract = _contract_of_foreign(train_set, model)
+    contract = replace(contract, outputs=num_outputs or 1)
     train_set, validation_set, test_set = (
         dataset.with_contract(contract) if hasattr(dataset, "with_contract") else dataset
         for dataset in (train_set, validation_set, test_set)
     )
-    loss_function = _build_loss(config, device)
-    batches, loaders = _build_loaders(config, train_set, (validation_set, test_set), device)
+    if validation_set is None:
+        _check_without_validation(config)
+    loss_function = _made("LOSS", lambda: _build_loss(config, device))
+    batches, loaders = _made(
+        "DATA_LOADER", lambda: _build_loaders(config, train_set, (validation_set, test_set), device)
+    )
     _rehearse(config, train_set, model, loss_function, contract, device)
 
     model = model.to(device)
     if config["CHANNELS_LAST"]:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = config["OPTIMIZER"](_trainable(model), **config["OPTIMIZER_CONFIG"])
+    parameters = _trainable(model)
+    optimizer = _made("OPTIMIZER", lambda: config["OPTIMIZER"](parameters, **config["OPTIMIZER_CONFIG"]))
     steps_per_epoch = -(-batches.num_batches // config["ACCUMULATE"])
     reasons: list[str] = []
     record = capture({key: value for key, value in config.items() if key != "RESUME"}, reasons)
+    try:
+        restore(record)
+    except ConfigError as error:
+        reasons += error.problems
     return Preparation(
         config=config,
         record=record,
@@ -162,7 +174,7 @@ def prepare(
         test_loader=loaders[2],
         model=model,
         optimizer=optimizer,
-        scheduler=build_scheduler(config, optimizer, steps_per_epoch),
+        scheduler=_made("SCHEDULER", lambda: build_scheduler(config, optimizer, steps_per_epoch)),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         ema=_build_ema(config, model),
         loss_function=loss_function,
@@ -184,13 +196,18 @@ def _with_mask_values(given: dict[str, Any], mask_values: dict | None) -> tuple[
     return {part: dataset.with_mask_values(mask_values) for part, dataset in given.items()}, []
 
 
-def _ignore_problems(config: dict[str, Any], given: dict[str, Any]) -> list[str]:
+def _disagreements(config: dict[str, Any], given: dict[str, Any]) -> list[str]:
     wanted = config["IGNORE_INDEX"]
-    return [
+    problems = [
         f"IGNORE_INDEX is {wanted}, but the {part} data ignores {dataset.ignore_index}: give both the same."
         for part, dataset in given.items()
         if getattr(dataset, "ignore_index", wanted) != wanted
     ]
+    tasks = {part: dataset.task for part, dataset in given.items() if hasattr(dataset, "task")}
+    if len(set(tasks.values())) > 1:
+        shown = ", ".join(f"{task!r} for {part}" for part, task in tasks.items())
+        problems.append(f"DATASET_CONFIG has several tasks ({shown}): give all parts the same.")
+    return problems
 
 
 def _enter_data(config: dict[str, Any], given: dict[str, Any]) -> str:
@@ -199,9 +216,11 @@ def _enter_data(config: dict[str, Any], given: dict[str, Any]) -> str:
     if len(kinds) == 1 and all(hasattr(dataset, "arguments") for dataset in given.values()):
         config["DATASET"] = kinds.pop()
         config["DATASET_CONFIG"] = {part: dict(dataset.arguments) for part, dataset in given.items()}
-    if config["DATASET"] is None or config["DATASET_CONFIG"] is None:
-        return "the data set is not named: set DATASET and DATASET_CONFIG"
-    return ""
+        return ""
+    if kinds == {config["DATASET"]} and config["DATASET_CONFIG"] is not None:
+        return ""
+    config["DATASET"] = config["DATASET_CONFIG"] = None  # what the config names is not what was given
+    return "the data sets are not named: set DATASET to their class, and DATASET_CONFIG to their arguments"
 
 
 def _data_problems(given: dict[str, Any], num_classes: int | None, cache_file: Path) -> list[str]:
@@ -236,6 +255,15 @@ def _for_evaluation(dataset: Any) -> Any:
     return dataset.for_evaluation() if hasattr(dataset, "for_evaluation") else dataset
 
 
+def _check_without_validation(config: dict[str, Any]) -> None:
+    needs = "needs a validation set: give one, or set VALIDATION_FRACTION above 0."
+    problems = [] if config["PATIENCE"] is None else [f"PATIENCE is {config['PATIENCE']}, which {needs}"]
+    if config["SCHEDULER"] is not None and issubclass(config["SCHEDULER"], ReduceLROnPlateau):
+        problems.append(f"SCHEDULER is ReduceLROnPlateau, which {needs}")
+    if problems:
+        raise ConfigError(problems)
+
+
 def _hashes(given: dict[str, Any]) -> dict[str, str]:
     scanned = {part: dataset.scan() for part, dataset in given.items() if hasattr(dataset, "scan")}
     return {
@@ -253,7 +281,10 @@ def _contract_of_foreign(dataset: Any, model: nn.Module) -> DataContract:
     if is_multi_class(predictions, targets) and not targets.is_floating_point():
         task = "multi-class"
     else:
-        task = "multi-label" if bool(((targets == 0) | (targets == 1)).all()) else "values"
+        some = [torch.as_tensor(dataset[index][1]) for index in range(min(16, len(dataset)))]
+        is_mask = targets.ndim > 2 or not targets.is_floating_point()
+        is_binary = all(bool(((target == 0) | (target == 1)).all()) for target in some)
+        task = "multi-label" if is_mask and is_binary else "values"
     return DataContract(inputs.shape[1] if inputs.ndim > 1 else 1, task=task)
 
 
@@ -316,6 +347,11 @@ def _build_model(config: dict[str, Any], dataset: Any) -> tuple[nn.Module | None
         with torch.no_grad():
             predictions = model(inputs)
     except Exception as error:  # whatever the user's model raises
+        if is_out_of_memory(error):
+            raise UserError(
+                f"the memory does not suffice for a single sample of the shape {tuple(inputs.shape)}: take a smaller "
+                "crop or a smaller model."
+            ) from error
         return None, None, [f"MODEL {name} does not take inputs of the shape {tuple(inputs.shape)}: {error}"]
     if not isinstance(predictions, Tensor):
         return (
@@ -324,6 +360,12 @@ def _build_model(config: dict[str, Any], dataset: Any) -> tuple[nn.Module | None
             [f"MODEL {name} returns a {type(predictions).__name__}: wrap it in a class that returns a tensor."],
         )
     return model, predictions.shape[1] if predictions.ndim > 1 else None, []
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is one of the many that mean it."""
+    is_cpu = any(text in str(error) for text in ("can't allocate memory", "not enough memory"))
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and is_cpu)
 
 
 def _rehearse(
@@ -339,6 +381,8 @@ def _rehearse(
     try:
         results = evaluate(model.to(device), [default_collate([dataset[0]])], evaluation, device, "fp32", False)
     except Exception as error:  # whatever the user's functions raise
+        if is_out_of_memory(error):
+            raise UserError(f"the memory of {device} does not suffice for a single sample: {error}") from error
         raise ConfigError([f"LOSS or METRICS do not fit the model's output and the target: {error}"]) from error
     goal = config["MONITOR"].split()[1]
     if goal not in results and f"{goal}_sample_mean" not in results:
@@ -357,6 +401,16 @@ def _build_loss(config: dict[str, Any], device: torch.device) -> Callable[[Tenso
     if isinstance(loss, type):
         return loss(**options).to(device)
     return functools.partial(loss, **options) if options else loss
+
+
+def _made(key: str, make: Callable[[], Any]) -> Any:
+    """What make returns; what it raises becomes a problem of the config."""
+    try:
+        return make()
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's class raises
+        raise ConfigError([f"{key} cannot be built with {key}_CONFIG: {' '.join(str(error).split())}"]) from error
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -378,6 +432,8 @@ def build_scheduler(
     filled_in = {"T_max": length, "max_lr": optimizer.param_groups[0]["lr"]}
     if "epochs" not in options:
         filled_in["total_steps"] = length
+    if issubclass(config["SCHEDULER"], ReduceLROnPlateau):
+        filled_in["mode"] = config["MONITOR"].split()[0]
     filled_in = {key: value for key, value in filled_in.items() if key in wanted}
     return config["SCHEDULER"](optimizer, **(filled_in | options))
 

@@ -54,7 +54,7 @@ train_config: dict[str, Any] = {
     "MONITOR": "max f1",
     "DEVICE": "auto",
     "LOGFILE": "experiments.csv",
-    "__COMMENT": "",
+    "__COMMENT": None,
 }
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config.capture import ConfigError, difference, flatten
+from ..config.config import CODE_PATH
 from ..config.errors import UserError
 from ..utils.logging.csv import write_log
 from ..utils.name import make_unique_dir, safe_name
@@ -32,20 +34,24 @@ from .environment import describe_environment
 from .evaluation import evaluate
 from .journal import Journal, read_journal
 from .pictures import make_panels, save_picture
-from .preparation import Preparation, build_scheduler
+from .preparation import Preparation, build_scheduler, is_out_of_memory
 
 _HEARTBEAT_SECONDS = 60
-# What may change when a run goes on, without a word: it has no influence on the result.
+# What may change when a run goes on: silently, or with a word. Anything else is another training.
 _FREE_TO_CHANGE = (
     "DATE",
     "SESSION_NAME",
+    "ROUTINE_NAME",
+    "__COMMENT",
     "EPOCHS",
+    "PATIENCE",
+    "INIT_WEIGHTS",
     "CHECKPOINT_SECONDS",
     "LOGFILE",
-    "__COMMENT",
-    "ROUTINE_NAME",
     "DATA_LOADER_CONFIG.num_workers",
+    "DATA_LOADER_CONFIG.pin_memory",
 )
+_CHANGE_IS_SAID = ("DATASET", "DEVICE", "PRECISION", "CHANNELS_LAST", "METRICS", "MASK_VALUES")
 
 
 class NonFiniteLoss(UserError):
@@ -106,22 +112,31 @@ class Run:
             self._lock.acquire()
         except Timeout as error:
             raise UserError(f"the run {self.name} is being trained by another process: wait, or end it.") from error
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self) -> None:
+        preparation = self.preparation
+        self._compare_with_record()
         create_dirs(self.weight_dir)
         self.state = State()
-        self._warn_of_changes()
-        self._write_json(
-            "config.json", preparation.record | {"name": self.name, "not_rerunnable": preparation.not_rerunnable}
-        )
-        environment = describe_environment(global_config["ROOT_PATH"], preparation.device)
-        self._write_json("environment.json", environment | {"data": preparation.data_hashes})
         self.journal = Journal(self.log_dir / "journal.jsonl")
         self._restore()
+        ran_on = {"device": str(preparation.device), "precision": preparation.precision}
+        about = {"name": self.name, "not_rerunnable": preparation.not_rerunnable}
+        self._write_json("config.json", preparation.record | about)
+        environment = describe_environment(CODE_PATH, preparation.device)
+        self._write_json("environment.json", environment | ran_on | {"data": preparation.data_hashes})
         self.writer = self._open_tensorboard()
-        self.journal.write({"event": "start", "time": time.time(), "step": self.state.step})
+        self.journal.write({"event": "start", "time": time.time(), "step": self.state.step} | ran_on)
         self._started = time.monotonic() - self.state.seconds
         self._last_checkpoint = self._last_heartbeat = time.monotonic()
         self._last_results: dict[str, float] = {}
         self._step_losses: list[float] = []
+        self._say_start()
         total = self.config["EPOCHS"] * self._samples_per_epoch()
         done = self.state.epoch * self._samples_per_epoch() + self.state.num_samples
         # Without a terminal there is no bar, only the line of each epoch.
@@ -195,7 +210,8 @@ class Run:
         state.batch, state.num_samples, state.loss_sum = 0, 0, 0.0
         self._last_results = {goal: value} if value is not None else {}
         self._say_epoch(train_loss, results, improved)
-        if time.monotonic() - self._last_checkpoint >= self.config["CHECKPOINT_SECONDS"]:
+        is_time = time.monotonic() - self._last_checkpoint >= self.config["CHECKPOINT_SECONDS"]
+        if is_time or not checkpoint_files(self.weight_dir):
             self.save_checkpoint()
         self._write_row({"EPOCH": state.epoch, "HEARTBEAT": _clock(), "train.loss": train_loss})
         return value
@@ -240,7 +256,8 @@ class Run:
         self.save_checkpoint()
         best = self.weight_dir / "best.pt"
         digest = weights_digest(preparation.model.state_dict())
-        history = [event for event in read_journal(self.journal.path) if event["event"] == "epoch"]
+        epochs = [event for event in read_journal(self.journal.path) if event["event"] == "epoch"]
+        history = list({event["epoch"]: event for event in epochs}.values())  # the last word on each
         model = preparation.evaluated_model()
         fill_model(model, load_weights(best)["model"], str(best))
         metrics = {}
@@ -340,20 +357,30 @@ class Run:
         else:
             scheduler.load_state_dict(saved)
 
-    def _warn_of_changes(self) -> None:
+    def _compare_with_record(self) -> None:
+        """Refuses to go on with another config than that of the run."""
         if self.config["RESUME"] is None:
             return
         stored = json.loads((self.log_dir / "config.json").read_text())
         earlier = {"version": stored["version"], "config": stored["config"]}
+        refused = []
         for key, (before, now) in difference(earlier, self.preparation.record).items():
-            if not key.startswith(_FREE_TO_CHANGE):
+            if key.startswith(_CHANGE_IS_SAID):
                 _say(f"{self.name} goes on with another {key}: {before} before, {now} now.")
+            elif not key.startswith(_FREE_TO_CHANGE):
+                refused.append(f"{key} was {before} and is now {now}: that would be another training.")
+        if refused:
+            advice = (
+                f"Start a new run, if you like from its weights: INIT_WEIGHTS={_shown(self.weight_dir / 'best.pt')}."
+            )
+            raise ConfigError([*refused, advice])
 
     def _first_columns(self) -> dict[str, Any]:
         columns: dict[str, Any] = {"NAME": self.name, "STATUS": "running", "STARTED": _clock(), "SECONDS": None}
         columns |= {"EPOCH": self.state.epoch, "BEST_EPOCH": self.state.best_epoch, "HEARTBEAT": _clock()}
         columns |= {"HOST": socket.gethostname(), "PID": os.getpid(), "ERROR": None}
         reason = self.preparation.not_rerunnable
+        columns |= {"RAN_ON": f"{self.preparation.device} {self.preparation.precision}"}
         columns["RERUNNABLE"] = f"no: {reason}" if reason else "yes"
         return columns | flatten(self.preparation.record)
 
@@ -415,6 +442,17 @@ class Run:
         batches = self.preparation.train_batches
         return min(batches.num_samples, batches.num_batches * batches.batch_size)
 
+    def _say_start(self) -> None:
+        preparation = self.preparation
+        model = preparation.model
+        million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        sets = {"train": preparation.train_set, "validate": preparation.validation_set, "test": preparation.test_set}
+        sizes = ", ".join(f"{part} {len(dataset)}" for part, dataset in sets.items() if dataset is not None)
+        place = f"{preparation.device}, {preparation.precision}"
+        tqdm.write(
+            f"{self.name}: {type(model).__name__}, {million:.2f} million parameters, on {place}; samples: {sizes}"
+        )
+
     def _show_progress(self) -> None:
         loss = self.state.loss_sum / max(1, self.state.num_samples)
         shown = {"epoch": f"{self.state.epoch + 1}/{self.config['EPOCHS']}", "loss": f"{loss:.4f}"}
@@ -433,8 +471,9 @@ class Run:
 
     def _say_end(self, result: Result, seconds: float) -> None:
         shown = {key: value for key, value in result.metrics.items() if key.startswith("test.") and key.count(".") == 1}
-        reached = ", ".join(f"{key[5:]} {value:.4f}" for key, value in shown.items()) or f"{self.state.epoch} epochs"
+        reached = ", ".join(f"{key[5:]} {value:.4f}" for key, value in shown.items()) or "(there is none)"
         log_file = Path(self.global_config["LOG_DIR"]) / self.config["LOGFILE"]
+        python = _shown(sys.executable) if not os.path.relpath(sys.executable).startswith("..") else "python"
         lines = [
             "",
             f"{self.name}: trained {self.state.epoch} epochs in {seconds:.0f} s; best epoch {self.state.best_epoch}",
@@ -444,9 +483,9 @@ class Run:
             f"  tracker    {_shown(log_file)}",
             f"  picture    {_shown(result.picture)}",
             "Next:",
-            f"  tensorboard --logdir {_shown(self.global_config['LOG_DIR'])}",
-            f"  python run_prediction.py {self.name} -i IMAGES -o DIR",
-            f"  python train.py --resume {self.name} EPOCHS={2 * self.config['EPOCHS']}",
+            f"  {python} -m tensorboard.main --logdir {_shown(self.global_config['LOG_DIR'])}",
+            f"  {python} run_prediction.py {self.name} -i IMAGES -o DIR",
+            f"  {python} train.py --resume {self.name} EPOCHS={2 * self.config['EPOCHS']}",
         ]
         for line in lines:
             tqdm.write(line)
@@ -467,6 +506,7 @@ class Run:
 
     def fail(self, status: str, error: BaseException) -> None:
         """Takes note that the run ends without a result."""
+        self.bar.close()
         text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         self.journal.write(
             {"event": "end", "time": time.time(), "step": self.state.step, "status": status, "error": text}
@@ -494,10 +534,12 @@ def start_run(preparation: Preparation, global_config: dict[str, str]) -> Iterat
         yield run
     except KeyboardInterrupt as error:
         run.fail("interrupted", error)
-        _say(f"Interrupted. Go on with: python train.py --resume {run.name}")
+        files = checkpoint_files(run.weight_dir)
+        start = f"after {files[0].name}" if files else "from its start"
+        _say(f"Interrupted. python train.py --resume {run.name} goes on {start}.")
         raise
     except BaseException as error:
-        told = _as_out_of_memory(error, preparation)
+        told = _explained(error, preparation)
         run.fail("failed", told)
         if told is error:
             raise
@@ -506,19 +548,23 @@ def start_run(preparation: Preparation, global_config: dict[str, str]) -> Iterat
         run.close()
 
 
-def _as_out_of_memory(error: BaseException, preparation: Preparation) -> BaseException:
-    text = str(error)
-    is_cpu = "can't allocate memory" in text or "not enough memory" in text
-    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not (isinstance(error, RuntimeError) and is_cpu):
+def _explained(error: BaseException, preparation: Preparation) -> BaseException:
+    """The error, or one that says in a sentence what to do."""
+    size = preparation.train_batches.batch_size
+    if "Expected more than 1 value per channel" in str(error):
+        return UserError(
+            "a batch of one small sample is too little for BatchNorm: set DATA_LOADER_CONFIG.drop_last=True, take a "
+            "larger crop, or another norm, such as GroupNorm."
+        )
+    if not is_out_of_memory(error):
         return error
     gc.collect()
     if preparation.device.type == "cuda":
         torch.cuda.empty_cache()
-    size = preparation.train_batches.batch_size
     smaller = f"DATA_LOADER_CONFIG.batch_size={max(1, size // 2)} ACCUMULATE={2 * preparation.config['ACCUMULATE']}"
     return OutOfMemory(
-        f"the memory of {preparation.device} does not suffice for batch_size={size}: try {smaller} (the same result "
-        "for models without BatchNorm), a smaller crop, or PRECISION=bf16."
+        f"the memory of {preparation.device} does not suffice for batch_size={size}: try {smaller}, a smaller crop, or "
+        "PRECISION=bf16."
     )
 
 

@@ -95,6 +95,17 @@ def test_pictures_become_pictures_and_names_take_prefix_and_suffix(tmp_path, con
     assert np.array_equal(np.asarray(Image.open(written)), expected_classes(image))
 
 
+def test_what_no_picture_can_hold_goes_into_npy(tmp_path, config):
+    image = an_image()
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    for task, dtype, shape in (("values", np.float32, (20, 30, 3)), ("multi-label", np.uint8, (20, 30, 3))):
+        contract = DataContract(channels=3, dtype="uint8", task=task, outputs=3)
+        save_weights(config["WEIGHTS"], {"model": Brightest().state_dict(), "contract": contract.to_dict()})
+        (written,) = predict(config | {"FILES": [tmp_path / "photo.png"]})
+        assert written.name == "photo.npy"
+        assert (np.load(written).dtype, np.load(written).shape) == (dtype, shape)
+
+
 def test_folders_of_images_of_several_sizes(tmp_path, config):
     (tmp_path / "images").mkdir()
     images = {f"{number}.npy": an_image(10 + number, 30 - number) for number in range(4)}

@@ -1,6 +1,7 @@
 """The lists of dependencies agree, and the Makefile does what it says."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def test_every_dependency_has_a_tested_version():
     assert {name_of(requirement) for requirement in wanted} <= constraints().keys()
 
 
+@pytest.mark.skipif("CONDA_PREFIX" in os.environ, reason="conda chooses versions itself")
 def test_the_tested_versions_are_those_that_are_installed_here():
     from importlib.metadata import version
 
@@ -108,3 +110,20 @@ def test_a_broken_torchvision_is_removed_and_said(tmp_path):
     assert "torchvision 0.28.0 cannot be imported" in answer
     assert not (site / "torchvision" / "__init__.py").exists()
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
+
+
+def test_the_configs_of_training_prediction_and_suite_are_of_one_model():
+    from dida_tools.models import UNET
+    from dida_tools.training.pytorch_training import small
+
+    trained = small()["MODEL_CONFIG"]
+    scope: dict = {}
+    exec((ROOT / "predict.py").read_text().split("def main")[0], scope)
+    source = (ROOT / "tests" / "test_models" / "test_unet.py").read_text()
+    exec(source.split("@pytest.fixture")[0], scope)
+    shapes = [
+        {name: tensor.shape for name, tensor in UNET(**config).state_dict().items()}
+        for config in (trained, scope["predict_config"]["MODEL_CONFIG"], scope["MODEL_CONFIG"])
+    ]
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert scope["MODEL"] is UNET

@@ -4,6 +4,8 @@ The suite for a model, new or trained: edit the config, or run it on weights:
     python -m pytest tests/test_models -n 0 --weights weights/NAME/best.pt
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ INPUT_DIM = (2, 12, 64, 64)
 OUTPUT_DIM = (2, 5, 64, 64)
 LOSS = multi_class_dice_ce_sum
 MODEL = UNET
-MODEL_CONFIG = {"ch_in": 12, "ch_out": 5, "bulk_ch": 16, "n_recursions": 3}
+MODEL_CONFIG = {"ch_in": 12, "ch_out": 5, "bulk_ch": 16, "n_recursions": 3, "norm": partial(nn.GroupNorm, 8)}
 OPTIMIZER = torch.optim.AdamW
 OPTIMIZER_CONFIG = {"lr": 1e-2}
 DEVICE = "auto"

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from dida_tools.config.capture import ConfigError, capture, difference
+from dida_tools.config.errors import UserError
 from dida_tools.models import UNET
 from dida_tools.training import pytorch_training
 from dida_tools.training.journal import read_journal
+from dida_tools.training.preparation import prepare
 from dida_tools.training.pytorch_training import train
 from dida_tools.training.run import NonFiniteLoss, OutOfMemory
 from dida_tools.utils.data import NpyDataset
@@ -354,7 +356,7 @@ def test_a_classifier_of_another_library_trains(tiny_config, global_config):
     tiny_config |= {"LOSS": nn.CrossEntropyLoss, "METRICS": {"accuracy": accuracy, "f1": f1}}
     result = train(*sets, tiny_config, global_config)
     assert result.metrics["test.accuracy"] > 0.9
-    assert the_row(global_config)["RERUNNABLE"].startswith("no: the data set is not named")
+    assert the_row(global_config)["RERUNNABLE"].startswith("no: the data sets are not named")
 
 
 def absolute_error(pred: Tensor, target: Tensor) -> Tensor:
@@ -401,6 +403,59 @@ def test_a_lambda_trains_where_the_user_asks_for_it_and_the_row_says_so(datasets
     assert "LOSS" in the_row(global_config)["RERUNNABLE"]
 
 
+class LabelledImages(Dataset):
+    """Bright or dark images with plain numbers as labels, as torchvision's data sets give them."""
+
+    def __init__(self, number: int, seed: int) -> None:
+        self.labels = [index % 2 for index in range(number)]
+        generator = torch.Generator().manual_seed(seed)
+        self.images = [torch.randn(3, 8, 8, generator=generator) + label for label in self.labels]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.labels[index]
+
+
+class MeanClassifier(nn.Module):
+    """Classifies by the mean colour."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.mean((-2, -1)))
+
+
+def test_images_with_plain_numbers_as_labels_train(tiny_config, global_config):
+    tiny_config |= {"MODEL": MeanClassifier, "MODEL_CONFIG": {}, "EPOCHS": 20, "OPTIMIZER_CONFIG": {"lr": 0.1}}
+    tiny_config |= {"LOSS": nn.CrossEntropyLoss, "METRICS": {"accuracy": accuracy}, "MONITOR": "max accuracy"}
+    result = train(LabelledImages(40, 0), LabelledImages(20, 1), tiny_config, global_config)
+    assert result.metrics["test.accuracy"] == 1.0
+    assert load_weights(result.weights["best"])["contract"]["task"] == "multi-class"
+
+
+def test_data_that_the_config_does_not_name_is_not_recorded_under_its_name(tiny_config, global_config):
+    shipped = pytorch_training.small()
+    tiny_config |= {key: shipped[key] for key in ("DATASET", "DATASET_CONFIG")}
+    tiny_config |= {"MODEL": MeanClassifier, "MODEL_CONFIG": {}, "LOSS": nn.CrossEntropyLoss, "METRICS": {}}
+    train(LabelledImages(20, 0), LabelledImages(8, 1), tiny_config | {"MONITOR": "min loss"}, global_config)
+    row = the_row(global_config)
+    assert row["RERUNNABLE"].startswith("no: the data sets are not named")
+    assert row["DATASET"] is None
+
+
+def test_a_regression_whose_first_target_is_zero_is_no_classification(tiny_config, global_config):
+    values = torch.tensor([[0.0], [3.7], [1.0], [2.5]] * 5)
+    sets = [TensorDataset(values.repeat(1, 4), values)] * 2
+    tiny_config |= {"MODEL": nn.Linear, "MODEL_CONFIG": {"in_features": 4, "out_features": 1}}
+    tiny_config |= {"LOSS": nn.MSELoss, "METRICS": {}, "MONITOR": "min loss"}
+    result = train(*sets, tiny_config, global_config)
+    assert load_weights(result.weights["best"])["contract"]["task"] == "values"
+
+
 # ----------------------------------------------------------------------------------------------------- what it leaves
 
 
@@ -423,6 +478,8 @@ def test_config_files_row_and_result_agree(datasets, tiny_config, global_config,
     ]  # fmt: skip
     assert sorted(path.name for path in result.weight_dir.iterdir()) == ["best.pt", "last-00000008.pt"]
     environment = json.loads((result.log_dir / "environment.json").read_text())
+    assert (environment["device"], environment["precision"]) == ("cpu", "fp32")
+    assert row["RAN_ON"] == "cpu fp32"
     assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert len(environment["data"]) == 28
     printed = capsys.readouterr().out
@@ -499,12 +556,38 @@ def test_problems_of_config_and_data_are_told_together(tmp_path, pairs_dir, data
         ({"INIT_WEIGHTS": "nowhere.pt"}, "no such weights file"),
         ({"PRECISION": "fp16"}, "fp16"),
         ({"RESUME": "no-such-run"}, "no such run"),
+        ({"PATIENCE": 3, "VALIDATION_FRACTION": 0}, "PATIENCE is 3, which needs a validation set"),
+        ({"OPTIMIZER_CONFIG": {"lr": -1.0}}, "OPTIMIZER cannot be built"),
+        ({"DATA_LOADER_CONFIG": {"batch_size": 4, "num_workers": -1}}, "DATA_LOADER cannot be built"),
+        ({"SCHEDULER": torch.optim.lr_scheduler.ReduceLROnPlateau}, "SCHEDULER_STEP=epoch"),
+        ({"IGNORE_INDEX": 9}, "IGNORE_INDEX is 9, but the train data ignores 255"),
     ],
 )
 def test_what_does_not_fit_is_told_before_training(datasets, tiny_config, global_config, changes, message):
     with pytest.raises(ValueError, match=message):
         train(*datasets, tiny_config | changes, global_config)
     assert not list(Path(global_config["ROOT_PATH"]).rglob("journal.jsonl"))
+
+
+def test_a_schedule_that_follows_results_knows_which_way_is_better(datasets, tiny_config, global_config):
+    tiny_config |= {"SCHEDULER": torch.optim.lr_scheduler.ReduceLROnPlateau, "SCHEDULER_STEP": "epoch"}
+    preparation = prepare(*datasets, tiny_config, global_config)
+    assert preparation.scheduler.mode == "max"
+    preparation = prepare(*datasets, tiny_config | {"MONITOR": "min loss"}, global_config)
+    assert preparation.scheduler.mode == "min"
+
+
+def test_parts_with_several_tasks_are_refused(datasets, pairs_dir, tiny_config, global_config):
+    other = NpyDataset(pairs_dir / "test" / "x", pairs_dir / "test" / "y", task="values")
+    with pytest.raises(ConfigError, match="several tasks"):
+        train(datasets[0], other, tiny_config, global_config)
+
+
+def test_a_batch_too_small_for_batchnorm_is_explained(pairs_dir, tiny_config, global_config):
+    sets = [NpyDataset(pairs_dir / part / "x", pairs_dir / part / "y", crop=2) for part in ("train", "test")]
+    config = tiny_config | {"DATA_LOADER_CONFIG": {"batch_size": 1}}
+    with pytest.raises(UserError, match=r"BatchNorm.*drop_last=True.*GroupNorm"):
+        train(*sets, config, global_config)
 
 
 class NanAfterSomeSteps(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from dida_tools.config.capture import ConfigError
 from dida_tools.config.errors import UserError
 from dida_tools.models import UNET
 from dida_tools.training.journal import read_journal
@@ -160,11 +161,17 @@ def test_a_run_in_training_is_locked(datasets, rich_config, global_config):
         train(*datasets, rich_config | {"RESUME": name}, global_config)
 
 
-def test_another_config_is_said(datasets, rich_config, global_config, capsys):
+def test_another_config_is_refused_and_another_machine_said(datasets, rich_config, global_config, capsys):
     name = interrupt(datasets, rich_config, global_config, at=9)
-    rich_config["LOSS"] = nn.CrossEntropyLoss
-    train(*datasets, rich_config | {"RESUME": name}, global_config)
-    assert "goes on with another LOSS" in capsys.readouterr().out
+    record = (Path(global_config["LOG_DIR"]) / name / "config.json").read_bytes()
+    loss, rich_config["LOSS"] = rich_config["LOSS"], nn.CrossEntropyLoss
+    rich_config["OPTIMIZER_CONFIG"] = {"lr": 0.5}
+    with pytest.raises(ConfigError, match=r"(?s)OPTIMIZER_CONFIG.lr was .* LOSS|LOSS .*OPTIMIZER_CONFIG.lr was"):
+        train(*datasets, rich_config | {"RESUME": name}, global_config)
+    assert record == (Path(global_config["LOG_DIR"]) / name / "config.json").read_bytes()
+    rich_config |= {"LOSS": loss, "OPTIMIZER_CONFIG": {"lr": 1e-2}}
+    train(*datasets, rich_config | {"RESUME": name, "CHANNELS_LAST": False}, global_config)
+    assert "goes on with another CHANNELS_LAST" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("at", [2, 6, 7, 9, 13])

@@ -30,6 +30,7 @@ class DataContract:
     :param nodata: pixels with this value in all channels are no data
     :param task: "multi-class" (softmax over the classes), "multi-label" (sigmoid for each class), "values" (regression)
     :param class_names: names of the classes, or ()
+    :param outputs: number of the model's output channels
     :param threshold: probability from which a pixel belongs to a class (multi-label)
     """
 
@@ -43,6 +44,7 @@ class DataContract:
     task: str = "multi-class"
     class_names: Sequence[str] = ()
     threshold: float = 0.5
+    outputs: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: strings, numbers and lists."""

@@ -18,7 +18,7 @@ from filelock import FileLock
 from ..path import write_atomic
 from .images import DataError, image_info, read_bands
 
-_VERSION = 1  # a change of what is found out gets a new number, so that older caches are not used
+_VERSION = 2  # a change of what is found out gets a new number, so that older caches are not used
 _BAND_VALUES = 2**22  # an image is read in bands of at most so many values, so that memory stays small
 _MAX_VALUES = 4096  # a mask with more different values is none
 _MAX_PLACES = 16  # places of each value that are noted in each band

@@ -12,12 +12,15 @@ from ...config.errors import UserError
 from .csv import read_log
 
 
-def find_run(global_config: dict[str, str], wanted: str, logfile: str = "experiments.csv") -> str:
+def find_run(
+    global_config: dict[str, str], wanted: str, logfile: str = "experiments.csv", with_weights: bool = False
+) -> str:
     """
     The name of a run.
 
-    :param wanted: a name or a part of one, "latest", or "best": of the finished runs with the MONITOR of the latest
-        one, the one with the best validation result
+    :param wanted: a name or a part of one, "latest", or "best": of the finished runs with the MONITOR and the test
+        data of the last one, the one with the best validation result
+    :param with_weights: whether "latest" leaves out runs without best weights
     :raises UserError: if there is none, or more than one
     """
     log_dir = Path(global_config["LOG_DIR"])
@@ -27,6 +30,10 @@ def find_run(global_config: dict[str, str], wanted: str, logfile: str = "experim
     if wanted in names:
         return wanted
     if wanted == "latest":
+        if with_weights:
+            names = [name for name in names if (Path(global_config["WEIGHT_DIR"]) / name / "best.pt").is_file()]
+            if not names:
+                raise UserError(f"{global_config['WEIGHT_DIR']}: no run has weights yet.")
         return max(names, key=lambda name: (log_dir / name / "config.json").stat().st_mtime_ns)
     if wanted == "best":
         return _best_run(read_log(log_dir / logfile), names)
@@ -46,6 +53,8 @@ def _best_run(rows: list[dict[str, Any]], names: list[str]) -> str:
     direction, goal = monitor.split()
     values = {}
     for row in rows:
+        if _test_data(row) != _test_data(rows[-1]):
+            continue  # results on other data cannot be compared
         value = row.get(f"validation.{goal}")
         if value is None:  # also where only another run has the column
             value = row.get(f"validation.{goal}_sample_mean")
@@ -54,6 +63,10 @@ def _best_run(rows: list[dict[str, Any]], names: list[str]) -> str:
     if not values:
         raise UserError(f"no finished run has a validation result for MONITOR {monitor!r}: give a name instead.")
     return (max if direction == "max" else min)(values, key=lambda name: values[name])
+
+
+def _test_data(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key.startswith("DATASET_CONFIG.test") and value is not None}
 
 
 def read_run_config(run_dir: str | os.PathLike, roots: Iterable[str] = ()) -> dict[str, Any]:
