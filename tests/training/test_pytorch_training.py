@@ -476,7 +476,8 @@ def test_config_files_row_and_result_agree(datasets, tiny_config, global_config,
     assert sorted(path.name for path in result.log_dir.iterdir() if not path.name.startswith(".")) == [
         "config.json", "environment.json", "journal.jsonl", "picture.png", "tensorboard",
     ]  # fmt: skip
-    assert sorted(path.name for path in result.weight_dir.iterdir()) == ["best.pt", "last-00000008.pt"]
+    weights = sorted(path.name for path in result.weight_dir.iterdir())
+    assert weights == ["best.pt", "last-00000004.pt", "last-00000008.pt"]
     environment = json.loads((result.log_dir / "environment.json").read_text())
     assert (environment["device"], environment["precision"]) == ("cpu", "fp32")
     assert row["RAN_ON"] == "cpu fp32"

@@ -100,7 +100,7 @@ def test_twice_in_one_epoch_and_with_other_workers(datasets, rich_config, global
 def test_before_the_first_checkpoint_it_starts_again_under_its_name(datasets, rich_config, global_config, capsys):
     rich_config["CHECKPOINT_SECONDS"] = 1000
     expected = train(*datasets, rich_config, global_config)
-    name = interrupt(datasets, rich_config, global_config, at=10)
+    name = interrupt(datasets, rich_config, global_config, at=5)
     row = read_log(Path(global_config["LOG_DIR"]) / "experiments.csv")[-1]
     assert row["STATUS"] == "interrupted"
     result = train(*datasets, rich_config | {"RESUME": name}, global_config)
