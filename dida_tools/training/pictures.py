@@ -153,7 +153,6 @@ def save_picture(
     """
     # Imported where used; without pyplot, so that no window system is touched.
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(12, 3.6 + 3.0 * len(panels)), layout="constrained")
@@ -188,12 +187,16 @@ def save_picture(
                 cell.imshow(picture, interpolation="nearest")
                 cell.set_title(text, fontsize=9)
     if panels and class_names:
-        handles = [
-            Patch(facecolor=PALETTE[number % len(PALETTE)] / 255, edgecolor="grey", label=name)
-            for number, name in enumerate(class_names)
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)))
+        _draw_legend(figure, class_names)
     figure.savefig(path, dpi=90, format="png")
+
+
+def _draw_legend(figure: Any, class_names: Any) -> None:
+    from matplotlib.patches import Patch
+
+    colours = [PALETTE[number % len(PALETTE)] / 255 for number in range(len(class_names))]
+    handles = [Patch(facecolor=c, edgecolor="grey", label=name) for c, name in zip(colours, class_names, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)))
 
 
 def _draw_counts(axis: Any, counts: Tensor | None, class_names: Any) -> None:

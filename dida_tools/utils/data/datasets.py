@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .contract import TASKS, DataContract, default_scale
-from .facts import Facts, Moments, merge_moments, scan_files, scan_image, scan_mask
+from .facts import Facts, Moments, mask_nodata, merge_moments, scan_files, scan_image, scan_mask
 from .images import DataError, ImageInfo, Window, image_info, list_images, read_image
 
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -159,7 +159,11 @@ class NpyDataset(Dataset):
         return value if self.mask_values is None else self.mask_values.get(value, value)
 
     def _read_mask(self, number: int, window: Window) -> Tensor:
-        mask = map_values(read_image(self.masks[number], window), self.mask_values)
+        stored = read_image(self.masks[number], window)
+        mask = map_values(stored, self.mask_values)
+        nodata = mask_nodata(self._info_of(self.masks[number]))
+        if nodata is not None and self.task != "values":
+            mask[(stored == nodata).all(-1)] = self.ignore_index
         if self.task == "multi-class":
             if mask.shape[-1] != 1:
                 raise DataError([f"{self.masks[number]}: {_several_channels(mask.shape[-1])}"])
@@ -169,7 +173,9 @@ class NpyDataset(Dataset):
     # --------------------------------------------------------------------------------------------------- reading images
 
     def _image_info(self, number: int) -> ImageInfo:
-        file = self.images[number]
+        return self._info_of(self.images[number])
+
+    def _info_of(self, file: Path) -> ImageInfo:
         if file not in self._info:
             self._info[file] = image_info(file)
         return self._info[file]
@@ -184,7 +190,7 @@ class NpyDataset(Dataset):
         if not all(file in self._facts for file in [*self.images, *self.masks]):
             self._facts = scan_files(self.images, scan_image, cache_file, nodata=self.nodata)
             self._facts |= scan_files(self.masks, scan_mask, cache_file)
-            for file in self.images:
+            for file in [*self.images, *self.masks]:
                 fact = self._facts[file]
                 if "problem" not in fact:  # saves opening the file for them
                     nodata = None if fact["nodata"] is None else float(fact["nodata"])
@@ -386,15 +392,6 @@ class NpyDataset(Dataset):
         if self.task == "multi-label":
             values = [part for value in values for part in (value if isinstance(value, list) else [value])]
         return {self._class_of(value) for value in values}
-
-    def class_counts(self) -> Counter:
-        """Number of pixels of each class over all masks; for "multi-label", of each label."""
-        counts: Counter = Counter()
-        for file in self.masks:
-            for value, number in self._fact(file).get("values") or []:
-                for label in self._labels(value) if self.task == "multi-label" else [self._class_of(value)]:
-                    counts[label] += number
-        return counts
 
 
 class NpyPredictionDataset(Dataset):

@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock
 
 from ..path import write_atomic
-from .images import DataError, image_info, read_bands
+from .images import DataError, ImageInfo, image_info, read_bands
 
 _VERSION = 2  # a change of what is found out gets a new number, so that older caches are not used
 _BAND_VALUES = 2**22  # an image is read in bands of at most so many values, so that memory stays small
@@ -102,9 +102,9 @@ def scan_mask(file: Path) -> Facts:
     """
     Reads a mask once.
 
-    :return: sha256, shape, dtype, damaged, and values: [[value, number of pixels], ...] of a mask of whole numbers,
-        where the value of a mask with several channels is a list; None for other numbers, and where there are too many
-        for a mask. places: for each value the numbers (row * width + column) of some of its pixels
+    :return: sha256, shape, dtype, nodata, damaged, and values: [[value, number of pixels], ...] of a mask of whole
+        numbers, without nodata; where the value of a mask with several channels is a list; None for other numbers, and
+        where there are too many for a mask. places: for each value the numbers (row * width + column) of some pixels
     """
     info = image_info(file)
     channels = info.shape[2]
@@ -132,15 +132,26 @@ def scan_mask(file: Path) -> Facts:
                 found[tuple(value)] = number + len(same), places + some.tolist()
             found = None if len(found) > _MAX_VALUES else found
         first_pixel += len(pixels)
-    in_order = sorted((found or {}).items())
+    nodata = mask_nodata(info)
+    in_order = [item for item in sorted((found or {}).items()) if any(value != nodata for value in item[0])]
     return {
         "sha256": _sha256(file),
         "shape": list(info.shape),
         "dtype": info.dtype,
+        "nodata": info.nodata,
         "damaged": damaged,
         "values": None if found is None else [[list(v) if channels > 1 else v[0], n] for v, (n, _) in in_order],
         "places": [places for _, (_, places) in in_order],
     }
+
+
+def mask_nodata(info: ImageInfo) -> float | None:
+    """
+    The value of a mask's pixels that count nowhere, as its GeoTIFF states it.
+
+    0 is not believed: many programs state it where 0 is simply the first class.
+    """
+    return info.nodata or None
 
 
 def _codes(pixels: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.nn.functional import mse_loss
 
 from ..loss import accuracy, dice_bce_sum, f1, iou, precision, recall
 from .datasets import NpyDataset
@@ -19,11 +20,6 @@ from .images import DataError
 
 _LARGEST_CROP = 192
 _SAMPLES_PER_EPOCH = 160  # at least
-
-
-def mean_squared_error(pred: Any, target: Any) -> Any:
-    """The loss that is suggested for a regression. (N, C, ...) both."""
-    return ((pred - target) ** 2).mean()
 
 
 def fingerprint(dataset: NpyDataset, cache_file: Path | None = None) -> dict[str, Any]:
@@ -90,7 +86,7 @@ def suggest(dataset: NpyDataset, cache_file: Path | None = None) -> dict[str, An
     if values is None:
         suggestion["DATASET_CONFIG"]["task"] = "values"
         suggestion["MODEL_CONFIG"]["ch_out"] = mask_channels
-        return suggestion | {"LOSS": mean_squared_error, "LOSS_CONFIG": {}, "METRICS": {}, "MONITOR": "min loss"}
+        return suggestion | {"LOSS": mse_loss, "LOSS_CONFIG": {}, "METRICS": {}, "MONITOR": "min loss"}
     metrics = {"f1": f1, "precision": precision, "recall": recall, "iou": iou, "accuracy": accuracy}
     suggestion |= {"METRICS": metrics}
     if mask_channels > 1:

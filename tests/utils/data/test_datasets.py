@@ -589,20 +589,6 @@ def test_copies_leave_the_data_set_as_it_is(write_pairs: Pairs) -> None:
     assert len(dataset) == 8 and equal([before], [Samples(dataset, 0)[0, 3]])
 
 
-def test_labels_are_counted_over_all_masks(write_pairs: Pairs) -> None:
-    masks = [np.random.default_rng(n).choice(np.uint8([0, 200, 255]), (24, 30, 2)) for n in range(4)]
-    dataset = NpyDataset(*write_pairs(invent_images(), masks), task="multi-label", mask_values={200: 1})
-    pixels = np.concatenate(masks).reshape(-1, 2)
-    assert dataset.class_counts() == {0: (pixels[:, 0] == 200).sum(), 1: (pixels[:, 1] == 200).sum()}
-
-
-def test_classes_are_counted_over_all_masks(write_pairs: Pairs) -> None:
-    masks = invent_masks(classes=3)
-    dataset = NpyDataset(*write_pairs(invent_images(), masks), mask_values={2: 1})
-    pixels = np.concatenate(masks)
-    assert dataset.class_counts() == {0: (pixels == 0).sum(), 1: (pixels > 0).sum()}
-
-
 # --------------------------------------------------------------------------------------------------------------- pairs
 
 
@@ -861,3 +847,24 @@ def test_prediction_refuses_nan(tmp_path: Path, write: Any) -> None:
 
 def test_prediction_wants_files() -> None:
     assert problems_of(NpyPredictionDataset, []) == ["there are no files to predict"]
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_nodata_of_a_mask_counts_nowhere_but_0_is_a_class(tmp_path: Path, scanned: bool) -> None:
+    import rasterio
+
+    mask = np.random.default_rng(0).choice(np.uint8([0, 1, 200]), (1, 24, 30))
+    for name, nodata in (("a", 200), ("b", 0)):
+        for kind in ("x", "y"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+        np.save(tmp_path / "x" / f"{name}.npy", np.zeros((24, 30, 3), np.uint8))
+        written = np.where(mask == 200, 0, mask) if nodata == 0 else mask
+        profile = {"driver": "GTiff", "height": 24, "width": 30, "count": 1, "dtype": "uint8", "nodata": nodata}
+        with rasterio.open(tmp_path / "y" / f"{name}.tif", "w", **profile) as file:
+            file.write(written)
+    dataset = NpyDataset(tmp_path / "x", tmp_path / "y")
+    if scanned:
+        dataset.check(num_classes=2)
+    first, second = (dataset.for_evaluation()[number][1].numpy() for number in range(2))
+    assert np.array_equal(first, np.where(mask[0] == 200, 255, mask[0]))
+    assert np.array_equal(second, np.where(mask[0] == 200, 0, mask[0]))

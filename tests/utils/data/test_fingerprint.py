@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import dida_tools
-from dida_tools.config.references import name_of, resolve
 from dida_tools.utils.data import NpyDataset
-from dida_tools.utils.data.fingerprint import describe, fingerprint, folders_of, main, mean_squared_error, suggest
+from dida_tools.utils.data.fingerprint import describe, fingerprint, folders_of, main, suggest
 from dida_tools.utils.data.images import DataError
 from dida_tools.utils.loss import dice_bce_sum
 
@@ -174,7 +173,7 @@ def test_numbers_suggest_a_regression(write_pairs: Any, channels: int, dtype: st
     masks = [(rng.random((80, 90, channels)) * 1e6).astype(dtype) for _ in range(2)]
     suggestion = suggest_for(write_pairs, masks)
     assert suggestion["DATASET_CONFIG"]["task"] == "values" and suggestion["MODEL_CONFIG"]["ch_out"] == channels
-    assert (suggestion["LOSS"], suggestion["METRICS"]) == (mean_squared_error, {})
+    assert (suggestion["LOSS"], suggestion["METRICS"]) == (torch.nn.functional.mse_loss, {})
     assert suggestion["MONITOR"] == "min loss"
 
 
@@ -193,12 +192,6 @@ def test_large_images_give_more_crops(write_pairs: Any) -> None:
     masks = [np.zeros((1920, 1920), np.uint8)] * 2
     suggestion = suggest(NpyDataset(*write_pairs(images_of(masks, 1), masks)))
     assert suggestion["DATASET_CONFIG"]["crops_per_image"] == 100
-
-
-def test_the_loss_of_a_regression_is_the_mean_squared_error() -> None:
-    pred, target = torch.randn(2, 1, 4, 5), torch.randn(2, 1, 4, 5)
-    assert mean_squared_error(pred, target) == torch.nn.functional.mse_loss(pred, target)
-    assert resolve(name_of(mean_squared_error)) is mean_squared_error
 
 
 # ------------------------------------------------------------------------------------------------------------- command
