@@ -24,6 +24,11 @@ _RASTERS = (".tif", ".tiff")
 _WARNINGS = threading.Lock()  # threads share their filters
 
 
+# numpy reads a header as Python text, and Python 3.11 cannot parse in two threads at once: now and then it raises
+# "AST constructor recursion depth mismatch".
+_NUMPY_HEADERS = threading.Lock()
+
+
 class DataError(UserError):
     """Data that cannot be used. Its message lists every problem."""
 
@@ -131,13 +136,14 @@ def _columns(window: Window) -> tuple[int, int]:
 def _open_array(path: Path) -> np.ndarray:
     """(H, W, C); of .npy files, nothing is read yet."""
     if path.suffix.lower() == ".npy":
-        return _three_dimensions(np.load(path, mmap_mode="r", allow_pickle=False))
+        with _NUMPY_HEADERS:
+            return _three_dimensions(np.load(path, mmap_mode="r", allow_pickle=False))
     return _three_dimensions(_read_whole(path))
 
 
 def _read_whole(path: Path) -> np.ndarray:
     if path.suffix.lower() == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
+        with _NUMPY_HEADERS, np.load(path, allow_pickle=False) as arrays:
             if len(arrays.files) != 1:
                 raise ValueError(f"it holds {len(arrays.files)} arrays instead of one")
             return arrays[arrays.files[0]]

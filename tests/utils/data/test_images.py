@@ -1,3 +1,4 @@
+import gc
 import os
 import pickle
 import struct
@@ -6,6 +7,7 @@ import sys
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -396,3 +398,34 @@ def test_an_error_in_a_worker_keeps_its_message() -> None:
 
 def test_a_pickled_error_keeps_its_message() -> None:
     assert "  - one\n  - two" in str(pickle.loads(pickle.dumps(DataError(["one", "two"]))))
+
+
+class Garbage:
+    """Keeps itself alive until the collector comes, and then runs Python code."""
+
+    def __init__(self) -> None:
+        self.self = self
+
+    def __del__(self) -> None:
+        sum(range(50))
+
+
+def test_many_threads_read_at_once(tmp_path: Path) -> None:
+    """Python 3.11 cannot parse, and numpy not read a header, in two threads at once."""
+    np.save(tmp_path / "a.npy", np.ones((4, 4, 3), np.uint8))
+
+    def read(depth: int) -> int:
+        if depth:
+            return read(depth - 1)
+        garbage = [Garbage() for _ in range(20)]
+        return int(read_image(tmp_path / "a.npy").sum()) + 0 * len(garbage)
+
+    interval, threshold = sys.getswitchinterval(), gc.get_threshold()
+    try:
+        sys.setswitchinterval(1e-6)
+        gc.set_threshold(20)
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(read, (number % 30 for number in range(4000)))) == {48}
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*threshold)
