@@ -20,7 +20,7 @@ def pixels(dataset: SceneDataset, contract) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.timeout(900)
 def test_the_small_unet_clearly_beats_a_per_pixel_classifier(tmp_path_factory, global_config):
     data_dir = tmp_path_factory.mktemp("scenes")
-    config = pytorch_training.small() | {"EPOCHS": 8}
+    config = pytorch_training.small() | {"EPOCHS": 14}
     parts = config["DATASET_CONFIG"]
     train_set, test_set = (SceneDataset(**parts[part], data_dir=data_dir) for part in ("train", "test"))
     contract = train_set.contract()
@@ -31,5 +31,5 @@ def test_the_small_unet_clearly_beats_a_per_pixel_classifier(tmp_path_factory, g
     per_pixel = f1_score(test_labels, classifier.predict(test_features), average="macro")
 
     result = pytorch_training.train(train_set, test_set, config, global_config)
-    assert 0.6 < per_pixel < 0.88
-    assert result.metrics["test.f1"] > per_pixel + 0.03
+    assert 0.6 < per_pixel < 0.85
+    assert result.metrics["test.f1"] > per_pixel + 0.06
