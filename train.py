@@ -57,8 +57,9 @@ def main() -> int:
             if arguments.data:
                 override(config, arguments.overrides)  # typos are told before the data is read
                 config = use_folder(config, arguments.data, Path(global_config["LOG_DIR"]) / "data_facts.json")
-        config = override(config, arguments.overrides)
-        check(config)
+        problems: list[str] = []
+        config = override(config, arguments.overrides, problems)
+        check(config, problems)
 
         # <- your data here: any two data sets of (input, target) pairs
         train_dataset, test_dataset, validation_dataset = build_datasets(config)

@@ -21,7 +21,7 @@ import torch
 
 from .errors import UserError
 from .keys import KEYS, REQUIRED, complete, copy_config
-from .references import ReferenceProblem, is_project_module, name_of, resolve
+from .references import PACKAGE, ReferenceProblem, is_project_module, name_of, resolve
 
 VERSION = 1
 MISSING = "(missing)"
@@ -57,14 +57,15 @@ class ConfigError(UserError):
 # ---------------------------------------------------------------------------------------------------------------- check
 
 
-def check(config: dict[str, Any]) -> None:
+def check(config: dict[str, Any], more: Sequence[str] = ()) -> None:
     """
     Checks a config before anything is made or written.
 
+    :param more: problems that were found before, such as by override
     :raises ConfigError: with all problems: unknown keys, missing keys, values of the wrong type or range, arguments
         that their MODEL, OPTIMIZER, ... does not take, and objects that no record can hold
     """
-    problems = find_problems(config)
+    problems = [*more, *find_problems(config)]
     if problems:
         raise ConfigError(problems)
 
@@ -92,7 +93,7 @@ def find_problems(config: dict[str, Any]) -> list[str]:
 
 def _unknown(key: Any) -> str:
     near = difflib.get_close_matches(str(key).upper(), KEYS, n=1)
-    return f"{key} is no key of a config: " + (f"did you mean {near[0]}?" if near else "see dida_tools/config/keys.py.")
+    return f"{key} is no key of a config: " + (f"did you mean {near[0]}?" if near else f"see {PACKAGE}/config/keys.py.")
 
 
 def _argument_problems(config: dict[str, Any], unsound: set[str]) -> list[str]:
@@ -146,7 +147,7 @@ def _call_problems(target: Any, arguments: dict[str, Any], path: str, name: str)
             hint = (
                 f"did you mean {near[0]}?"
                 if near
-                else f"it takes {', '.join(p for p in parameters if p not in filled_in)}."
+                else f"it takes {', '.join(p for p in parameters if p not in filled_in)}. {path}={{}} clears old ones."
             )
             problems.append(f"{path}.{argument} is no argument of {called}: {hint}")
     known = {argument: value for argument, value in arguments.items() if argument in parameters}
@@ -360,24 +361,25 @@ def _join(path: str, key: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- override
 
 
-def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def override(config: dict[str, Any], overrides: Sequence[str], problems: list[str] | None = None) -> dict[str, Any]:
     """
     A copy of a config with values from the command line: ``EPOCHS=3 MODEL_CONFIG.dropout=0.1 OPTIMIZER=AdamW``.
 
     A value is a Python literal, the dotted name of an object, or else a string.
 
-    :raises ConfigError: with all that is malformed or unknown
+    :param problems: takes what is malformed or unknown, so that check can tell it with all the rest
+    :raises ConfigError: with all that is malformed or unknown, if no such list is given
     """
     config = copy_config(config)
-    problems = []
+    found: list[str] = [] if problems is None else problems
     for text in overrides:
         dotted, equals, value = text.partition("=")
         keys = dotted.split(".")
         if not equals or not all(keys):
-            problems.append(f"{text!r} is no override: write KEY=VALUE, such as EPOCHS=3 or MODEL_CONFIG.dropout=0.1.")
+            found.append(f"{text!r} is no override: write KEY=VALUE, such as EPOCHS=3 or MODEL_CONFIG.dropout=0.1.")
             continue
         if keys[0] not in KEYS:
-            problems.append(_unknown(keys[0]))
+            found.append(_unknown(keys[0]))
             continue
         inner: Any = config
         for depth, key in enumerate(keys[:-1], start=1):
@@ -386,7 +388,7 @@ def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
                 inner[key] = copy_config(default) if isinstance(default, dict) else {}
             inner = inner[key]
             if not isinstance(inner, dict):
-                problems.append(
+                found.append(
                     f"{text!r} is no override: {'.'.join(keys[:depth])} is {_short(inner)}, which has no keys."
                 )
                 break
@@ -394,9 +396,9 @@ def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
             try:
                 inner[keys[-1]] = _parse(keys, value)
             except ReferenceProblem as problem:
-                problems.append(f"{dotted}={value}: {problem}.")
-    if problems:
-        raise ConfigError(problems)
+                found.append(f"{dotted}={value}: {problem}.")
+    if problems is None and found:
+        raise ConfigError(found)
     return config
 
 

@@ -112,6 +112,13 @@ def test_mistakes_are_answered_in_a_sentence_and_without_a_traceback(project, tr
     assert "Traceback" not in answer.stderr
 
 
+def test_all_mistakes_of_a_command_line_are_told_at_once(project):
+    command = ["train.py", "EPOCH=3", "MODEL_CONFIG.dropot=0.1", "METRICS.f=nonsense", "ACCUMULATE=0", "CLIP_NORM"]
+    told = run(project, *command, ok=False).stderr
+    assert all(text in told for text in ("EPOCHS?", "dropout?", "nonsense", "ACCUMULATE is 0", "'CLIP_NORM'"))
+    assert "the config has 5 problems" in told
+
+
 def test_warnings_can_be_switched_off(project, tmp_path):
     script = tmp_path / "warns.py"
     script.write_text(
