@@ -660,3 +660,10 @@ def test_the_shipped_configs_are_sound_and_round_trip():
     full = pytorch_training.train_config["MODEL_CONFIG"]
     assert sum(parameter.numel() for parameter in UNET(**full).parameters()) > 30e6
     assert math.isclose(pytorch_training.train_config["OPTIMIZER_CONFIG"]["lr"], 1e-3)
+
+
+def test_only_the_folders_that_are_written_to_are_made(datasets, tiny_config, global_config, tmp_path):
+    """An earlier generation made a folder of every value of the global config."""
+    train(*datasets, tiny_config, global_config | {"NOTE": str(tmp_path / "no folder")})
+    assert not (tmp_path / "no folder").exists()
+    assert sorted(path.name for path in Path(global_config["ROOT_PATH"]).iterdir()) == ["logs", "weights"]
