@@ -15,6 +15,7 @@ from torch.nn import GroupNorm
 from dida_tools.config.errors import UserError
 from dida_tools.models import UNET
 from dida_tools.prediction import predict
+from dida_tools.utils.signals import EXIT_CODE, Preempted
 
 predict_config = {
     "MODEL": UNET,  # <- your model here
@@ -39,6 +40,9 @@ def main() -> int:
         config["WEIGHTS"] = arguments.weights
     try:
         files = predict(config)
+    except Preempted:
+        print("Ended by a signal; what is written is whole.", file=sys.stderr)
+        return EXIT_CODE
     except (UserError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

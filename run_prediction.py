@@ -14,6 +14,7 @@ from dida_tools.config.config import global_config
 from dida_tools.config.errors import UserError
 from dida_tools.prediction import predict
 from dida_tools.utils.logging.runs import find_run, read_run_config
+from dida_tools.utils.signals import EXIT_CODE, Preempted
 
 
 def main() -> int:
@@ -43,6 +44,9 @@ def main() -> int:
                 "SUFFIX": arguments.suffix,
             }
         )
+    except Preempted:
+        print("Ended by a signal; what is written is whole.", file=sys.stderr)
+        return EXIT_CODE
     except (UserError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -5,15 +5,24 @@ Trains a model.
     python train.py --data DIR                               your images and masks: DIR/train/{x,y}, DIR/test/{x,y}
     python train.py EPOCHS=3 MODEL_CONFIG.dropout=0.1        other values, by the config's own keys
     python train.py --variant full DEVICE=cuda               the full config of the routine
+    python train.py --routine ignite                         another routine: the same weights, bit for bit
     python train.py --resume NAME EPOCHS=40                  goes on with a run, or prolongs it
+    python train.py --resume auto EPOCHS=40                  goes on with this very run if it was interrupted
+    torchrun --nproc-per-node 2 train.py                     on two GPUs, or by two processes (pytorch, ignite)
+
+Exit codes: 0 trained; 75 ended by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 after saving: start it again with --resume;
+130 ended at once by a second Ctrl-C; 1 failed, 2 not understood.
 """
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from dida_tools import training
 from dida_tools.config.capture import check, override
@@ -21,8 +30,10 @@ from dida_tools.config.config import global_config
 from dida_tools.config.errors import UserError
 from dida_tools.utils.data.build import build_datasets, use_folder
 from dida_tools.utils.logging.runs import find_run, read_run_config
+from dida_tools.utils.signals import EXIT_CODE, Preempted
 
 ROUTINES = [module.name[:-9] for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")]
+DEFAULT_ROUTINE = "pytorch" if "pytorch" in ROUTINES else ROUTINES[0]
 
 
 def main() -> int:
@@ -30,26 +41,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the config, such as EPOCHS=3")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train/{x,y} and test/{x,y}")
-    parser.add_argument("--routine", default="pytorch", choices=ROUTINES, help="what trains (default: pytorch)")
+    parser.add_argument(
+        "--routine", choices=ROUTINES, help=f"what trains (default: what the run had, else {DEFAULT_ROUTINE})"
+    )
     parser.add_argument(
         "--variant", default="small", metavar="NAME", help="variant of its config, or full (default: small)"
     )
-    parser.add_argument("--resume", metavar="NAME", help="run to go on with: a name, or latest")
+    parser.add_argument("--resume", metavar="NAME", help="run to go on with: a name, latest, or auto")
     parser.add_argument("-w", action="store_true", help="suppress warnings")
     arguments = parser.parse_args()
     if arguments.w:
         warnings.simplefilter("ignore")
 
-    routine = importlib.import_module(f"dida_tools.training.{arguments.routine}_training")
-    if arguments.resume and (arguments.data or arguments.variant != "small"):
+    goes_on = arguments.resume not in (None, "auto")
+    if goes_on and (arguments.data or arguments.variant != "small"):
         parser.error("--resume takes data and variant from the run's record: leave --data and --variant out")
-    if arguments.variant not in ("full", *routine.VARIANTS):
-        parser.error(f"--variant {arguments.variant}: choose one of full, {', '.join(routine.VARIANTS)}")
     try:
-        if arguments.resume:
+        config: dict[str, Any] = {}
+        if goes_on:
             name = find_run(global_config, arguments.resume)
             config = read_run_config(Path(global_config["LOG_DIR"]) / name) | {"RESUME": name}
-        else:
+        routine = load_routine(arguments.routine or recorded_routine(config))
+        if arguments.variant not in ("full", *routine.VARIANTS):
+            parser.error(f"--variant {arguments.variant}: choose one of full, {', '.join(routine.VARIANTS)}")
+        if not goes_on:
             # <- your config here: a model, a loss, ...; or edit train_config in the routine
             config = routine.train_config
             if arguments.variant != "full":
@@ -57,6 +72,7 @@ def main() -> int:
             if arguments.data:
                 override(config, arguments.overrides)  # typos are told before the data is read
                 config = use_folder(config, arguments.data, Path(global_config["LOG_DIR"]) / "data_facts.json")
+            config = config | {"RESUME": arguments.resume}
         problems: list[str] = []
         config = override(config, arguments.overrides, problems)
         check(config, problems)
@@ -65,12 +81,36 @@ def main() -> int:
         train_dataset, test_dataset, validation_dataset = build_datasets(config)
 
         routine.train(train_dataset, test_dataset, config, global_config, validation_dataset)
+    except Preempted:
+        return EXIT_CODE  # the run has said how it goes on
     except KeyboardInterrupt:
-        return 130  # the run has said how it goes on
+        return 130
     except (UserError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one is enough
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def load_routine(name: str) -> ModuleType:
+    """
+    The module of a routine.
+
+    :raises UserError: if its framework is not installed
+    """
+    try:
+        return importlib.import_module(f"dida_tools.training.{name}_training")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("dida_tools"):
+            raise
+        install = f'{Path(sys.executable).name} -m pip install -c constraints.txt -e ".[{name}]"'
+        raise UserError(f"--routine {name} needs {error.name}, which is not installed: {install}") from error
+
+
+def recorded_routine(config: dict[str, Any]) -> str:
+    """The routine that a run was trained with, where it is still there."""
+    name = getattr(config.get("ROUTINE_NAME"), "__name__", "").rpartition(".")[2].removesuffix("_training")
+    return name if name in ROUTINES else DEFAULT_ROUTINE
 
 
 if __name__ == "__main__":

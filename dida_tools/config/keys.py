@@ -5,6 +5,7 @@ This is the one place for defaults. A new key of your own goes here (``# <- your
 noticed too.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,18 @@ KEYS = {
 def complete(config: dict[str, Any]) -> dict[str, Any]:
     """A copy of a config with the defaults of all missing keys. The caller's dicts stay as they are."""
     known = {key: config.get(key, entry.default) for key, entry in KEYS.items()}
-    return copy_config({key: value for key, value in known.items() if value is not REQUIRED} | config)
+    completed = copy_config({key: value for key, value in known.items() if value is not REQUIRED} | config)
+    if isinstance(completed["METRICS"], dict):
+        completed["METRICS"] = {name: _bare_metric(name, metric) for name, metric in completed["METRICS"].items()}
+    return completed
+
+
+def _bare_metric(name: str, metric: Any) -> Any:
+    """The function in ignite's Loss(function), as older configs have it: a config holds functions, not instances."""
+    if not (type(metric).__module__.startswith("ignite.") and hasattr(metric, "_loss_fn")):
+        return metric
+    warnings.warn(f"METRICS.{name}: the function in ignite's Loss(...) is taken; write it without Loss.", stacklevel=4)
+    return metric._loss_fn
 
 
 def copy_config(value: Any) -> Any:

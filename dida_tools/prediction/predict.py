@@ -16,6 +16,7 @@ from ..utils.data.contract import DataContract
 from ..utils.data.datasets import NpyPredictionDataset
 from ..utils.data.images import ENDINGS, DataError, list_images
 from ..utils.path import write_atomic
+from ..utils.signals import raise_if_stop_requested, stop_on_signals
 from ..utils.torchutils import fill_model
 from ..utils.weights import load_weights, model_state
 
@@ -44,6 +45,7 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     :return: the written files
     :raises ConfigError, DataError, WeightsError: for what cannot be used, before anything is written; NaN in an
         image when it is its turn
+    :raises Preempted: between two images, if a signal has asked to end
     """
     unknown = [f"{key} is no key of a predict_config" for key in predict_config if key not in {*DEFAULTS, *REQUIRED}]
     missing = [f"{key} is missing" for key in REQUIRED if predict_config.get(key) is None]
@@ -65,15 +67,17 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     is_map = config["OUTPUT"] == "classes" and dataset.contract.task != "values"
     as_picture = is_map and (dataset.contract.task == "multi-class" or dataset.contract.outputs == 1)
     outputs = _output_files(files, Path(config["OUT_DIR"]), config["PREFIX"], config["SUFFIX"], as_picture)
-    for index in tqdm(range(len(dataset)), unit=" images", disable=None, leave=False):
-        inputs, _ = dataset[index]
-        probabilities = predict_image(model, inputs, dataset.contract, device, precision)
-        if not is_map:
-            result = np.moveaxis(probabilities.numpy(), 0, -1)
-        else:
-            result = dataset.contract.classes(probabilities[None])[0].numpy()
-            result = np.moveaxis(result, 0, -1) if result.ndim == 3 else result
-        save_prediction(outputs[index], result, like=files[index])
+    with stop_on_signals():
+        for index in tqdm(range(len(dataset)), unit=" images", disable=None, leave=False):
+            raise_if_stop_requested()
+            inputs, _ = dataset[index]
+            probabilities = predict_image(model, inputs, dataset.contract, device, precision)
+            if not is_map:
+                result = np.moveaxis(probabilities.numpy(), 0, -1)
+            else:
+                result = dataset.contract.classes(probabilities[None])[0].numpy()
+                result = np.moveaxis(result, 0, -1) if result.ndim == 3 else result
+            save_prediction(outputs[index], result, like=files[index])
     return outputs
 
 

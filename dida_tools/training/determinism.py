@@ -7,14 +7,17 @@ in every routine.
 """
 
 import contextlib
+import functools
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..utils.signals import ignore_signals
 
 _ORDER, _SAMPLE, _STEP = range(3)
 
@@ -70,13 +73,23 @@ class Samples(Dataset):
 
 class TrainingBatches(Sampler):
     """
-    The batches of an epoch as lists of (epoch, index).
+    The batches of an epoch as lists of (epoch, index); of several processes, each gets its part of every batch.
 
     The main process draws from it, so workers that live on from epoch to epoch need not be told of the epoch.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, shuffle: bool, drop_last: bool, seed: int) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        shuffle: bool,
+        drop_last: bool,
+        seed: int,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
         self.num_samples, self.batch_size, self.shuffle, self.seed = num_samples, batch_size, shuffle, seed
+        self.rank, self.num_processes = rank, num_processes
         self.num_batches = num_samples // batch_size if drop_last else -(-num_samples // batch_size)
         self.epoch, self.first_batch = 0, 0
 
@@ -86,7 +99,9 @@ class TrainingBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = self.order(self.epoch)
         for batch in range(self.first_batch, self.num_batches):
-            yield [(self.epoch, index) for index in self._part(order, batch)]
+            whole = self._whole(order, batch)
+            # A process without a sample computes the first one, whose loss counts nothing: all must take part.
+            yield [(self.epoch, index) for index in whole[self._own(batch)] or whole[:1]]
 
     def order(self, epoch: int) -> Sequence[int]:
         """All samples in the order of an epoch."""
@@ -95,20 +110,35 @@ class TrainingBatches(Sampler):
         return np.random.default_rng([_ORDER, self.seed, epoch]).permutation(self.num_samples).tolist()
 
     def indices(self, epoch: int, batch: int) -> list[int]:
-        """The samples of one batch."""
-        return self._part(self.order(epoch), batch)
+        """The samples of one batch, of all processes."""
+        return self._whole(self.order(epoch), batch)
 
-    def _part(self, order: Sequence[int], batch: int) -> list[int]:
+    def size(self, batch: int) -> int:
+        """Number of samples of one batch of an epoch, of all processes."""
+        return min(self.batch_size, self.num_samples - batch * self.batch_size)
+
+    def own_size(self, batch: int) -> int:
+        """Number of samples that this process computes of it."""
+        part = self._own(batch)
+        return part.stop - part.start
+
+    def _own(self, batch: int) -> slice:
+        size, number = self.size(batch), self.num_processes
+        return slice(-(-self.rank * size // number), -(-(self.rank + 1) * size // number))
+
+    def _whole(self, order: Sequence[int], batch: int) -> list[int]:
         return list(order[batch * self.batch_size : (batch + 1) * self.batch_size])
 
 
 class EvaluationBatches(Sampler):
     """
     Batches for evaluation as lists of (0, index): every sample once, samples of one shape together, and no batch with
-    more pixels than max_pixels, if it has more than one sample.
+    more pixels than max_pixels, if it has more than one sample. Of several processes, each gets every so many batches.
     """
 
-    def __init__(self, dataset: Any, batch_size: int, max_pixels: int | None) -> None:
+    def __init__(
+        self, dataset: Any, batch_size: int, max_pixels: int | None, rank: int = 0, num_processes: int = 1
+    ) -> None:
         self.batches: list[list[tuple[int, int]]] = []
         shape_of = getattr(dataset, "sample_shape", lambda index: None)
         by_shape: dict[Any, list[int]] = {}
@@ -120,12 +150,37 @@ class EvaluationBatches(Sampler):
                 size = min(batch_size, max(1, max_pixels // (shape[0] * shape[1])))
             parts = (indices[start : start + size] for start in range(0, len(indices), size))
             self.batches += [[(0, index) for index in part] for part in parts]
+        self.batches = self.batches[rank::num_processes]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return iter(self.batches)
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers take no signals, and end when they are told to."""
+
+    def __init__(self, dataset: Any, worker_init_fn: Callable[[int], None] | None = None, **options: Any) -> None:
+        super().__init__(dataset, worker_init_fn=functools.partial(_init_worker, worker_init_fn), **options)
+        self._latest: Any = None
+
+    def __iter__(self) -> Any:
+        self._latest = super().__iter__()
+        return self._latest
+
+    def close(self) -> None:
+        """Ends the workers: since they ignore SIGTERM, an exiting process would wait for them for ever."""
+        if hasattr(self._latest, "_shutdown_workers"):
+            self._latest._shutdown_workers()
+        self._latest = self._iterator = None
+
+
+def _init_worker(users: Callable[[int], None] | None, number: int) -> None:
+    ignore_signals()
+    if users is not None:
+        users(number)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
-"""Contains evaluation: one result for a whole data set, the same for every batch size and order."""
+"""Contains evaluation: one result for a data set, the same for every batch size, order and number of processes."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 from ..config.device import autocast
 from ..utils.loss import count, unmask
+from ..utils.signals import Preempted, raise_if_stop_requested, stop_requested
 from ..utils.torchutils import evaluation_mode
+from .distributed import gather, num_processes
 
 
 class Evaluation:
@@ -33,7 +36,7 @@ class Evaluation:
         self.ignore_index, self.class_names = ignore_index, class_names
         self.num_samples = 0
         self.counts: dict[bool, Tensor] = {}  # by whether the target's first channel is a usability mask
-        self._sums: dict[str, float] = {}
+        self._values: dict[str, list[float]] = {name: [] for name in self.averaged}
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """
@@ -52,12 +55,17 @@ class Evaluation:
                 continue  # no pixel counts, and some losses answer NaN to that
             self.num_samples += 1
             for name, function in self.averaged.items():
-                self._sums[name] = self._sums.get(name, 0.0) + float(function(prediction, target))
+                self._values[name].append(float(function(prediction, target)))
 
     def results(self) -> dict[str, float]:
-        """The loss and each metric, and of metrics with several classes also "name.class"."""
+        """
+        The loss and each metric, and of metrics with several classes also "name.class".
+
+        :raises Preempted: if a signal has asked any of the processes to end, so that parts may be missing
+        """
+        self._gather()
         number = self.num_samples or float("nan")
-        results = {name: self._sums.get(name, 0.0) / number for name in self.averaged}
+        results = {name: _sum(values) / number for name, values in self._values.items()}
         for name, metric in self.counted.items():
             counts = self.counts[metric.masked]
             results[name] = metric.from_counts(counts).item()
@@ -67,8 +75,50 @@ class Evaluation:
                 results |= {f"{name}.{class_name}": value for class_name, value in zip(names, per_class, strict=True)}
         return results
 
+    def _gather(self) -> None:
+        """Adds up what the processes have; called by all of them."""
+        if num_processes() == 1:
+            raise_if_stop_requested()
+            return
+        parts = gather((stop_requested(), self.num_samples, self.counts, self._values))
+        if any(part[0] for part in parts):
+            raise Preempted("a signal was received")
+        self.num_samples = sum(part[1] for part in parts)
+        self.counts = {}
+        for _, _, counts, _ in parts:
+            for masked, one in counts.items():
+                self.counts[masked] = self.counts[masked] + one if masked in self.counts else one
+        self._values = {name: [value for part in parts for value in part[3][name]] for name in self.averaged}
+
+
+def _sum(values: list[float]) -> float:
+    # Exactly rounded, so the order does not matter; it refuses inf - inf.
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+
 
 @torch.no_grad()
+def evaluate_batch(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    evaluation: Evaluation,
+    device: torch.device,
+    precision: str,
+    channels_last: bool = True,
+) -> None:
+    """
+    Adds one batch to an evaluation; the model has to be in evaluation mode. Nothing once a signal has asked to end,
+    since there will be no results then.
+
+    :param batch: (inputs, targets)
+    """
+    if stop_requested():
+        return
+    inputs, targets = to_device(batch[0], device, channels_last), batch[1].to(device)
+    with autocast(device, precision):
+        predictions = model(inputs)
+    evaluation.update(predictions.float(), targets)
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -80,15 +130,15 @@ def evaluate(
     """
     Evaluates a model on a data set. The mode that the model was in is restored.
 
-    :param batches: (inputs, targets)
+    :param batches: (inputs, targets); of several processes, each brings its own part
     :param evaluation: an empty one, which holds the counts afterwards
+    :raises Preempted: if a signal has asked to end
     """
     with evaluation_mode(model):
-        for inputs, targets in batches:
-            inputs, targets = to_device(inputs, device, channels_last), targets.to(device)
-            with autocast(device, precision):
-                predictions = model(inputs)
-            evaluation.update(predictions.float(), targets)
+        for batch in batches:
+            if stop_requested():
+                break
+            evaluate_batch(model, batch, evaluation, device, precision, channels_last)
     return evaluation.results()
 
 

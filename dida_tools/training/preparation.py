@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import Subset, default_collate
 
 from ..config.capture import ConfigError, capture, find_problems, restore
 from ..config.device import get_device, get_precision
@@ -28,7 +28,8 @@ from ..utils.loss import is_multi_class
 from ..utils.name import date_now
 from ..utils.torchutils import fill_model, set_seed
 from ..utils.weights import load_weights, model_state
-from .determinism import EvaluationBatches, Samples, TrainingBatches
+from .determinism import EvaluationBatches, Loader, Samples, TrainingBatches
+from .distributed import num_processes, own_device, rank
 from .evaluation import Evaluation, evaluate
 
 
@@ -46,9 +47,9 @@ class Preparation:
     validation_set: Any
     test_set: Any
     train_batches: TrainingBatches
-    train_loader: DataLoader
-    validation_loader: DataLoader | None
-    test_loader: DataLoader | None
+    train_loader: Loader
+    validation_loader: Loader | None
+    test_loader: Loader | None
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None
@@ -62,15 +63,10 @@ class Preparation:
         """Optimizer steps of an epoch; the last one may be made of fewer batches."""
         return -(-self.train_batches.num_batches // self.config["ACCUMULATE"])
 
-    def batches_of_step(self, batch: int) -> int:
-        """How many batches make the optimizer step that a batch belongs to: ACCUMULATE, at the epoch's end fewer."""
-        accumulate = self.config["ACCUMULATE"]
-        first = batch - batch % accumulate
-        return min(accumulate, self.train_batches.num_batches - first)
-
-    def ends_step(self, batch: int) -> bool:
-        """Whether an optimizer step follows this batch of an epoch."""
-        return (batch + 1) % self.config["ACCUMULATE"] == 0 or batch + 1 == self.train_batches.num_batches
+    @property
+    def place(self) -> tuple[torch.device, str, bool]:
+        """Where and how an evaluation is computed: device, precision, memory format."""
+        return self.device, self.precision, self.config["CHANNELS_LAST"]
 
     def evaluated_model(self) -> nn.Module:
         """The model whose weights count: the moving average, if there is one."""
@@ -111,7 +107,7 @@ def prepare(
     problems += find_problems(config)
     device, precision = torch.device("cpu"), "fp32"
     try:
-        device = get_device(config["DEVICE"])
+        device = own_device(get_device(config["DEVICE"]))
         precision = get_precision(device, config["PRECISION"])
     except (ValueError, TypeError, RuntimeError) as error:
         problems.append(str(error))
@@ -300,18 +296,19 @@ def _build_loaders(
     if options.get("num_workers", 0) > 0:
         options.setdefault("persistent_workers", True)
     seed = config["SEED"]
-    batches = TrainingBatches(len(train_set), batch_size, shuffle, drop_last, seed)
+    place = (rank(), num_processes())
+    batches = TrainingBatches(len(train_set), batch_size, shuffle, drop_last, seed, *place)
     if batches.num_batches == 0:
         raise ConfigError([f"drop_last leaves no batch: {len(train_set)} samples, batch_size {batch_size}."])
     inputs = train_set[0][0]
     max_pixels = batch_size * inputs.shape[-2] * inputs.shape[-1] if inputs.ndim == 3 else None
-    loaders: list[Any] = [DataLoader(Samples(train_set, seed), batch_sampler=batches, **options)]
+    loaders: list[Any] = [Loader(Samples(train_set, seed), batch_sampler=batches, **options)]
     for dataset in evaluation_sets:
         if dataset is None:
             loaders.append(None)
         else:
-            order = EvaluationBatches(dataset, batch_size, max_pixels)
-            loaders.append(DataLoader(Samples(dataset, seed), batch_sampler=order, **options))
+            order = EvaluationBatches(dataset, batch_size, max_pixels, *place)
+            loaders.append(Loader(Samples(dataset, seed), batch_sampler=order, **options))
     return batches, loaders
 
 

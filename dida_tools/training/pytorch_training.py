@@ -19,7 +19,8 @@ from ..models.unet import UNET
 from ..utils.data.scenes import SceneDataset
 from ..utils.data.transforms import STANDARD
 from ..utils.loss import f1, iou, multi_class_dice_ce_sum, precision, recall
-from .determinism import deterministic_algorithms, seed_step
+from .determinism import seed_step
+from .distributed import join_processes, parallel, rank
 from .evaluation import evaluate, to_device
 from .preparation import prepare
 from .run import Result, start_run
@@ -72,6 +73,7 @@ def small(config: dict[str, Any] = train_config) -> dict[str, Any]:
 VARIANTS = {"small": small}  # <- your variants here: functions that take a config, change some keys, and return it
 
 
+@join_processes()  # those that torchrun has started
 def train(
     train_dataset: Any,
     test_dataset: Any,
@@ -89,27 +91,24 @@ def train(
     :param validation_dataset: what MONITOR selects by; None takes VALIDATION_FRACTION of the training set
     :raises ConfigError, DataError: before anything is written, with all problems
     """
-    preparation = prepare(
-        train_dataset, test_dataset, training_config, global_config, validation_dataset, sys.modules[__name__]
-    )
-    config, device = preparation.config, preparation.device
-    model, optimizer, scheduler = preparation.model, preparation.optimizer, preparation.scheduler
+    routine = sys.modules[__name__]
+    preparation = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, routine)
+    config, device, precision = preparation.config, preparation.device, preparation.precision
+    optimizer, scheduler = preparation.optimizer, preparation.scheduler
     loss_function, scaler, ema = preparation.loss_function, preparation.scaler, preparation.ema
-    forward_pass = partial(autocast, device, preparation.precision)
 
-    with deterministic_algorithms(device), start_run(preparation, global_config) as run:
-        state = run.state
+    with start_run(preparation, global_config) as run:
+        state, model = run.state, parallel(preparation.model, device)
         while state.epoch < config["EPOCHS"] and not state.stopped:
             model.train()
-            for batch, (inputs, targets) in run.batches():
+            for inputs, targets in run.batches:
                 inputs, targets = to_device(inputs, device, config["CHANNELS_LAST"]), targets.to(device)
-                seed_step(config["SEED"], state.epoch * preparation.train_batches.num_batches + batch, device)
-                with forward_pass():
+                seed_step(config["SEED"], run.batch_number, device, rank())
+                with autocast(device, precision):
                     predictions = model(inputs)
                 loss = loss_function(predictions.float(), targets)  # in float32, outside of autocast
-                scaler.scale(loss / preparation.batches_of_step(batch)).backward()
-                run.record_batch(loss.item(), len(inputs))  # waits for the GPU
-                if not preparation.ends_step(batch):
+                scaler.scale(loss * run.loss_weight).backward()
+                if not run.record_batch(loss.item()):  # waits for the GPU
                     continue
                 learning_rate = optimizer.param_groups[0]["lr"]
                 scaler.unscale_(optimizer)
@@ -121,19 +120,13 @@ def train(
                 if scheduler is not None and config["SCHEDULER_STEP"] == "step":
                     scheduler.step()
                 if ema is not None:
-                    ema.update_parameters(model)
+                    ema.update_parameters(preparation.model)
                 run.record_step(learning_rate)
 
             results = {}
             if preparation.validation_loader is not None:
-                results = evaluate(
-                    preparation.evaluated_model(),
-                    preparation.validation_loader,
-                    preparation.new_evaluation(),
-                    device,
-                    preparation.precision,
-                    config["CHANNELS_LAST"],
-                )
+                evaluated, evaluation = preparation.evaluated_model(), preparation.new_evaluation()
+                results = evaluate(evaluated, preparation.validation_loader, evaluation, *preparation.place)
             if scheduler is not None and config["SCHEDULER_STEP"] == "epoch":
                 if isinstance(scheduler, ReduceLROnPlateau):
                     scheduler.step(results[run.monitored])

@@ -1,15 +1,13 @@
 """
-Contains a run's life: its name, folders, lock, journal, tracker row, TensorBoard, checkpoints, best weights, early
-stopping and end. The same for all routines.
+Contains a run's life: it begins or goes on, takes note of batches, steps and epochs, saves, selects the best weights,
+stops early or when asked to, and ends. The same for all routines.
+
+What is written while it trains is in record.py, what is printed in progress.py.
 """
 
 import contextlib
 import gc
-import json
 import math
-import os
-import socket
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,41 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
-from ..config.capture import ConfigError, difference, flatten
 from ..config.config import CODE_PATH
 from ..config.errors import UserError
-from ..utils.logging.csv import write_log
-from ..utils.name import make_unique_dir, safe_name
-from ..utils.path import create_dirs, write_atomic
+from ..utils.path import create_dirs, shown
+from ..utils.signals import Preempted, stop_on_signals, stop_requested
 from ..utils.torchutils import assert_isfinite, fill_model
 from ..utils.weights import load_weights, save_weights, weights_digest
 from .checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
+from .determinism import deterministic_algorithms
+from .distributed import is_main, num_processes, on_main, sum_up, sync_buffers
 from .environment import describe_environment
 from .evaluation import evaluate
-from .journal import Journal, read_journal
 from .pictures import make_panels, save_picture
 from .preparation import Preparation, build_scheduler, is_out_of_memory
+from .progress import Progress, say
+from .record import Record, Silent
 
 _HEARTBEAT_SECONDS = 60
-# What may change when a run goes on: silently, or with a word. Anything else is another training.
-_FREE_TO_CHANGE = (
-    "DATE",
-    "SESSION_NAME",
-    "ROUTINE_NAME",
-    "__COMMENT",
-    "EPOCHS",
-    "PATIENCE",
-    "INIT_WEIGHTS",
-    "CHECKPOINT_SECONDS",
-    "LOGFILE",
-    "DATA_LOADER_CONFIG.num_workers",
-    "DATA_LOADER_CONFIG.pin_memory",
-)
-_CHANGE_IS_SAID = ("DATASET", "DEVICE", "PRECISION", "CHANNELS_LAST", "METRICS", "MASK_VALUES")
 
 
 class NonFiniteLoss(UserError):
@@ -93,104 +75,121 @@ class Result:
     state: State = field(default_factory=State)
 
 
+class RemainingBatches:
+    """The batches of the current epoch that are not done yet, each time it is iterated over."""
+
+    def __init__(self, preparation: Preparation, state: State) -> None:
+        self._preparation, self._state = preparation, state
+
+    def __len__(self) -> int:
+        return self._preparation.train_batches.num_batches - self._state.batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self._preparation.train_batches
+        order.epoch, order.first_batch = self._state.epoch, self._state.batch
+        if order.first_batch < order.num_batches:
+            yield from self._preparation.train_loader
+
+
 class Run:
     """A run while it trains. Made by start_run."""
 
     def __init__(self, preparation: Preparation, global_config: dict[str, str]) -> None:
         self.preparation, self.config, self.global_config = preparation, preparation.config, global_config
-        log_root, weight_root = Path(global_config["LOG_DIR"]), Path(global_config["WEIGHT_DIR"])
-        if self.config["RESUME"] is None:
-            wanted = f"{safe_name(self.config['DATE'])}_{safe_name(self.config['SESSION_NAME'])}"
-            self.name = make_unique_dir(log_root, wanted)
-        else:
-            self.name = self.config["RESUME"]
-            if not (log_root / self.name / "config.json").is_file():
-                raise ConfigError([f"RESUME is {self.name!r}: there is no such run in {log_root}."])
-        self.log_dir, self.weight_dir = log_root / self.name, weight_root / self.name
-        self._lock = FileLock(self.log_dir / ".lock", timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise UserError(f"the run {self.name} is being trained by another process: wait, or end it.") from error
-        try:
-            self._begin()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def _begin(self) -> None:
-        preparation = self.preparation
-        self._compare_with_record()
-        create_dirs(self.weight_dir)
         self.state = State()
-        self.journal = Journal(self.log_dir / "journal.jsonl")
-        self._restore()
-        ran_on = {"device": str(preparation.device), "precision": preparation.precision}
-        about = {"name": self.name, "not_rerunnable": preparation.not_rerunnable}
-        self._write_json("config.json", preparation.record | about)
-        environment = describe_environment(CODE_PATH, preparation.device)
-        self._write_json("environment.json", environment | ran_on | {"data": preparation.data_hashes})
-        self.writer = self._open_tensorboard()
-        self.journal.write({"event": "start", "time": time.time(), "step": self.state.step} | ran_on)
-        self._started = time.monotonic() - self.state.seconds
-        self._last_checkpoint = self._last_heartbeat = time.monotonic()
-        self._last_results: dict[str, float] = {}
+        self.history: dict[int, dict[str, Any]] = {}
+        self.batches = RemainingBatches(preparation, self.state)
+        self.record: Any = Silent()
+        self.progress: Any = Silent()
+        self._say = say if is_main() else lambda text: None
         self._step_losses: list[float] = []
-        self._say_start()
-        total = self.config["EPOCHS"] * self._samples_per_epoch()
-        done = self.state.epoch * self._samples_per_epoch() + self.state.num_samples
-        # Without a terminal there is no bar, only the line of each epoch.
-        self.bar = tqdm(total=total, initial=done, unit=" images", disable=None, leave=False, dynamic_ncols=True)
-        self._write_row(self._first_columns())
+        self._stop = False
+        self._can_save = True  # while the model holds the training's weights
+        try:
+            self.name, stored = on_main(self._open)
+            self.log_dir = Path(global_config["LOG_DIR"]) / self.name
+            self.weight_dir = Path(global_config["WEIGHT_DIR"]) / self.name
+            self._restore(stored)
+            on_main(self._begin)
+        except BaseException:
+            self.record.close()
+            raise
+        self._started = time.monotonic() - self.state.seconds
+        self._last_checkpoint = time.monotonic()
 
     # ------------------------------------------------------------------------------------------ what a routine calls
 
-    def batches(self) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """The batches of the current epoch that are not done yet, with their number in the epoch."""
-        order = self.preparation.train_batches
-        order.epoch, order.first_batch = self.state.epoch, self.state.batch
-        yield from enumerate(self.preparation.train_loader, start=self.state.batch)
+    @property
+    def batch_number(self) -> int:
+        """The number of the batch that comes next, counted over all epochs."""
+        return self.state.epoch * self.preparation.train_batches.num_batches + self.state.batch
 
-    def record_batch(self, loss: float, num_samples: int) -> None:
+    @property
+    def loss_weight(self) -> float:
+        """
+        What the next batch's loss counts in its optimizer step: 1 / ACCUMULATE, or more at the epoch's end, where there
+        are fewer batches; in each of several processes, whose gradients are averaged, by its part of the samples.
+        """
+        batches, batch, accumulate = self.preparation.train_batches, self.state.batch, self.config["ACCUMULATE"]
+        share = batches.own_size(batch) * batches.num_processes / batches.size(batch)
+        return share / min(accumulate, batches.num_batches - (batch - batch % accumulate))
+
+    @property
+    def awaits_evaluation(self) -> bool:
+        """Whether all batches of the epoch are done, but not its evaluation; so goes on what was interrupted there."""
+        return self.state.batch == self.preparation.train_batches.num_batches
+
+    def record_batch(self, loss: float) -> bool:
         """
         Takes note of a batch, after its backward pass.
 
-        :param loss: the batch's loss
+        :param loss: of this process's samples
+        :return: whether an optimizer step follows
         :raises NonFiniteLoss: with the step, the batch's files and the last good checkpoint
         """
+        state, batches = self.state, self.preparation.train_batches
+        num_samples = batches.size(state.batch)
+        self._stop = stop_requested()
+        if num_processes() > 1:
+            own = batches.own_size(state.batch)
+            loss_sum, stops = sum_up([loss * own if own else 0.0, self._stop])
+            loss, self._stop = loss_sum / num_samples, stops > 0
         if not math.isfinite(loss):
             raise NonFiniteLoss(self._about_non_finite(loss))
-        self.state.batch += 1
-        self.state.loss_sum += loss * num_samples
-        self.state.num_samples += num_samples
+        state.batch += 1
+        state.loss_sum += loss * num_samples
+        state.num_samples += num_samples
         self._step_losses.append(loss)
-        self.bar.update(num_samples)
+        self.progress.batch(state, num_samples)
+        return state.batch % self.config["ACCUMULATE"] == 0 or self.awaits_evaluation
 
     def record_step(self, learning_rate: float) -> None:
-        """Takes note of an optimizer step, and saves a checkpoint when it is time."""
-        self.state.step += 1
+        """
+        Takes note of an optimizer step, and saves a checkpoint when it is time.
+
+        :raises Preempted: after saving, if a signal has asked to end
+        """
+        state = self.state
+        state.step += 1
         loss = sum(self._step_losses) / len(self._step_losses)
         self._step_losses.clear()
-        event = {"event": "step", "step": self.state.step, "epoch": self.state.epoch + 1, "loss": loss}
-        event["learning_rate"] = learning_rate
-        self.journal.write(event)
-        self._write_step_scalars(event)
-        self._show_progress()
-        now = time.monotonic()
-        if now - self._last_checkpoint >= self.config["CHECKPOINT_SECONDS"]:
+        event = {"event": "step", "step": state.step, "epoch": state.epoch + 1, "loss": loss}
+        self.record.write(event | {"learning_rate": learning_rate})
+        if self.awaits_evaluation:
+            sync_buffers(self.preparation.model, self.preparation.ema)
+        if self._stop:
+            raise Preempted("a signal was received")
+        if time.monotonic() - self._last_checkpoint >= self.config["CHECKPOINT_SECONDS"]:
             self.save_checkpoint()
-        if now - self._last_heartbeat >= _HEARTBEAT_SECONDS:
-            self._write_row({"HEARTBEAT": _clock(), "EPOCH": self.state.epoch})
+        self.record.write_row(older_than_seconds=_HEARTBEAT_SECONDS)
 
-    def record_epoch(self, results: dict[str, float]) -> float | None:
+    def record_epoch(self, results: dict[str, float]) -> None:
         """
         Takes note of the end of an epoch: selects the best weights, decides on stopping early.
 
         :param results: of the validation set; empty where there is none
-        :return: the monitored result
         """
-        state, goal = self.state, self.monitored
-        value = results.get(goal)
+        state, value = self.state, results.get(self.monitored)
         state.epoch += 1
         improved = self._is_better(value)
         if improved:
@@ -201,20 +200,21 @@ class Run:
             state.stopped = self.config["PATIENCE"] is not None and state.bad_epochs >= self.config["PATIENCE"]
         train_loss = state.loss_sum / max(1, state.num_samples)
         values = {"train.loss": train_loss} | {f"validation.{name}": result for name, result in results.items()}
-        seconds = round(time.monotonic() - self._started, 2)
-        self.journal.write({"event": "epoch", "epoch": state.epoch, "step": state.step, "seconds": seconds} | values)
-        self.writer.add_scalar("train/epoch_loss", train_loss, state.step)
-        for name, result in results.items():
-            self.writer.add_scalar(f"validation/{name.replace('.', '/')}", result, state.step)
-        self._write_pictures()
+        event = {"event": "epoch", "epoch": state.epoch, "step": state.step, "best": improved} | values
+        event["seconds"] = round(time.monotonic() - self._started, 2)
+        self.history[state.epoch] = event
+        self.record.write(event)
+        scalars = {f"validation/{name.replace('.', '/')}": result for name, result in results.items()}
+        self.record.write_scalars({"train/epoch_loss": train_loss} | scalars, state.step)
+        if is_main():
+            for panel in self._panels():
+                self.record.writer.add_image(f"test/{panel.name}", panel.row(), state.step, dataformats="HWC")
         state.batch, state.num_samples, state.loss_sum = 0, 0, 0.0
-        self._last_results = {goal: value} if value is not None else {}
-        self._say_epoch(train_loss, results, improved)
+        self.progress.epoch(state, train_loss, results, improved)
         is_time = time.monotonic() - self._last_checkpoint >= self.config["CHECKPOINT_SECONDS"]
         if is_time or not checkpoint_files(self.weight_dir):
             self.save_checkpoint()
-        self._write_row({"EPOCH": state.epoch, "HEARTBEAT": _clock(), "train.loss": train_loss})
-        return value
+        self.record.write_row()
 
     def save_checkpoint(self) -> None:
         """
@@ -229,8 +229,10 @@ class Run:
             raise NonFiniteLoss(
                 f"after step {self.state.step} a parameter is not finite ({error}). {self._advice()}"
             ) from error
-        self.journal.sync()
-        self.writer.flush()
+        self._last_checkpoint = time.monotonic()
+        if not is_main():
+            return
+        self.record.sync()
         self.state.seconds = time.monotonic() - self._started
         scheduler, ema = preparation.scheduler, preparation.ema
         save_checkpoint(
@@ -243,96 +245,96 @@ class Run:
                 "scaler": preparation.scaler.state_dict(),
                 "ema": None if ema is None else ema.state_dict(),
                 "state": asdict(self.state),
+                "history": list(self.history.values()),
                 "contract": preparation.contract.to_dict(),
                 "epochs": self.config["EPOCHS"],
             },
         )
-        self._last_checkpoint = time.monotonic()
 
     def finish(self) -> Result:
-        """Saves the last state, evaluates the best weights once on the test set, and says what was reached."""
+        """
+        Saves the last state, evaluates the best weights once on the test set, and says what was reached.
+
+        :raises Preempted: if a signal has asked to end; going on evaluates again
+        """
         preparation, state = self.preparation, self.state
-        self.bar.close()
+        self.progress.close()
         self.save_checkpoint()
-        best = self.weight_dir / "best.pt"
+        self._can_save = False  # from here on, the model may hold the best weights
         digest = weights_digest(preparation.model.state_dict())
-        epochs = [event for event in read_journal(self.journal.path) if event["event"] == "epoch"]
-        history = list({event["epoch"]: event for event in epochs}.values())  # the last word on each
+        best = self.weight_dir / "best.pt"
         model = preparation.evaluated_model()
-        fill_model(model, load_weights(best)["model"], str(best))
-        metrics = {}
-        if state.best_epoch is not None:
-            chosen = next((event for event in history if event["epoch"] == state.best_epoch), {})
-            metrics = {key: value for key, value in chosen.items() if key.startswith("validation.")}
+        fill_model(model, on_main(lambda: load_weights(best)["model"]), str(best))
+        chosen = self.history.get(state.best_epoch or 0, {})
+        metrics = {key: value for key, value in chosen.items() if key.startswith("validation.")}
         counts, panels = None, []
         if preparation.test_loader is not None:
-            device, precision = preparation.device, preparation.precision
             evaluation = preparation.new_evaluation()
-            results = evaluate(
-                model, preparation.test_loader, evaluation, device, precision, self.config["CHANNELS_LAST"]
-            )
+            results = evaluate(model, preparation.test_loader, evaluation, *preparation.place)
             metrics |= {f"test.{name}": value for name, value in results.items()}
-            for name, value in results.items():
-                self.writer.add_scalar(f"test/{name.replace('.', '/')}", value, state.step)
+            scalars = {f"test/{name.replace('.', '/')}": value for name, value in results.items()}
+            self.record.write_scalars(scalars, state.step)
             counts = next(iter(evaluation.counts.values()), None)
-            panels = self._panels()
-        self.journal.write({"event": "test", "time": time.time(), "step": state.step, "digest": digest} | metrics)
-        if self.journal.contradictions:
-            _say(
-                f"{len(self.journal.contradictions)} results differ from those before the interruption, first in "
-                f"{self.journal.contradictions[0]}: code, data, config or machine are not what they were."
-            )
+            panels = self._panels() if is_main() else []
         picture = self.log_dir / "picture.png"
-        save_picture(picture, self.name, history, self.monitored, counts, panels, preparation.contract.class_names)
+        history = [self.history[epoch] for epoch in sorted(self.history)]
+        if is_main():
+            save_picture(picture, self.name, history, self.monitored, counts, panels, preparation.contract.class_names)
         seconds = round(time.monotonic() - self._started, 1)
-        columns = {"STATUS": "finished", "SECONDS": seconds, "EPOCH": state.epoch, "BEST_EPOCH": state.best_epoch}
-        self._write_row(columns | metrics | {"HEARTBEAT": _clock(), "WEIGHTS_DIGEST": digest})
-        last = checkpoint_files(self.weight_dir)[0]
+        about = {"step": state.step, "digest": digest, "seconds": seconds}
+        self.record.write({"event": "test"} | about | metrics)
+        self.record.say_contradictions()
+        self.record.write_row()
+        last = on_main(lambda: checkpoint_files(self.weight_dir)[0])
         weights = {"best": best, "last": last}
         result = Result(self.name, self.log_dir, self.weight_dir, weights, digest, metrics, history, picture, state)
-        self._say_end(result, seconds)
+        self.progress.end(result, seconds, self.record.log_file)
         return result
 
     # ------------------------------------------------------------------------------------------------------ beginning
 
-    def _restore(self) -> None:
-        """Takes up the newest training state that is whole, where the run goes on."""
-        if self.config["RESUME"] is None:
-            return
-        if self.journal.num_damaged:
-            _say(f"{self.journal.path}: {self.journal.num_damaged} damaged lines are left out.")
-        stored = load_checkpoint(self.weight_dir, _say)
+    def _open(self) -> tuple[str, dict[str, Any] | None]:
+        self.record = Record(self.config, self.preparation.record, self.global_config, self._say)
+        if not self.record.goes_on:
+            return self.record.name, None
+        stored = load_checkpoint(self.record.weight_dir, self._say)
         if stored is None:
-            _say(f"{self.name} has no checkpoint that is whole: it starts again.")
+            self._say(f"{self.record.name} has no checkpoint that is whole: it starts again.")
+        return self.record.name, stored
+
+    def _begin(self) -> None:
+        preparation, state = self.preparation, self.state
+        create_dirs(self.weight_dir)
+        ran_on = {"device": str(preparation.device), "precision": preparation.precision}
+        environment = describe_environment(CODE_PATH, preparation.device) | ran_on
+        start = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch} | ran_on
+        start["processes"] = num_processes()
+        self.record.begin(start, environment | {"data": preparation.data_hashes}, preparation.not_rerunnable)
+        self.record.open_tensorboard(state.step, self.awaits_evaluation)
+        for event in self.history.values():
+            self.record.write(event)  # is there already, unless the journal was damaged
+        self.progress = Progress(self.name, preparation, state, self.monitored)
+
+    def _restore(self, stored: dict[str, Any] | None) -> None:
+        """Takes up a training state."""
+        if stored is None:
             return
         preparation = self.preparation
         if stored["contract"] != preparation.contract.to_dict():
-            _say(f"{self.name}: the training data is not what it was: its channels, scale or statistics have changed.")
+            self._say(
+                f"{self.name}: the training data is not what it was: its channels, scale or statistics have changed."
+            )
         fill_model(preparation.model, stored["model"], str(self.weight_dir))
         preparation.optimizer.load_state_dict(stored["optimizer"])
         self._restore_schedule(stored)
         preparation.scaler.load_state_dict(stored["scaler"])
         if preparation.ema is not None and stored["ema"] is not None:
             preparation.ema.load_state_dict(stored["ema"])
-        self.state = State(**stored["state"])
+        vars(self.state).update(stored["state"])  # in place: batches has the same one
+        self.history = {event["epoch"]: event for event in stored["history"]}
         if self.config["EPOCHS"] > stored["epochs"] and self.state.stopped:
             self.state.stopped, self.state.bad_epochs = False, 0
-        _say(f"{self.name} goes on after epoch {self.state.epoch}, step {self.state.step}.")
-
-    def _open_tensorboard(self) -> Any:
-        from torch.utils.tensorboard import SummaryWriter  # imported where used: it takes a second
-
-        folder, state = str(self.log_dir / "tensorboard"), self.state
-        if self.config["RESUME"] is None:
-            return SummaryWriter(folder)
-        if state.batch < self.preparation.train_batches.num_batches:
-            return SummaryWriter(folder, purge_step=state.step + 1)
-        # The epoch's results come at its last step too, and may be there or not: that step is written again.
-        writer = self.writer = SummaryWriter(folder, purge_step=state.step)
-        for event in read_journal(self.journal.path):
-            if event["event"] == "step" and event["step"] == state.step:
-                self._write_step_scalars(event)
-        return writer
+        self._say(f"{self.name} goes on after epoch {self.state.epoch}, step {self.state.step}.")
 
     def _restore_schedule(self, stored: dict[str, Any]) -> None:
         scheduler = self.preparation.scheduler
@@ -357,33 +359,6 @@ class Run:
         else:
             scheduler.load_state_dict(saved)
 
-    def _compare_with_record(self) -> None:
-        """Refuses to go on with another config than that of the run."""
-        if self.config["RESUME"] is None:
-            return
-        stored = json.loads((self.log_dir / "config.json").read_text())
-        earlier = {"version": stored["version"], "config": stored["config"]}
-        refused = []
-        for key, (before, now) in difference(earlier, self.preparation.record).items():
-            if key.startswith(_CHANGE_IS_SAID):
-                _say(f"{self.name} goes on with another {key}: {before} before, {now} now.")
-            elif not key.startswith(_FREE_TO_CHANGE):
-                refused.append(f"{key} was {before} and is now {now}: that would be another training.")
-        if refused:
-            advice = (
-                f"Start a new run, if you like from its weights: INIT_WEIGHTS={_shown(self.weight_dir / 'best.pt')}."
-            )
-            raise ConfigError([*refused, advice])
-
-    def _first_columns(self) -> dict[str, Any]:
-        columns: dict[str, Any] = {"NAME": self.name, "STATUS": "running", "STARTED": _clock(), "SECONDS": None}
-        columns |= {"EPOCH": self.state.epoch, "BEST_EPOCH": self.state.best_epoch, "HEARTBEAT": _clock()}
-        columns |= {"HOST": socket.gethostname(), "PID": os.getpid(), "ERROR": None}
-        reason = self.preparation.not_rerunnable
-        columns |= {"RAN_ON": f"{self.preparation.device} {self.preparation.precision}"}
-        columns["RERUNNABLE"] = f"no: {reason}" if reason else "yes"
-        return columns | flatten(self.preparation.record)
-
     # ------------------------------------------------------------------------------------------------------ selection
 
     @property
@@ -403,26 +378,11 @@ class Run:
         return value > self.state.best if self.config["MONITOR"].startswith("max") else value < self.state.best
 
     def _save_best(self) -> None:
+        if not is_main():
+            return
         model = self.preparation.evaluated_model()
         contract = self.preparation.contract.to_dict()
         save_weights(self.weight_dir / "best.pt", {"model": model.state_dict(), "contract": contract})
-
-    # --------------------------------------------------------------------------------------------------------- record
-
-    def _write_row(self, columns: dict[str, Any]) -> None:
-        self._last_heartbeat = time.monotonic()
-        try:
-            write_log(Path(self.global_config["LOG_DIR"]) / self.config["LOGFILE"], {"NAME": self.name} | columns)
-        except (OSError, TimeoutError) as error:
-            _say(f"The tracker's row could not be written ({error}); training goes on, the journal has it all.")
-
-    def _write_step_scalars(self, event: dict[str, Any]) -> None:
-        for name in ("loss", "learning_rate"):
-            self.writer.add_scalar(f"train/{name}", event[name], event["step"])
-
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        text = json.dumps(content, indent=2)
-        write_atomic(self.log_dir / name, lambda file: file.write(text.encode()))
 
     def _panels(self) -> list[Any]:
         preparation = self.preparation
@@ -432,63 +392,40 @@ class Run:
         device, precision = preparation.device, preparation.precision
         return make_panels(model, preparation.test_set, contract, device, precision, self.config["IGNORE_INDEX"])
 
-    def _write_pictures(self) -> None:
-        for panel in self._panels():
-            self.writer.add_image(f"test/{panel.name}", panel.row(), self.state.step, dataformats="HWC")
+    # ------------------------------------------------------------------------------------------------------------ end
 
-    # ----------------------------------------------------------------------------------------------- what people read
+    def end(self, status: str, error: BaseException) -> None:
+        """Takes note that the run ends without a result."""
+        self.progress.close()
+        self.record.end(status, error, round(time.monotonic() - self._started, 1))
 
-    def _samples_per_epoch(self) -> int:
-        batches = self.preparation.train_batches
-        return min(batches.num_samples, batches.num_batches * batches.batch_size)
+    def preempt(self, error: Preempted) -> None:
+        """Saves the state of the last step and takes note."""
+        try:
+            if self._can_save and self.state.step > 0:
+                self.save_checkpoint()
+        except (OSError, UserError) as failure:  # what was saved before is still there
+            self._say(f"The last state could not be saved: {failure}")
+        self.end("preempted", error)
+        self._say(f"Ended by a signal after step {self.state.step}. {self._how_to_go_on()}")
 
-    def _say_start(self) -> None:
+    def interrupt(self, error: BaseException) -> None:
+        """Takes note of an end at once, of which nothing was to be saved."""
+        self.end("interrupted", error)
+        files = checkpoint_files(self.weight_dir)
+        self._say(f"Interrupted; {files[0].name if files else 'nothing'} was saved. {self._how_to_go_on()}")
+
+    def close(self) -> None:
+        """Ends all writing, and the processes that load data."""
         preparation = self.preparation
-        model = preparation.model
-        million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        sets = {"train": preparation.train_set, "validate": preparation.validation_set, "test": preparation.test_set}
-        sizes = ", ".join(f"{part} {len(dataset)}" for part, dataset in sets.items() if dataset is not None)
-        place = f"{preparation.device}, {preparation.precision}"
-        tqdm.write(
-            f"{self.name}: {type(model).__name__}, {million:.2f} million parameters, on {place}; samples: {sizes}"
-        )
+        self.progress.close()
+        for loader in (preparation.train_loader, preparation.validation_loader, preparation.test_loader):
+            if loader is not None:
+                loader.close()
+        self.record.close()
 
-    def _show_progress(self) -> None:
-        loss = self.state.loss_sum / max(1, self.state.num_samples)
-        shown = {"epoch": f"{self.state.epoch + 1}/{self.config['EPOCHS']}", "loss": f"{loss:.4f}"}
-        self.bar.set_postfix(
-            shown | {name: f"{value:.4f}" for name, value in self._last_results.items()}, refresh=False
-        )
-
-    def _say_epoch(self, train_loss: float, results: dict[str, float], improved: bool) -> None:
-        shown = {name: value for name, value in results.items() if "." not in name}
-        parts = [f"epoch {self.state.epoch:>3}/{self.config['EPOCHS']}", f"train loss {train_loss:.4f}"]
-        parts += [f"{'validation ' if name == 'loss' else ''}{name} {value:.4f}" for name, value in shown.items()]
-        mark = "  best" if improved and results else ""
-        tqdm.write("  ".join(parts) + mark)
-        if self.state.stopped:
-            tqdm.write(f"No better {self.monitored} in {self.config['PATIENCE']} epochs: training stops here.")
-
-    def _say_end(self, result: Result, seconds: float) -> None:
-        shown = {key: value for key, value in result.metrics.items() if key.startswith("test.") and key.count(".") == 1}
-        reached = ", ".join(f"{key[5:]} {value:.4f}" for key, value in shown.items()) or "(there is none)"
-        log_file = Path(self.global_config["LOG_DIR"]) / self.config["LOGFILE"]
-        python = _shown(sys.executable) if not os.path.relpath(sys.executable).startswith("..") else "python"
-        lines = [
-            "",
-            f"{self.name}: trained {self.state.epoch} epochs in {seconds:.0f} s; best epoch {self.state.best_epoch}",
-            f"  test set   {reached}",
-            f"  weights    {_shown(result.weights['best'])}  (and {result.weights['last'].name}, to go on from)",
-            f"  log        {_shown(self.log_dir)}",
-            f"  tracker    {_shown(log_file)}",
-            f"  picture    {_shown(result.picture)}",
-            "Next:",
-            f"  {python} -m tensorboard.main --logdir {_shown(self.global_config['LOG_DIR'])}",
-            f"  {python} run_prediction.py {self.name} -i IMAGES -o DIR",
-            f"  {python} train.py --resume {self.name} EPOCHS={2 * self.config['EPOCHS']}",
-        ]
-        for line in lines:
-            tqdm.write(line)
+    def _how_to_go_on(self) -> str:
+        return f"It goes on with: python train.py --resume {self.name}"
 
     def _about_non_finite(self, loss: float) -> str:
         indices = self.preparation.train_batches.indices(self.state.epoch, self.state.batch)
@@ -499,27 +436,8 @@ class Run:
 
     def _advice(self) -> str:
         files = checkpoint_files(self.weight_dir)
-        saved = f"The last good checkpoint is {_shown(files[0])}" if files else "There is no checkpoint yet"
+        saved = f"The last good checkpoint is {shown(files[0])}" if files else "There is no checkpoint yet"
         return f"{saved}; try a smaller learning rate, CLIP_NORM=1, or PRECISION=fp32."
-
-    # ------------------------------------------------------------------------------------------------------------ end
-
-    def fail(self, status: str, error: BaseException) -> None:
-        """Takes note that the run ends without a result."""
-        self.bar.close()
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        self.journal.write(
-            {"event": "end", "time": time.time(), "step": self.state.step, "status": status, "error": text}
-        )
-        seconds = round(time.monotonic() - self._started, 1)
-        self._write_row({"STATUS": status, "ERROR": text, "SECONDS": seconds, "HEARTBEAT": _clock()})
-
-    def close(self) -> None:
-        """Ends all writing."""
-        self.bar.close()
-        self.writer.close()
-        self.journal.close()
-        self._lock.release()
 
 
 @contextlib.contextmanager
@@ -527,25 +445,27 @@ def start_run(preparation: Preparation, global_config: dict[str, str]) -> Iterat
     """
     Starts a run, or goes on with the one that RESUME names; from here on things are written.
 
+    :raises Preempted: if a signal has asked to end, after saving
     :raises OutOfMemory: instead of the many errors that mean it
     """
-    run = Run(preparation, global_config)
-    try:
-        yield run
-    except KeyboardInterrupt as error:
-        run.fail("interrupted", error)
-        files = checkpoint_files(run.weight_dir)
-        start = f"after {files[0].name}" if files else "from its start"
-        _say(f"Interrupted. python train.py --resume {run.name} goes on {start}.")
-        raise
-    except BaseException as error:
-        told = _explained(error, preparation)
-        run.fail("failed", told)
-        if told is error:
+    with stop_on_signals(), deterministic_algorithms(preparation.device):
+        run = Run(preparation, global_config)
+        try:
+            yield run
+        except Preempted as error:
+            run.preempt(error)
             raise
-        raise told from error
-    finally:
-        run.close()
+        except KeyboardInterrupt as error:
+            run.interrupt(error)
+            raise
+        except BaseException as error:
+            told = _explained(error, preparation)
+            run.end("failed", told)
+            if told is error:
+                raise
+            raise told from error
+        finally:
+            run.close()
 
 
 def _explained(error: BaseException, preparation: Preparation) -> BaseException:
@@ -566,17 +486,3 @@ def _explained(error: BaseException, preparation: Preparation) -> BaseException:
         f"the memory of {preparation.device} does not suffice for batch_size={size}: try {smaller}, a smaller crop, or "
         "PRECISION=bf16."
     )
-
-
-def _clock() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _shown(path: Any) -> str:
-    """A path as short as it can be: relative where it lies below the working directory."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
-
-
-def _say(text: str) -> None:
-    tqdm.write(text)

@@ -14,6 +14,12 @@ def create_dirs(*paths: str | os.PathLike) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
 
 
+def shown(path: str | os.PathLike) -> str:
+    """A path for people: relative where it lies below the working directory."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
     """
     Writes a file so that whoever reads it, even after a crash at any moment, finds the old one or the new one whole.

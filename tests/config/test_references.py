@@ -158,7 +158,7 @@ HOSTILE = [
     ".utils.logging:write_log",
     ".utils.logging.csv:write_log",
     ".training.checkpoint:save_checkpoint",
-    ".training.journal:Journal",
+    ".utils.logging.journal:Journal",
     ".training.pytorch_training:train",
     ".utils.data.facts:_write_cache",
     ".utils.loss:torch.load",
@@ -409,7 +409,7 @@ def test_a_record_cannot_make_the_project_import_or_write_for_it(library, tmp_pa
         (".utils.name:make_unique_dir", [str(tmp_path), "trace"]),
         (".utils.logging.csv:write_log", [str(trace), {"a": 1}]),
         (".utils.weights:save_weights", [str(trace), {}]),
-        (".training.journal:Journal", [str(trace)]),
+        (".utils.logging.journal:Journal", [str(trace)]),
     ):
         record = {"activ": {"@partial": {"@ref": function}, "args": arguments, "kwargs": {}}}
         with pytest.raises(ConfigError, match=r"MODEL_CONFIG.activ: .* is outside of what may be restored"):

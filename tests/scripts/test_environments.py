@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib", "ignite": "pytorch-ignite"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+FRAMEWORKS = [requirement for extra in EXTRAS if extra != "dev" for requirement in EXTRAS[extra]]
+DEV = [requirement for requirement in EXTRAS["dev"] if not requirement.startswith("dida-tools")] + FRAMEWORKS
 
 
 def name_of(requirement: str) -> str:
@@ -32,11 +35,15 @@ def constraints() -> dict[str, str]:
 
 def test_conda_and_pip_install_the_same():
     assert conda_names("environment.yml") == {name_of(requirement) for requirement in PROJECT["dependencies"]}
-    assert conda_names("dev.yml") == {name_of(requirement) for requirement in PROJECT["optional-dependencies"]["dev"]}
+    assert conda_names("dev.yml") == {name_of(requirement) for requirement in DEV}
+
+
+def test_development_has_the_frameworks_of_all_routines():
+    assert f"dida-tools[{','.join(extra for extra in EXTRAS if extra != 'dev')}]" in EXTRAS["dev"]
 
 
 def test_every_dependency_has_a_tested_version():
-    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    wanted = PROJECT["dependencies"] + DEV
     assert {name_of(requirement) for requirement in wanted} <= constraints().keys()
 
 
@@ -49,18 +56,26 @@ def test_the_tested_versions_are_those_that_are_installed_here():
         assert version(name_of(requirement)).split("+")[0] == pinned[name_of(requirement)]
 
 
-def test_every_import_of_the_package_is_a_dependency():
+def imports_of(*files: Path) -> set[str]:
     found = set()
-    for file in (ROOT / "dida_tools").rglob("*.py"):
+    for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module)
     roots = {"tensorboard" if name == "torch.utils.tensorboard" else name.partition(".")[0] for name in found}
-    known = {"PIL": "pillow"}
-    used = {known.get(root, root) for root in roots - set(sys.stdlib_module_names)}
-    assert used == {name_of(requirement) for requirement in PROJECT["dependencies"]}
+    known = {"PIL": "pillow", "ignite": "pytorch-ignite"}
+    return {known.get(root, root) for root in roots - set(sys.stdlib_module_names)}
+
+
+def test_every_import_of_the_package_is_a_dependency_and_that_of_a_routine_an_extra():
+    dependencies = {name_of(requirement) for requirement in PROJECT["dependencies"]}
+    routines = {file.stem.removesuffix("_training"): file for file in ROOT.glob("dida_tools/training/*_training.py")}
+    others = set((ROOT / "dida_tools").rglob("*.py")) - set(routines.values())
+    assert imports_of(*others) == dependencies
+    for name, file in routines.items():
+        assert imports_of(file) - dependencies == {name_of(requirement) for requirement in EXTRAS.get(name, [])}
 
 
 def make(*arguments: str) -> str:

@@ -18,7 +18,6 @@ from dida_tools.config.capture import ConfigError, capture, difference
 from dida_tools.config.errors import UserError
 from dida_tools.models import UNET
 from dida_tools.training import pytorch_training
-from dida_tools.training.journal import read_journal
 from dida_tools.training.preparation import prepare
 from dida_tools.training.pytorch_training import train
 from dida_tools.training.run import NonFiniteLoss, OutOfMemory
@@ -26,6 +25,7 @@ from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.data.images import DataError
 from dida_tools.utils.logging import read_log
+from dida_tools.utils.logging.journal import read_journal
 from dida_tools.utils.loss import accuracy, f1, multi_class_dice_ce_sum, smooth_dice_loss
 from dida_tools.utils.torchutils import load_model, set_seed
 from dida_tools.utils.weights import load_weights, save_weights, weights_digest

@@ -7,8 +7,10 @@ that is empty, gets an apostrophe in front. What no CSV file can hold, is left o
 of a surrogate pair).
 """
 
+import contextlib
 import csv
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +34,54 @@ def write_log(path: str | os.PathLike, content: dict[str, Any]) -> None:
     :raises TimeoutError: if another process holds the file for more than a minute
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
-            columns, rows = _read_cells(path)
-            columns += [key for key in content if key not in columns]
-            cells = {key: _to_cell(value) for key, value in content.items()}
-            for row in rows:
-                if cells.get(KEY) and row.get(KEY) == cells[KEY]:
-                    row.update(cells)
-                    break
-            else:
-                rows.append(cells)
-            lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
-            text = "".join(_to_line(line) for line in lines)
-            write_atomic(path, lambda file: file.write(text.encode(errors="surrogateescape")))
-    except Timeout as error:
-        raise TimeoutError(f"{path}: another process has held it for {LOCK_SECONDS} s; is it hanging?") from error
+    with _locked(path):
+        columns, rows = _read_cells(path)
+        columns += [key for key in content if key not in columns]
+        cells = {key: _to_cell(value) for key, value in content.items()}
+        for row in rows:
+            if cells.get(KEY) and row.get(KEY) == cells[KEY]:
+                row.update(cells)
+                break
+        else:
+            rows.append(cells)
+        _write_cells(path, columns, rows)
+
+
+def replace_log(path: str | os.PathLike, contents: list[dict[str, Any]]) -> None:
+    """
+    Writes all rows anew. The file as it was stays beside it, with .old behind its name.
+
+    :raises TimeoutError: if another process holds the file for more than a minute
+    """
+    path = Path(path)
+    with _locked(path):
+        if path.exists():
+            old = path.read_bytes()
+            write_atomic(path.with_name(f"{path.name}.old"), lambda file: file.write(old))
+        columns = list(dict.fromkeys(key for content in contents for key in content))
+        _write_cells(path, columns, [{key: _to_cell(value) for key, value in row.items()} for row in contents])
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Reads all rows, with values of the types they were written with. Empty cells are None."""
     _, rows = _read_cells(Path(path))
     return [{key: _from_cell(cell) for key, cell in row.items()} for row in rows]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
+            yield
+    except Timeout as error:
+        raise TimeoutError(f"{path}: another process has held it for {LOCK_SECONDS} s; is it hanging?") from error
+
+
+def _write_cells(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
+    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+    text = "".join(_to_line(line) for line in lines)
+    write_atomic(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def _read_cells(path: Path) -> tuple[list[str], list[dict[str, str]]]:

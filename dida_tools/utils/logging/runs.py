@@ -1,15 +1,18 @@
 """Contains how tracked runs are found again, with their configs."""
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ...config.capture import ConfigError, restore
 from ...config.errors import UserError
+from ..path import write_atomic
 from .csv import read_log
+from .journal import read_journal
 
 
 def find_run(
@@ -24,7 +27,7 @@ def find_run(
     :raises UserError: if there is none, or more than one
     """
     log_dir = Path(global_config["LOG_DIR"])
-    names = sorted(folder.parent.name for folder in log_dir.glob("*/config.json"))
+    names = run_names(log_dir)
     if not names:
         raise UserError(f"{log_dir}: there are no runs yet; train one with: python train.py")
     if wanted in names:
@@ -34,7 +37,7 @@ def find_run(
             names = [name for name in names if (Path(global_config["WEIGHT_DIR"]) / name / "best.pt").is_file()]
             if not names:
                 raise UserError(f"{global_config['WEIGHT_DIR']}: no run has weights yet.")
-        return max(names, key=lambda name: (log_dir / name / "config.json").stat().st_mtime_ns)
+        return max(names, key=lambda name: _last_written(log_dir / name))
     if wanted == "best":
         return _best_run(read_log(log_dir / logfile), names)
     matching = [name for name in names if wanted in name]
@@ -43,6 +46,16 @@ def find_run(
     if not matching:
         raise UserError(f"no run is called {wanted!r}: the last ones are {', '.join(names[-5:])}.")
     raise UserError(f"{wanted!r} fits {len(matching)} runs, such as {', '.join(matching[-3:])}: give more of the name.")
+
+
+def run_names(log_dir: str | os.PathLike) -> list[str]:
+    """The names of all runs, also of one whose config.json was lost."""
+    files = [*Path(log_dir).glob("*/config.json"), *Path(log_dir).glob("*/journal.jsonl")]
+    return sorted({file.parent.name for file in files})
+
+
+def _last_written(run_dir: Path) -> int:
+    return max(file.stat().st_mtime_ns for name in ("config.json", "journal.jsonl") for file in run_dir.glob(name))
 
 
 def _best_run(rows: list[dict[str, Any]], names: list[str]) -> str:
@@ -69,16 +82,47 @@ def _test_data(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key.startswith("DATASET_CONFIG.test") and value is not None}
 
 
-def read_run_config(run_dir: str | os.PathLike, roots: Iterable[str] = ()) -> dict[str, Any]:
+def read_run_config(
+    run_dir: str | os.PathLike, roots: Iterable[str] = (), say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """
     The config of a run with its live objects.
 
     :param roots: libraries that may be imported besides references.ALLOWED_ROOTS
-    :raises ConfigError: if it is missing or damaged, or names what is not allowed
+    :param say: gets a sentence where config.json is damaged, and the copy in the journal is used
+    :raises ConfigError: if both are missing or damaged, or name what is not allowed
+    """
+    return restore(read_record(run_dir, say), roots)
+
+
+def write_record(run_dir: str | os.PathLike, record: dict[str, Any]) -> None:
+    """Writes a captured config as a run's config.json, with its digest."""
+    text = json.dumps(record | {"sha256": _digest(record)}, indent=2)
+    write_atomic(Path(run_dir) / "config.json", lambda file: file.write(text.encode()))
+
+
+def read_record(run_dir: str | os.PathLike, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """
+    The captured config of a run, {"version": ..., "config": ...}.
+
+    :param say: gets a sentence where config.json is damaged, and the copy in the journal is used
+    :raises ConfigError: if both are missing or damaged
     """
     file = Path(run_dir) / "config.json"
     try:
-        stored = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError([f"{file} cannot be read: {error}"]) from error
-    return restore(stored, roots)
+        stored = json.loads(file.read_bytes())
+        digest = stored.pop("sha256")
+        if digest == _digest(stored):
+            return stored
+        problem = "its content does not have the digest it was written with"
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    starts = [event for event in read_journal(Path(run_dir) / "journal.jsonl") if event["event"] == "start"]
+    if not starts:
+        raise ConfigError([f"{file} is damaged or missing ({problem}), and the journal holds no copy of it."])
+    say(f"{file} is damaged or missing ({problem}): the copy in the journal is used.")
+    return {"version": starts[-1]["version"], "config": starts[-1]["config"]}
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,3 @@
-import json
 import math
 import os
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from dida_tools.config.capture import ConfigError, capture
 from dida_tools.models.unet import UNET
 from dida_tools.utils.logging.csv import write_log
-from dida_tools.utils.logging.runs import find_run, read_run_config
+from dida_tools.utils.logging.runs import find_run, read_run_config, write_record
 from dida_tools.utils.loss import f1, smooth_dice_loss
 
 NAMES = [
@@ -32,7 +31,7 @@ CONFIG: dict[str, Any] = {
 
 def make_run(log_dir: Path, name: str, config: dict[str, Any] | None = None) -> None:
     (log_dir / name).mkdir(parents=True)
-    (log_dir / name / "config.json").write_text(json.dumps(capture(config or CONFIG) | {"name": name}))
+    write_record(log_dir / name, capture(config or CONFIG) | {"name": name})
 
 
 def make_row(
@@ -207,10 +206,10 @@ def test_a_damaged_config_is_refused_with_a_sentence(log_dir: Path, content: byt
 def test_a_config_that_is_cut_off_is_refused(log_dir: Path, length: int) -> None:
     file = log_dir / NAMES[0] / "config.json"
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"config\.json is damaged or missing"):
         read_run_config(log_dir / NAMES[0])
 
 
 def test_a_missing_config_is_refused_with_its_path(log_dir: Path) -> None:
-    with pytest.raises(ConfigError, match=r"config\.json cannot be read: .*No such file"):
+    with pytest.raises(ConfigError, match=r"config\.json is damaged or missing .*No such file"):
         read_run_config(log_dir / "not-a-run")

@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from ..utils.path import sync_dir
+from ..path import sync_dir
 
 Event = dict[str, Any]
 
@@ -25,6 +25,7 @@ class Journal:
         """Opens a journal for writing. The rest of a last line that a crash cut off is removed."""
         self.path = Path(path)
         events, self.num_damaged, whole_bytes = _read(self.path)
+        self.events: list[Event] = events  # what was in it when it was opened
         self._known = {_identity(event): _content(event) for event in events if _identity(event) is not None}
         self.contradictions: list[str] = []
         binary = getattr(os, "O_BINARY", 0)  # Windows would write other line ends

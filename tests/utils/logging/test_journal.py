@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dida_tools.training.journal import Journal, read_journal
+from dida_tools.utils.logging.journal import Journal, read_journal
 
 ROOT = Path(__file__).parents[2]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
@@ -241,7 +241,7 @@ def test_every_lost_or_added_byte_is_noticed_and_never_a_wrong_value(tmp_path: P
 
 WRITER = """
 import sys
-from dida_tools.training.journal import Journal
+from dida_tools.utils.logging.journal import Journal
 journal = Journal(sys.argv[1])
 first = int(sys.argv[2])
 print("ready", flush=True)
@@ -279,7 +279,7 @@ def test_a_killed_writer_loses_no_line_it_acknowledged(tmp_path: Path) -> None:
 
 FULL = """
 import resource, signal, sys
-from dida_tools.training.journal import Journal
+from dida_tools.utils.logging.journal import Journal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 journal = Journal(sys.argv[1])
 event = {"event": "step", "loss": 0.5, "text": "x" * 100}

@@ -1,0 +1,155 @@
+"""
+Contains what the processes of one training do together: torchrun starts them, each computes its part of every batch.
+
+Without torchrun there is one process, and all of this does nothing.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..config.errors import UserError
+
+
+def num_launched() -> int:
+    """How many processes torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def num_processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks: number 0."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def join_processes(
+    join: Callable[[str], object] = dist.init_process_group, leave: Callable[[], object] = dist.destroy_process_group
+) -> Iterator[None]:
+    """
+    Joins this process with the others that torchrun has started, in the way of PyTorch or of a framework on top of it.
+
+    :param join: gets the name of the backend
+    """
+    if num_launched() == 1 or dist.is_initialized():
+        yield
+        return
+    join("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        leave()
+
+
+def refuse_several(routine: str) -> None:
+    """
+    For routines that train in one process.
+
+    :raises UserError: if torchrun has started several
+    """
+    if num_launched() > 1:
+        raise UserError(
+            f"the {routine} routine runs as one process, but torchrun has started {num_launched()}: start it without "
+            "torchrun, or take --routine pytorch or ignite (training/distributed.py has what they do for it)."
+        )
+
+
+def own_device(device: torch.device) -> torch.device:
+    """
+    The GPU of this process, where there are several processes on GPUs.
+
+    :raises UserError: if there are too few, or if they are to be left unused, which frameworks do not allow
+    """
+    if num_processes() == 1 or not torch.cuda.is_available():
+        return device
+    if device.type != "cuda":
+        raise UserError(f"DEVICE is {device}, but several processes take the GPUs: hide them, CUDA_VISIBLE_DEVICES=''.")
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise UserError(f"torchrun has started more processes than there are GPUs ({num_gpus}): use --nproc-per-node.")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with gradients averaged over all processes; to be called and differentiated, not to be saved."""
+    if num_processes() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """What a function returns in the main process, given to all. Where it raises there, all raise."""
+    if num_processes() == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    failure = None
+    if is_main():
+        try:
+            outcome[0] = function()
+        except Exception as error:  # whatever it is, the others must not wait for it
+            failure, outcome[1] = error, f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(outcome, src=0, group=_control_group())
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, by rank."""
+    if num_processes() == 1:
+        return [value]
+    values: list[Any] = [None] * num_processes()
+    dist.all_gather_object(values, value, group=_control_group())
+    return values
+
+
+def sum_up(values: Sequence[float]) -> list[float]:
+    """Each of these numbers, summed over all processes in float64."""
+    if num_processes() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=_control_group())
+    return total.tolist()
+
+
+def sync_buffers(*modules: nn.Module | None) -> None:
+    """Gives all processes the main one's buffers, such as BatchNorm's running statistics."""
+    if num_processes() == 1:
+        return
+    for module in modules:
+        for buffer in [] if module is None else module.buffers():
+            value = buffer.cpu()
+            dist.broadcast(value, src=0, group=_control_group())
+            buffer.copy_(value)
+
+
+class _Control:
+    """A group of its own, on the CPU, for what is no gradient."""
+
+    default: Any = None
+    group: Any = None
+
+
+def _control_group() -> Any:
+    if _Control.default is not dist.group.WORLD:
+        _Control.default, _Control.group = dist.group.WORLD, dist.new_group(backend="gloo")
+    return _Control.group

@@ -1,0 +1,239 @@
+"""
+Contains what a run leaves on the disk while it trains: its lock, config, environment, journal, TensorBoard and tracker
+row. Of several processes only the main one has a record; the others have a Silent one.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..config.capture import ConfigError, difference
+from ..config.errors import UserError
+from ..utils.logging.csv import write_log
+from ..utils.logging.journal import Event, Journal, read_journal
+from ..utils.logging.rows import fold, row_of
+from ..utils.logging.runs import read_record, run_names, write_record
+from ..utils.name import make_unique_dir, safe_name
+from ..utils.path import shown, write_atomic
+
+# What may change when a run goes on: silently, or with a word. Anything else is another training.
+_FREE_TO_CHANGE = (
+    "DATE",
+    "SESSION_NAME",
+    "ROUTINE_NAME",
+    "__COMMENT",
+    "EPOCHS",
+    "PATIENCE",
+    "INIT_WEIGHTS",
+    "CHECKPOINT_SECONDS",
+    "LOGFILE",
+    "DATA_LOADER_CONFIG.num_workers",
+    "DATA_LOADER_CONFIG.pin_memory",
+)
+_CHANGE_IS_SAID = ("DATASET", "DEVICE", "PRECISION", "CHANNELS_LAST", "METRICS", "MASK_VALUES")
+# What makes the same run started again, for RESUME=auto.
+_NAMES_IT = ("SESSION_NAME", "EPOCHS", "DATASET")
+
+
+class Record:
+    """The files of one run."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        captured: dict[str, Any],
+        global_config: dict[str, str],
+        say: Callable[[str], None],
+    ) -> None:
+        """
+        Makes the folder of a new run, or finds the one to go on with, and locks it.
+
+        :param config: the completed config; RESUME is None, a name, or "auto"
+        :param captured: the same as plain data
+        :raises ConfigError: if there is no such run, or if it had another config
+        :raises UserError: if another process trains it
+        """
+        self._captured, self._say = captured, say
+        log_root, weight_root = Path(global_config["LOG_DIR"]), Path(global_config["WEIGHT_DIR"])
+        self.log_file = log_root / config["LOGFILE"]
+        resume = config["RESUME"]
+        if resume == "auto":
+            resume = find_unfinished(log_root, captured)
+        self.goes_on = resume is not None
+        if resume is None:
+            wanted = f"{safe_name(config['DATE'])}_{safe_name(config['SESSION_NAME'])}"
+            self.name = make_unique_dir(log_root, wanted)
+        else:
+            self.name = resume
+            if self.name not in run_names(log_root):
+                raise ConfigError([f"RESUME is {self.name!r}: there is no such run in {log_root}."])
+        self.log_dir, self.weight_dir = log_root / self.name, weight_root / self.name
+        self._lock = FileLock(self.log_dir / ".lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise UserError(f"the run {self.name} is being trained by another process: wait, or end it.") from error
+        try:
+            self._compare_configs()
+            self.journal = Journal(self.log_dir / "journal.jsonl")
+        except BaseException:
+            self._lock.release()
+            raise
+        if self.journal.num_damaged:
+            say(f"{self.journal.path}: {self.journal.num_damaged} damaged lines are left out.")
+        self._row = row_of(self.journal.events)
+        self._written: dict[str, Any] = {}
+        self._last_row = time.monotonic()
+        self.writer: Any = None
+
+    def begin(self, event: Event, environment: dict[str, Any], not_rerunnable: str) -> None:
+        """Writes what is known at the start."""
+        about = {"name": self.name, "not_rerunnable": not_rerunnable}
+        write_record(self.log_dir, self._captured | about)
+        text = json.dumps(environment, indent=2).encode()
+        write_atomic(self.log_dir / "environment.json", lambda file: file.write(text))
+        process = {"host": socket.gethostname(), "pid": os.getpid()}
+        self.write({"event": "start"} | event | about | process | self._captured)
+        self.write_row()
+
+    def open_tensorboard(self, step: int, is_end_of_epoch: bool) -> None:
+        """
+        Opens TensorBoard's file, without what a process that was killed had written after its last checkpoint.
+
+        :param step: of the last checkpoint
+        :param is_end_of_epoch: whether it was the last one of an epoch, whose results have the same step
+        """
+        from torch.utils.tensorboard import SummaryWriter  # imported where used: it takes a second
+
+        folder = str(self.log_dir / "tensorboard")
+        if not self.goes_on:
+            self.writer = SummaryWriter(folder)
+        elif not is_end_of_epoch:
+            self.writer = SummaryWriter(folder, purge_step=step + 1)
+        else:
+            # The epoch's results may be there or not: that step is written again.
+            self.writer = SummaryWriter(folder, purge_step=step)
+            for event in read_journal(self.journal.path):
+                if event["event"] == "step" and event["step"] == step:
+                    self._write_step_scalars(event)
+
+    def write(self, event: Event) -> None:
+        """Appends an event to the journal, unless a step or epoch is there already, and takes it into the row."""
+        event = event | {"time": time.time()}
+        self.journal.write(event)
+        self._row = fold(self._row, event)
+        if event["event"] == "step":
+            self._write_step_scalars(event)
+
+    def write_scalars(self, scalars: dict[str, float], step: int) -> None:
+        """Writes numbers for TensorBoard."""
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+
+    def write_row(self, older_than_seconds: float = 0) -> None:
+        """Writes what has changed in the tracker's row, if the last time was that long ago."""
+        if time.monotonic() - self._last_row < older_than_seconds:
+            return
+        self._last_row = time.monotonic()
+        missing = object()
+        changed = {key: value for key, value in self._row.items() if self._written.get(key, missing) != value}
+        try:
+            write_log(self.log_file, {"NAME": self.name} | changed)
+            self._written = dict(self._row)
+        except (OSError, TimeoutError) as error:
+            self._say(f"The tracker's row could not be written ({error}); training goes on, the journal has it all.")
+
+    def say_contradictions(self) -> None:
+        """Says if this run, going on, came to other results than were in its journal."""
+        if self.journal.contradictions:
+            self._say(
+                f"{len(self.journal.contradictions)} results differ from those before the interruption, first in "
+                f"{self.journal.contradictions[0]}: code, data, config or machine are not what they were."
+            )
+
+    def end(self, status: str, error: BaseException, seconds: float) -> None:
+        """Takes note that the run ends without a result."""
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        try:
+            self.write({"event": "end", "status": status, "error": text, "seconds": seconds})
+        except OSError as failure:  # such as a full disk, which may be why the run ends
+            self._say(f"{self.journal.path} cannot be written ({failure}): the end of the run is not in it.")
+        self.write_row()
+
+    def sync(self) -> None:
+        """Makes what was written survive a power cut."""
+        self.journal.sync()
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Ends all writing."""
+        try:
+            if self.writer is not None:
+                self.writer.close()
+            self.journal.close()
+        except OSError as error:
+            self._say(f"{self.log_dir}: the last lines may not be on the disk ({error}).")
+        finally:
+            self._lock.release()
+
+    def _write_step_scalars(self, event: Event) -> None:
+        scalars = {f"train/{name}": event[name] for name in ("loss", "learning_rate")}
+        self.write_scalars(scalars, event["step"])
+
+    def _compare_configs(self) -> None:
+        """Refuses to go on with another config than that of the run."""
+        if not self.goes_on:
+            return
+        refused = []
+        for key, (before, now) in difference(_bare(read_record(self.log_dir, self._say)), self._captured).items():
+            if key.startswith(_CHANGE_IS_SAID):
+                self._say(f"{self.name} goes on with another {key}: {before} before, {now} now.")
+            elif not key.startswith(_FREE_TO_CHANGE):
+                refused.append(f"{key} was {before} and is now {now}: that would be another training.")
+        if refused:
+            weights = shown(self.weight_dir / "best.pt")
+            raise ConfigError([*refused, f"Start a new run, if you like from its weights: INIT_WEIGHTS={weights}."])
+
+
+class Silent:
+    """Stands in for what only the main process does: every method is there and does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def find_unfinished(log_root: Path, captured: dict[str, Any]) -> str | None:
+    """The newest run of this config that was not finished and is not being trained, or None."""
+    found: dict[str, float] = {}
+    for name in run_names(log_root):
+        events = read_journal(log_root / name / "journal.jsonl")
+        if row_of(events).get("STATUS") == "finished" or not _is_free(log_root / name):
+            continue
+        try:
+            stored = read_record(log_root / name, lambda text: None)
+        except ConfigError:
+            continue
+        free = tuple(key for key in (*_FREE_TO_CHANGE, *_CHANGE_IS_SAID) if key not in _NAMES_IT)
+        if all(key.startswith(free) for key in difference(_bare(stored), captured)):
+            found[name] = events[0]["time"] if events else 0.0
+    return max(found, key=lambda name: found[name]) if found else None
+
+
+def _bare(record: dict[str, Any]) -> dict[str, Any]:
+    return {"version": record["version"], "config": record["config"]}
+
+
+def _is_free(run_dir: Path) -> bool:
+    lock = FileLock(run_dir / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return False
+    lock.release()
+    return True

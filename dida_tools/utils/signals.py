@@ -1,0 +1,92 @@
+"""
+Contains what happens when a process is asked to end by SIGTERM (kill, Docker, SLURM), SIGUSR1 (SLURM), SIGINT (Ctrl-C).
+
+A handler only sets a flag. Training, evaluation and prediction look at it where they can leave something whole, and
+raise Preempted. A second signal ends the process at once.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: what was done is saved, start it again to go on
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# torchrun passes on to its processes what the whole group, such as a terminal's, may have got already.
+_SECONDS_OF_ONE_REQUEST = 5.0
+
+
+class Preempted(BaseException):
+    """A signal asked to end. No Exception, so that nobody who catches those goes on as if nothing were."""
+
+
+class _Request:
+    """The first signal that was received."""
+
+    name: str | None = None
+    time = 0.0
+
+
+def stop_requested() -> bool:
+    """Whether a signal has asked this process to end."""
+    return _Request.name is not None
+
+
+def raise_if_stop_requested() -> None:
+    """
+    To be called where nothing is half done.
+
+    :raises Preempted: if a signal has asked to end
+    """
+    if _Request.name is not None:
+        raise Preempted(f"{_Request.name} was received")
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Has the signals set the flag, and everything as it was before at the end. Outside of the main thread: nothing."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is _set_flag:
+        yield
+        return
+    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    _Request.name = None
+    install_handlers()
+    try:
+        yield
+    finally:
+        _Request.name = None
+        for signum, handler in before.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+
+
+def install_handlers() -> None:
+    """Sets the handlers, again where a library has put its own in their place. Only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for signum in _SIGNALS:
+        signal.signal(signum, _set_flag)
+
+
+def ignore_signals(*_: Any) -> None:
+    """For processes that load data: their main process decides when they end."""
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def _set_flag(signum: int, _frame: Any) -> None:
+    name, now = signal.Signals(signum).name, time.monotonic()
+    if _Request.name is None:
+        _Request.name, _Request.time = name, now
+        text = f"\n{name}: what is done so far will be saved. A second signal ends it at once.\n"
+        if int(os.environ.get("RANK", "0")) == 0:
+            os.write(2, text.encode())  # print is not made for handlers
+    elif "TORCHELASTIC_RUN_ID" in os.environ and now - _Request.time < _SECONDS_OF_ONE_REQUEST:
+        pass
+    elif signum == signal.SIGINT:
+        raise KeyboardInterrupt
+    else:
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
