@@ -106,12 +106,9 @@ def train(
     loss_function, scaler, ema = preparation.loss_function, preparation.scaler, preparation.ema
 
     with start_run(preparation, global_config) as run:
-        # Of one process auto_model would make DataParallel where it sees several GPUs.
-        state, model = (
-            run.state,
-            preparation.model if idist.get_world_size() == 1 else idist.auto_model(preparation.model),
-        )
-
+        state, model = run.state, preparation.model
+        if idist.get_world_size() > 1:  # of one process that sees several GPUs it would make DataParallel
+            model = idist.auto_model(model)
         evaluation, learning_rate = preparation.new_evaluation(), 0.0
 
         def training_step(engine: Engine, batch: Any) -> None:

@@ -19,12 +19,12 @@ from .journal import Event, read_journal
 
 def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
     """The row after an event."""
-    columns: dict[str, Any] = {"HEARTBEAT": clock(event["time"])} if "time" in event else {}
+    columns: dict[str, Any] = {}
     kind = event["event"]
     if kind == "start":
         columns |= {"NAME": event["name"], "STATUS": "running", "STARTED": row.get("STARTED", clock(event["time"]))}
         columns |= {"SECONDS": None, "EPOCH": event["epoch"], "BEST_EPOCH": event["best_epoch"]}
-        columns |= {"HOST": event["host"], "PID": event["pid"], "ERROR": None}
+        columns |= {"HEARTBEAT": None, "HOST": event["host"], "PID": event["pid"], "ERROR": None}
         columns["RAN_ON"] = f"{event['device']} {event['precision']}"
         columns["RERUNNABLE"] = f"no: {event['not_rerunnable']}" if event["not_rerunnable"] else "yes"
         columns |= flatten({"version": event["version"], "config": event["config"]})
@@ -37,7 +37,7 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
         columns |= {key: value for key, value in event.items() if key.startswith(("validation.", "test."))}
     elif kind == "end":
         columns |= {"STATUS": event["status"], "ERROR": event["error"], "SECONDS": event["seconds"]}
-    return row | columns
+    return row | columns | {"HEARTBEAT": clock(event["time"])}
 
 
 def row_of(events: list[Event]) -> dict[str, Any]:
