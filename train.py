@@ -8,10 +8,11 @@ Trains a model.
     python train.py --routine ignite                         another routine: the same weights, bit for bit
     python train.py --resume NAME EPOCHS=40                  goes on with a run, or prolongs it
     python train.py --resume auto EPOCHS=40                  goes on with this very run if it was interrupted
+    python train.py --rerun NAME                             does a run again: are its weights the same, bit for bit?
     torchrun --nproc-per-node 2 train.py                     on two GPUs, or by two processes (pytorch, ignite)
 
 Exit codes: 0 trained; 75 ended by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 after saving: start it again with --resume;
-130 ended at once by a second Ctrl-C; 1 failed, 2 not understood.
+130 ended at once by a second Ctrl-C; 1 failed, or not identical with --rerun; 2 not understood.
 """
 
 import argparse
@@ -48,23 +49,30 @@ def main() -> int:
         "--variant", default="small", metavar="NAME", help="variant of its config, or full (default: small)"
     )
     parser.add_argument("--resume", metavar="NAME", help="run to go on with: a name, latest, or auto")
+    parser.add_argument("--rerun", metavar="NAME", help="run to do again and compare with: a name, or its row's number")
+    parser.add_argument("--smtp", metavar="ADDRESS", help="mail about start and end; server: dida_tools/utils/notify")
     parser.add_argument("-w", action="store_true", help="suppress warnings")
     arguments = parser.parse_args()
     if arguments.w:
         warnings.simplefilter("ignore")
 
-    goes_on = arguments.resume not in (None, "auto")
-    if goes_on and (arguments.data or arguments.variant != "small"):
-        parser.error("--resume takes data and variant from the run's record: leave --data and --variant out")
+    if arguments.resume and arguments.rerun:
+        parser.error("--resume goes on with a run, --rerun does it again: give one of them")
+    if arguments.rerun and arguments.overrides:
+        parser.error("--rerun trains as it was: leave KEY=VALUE out")
+    recorded = arguments.rerun or (arguments.resume if arguments.resume != "auto" else None)
+    if recorded and (arguments.data or arguments.variant != "small"):
+        parser.error("data and variant come from the run's record: leave --data and --variant out")
     try:
         config: dict[str, Any] = {}
-        if goes_on:
-            name = find_run(global_config, arguments.resume)
-            config = read_run_config(Path(global_config["LOG_DIR"]) / name) | {"RESUME": name}
+        if recorded:
+            name = find_run(global_config, recorded)
+            config = read_run_config(Path(global_config["LOG_DIR"]) / name)
+            config |= {"RESUME": name} if arguments.resume else {"RERUN_OF": name, "DATE": None}
         routine = load_routine(arguments.routine or recorded_routine(config))
         if arguments.variant not in ("full", *routine.VARIANTS):
             parser.error(f"--variant {arguments.variant}: choose one of full, {', '.join(routine.VARIANTS)}")
-        if not goes_on:
+        if not recorded:
             # <- your config here: a model, a loss, ...; or edit train_config in the routine
             config = routine.train_config
             if arguments.variant != "full":
@@ -73,6 +81,8 @@ def main() -> int:
                 override(config, arguments.overrides)  # typos are told before the data is read
                 config = use_folder(config, arguments.data, Path(global_config["LOG_DIR"]) / "data_facts.json")
             config = config | {"RESUME": arguments.resume}
+        if arguments.smtp:
+            config = config | {"NOTIFY": arguments.smtp}
         problems: list[str] = []
         config = override(config, arguments.overrides, problems)
         check(config, problems)
@@ -80,7 +90,7 @@ def main() -> int:
         # <- your data here: any two data sets of (input, target) pairs
         train_dataset, test_dataset, validation_dataset = build_datasets(config)
 
-        routine.train(train_dataset, test_dataset, config, global_config, validation_dataset)
+        result = routine.train(train_dataset, test_dataset, config, global_config, validation_dataset)
     except Preempted:
         return EXIT_CODE  # the run has said how it goes on
     except KeyboardInterrupt:
@@ -89,7 +99,7 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":  # of several processes one is enough
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 1 if result.identical is False else 0
 
 
 def load_routine(name: str) -> ModuleType:

@@ -125,6 +125,12 @@ def _mask_values(value: Any) -> str | None:
     return "must be a dict of mask value: class number"
 
 
+def _addresses(value: Any) -> str | None:
+    listed = [value] if isinstance(value, str) else value
+    fits = isinstance(listed, list | tuple) and listed and all(isinstance(one, str) and "@" in one for one in listed)
+    return None if fits else "must be an e-mail address or a list of them"
+
+
 _text = _instance(str, "a string")
 _flag = _instance(bool, "True or False")
 _file = _instance((str, Path), "the path of a file")
@@ -175,7 +181,9 @@ KEYS = {
     # the record
     "LOGFILE": Key("experiments.csv", _text, "name of the tracker's file in LOG_DIR"),
     "CHECKPOINT_SECONDS": Key(300, _number(0), "time between checkpoints; there is always one at the end"),
-    "RESUME": Key(None, _optional(_text), "name of a run to go on with; more EPOCHS prolong a finished one"),
+    "RESUME": Key(None, _optional(_text), "name of a run to go on with (more EPOCHS prolong a finished one), or auto"),
+    "NOTIFY": Key(None, _optional(_addresses), "e-mail address, or a list, told of start and end; see utils/notify"),
+    "RERUN_OF": Key(None, _optional(_text), "name of the run that this one repeats, to be compared with"),
     "REQUIRE_RERUNNABLE": Key(
         True, _flag, "False trains with lambdas and notebook objects too, which no record can hold"
     ),

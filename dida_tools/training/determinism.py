@@ -148,9 +148,11 @@ class EvaluationBatches(Sampler):
             size = batch_size
             if shape is not None and max_pixels is not None:
                 size = min(batch_size, max(1, max_pixels // (shape[0] * shape[1])))
-            parts = (indices[start : start + size] for start in range(0, len(indices), size))
-            self.batches += [[(0, index) for index in part] for part in parts]
-        self.batches = self.batches[rank::num_processes]
+            cut = (indices[start : start + size] for start in range(0, len(indices), size))
+            self.batches += [[(0, index) for index in part] for part in cut]
+        parts = [self.batches[part::num_processes] for part in range(num_processes)]
+        self.order = [index for part in parts for batch in part for _, index in batch]  # of all processes, one by one
+        self.batches = parts[rank]
 
     def __len__(self) -> int:
         return len(self.batches)

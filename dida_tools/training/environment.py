@@ -1,4 +1,4 @@
-"""Contains what a run depends on besides its config: versions, code, machine."""
+"""Contains what a run depends on besides its config: versions, code, machine, data."""
 
 import importlib.metadata
 import os
@@ -10,34 +10,76 @@ from typing import Any
 
 import torch
 
+from ..utils.redact import Redactor
 
-def describe_environment(root_path: str | os.PathLike, device: torch.device) -> dict[str, Any]:
+_MAX_DIFF_CHARACTERS = 1_000_000
+_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
+# Libraries that numbers depend on.  # <- what your data is read or changed with
+_COMPUTING = ("torch", "numpy", "pillow", "rasterio", "scipy", "scikit-image", "opencv-python-headless")
+
+
+def describe_environment(
+    root_path: str | os.PathLike, device: torch.device, precision: str, data_hashes: dict[str, str], redactor: Redactor
+) -> dict[str, Any]:
     """
-    Describes code and machine as plain data.
+    Describes code, versions, machine and data as plain data, without secrets.
 
-    :param root_path: the project's folder; its git commit is recorded if it is a repository
-    :param device: the run's device
+    :param root_path: the project's folder; its git commit and what differs from it are recorded if it is a repository
+    :param data_hashes: of each file of the data, where it tells
     """
     versions = {
         dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions() if dist.metadata["Name"]
     }
-    return {
+    diff = _git(root_path, "diff", "HEAD") or ""
+    described = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "precision": precision,
         "git_commit": _git(root_path, "rev-parse", "HEAD"),
         "git_changed_files": (_git(root_path, "status", "--porcelain") or "").splitlines(),
-        "packages": dict(sorted(versions.items(), key=lambda item: item[0].lower())),
+        "git_diff": diff[:_MAX_DIFF_CHARACTERS] + ("\n(cut off)" if len(diff) > _MAX_DIFF_CHARACTERS else ""),
         "executable": Path(sys.executable).name,
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "packages": dict(sorted(versions.items(), key=lambda item: item[0].lower())),
+        "data": data_hashes,
     }
+    return redactor.data(described) | {"arguments": redactor.arguments(sys.argv)}
+
+
+def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of two environments differs and may lead to other numbers, a sentence each."""
+    differences = []
+    names = {
+        "git_commit": "code (commit)", "git_diff": "code (changes since the commit)", "python": "Python",
+        "cpu_capability": "CPU capability", "threads": "number of threads", "device": "device",
+        "device_name": "device", "precision": "precision",
+    }  # fmt: skip
+    for key, name in names.items():
+        if key == "git_diff" and before.get(key) != now.get(key):
+            differences.append(f"{name}: not what they were")
+        elif before.get(key) != now.get(key):
+            differences.append(f"{name}: {before.get(key)} then, {now.get(key)} now")
+    versions = before.get("packages", {}), now.get("packages", {})
+    for package in _COMPUTING:
+        then, here = (version.get(package) for version in versions)
+        if then != here:
+            differences.append(f"{package}: {then} then, {here} now")
+    hashes = before.get("data", {}), now.get("data", {})
+    changed = sorted(file for file in {*hashes[0], *hashes[1]} if hashes[0].get(file) != hashes[1].get(file))
+    if changed:
+        differences.append(f"data: {len(changed)} files are not what they were, such as {changed[0]}")
+    return differences
 
 
 def _git(folder: str | os.PathLike, *arguments: str) -> str | None:
     try:
-        answer = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        answer = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, timeout=10, check=True, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.rstrip()
+    return answer.stdout.decode(errors="replace").rstrip()

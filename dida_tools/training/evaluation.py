@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config.device import autocast
 from ..utils.loss import count, unmask
+from ..utils.scores import count_scores
 from ..utils.signals import Preempted, raise_if_stop_requested, stop_requested
 from ..utils.torchutils import evaluation_mode
 from .distributed import gather, num_processes
@@ -28,7 +29,11 @@ class Evaluation:
         loss_function: Callable[[Tensor, Tensor], Tensor],
         ignore_index: int = 255,
         class_names: Sequence[str] = (),
+        with_scores: bool = False,
     ) -> None:
+        """
+        :param with_scores: whether to count probabilities, too; see utils/scores.py
+        """
         self.counted: dict[str, Any] = {key: one for key, one in metrics.items() if hasattr(one, "from_counts")}
         self.averaged = {"loss": loss_function} | {
             f"{key}_sample_mean": one for key, one in metrics.items() if key not in self.counted
@@ -36,6 +41,9 @@ class Evaluation:
         self.ignore_index, self.class_names = ignore_index, class_names
         self.num_samples = 0
         self.counts: dict[bool, Tensor] = {}  # by whether the target's first channel is a usability mask
+        self.scores: Tensor | None = None
+        self.sample_losses: list[float] = []  # of each sample in the order they came in; NaN where no pixel counts
+        self._with_scores = with_scores
         self._values: dict[str, list[float]] = {name: [] for name in self.averaged}
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
@@ -45,17 +53,23 @@ class Evaluation:
         :param predictions: (N, C, ...) logits in float32
         :param targets: by the convention of loss.py
         """
-        for masked in {metric.masked for metric in self.counted.values()}:
+        kinds = sorted({metric.masked for metric in self.counted.values()})
+        for masked in kinds:
             bare, valid = unmask(predictions, targets) if masked else (targets, None)
             counts = count(predictions, bare, valid, ignore_index=self.ignore_index).cpu()
             self.counts[masked] = self.counts[masked] + counts if masked in self.counts else counts
+            if self._with_scores and masked == kinds[-1]:
+                scores = count_scores(predictions, bare, valid, self.ignore_index).cpu()
+                self.scores = scores if self.scores is None else self.scores + scores
         for index in range(len(predictions)):
             prediction, target = predictions[index : index + 1], targets[index : index + 1]
             if not target.is_floating_point() and bool((target == self.ignore_index).all()):
+                self.sample_losses.append(math.nan)
                 continue  # no pixel counts, and some losses answer NaN to that
             self.num_samples += 1
             for name, function in self.averaged.items():
                 self._values[name].append(float(function(prediction, target)))
+            self.sample_losses.append(self._values["loss"][-1])
 
     def results(self) -> dict[str, float]:
         """
@@ -80,15 +94,18 @@ class Evaluation:
         if num_processes() == 1:
             raise_if_stop_requested()
             return
-        parts = gather((stop_requested(), self.num_samples, self.counts, self._values))
+        parts = gather((stop_requested(), self.num_samples, self.counts, self._values, self.scores, self.sample_losses))
         if any(part[0] for part in parts):
             raise Preempted("a signal was received")
         self.num_samples = sum(part[1] for part in parts)
         self.counts = {}
-        for _, _, counts, _ in parts:
-            for masked, one in counts.items():
+        for part in parts:
+            for masked, one in part[2].items():
                 self.counts[masked] = self.counts[masked] + one if masked in self.counts else one
         self._values = {name: [value for part in parts for value in part[3][name]] for name in self.averaged}
+        scores = [part[4] for part in parts if part[4] is not None]
+        self.scores = sum(scores[1:], scores[0]) if scores else None
+        self.sample_losses = [loss for part in parts for loss in part[5]]
 
 
 def _sum(values: list[float]) -> float:

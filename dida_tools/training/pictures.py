@@ -1,8 +1,9 @@
 """Contains pictures: samples with target and prediction for TensorBoard, and one picture that sums up a run."""
 
+import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -50,13 +51,20 @@ def make_panels(
     device: torch.device,
     precision: str,
     ignore_index: int,
-    num_panels: int = 4,
+    samples: dict[int, str] | None = None,
 ) -> list[Panel]:
-    """Pictures of samples spread over a data set. None where it does not hold images with masks."""
+    """
+    Pictures of samples. None where a data set does not hold images with masks.
+
+    :param samples: what to call each one; None: four, spread over the data set
+    """
     panels: list[Panel] = []
     name_of = getattr(dataset, "sample_name", str)
+    if samples is None:
+        spread = np.unique(np.linspace(0, len(dataset) - 1, 4).round().astype(int)).tolist()
+        samples = {index: str(name_of(index)) for index in spread}
     with evaluation_mode(model):
-        for index in np.unique(np.linspace(0, len(dataset) - 1, num_panels).round().astype(int)).tolist():
+        for index, title in samples.items():
             inputs, targets = default_collate([dataset[index]])
             if inputs.ndim != 4 or targets.ndim < 3:
                 return []
@@ -66,8 +74,27 @@ def make_panels(
                 return []
             target = targets[0]
             target = target if target.ndim == 2 or contract.task != "multi-class" else target[-1]  # masked targets
-            panels.append(_panel(name_of(index), inputs[0], target, logits.float().cpu(), contract, ignore_index))
+            panels.append(_panel(title, inputs[0], target, logits.float().cpu(), contract, ignore_index))
     return panels
+
+
+def choose_samples(dataset: Any, order: list[int], losses: list[float], seed: int, number: int = 2) -> dict[int, str]:
+    """
+    The samples with the highest and the lowest loss, and some others by chance, for make_panels.
+
+    :param order: the samples' numbers
+    :param losses: of each; NaN where no pixel counts
+    :param number: how many of each kind
+    """
+    name_of = getattr(dataset, "sample_name", str)
+    loss_of = {index: loss for index, loss in zip(order, losses, strict=True) if not math.isnan(loss)}
+    ranked = sorted(loss_of, key=lambda index: (loss_of[index], index))
+    kinds = {"worst": ranked[::-1][:number], "best": ranked[:number]}
+    rest = sorted(set(ranked) - {index for kind in kinds.values() for index in kind})
+    kinds["random"] = np.random.default_rng(seed).permutation(rest)[:number].tolist()
+    return {
+        index: f"{kind}: {name_of(index)}, loss {loss_of[index]:.3f}" for kind, some in kinds.items() for index in some
+    }
 
 
 def _panel(
@@ -136,7 +163,7 @@ def _grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def save_picture(
-    path: str | os.PathLike,
+    path: str | os.PathLike | BinaryIO,
     title: str,
     history: list[dict[str, Any]],
     monitor: str,

@@ -4,6 +4,7 @@ other, and model, optimizer, schedule, loss and loaders are built from them. Not
 """
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from ..utils.data.contract import DataContract
 from ..utils.data.images import DataError
 from ..utils.loss import is_multi_class
 from ..utils.name import date_now
+from ..utils.redact import Redactor
 from ..utils.torchutils import fill_model, set_seed
 from ..utils.weights import load_weights, model_state
 from .determinism import EvaluationBatches, Loader, Samples, TrainingBatches
@@ -57,6 +59,7 @@ class Preparation:
     ema: AveragedModel | None
     loss_function: Callable[[Tensor, Tensor], Tensor]
     data_hashes: dict[str, str]  # of each file that was read, where the data set tells
+    redactor: Redactor  # keeps secrets out of what is written
 
     @property
     def steps_per_epoch(self) -> int:
@@ -72,11 +75,10 @@ class Preparation:
         """The model whose weights count: the moving average, if there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def new_evaluation(self) -> Evaluation:
+    def new_evaluation(self, with_scores: bool = False) -> Evaluation:
         """An empty evaluation by the config."""
-        return Evaluation(
-            self.config["METRICS"], self.loss_function, self.config["IGNORE_INDEX"], self.contract.class_names
-        )
+        config, class_names = self.config, self.contract.class_names
+        return Evaluation(config["METRICS"], self.loss_function, config["IGNORE_INDEX"], class_names, with_scores)
 
 
 def prepare(
@@ -150,6 +152,8 @@ def prepare(
     steps_per_epoch = -(-batches.num_batches // config["ACCUMULATE"])
     reasons: list[str] = []
     record = capture({key: value for key, value in config.items() if key != "RESUME"}, reasons)
+    redactor = Redactor(config=config)
+    record["config"] = _without_secrets(record["config"], redactor, "")
     try:
         restore(record)
     except ConfigError as error:
@@ -174,8 +178,22 @@ def prepare(
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         ema=_build_ema(config, model),
         loss_function=loss_function,
-        data_hashes=_hashes(given),
+        data_hashes=_hashes(given, config["INIT_WEIGHTS"]),
+        redactor=redactor,
     )
+
+
+def _without_secrets(value: Any, redactor: Redactor, path: str) -> Any:
+    """A captured config without the strings that hold secrets; it cannot be restored then."""
+    if isinstance(value, list):
+        return [_without_secrets(item, redactor, path) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: one if key in ("@ref", "@module") else _without_secrets(one, redactor, f"{path}.{key}".strip("."))
+            for key, one in value.items()
+        }
+    redacted = redactor.data(value, path.rpartition(".")[2])
+    return redacted if redacted == value or path == "__COMMENT" else {"@unrecorded": "it holds a secret"}
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -260,13 +278,17 @@ def _check_without_validation(config: dict[str, Any]) -> None:
         raise ConfigError(problems)
 
 
-def _hashes(given: dict[str, Any]) -> dict[str, str]:
+def _hashes(given: dict[str, Any], init_weights: Any) -> dict[str, str]:
     scanned = {part: dataset.scan() for part, dataset in given.items() if hasattr(dataset, "scan")}
-    return {
+    hashes = {
         f"{part}/{file.parent.name}/{file.name}": fact["sha256"]
         for part, facts in scanned.items()
         for file, fact in facts.items()
     }
+    if init_weights is not None:
+        with open(init_weights, "rb") as stream:
+            hashes["INIT_WEIGHTS"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
 
 
 def _contract_of_foreign(dataset: Any, model: nn.Module) -> DataContract:

@@ -7,20 +7,21 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..config.capture import ConfigError, difference
+from ..config.capture import ConfigError, difference, flatten
 from ..config.errors import UserError
 from ..utils.logging.csv import write_log
 from ..utils.logging.journal import Event, Journal, read_journal
-from ..utils.logging.rows import fold, row_of
-from ..utils.logging.runs import read_record, run_names, write_record
+from ..utils.logging.rows import fold, refresh_log, row_of
+from ..utils.logging.runs import is_in_training, read_record, run_names, write_record
 from ..utils.name import make_unique_dir, safe_name
 from ..utils.path import shown, write_atomic
+from .tensorboard import write_hparams, write_pr_curves
 
 # What may change when a run goes on: silently, or with a word. Anything else is another training.
 _FREE_TO_CHANGE = (
@@ -33,10 +34,14 @@ _FREE_TO_CHANGE = (
     "INIT_WEIGHTS",
     "CHECKPOINT_SECONDS",
     "LOGFILE",
+    "RERUN_OF",
+    "NOTIFY",
     "DATA_LOADER_CONFIG.num_workers",
     "DATA_LOADER_CONFIG.pin_memory",
 )
 _CHANGE_IS_SAID = ("DATASET", "DEVICE", "PRECISION", "CHANNELS_LAST", "METRICS", "MASK_VALUES")
+# What has no influence on the weights.
+_HARMLESS = tuple(key for key in _FREE_TO_CHANGE if key not in ("EPOCHS", "PATIENCE"))
 # What makes the same run started again, for RESUME=auto.
 _NAMES_IT = ("SESSION_NAME", "EPOCHS", "DATASET")
 
@@ -85,6 +90,10 @@ class Record:
         except BaseException:
             self._lock.release()
             raise
+        try:
+            refresh_log(log_root, config["LOGFILE"])
+        except (OSError, TimeoutError) as error:
+            say(f"{self.log_file} could not be brought up to date ({error}): that is done later.")
         if self.journal.num_damaged:
             say(f"{self.journal.path}: {self.journal.num_damaged} damaged lines are left out.")
         self._row = row_of(self.journal.events)
@@ -101,6 +110,17 @@ class Record:
         process = {"host": socket.gethostname(), "pid": os.getpid()}
         self.write({"event": "start"} | event | about | process | self._captured)
         self.write_row()
+
+    def changes_on_the_way(self, start: Event) -> list[str]:
+        """Why a run that goes on now cannot be done again in one piece."""
+        starts = [event for event in self.journal.events if event["event"] == "start"]
+        changed = {key for event in starts for key in ("device", "precision", "processes") if event[key] != start[key]}
+        config = self._captured["config"]
+        length_counts = config.get("SCHEDULER") or config.get("PATIENCE")
+        harmless = _HARMLESS if length_counts else (*_HARMLESS, "EPOCHS")
+        for event in starts:
+            changed |= {key for key in difference(_bare(event), self._captured) if not key.startswith(harmless)}
+        return [f"it was interrupted and went on with another {', '.join(sorted(changed))}"] if changed else []
 
     def open_tensorboard(self, step: int, is_end_of_epoch: bool) -> None:
         """
@@ -136,6 +156,17 @@ class Record:
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
 
+    def write_scores(self, scores: Any, class_names: Sequence[str], step: int) -> None:
+        """Writes precision-recall curves for TensorBoard, where there are any."""
+        if scores is not None:
+            write_pr_curves(self.writer, scores, class_names, step)
+
+    def write_results(self, metrics: dict[str, float], step: int) -> None:
+        """Writes what was reached, and for TensorBoard with what config."""
+        tags = {name.replace(".", "/"): value for name, value in metrics.items()}
+        self.write_scalars({tag: value for tag, value in tags.items() if tag.startswith("test/")}, step)
+        write_hparams(self.writer, flatten(self._captured), tags)
+
     def write_row(self, older_than_seconds: float = 0) -> None:
         """Writes what has changed in the tracker's row, if the last time was that long ago."""
         if time.monotonic() - self._last_row < older_than_seconds:
@@ -147,7 +178,9 @@ class Record:
             write_log(self.log_file, {"NAME": self.name} | changed)
             self._written = dict(self._row)
         except (OSError, TimeoutError) as error:
-            self._say(f"The tracker's row could not be written ({error}); training goes on, the journal has it all.")
+            self._say(
+                f"The tracker's row could not be written ({error}); it is in the journal, and will be merged later."
+            )
 
     def say_contradictions(self) -> None:
         """Says if this run, going on, came to other results than were in its journal."""
@@ -157,11 +190,10 @@ class Record:
                 f"{self.journal.contradictions[0]}: code, data, config or machine are not what they were."
             )
 
-    def end(self, status: str, error: BaseException, seconds: float) -> None:
+    def end(self, status: str, error: str, seconds: float) -> None:
         """Takes note that the run ends without a result."""
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         try:
-            self.write({"event": "end", "status": status, "error": text, "seconds": seconds})
+            self.write({"event": "end", "status": status, "error": error, "seconds": seconds})
         except OSError as failure:  # such as a full disk, which may be why the run ends
             self._say(f"{self.journal.path} cannot be written ({failure}): the end of the run is not in it.")
         self.write_row()
@@ -213,7 +245,7 @@ def find_unfinished(log_root: Path, captured: dict[str, Any]) -> str | None:
     found: dict[str, float] = {}
     for name in run_names(log_root):
         events = read_journal(log_root / name / "journal.jsonl")
-        if row_of(events).get("STATUS") == "finished" or not _is_free(log_root / name):
+        if row_of(events).get("STATUS") == "finished" or is_in_training(log_root / name):
             continue
         try:
             stored = read_record(log_root / name, lambda text: None)
@@ -227,13 +259,3 @@ def find_unfinished(log_root: Path, captured: dict[str, Any]) -> str | None:
 
 def _bare(record: dict[str, Any]) -> dict[str, Any]:
     return {"version": record["version"], "config": record["config"]}
-
-
-def _is_free(run_dir: Path) -> bool:
-    lock = FileLock(run_dir / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        return False
-    lock.release()
-    return True

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config.config import CODE_PATH
 from ..config.errors import UserError
+from ..utils.logging.journal import read_journal
 from ..utils.path import create_dirs, shown
 from ..utils.signals import Preempted, stop_on_signals, stop_requested
 from ..utils.torchutils import assert_isfinite, fill_model
@@ -28,10 +29,12 @@ from .determinism import deterministic_algorithms
 from .distributed import is_main, num_processes, on_main, sum_up, sync_buffers
 from .environment import describe_environment
 from .evaluation import evaluate
-from .pictures import make_panels, save_picture
+from .notification import Notification
+from .pictures import choose_samples, make_panels, save_picture
 from .preparation import Preparation, build_scheduler, is_out_of_memory
 from .progress import Progress, say
 from .record import Record, Silent
+from .rerun import compare_runs, differences_from, find_end
 
 _HEARTBEAT_SECONDS = 60
 
@@ -73,6 +76,7 @@ class Result:
     history: list[dict[str, Any]]  # one dict an epoch
     picture: Path | None = None
     state: State = field(default_factory=State)
+    identical: bool | None = None  # with RERUN_OF: whether the weights are those of that run
 
 
 class RemainingBatches:
@@ -101,10 +105,13 @@ class Run:
         self.batches = RemainingBatches(preparation, self.state)
         self.record: Any = Silent()
         self.progress: Any = Silent()
+        self.notification: Any = Silent()
         self._say = say if is_main() else lambda text: None
         self._step_losses: list[float] = []
         self._stop = False
         self._can_save = True  # while the model holds the training's weights
+        if self.config["NOTIFY"] is not None and is_main():
+            self.notification = Notification(preparation)
         try:
             self.name, stored = on_main(self._open)
             self.log_dir = Path(global_config["LOG_DIR"]) / self.name
@@ -113,7 +120,9 @@ class Run:
             on_main(self._begin)
         except BaseException:
             self.record.close()
+            self.notification.close()
             raise
+        self.notification.started(self)
         self._started = time.monotonic() - self.state.seconds
         self._last_checkpoint = time.monotonic()
 
@@ -267,31 +276,47 @@ class Run:
         fill_model(model, on_main(lambda: load_weights(best)["model"]), str(best))
         chosen = self.history.get(state.best_epoch or 0, {})
         metrics = {key: value for key, value in chosen.items() if key.startswith("validation.")}
-        counts, panels = None, []
+        counts: Any = None
+        panels: list[Any] = []
         if preparation.test_loader is not None:
-            evaluation = preparation.new_evaluation()
+            evaluation = preparation.new_evaluation(with_scores=True)
             results = evaluate(model, preparation.test_loader, evaluation, *preparation.place)
             metrics |= {f"test.{name}": value for name, value in results.items()}
-            scalars = {f"test/{name.replace('.', '/')}": value for name, value in results.items()}
-            self.record.write_scalars(scalars, state.step)
             counts = next(iter(evaluation.counts.values()), None)
-            panels = self._panels() if is_main() else []
+            self.record.write_scores(evaluation.scores, preparation.contract.class_names, state.step)
+            if is_main():
+                order: Any = preparation.test_loader.batch_sampler
+                losses, seed = evaluation.sample_losses, self.config["SEED"]
+                panels = self._panels(choose_samples(preparation.test_set, order.order, losses, seed))
+        self.record.write_results(metrics, state.step)
         picture = self.log_dir / "picture.png"
         history = [self.history[epoch] for epoch in sorted(self.history)]
         if is_main():
             save_picture(picture, self.name, history, self.monitored, counts, panels, preparation.contract.class_names)
         seconds = round(time.monotonic() - self._started, 1)
-        about = {"step": state.step, "digest": digest, "seconds": seconds}
+        about: dict[str, Any] = {"step": state.step, "digest": digest, "seconds": seconds}
+        identical, comparison = None, ""
+        if self.config["RERUN_OF"] is not None:
+            identical, comparison = on_main(lambda: self._compare(digest))
+            about["identical"] = identical
         self.record.write({"event": "test"} | about | metrics)
         self.record.say_contradictions()
         self.record.write_row()
         last = on_main(lambda: checkpoint_files(self.weight_dir)[0])
         weights = {"best": best, "last": last}
-        result = Result(self.name, self.log_dir, self.weight_dir, weights, digest, metrics, history, picture, state)
+        folders = (self.log_dir, self.weight_dir)
+        result = Result(self.name, *folders, weights, digest, metrics, history, picture, state, identical)
+        self.notification.finished(self, result)
         self.progress.end(result, seconds, self.record.log_file)
+        if comparison:
+            self._say(comparison)
         return result
 
     # ------------------------------------------------------------------------------------------------------ beginning
+
+    def _compare(self, digest: str) -> tuple[bool, str]:
+        events = read_journal(self.record.journal.path)
+        return compare_runs(self.log_dir.parent / self.config["RERUN_OF"], events, digest)
 
     def _open(self) -> tuple[str, dict[str, Any] | None]:
         self.record = Record(self.config, self.preparation.record, self.global_config, self._say)
@@ -306,10 +331,17 @@ class Run:
         preparation, state = self.preparation, self.state
         create_dirs(self.weight_dir)
         ran_on = {"device": str(preparation.device), "precision": preparation.precision}
-        environment = describe_environment(CODE_PATH, preparation.device) | ran_on
+        environment = describe_environment(
+            CODE_PATH, preparation.device, preparation.precision, preparation.data_hashes, preparation.redactor
+        )
         start = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch} | ran_on
         start["processes"] = num_processes()
-        self.record.begin(start, environment | {"data": preparation.data_hashes}, preparation.not_rerunnable)
+        if self.config["RERUN_OF"] is not None:
+            find_end(self.log_dir.parent / self.config["RERUN_OF"])
+            for difference in differences_from(self.log_dir.parent / self.config["RERUN_OF"], environment):
+                self._say(f"Not as it was: {difference}")
+        reasons = [preparation.not_rerunnable] if preparation.not_rerunnable else []
+        self.record.begin(start, environment, "; ".join(reasons + self.record.changes_on_the_way(start)))
         self.record.open_tensorboard(state.step, self.awaits_evaluation)
         for event in self.history.values():
             self.record.write(event)  # is there already, unless the journal was damaged
@@ -384,20 +416,23 @@ class Run:
         contract = self.preparation.contract.to_dict()
         save_weights(self.weight_dir / "best.pt", {"model": model.state_dict(), "contract": contract})
 
-    def _panels(self) -> list[Any]:
+    def _panels(self, samples: dict[int, str] | None = None) -> list[Any]:
         preparation = self.preparation
         if preparation.test_set is None:
             return []
         model, contract = preparation.evaluated_model(), preparation.contract
         device, precision = preparation.device, preparation.precision
-        return make_panels(model, preparation.test_set, contract, device, precision, self.config["IGNORE_INDEX"])
+        ignored = self.config["IGNORE_INDEX"]
+        return make_panels(model, preparation.test_set, contract, device, precision, ignored, samples)
 
     # ------------------------------------------------------------------------------------------------------------ end
 
     def end(self, status: str, error: BaseException) -> None:
         """Takes note that the run ends without a result."""
         self.progress.close()
-        self.record.end(status, error, round(time.monotonic() - self._started, 1))
+        text = self.preparation.redactor.text(" ".join(f"{type(error).__name__}: {error}".split()))
+        self.record.end(status, text[:500], round(time.monotonic() - self._started, 1))
+        self.notification.ended(self, status, error)
 
     def preempt(self, error: Preempted) -> None:
         """Saves the state of the last step and takes note."""
@@ -423,6 +458,7 @@ class Run:
             if loader is not None:
                 loader.close()
         self.record.close()
+        self.notification.close()
 
     def _how_to_go_on(self) -> str:
         return f"It goes on with: python train.py --resume {self.name}"

@@ -1,5 +1,5 @@
 """Contains the experiment tracker."""
 
-from .csv import read_log, write_log
+from .csv import read_frame, read_log, write_log
 
-__all__ = ["read_log", "write_log"]
+__all__ = ["read_frame", "read_log", "write_log"]

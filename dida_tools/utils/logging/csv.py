@@ -9,8 +9,9 @@ of a surrogate pair).
 
 import contextlib
 import csv
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,33 @@ def replace_log(path: str | os.PathLike, contents: list[dict[str, Any]]) -> None
         _write_cells(path, columns, [{key: _to_cell(value) for key, value in row.items()} for row in contents])
 
 
+def remove_rows(path: str | os.PathLike, names: Iterable[str]) -> None:
+    """
+    Removes the rows with these names.
+
+    :raises TimeoutError: if another process holds the file for more than a minute
+    """
+    path, cells = Path(path), {_to_cell(name) for name in names}
+    with _locked(path):
+        columns, rows = _read_cells(path)
+        _write_cells(path, columns, [row for row in rows if row.get(KEY) not in cells])
+
+
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Reads all rows, with values of the types they were written with. Empty cells are None."""
     _, rows = _read_cells(Path(path))
     return [{key: _from_cell(cell) for key, cell in row.items()} for row in rows]
+
+
+def read_frame(path: str | os.PathLike) -> Any:
+    """
+    All rows as a pandas.DataFrame.
+
+    :raises ImportError: where there is no pandas; nothing else here needs it
+    """
+    import pandas
+
+    return pandas.DataFrame(read_log(path))
 
 
 @contextlib.contextmanager
@@ -126,6 +150,7 @@ def _to_cell(value: Any) -> str:
     raise TypeError(f"a cell holds a string, a number, a boolean or None, not {value!r}")
 
 
+@functools.lru_cache(maxsize=2**16)  # most cells of a table are the same as those of the row above
 def _from_cell(cell: str | None) -> Any:
     if not cell:
         return None

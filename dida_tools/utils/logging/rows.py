@@ -1,20 +1,22 @@
 """
 Contains how a run's row in the tracker follows from its journal. The row that a training writes, and the one that is
 made anew from the journal, come from the same function.
-
-    python -m dida_tools.utils.logging.rows          makes experiments.csv anew from all journals
 """
 
 import os
-import sys
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 from ...config.capture import flatten
-from ...config.config import global_config
-from .csv import KEY, replace_log
+from .csv import KEY, read_log, replace_log, write_log
 from .journal import Event, read_journal
+from .runs import is_in_training, run_names
+
+_FORMAT = "%Y-%m-%d %H:%M:%S"
+_SECONDS_OF_DELAY = 150.0  # a row is written every minute
+_SECONDS_TO_BELIEVE_OTHERS = 3600.0
 
 
 def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
@@ -35,6 +37,8 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
     elif kind == "test":
         columns |= {"STATUS": "finished", "SECONDS": event["seconds"], "WEIGHTS_DIGEST": event["digest"]}
         columns |= {key: value for key, value in event.items() if key.startswith(("validation.", "test."))}
+        if "identical" in event:
+            columns["RERUN_IDENTICAL"] = event["identical"]
     elif kind == "end":
         columns |= {"STATUS": event["status"], "ERROR": event["error"], "SECONDS": event["seconds"]}
     return row | columns | {"HEARTBEAT": clock(event["time"])}
@@ -54,22 +58,52 @@ def rebuild_log(log_dir: str | os.PathLike, logfile: str = "experiments.csv") ->
 
     :return: how many runs have a journal
     """
-    rows = []
-    for file in Path(log_dir).glob("*/journal.jsonl"):
-        row = row_of(read_journal(file))
-        if row.get("LOGFILE") == logfile:
-            rows.append(row)
+    rows = [_current_row(Path(log_dir) / name) for name in run_names(log_dir)]
+    rows = [row for row in rows if row.get("LOGFILE") == logfile]
     rows.sort(key=lambda row: (row["STARTED"], row[KEY]))
     replace_log(Path(log_dir) / logfile, rows)
     return len(rows)
 
 
+def refresh_log(log_dir: str | os.PathLike, logfile: str = "experiments.csv") -> None:
+    """
+    Merges what the tracker's file lacks: rows that could not be written, and that a run was killed. It reads only the
+    journals of runs that seem to be running, or that were written to after their row.
+    """
+    file = Path(log_dir) / logfile
+    known = {row[KEY]: row for row in read_log(file)}
+    for name in run_names(log_dir):
+        row, journal = known.get(name, {}), Path(log_dir) / name / "journal.jsonl"
+        if row.get("STATUS") != "running" and not _is_newer(journal, row.get("HEARTBEAT")):
+            continue
+        current = _current_row(Path(log_dir) / name)
+        if current.get("LOGFILE") == logfile and any(row.get(key) != value for key, value in current.items()):
+            write_log(file, current)
+
+
+def _current_row(run_dir: Path) -> dict[str, Any]:
+    """A run's row by its journal; one that is running, but not being trained, was killed."""
+    row = row_of(read_journal(run_dir / "journal.jsonl"))
+    if row.get("STATUS") != "running" or is_in_training(run_dir):
+        return row
+    if row["HOST"] != socket.gethostname() and time.time() - _seconds(row["HEARTBEAT"]) < _SECONDS_TO_BELIEVE_OTHERS:
+        return row  # not every network drive knows the locks of other machines
+    return row | {"STATUS": "killed"}
+
+
+def _is_newer(journal: Path, heartbeat: Any) -> bool:
+    if not journal.is_file():
+        return False
+    return not isinstance(heartbeat, str) or journal.stat().st_mtime > _seconds(heartbeat) + _SECONDS_OF_DELAY
+
+
+def _seconds(text: str) -> float:
+    try:
+        return time.mktime(time.strptime(text, _FORMAT))
+    except (ValueError, OverflowError):
+        return 0.0  # not ours: another program has changed it
+
+
 def clock(seconds: float) -> str:
     """A point in time as the tracker shows it, local time."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-if __name__ == "__main__":
-    number = rebuild_log(global_config["LOG_DIR"])
-    print(f"{Path(global_config['LOG_DIR']) / 'experiments.csv'} has the rows of {number} runs.")
-    sys.exit(0)
+    return time.strftime(_FORMAT, time.localtime(seconds))

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ...config.capture import ConfigError, restore
 from ...config.errors import UserError
 from ..path import write_atomic
@@ -21,8 +23,8 @@ def find_run(
     """
     The name of a run.
 
-    :param wanted: a name or a part of one, "latest", or "best": of the finished runs with the MONITOR and the test
-        data of the last one, the one with the best validation result
+    :param wanted: a name or a part of one, the number of a row of the tracker's file (from 1), "latest", or "best": of
+        the finished runs with the MONITOR and the test data of the last one, the one with the best validation result
     :param with_weights: whether "latest" leaves out runs without best weights
     :raises UserError: if there is none, or more than one
     """
@@ -40,6 +42,9 @@ def find_run(
         return max(names, key=lambda name: _last_written(log_dir / name))
     if wanted == "best":
         return _best_run(read_log(log_dir / logfile), names)
+    rows = read_log(log_dir / logfile) if wanted.isdigit() else []
+    if 0 < int(wanted if wanted.isdigit() else 0) <= len(rows) and rows[int(wanted) - 1]["NAME"] in names:
+        return rows[int(wanted) - 1]["NAME"]
     matching = [name for name in names if wanted in name]
     if len(matching) == 1:
         return matching[0]
@@ -52,6 +57,17 @@ def run_names(log_dir: str | os.PathLike) -> list[str]:
     """The names of all runs, also of one whose config.json was lost."""
     files = [*Path(log_dir).glob("*/config.json"), *Path(log_dir).glob("*/journal.jsonl")]
     return sorted({file.parent.name for file in files})
+
+
+def is_in_training(run_dir: str | os.PathLike) -> bool:
+    """Whether a process holds the lock of a run."""
+    lock = FileLock(Path(run_dir) / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def _last_written(run_dir: Path) -> int:

@@ -1,0 +1,5 @@
+"""Contains e-mail about trainings."""
+
+from .smtp import NotificationError, SMTPNotifier
+
+__all__ = ["NotificationError", "SMTPNotifier"]
