@@ -193,7 +193,9 @@ def _without_secrets(value: Any, redactor: Redactor, path: str) -> Any:
             for key, one in value.items()
         }
     redacted = redactor.data(value, path.rpartition(".")[2])
-    return redacted if redacted == value or path == "__COMMENT" else {"@unrecorded": "it holds a secret"}
+    return (
+        redacted if redacted == value or path in ("SESSION_NAME", "__COMMENT") else {"@unrecorded": "it holds a secret"}
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- data

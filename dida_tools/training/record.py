@@ -72,7 +72,7 @@ class Record:
             resume = find_unfinished(log_root, captured)
         self.goes_on = resume is not None
         if resume is None:
-            wanted = f"{safe_name(config['DATE'])}_{safe_name(config['SESSION_NAME'])}"
+            wanted = f"{safe_name(config['DATE'])}_{safe_name(captured['config']['SESSION_NAME'])}"
             self.name = make_unique_dir(log_root, wanted)
         else:
             self.name = resume

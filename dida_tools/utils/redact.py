@@ -21,8 +21,12 @@ _SECRET_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("secret
 # Tokens of language models are no secrets.
 _HARMLESS = {"cls", "pad", "sep", "mask", "bos", "eos", "unk", "num", "max", "min", "use", "class", "special"}
 _URL = re.compile(r"(?P<before>[a-zA-Z][a-zA-Z0-9+.-]*://[^\s/:@'\"]*):(?P<password>[^\s@'\"]+)@")
-# password=..., --api-key ..., "token": "..." in text
-_ASSIGNMENT = re.compile(r"(?P<name>[A-Za-z][A-Za-z0-9_.-]*)(?P<between>[\"']?\s*[=:]\s*[\"']?)(?P<value>[^\s\"',;&]+)")
+# password=..., --api-key=..., "token": "..." in text
+_ASSIGNMENT = re.compile(
+    rf"(?P<name>[\w.-]{{0,60}}(?:{'|'.join(_SECRET_NAMES)}|(?:api|access|private|secret|account)[_-]?key))"
+    r"(?P<between>[\"']?\s*[=:]\s*[\"']?)(?P<value>[^\s\"',;&]+)",
+    re.IGNORECASE,
+)
 _BEARER = re.compile(r"(?P<name>[Bb]earer|[Bb]asic)\s+(?P<value>[A-Za-z0-9._~+/=-]{8,})")
 
 
@@ -85,9 +89,10 @@ def _in_arguments(arguments: Sequence[str]) -> Iterable[str]:
     for before, word in zip(["", *arguments], arguments, strict=False):
         if before.startswith("-") and "=" not in before and is_secret_name(before.lstrip("-")):
             yield word
-        name, is_assignment, value = word.lstrip("-").partition("=")
-        if is_assignment and is_secret_name(name.rpartition(".")[2]):
-            yield value
+        parts = word.split("=")
+        for number, name in enumerate(parts[:-1], start=1):
+            if is_secret_name(name.rpartition(".")[2]):
+                yield "=".join(parts[number:])
         yield from (match["password"] for match in _URL.finditer(word))
 
 
