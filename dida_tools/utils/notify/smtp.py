@@ -27,6 +27,7 @@ import threading
 from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
 from datetime import datetime
 from email.message import EmailMessage
 from email.utils import localtime, make_msgid
@@ -38,7 +39,7 @@ from ...config.errors import UserError
 
 NUM_WAITING = 20
 MAX_CHARACTERS = 100_000
-MAX_PICTURE_BYTES = 10_000_000
+MAX_PICTURE_BYTES = 5_000_000
 _TIMEOUTS_PER_TRY = 6
 _PORTS = {"starttls": "587", "tls": "465", "none": "25"}
 _ADDRESS = re.compile(r"[\w.!#$%&'*+/=^`{|}~-]+@[\w.-]+", re.ASCII)
@@ -52,7 +53,7 @@ _HINTS = {
 }
 
 
-Replies = dict[str, tuple[int, bytes]]
+_Replies = dict[str, tuple[int, bytes]]
 
 
 class NotificationError(UserError):
@@ -152,16 +153,17 @@ class SMTPNotifier:
         :param picture: a PNG file, or its bytes, shown below the text
         :param html: to be shown in place of the text where possible
         """
-        if os.getpid() != self._process_id:  # the thread is in the other process, and holds the lock perhaps
-            return self._say(f"the e-mail {subject!r} is not sent: notify in the process that made the notifier.")
+        if os.getpid() != self._process_id:  # where there is no thread, and perhaps nobody who gives the lock back
+            self._say_unsent(subject, "notify in the process that made the notifier")
+            return
         mail = _Mail(message, subject, html, self._read_picture(picture), localtime())
         with self._changed:
-            is_full = len(self._waiting) == NUM_WAITING
-            if not self._is_closed:
+            is_closed, is_full = self._is_closed, len(self._waiting) == NUM_WAITING
+            if not is_closed:
                 self._waiting.append(mail)
                 self._changed.notify_all()
-        if self._is_closed:
-            self._say(f"the e-mail {subject!r} is not sent: notify before the notifier is closed.")
+        if is_closed:
+            self._say_unsent(subject, "notify before the notifier is closed")
         elif is_full and not self._has_said_full:
             self._has_said_full = True
             self._say(f"{NUM_WAITING} e-mails wait for {self._server}: the oldest are left out, so notify less often.")
@@ -194,12 +196,12 @@ class SMTPNotifier:
                 refused = self._send(self._build(mail))
             except Exception as error:
                 if not self._given_up.is_set():  # else close has said it
-                    self._say(f"{self._server} did not send the e-mail {mail.subject!r}: {_explain(error)}.")
+                    self._say_unsent(mail.subject, f"{self._server}: {_explain(error)}")
             else:
                 for reply in _list_replies(refused):
-                    self._say(f"{self._server} did not send the e-mail {mail.subject!r} to {reply}: check the address.")
+                    self._say(f'e-mail "{self._one_line(mail.subject)}" was not sent to {reply}: check the address.')
 
-    def _send(self, message: EmailMessage) -> Replies:
+    def _send(self, message: bytes) -> _Replies:
         """Sends it, with several tries, and returns the replies for those receivers who were refused."""
         for pause_seconds in (*self._retry_seconds, None):
             try:
@@ -209,7 +211,7 @@ class SMTPNotifier:
                     raise
         raise AssertionError("the last try returns or raises")
 
-    def _send_once(self, message: EmailMessage | None = None) -> Replies:
+    def _send_once(self, message: bytes | None = None) -> _Replies:
         context = self._ssl_context or ssl.create_default_context()
         # Without a name, smtplib would ask the network for that of this machine, however long it takes.
         options: dict[str, Any] = {"local_hostname": "[127.0.0.1]", "timeout": self._timeout_seconds}
@@ -226,12 +228,12 @@ class SMTPNotifier:
                     connection.esmtp_features["auth"] = "PLAIN"
                 connection.login(self._user, _password())
             receivers = list(dict.fromkeys(self._receivers + self._cc))
-            refused = connection.send_message(message, self._sender, receivers) if message else {}
+            refused = connection.sendmail(self._sender, receivers, message) if message else {}
             with contextlib.suppress(OSError):
                 connection.putcmd("QUIT")  # without waiting for the reply: all is done
             return refused
 
-    def _build(self, mail: _Mail) -> EmailMessage:
+    def _build(self, mail: _Mail) -> bytes:
         text = self._clean(mail.message)
         if (num_left_out := len(text) - MAX_CHARACTERS) > 0:
             half = MAX_CHARACTERS // 2
@@ -240,9 +242,8 @@ class SMTPNotifier:
         if not html or len(html) > MAX_CHARACTERS:
             html = f'<pre style="white-space: pre-wrap">{escape(text)}</pre>'
         message = EmailMessage(policy=email.policy.SMTP.clone(cte_type="7bit"))
-        subject = re.sub(r"[\s\0-\x1f\x7f\ud800-\udfff]+", " ", self._clean(mail.subject))[:200]
         # EmailMessage decodes "=?...?=", and some versions of it then write a newline that was encoded there.
-        message["Subject"] = subject.replace("=?", "= ?")
+        message["Subject"] = self._one_line(mail.subject).replace("=?", "= ?")
         message["From"], message["To"] = self._sender, ", ".join(self._receivers)
         if self._cc:
             message["Cc"] = ", ".join(self._cc)
@@ -253,12 +254,12 @@ class SMTPNotifier:
         picture_id = make_msgid(domain=domain)
         if mail.picture:
             html += f'<p><img src="cid:{picture_id[1:-1]}" alt="picture"></p>'
-        message.set_content(_fit_for_mail(text))
-        message.add_alternative(_fit_for_mail(html), subtype="html")
+        message.set_content(text)
+        message.add_alternative(html, subtype="html")
         if mail.picture:
             html_part = list(message.iter_parts())[1]
             html_part.add_related(mail.picture, "image", "png", cid=picture_id, filename="p.png", disposition="inline")
-        return message
+        return message.as_bytes()
 
     def _read_picture(self, picture: str | os.PathLike | bytes | None) -> bytes | None:
         try:
@@ -270,12 +271,18 @@ class SMTPNotifier:
             self._say(f"the e-mail goes without its picture: {error}.")
             return None
 
+    def _say_unsent(self, subject: str, reason: str) -> None:
+        self._say(f'e-mail "{self._one_line(subject)}" was not sent: {reason}.')
+
     def _say(self, text: str) -> None:
         with contextlib.suppress(Exception):  # such as that of a closed terminal
-            self._print(" ".join(self._clean(text).split())[:1000])
+            self._print(self._one_line(text, 1000))
+
+    def _one_line(self, text: str, max_characters: int = 200) -> str:
+        return re.sub(r"[\s\x01-\x1f\x7f]+", " ", self._clean(text))[:max_characters]
 
     def _clean(self, text: str) -> str:
-        """The text without secrets."""
+        """The text without secrets, and without what no mail can hold."""
         try:
             text = str(self._redact(str(text)))
         except Exception as error:
@@ -284,7 +291,7 @@ class SMTPNotifier:
             login = f"\0{self._user}\0{password}"  # as it is sent, which a server may repeat in its reply
             for secret in (b64encode(login.encode()).decode(), b64encode(password.encode()).decode(), password):
                 text = text.replace(secret, "***").replace(escape(secret), "***")
-        return text
+        return re.sub(r"[\0\ud800-\udfff]", "?", text)
 
     def _find_problems(self) -> list[str]:
         strange = [address for address in self._receivers + self._cc if not _ADDRESS.fullmatch(address)]
@@ -309,30 +316,24 @@ class SMTPNotifier:
 
 def _call_within(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
     """
-    Calls it in a thread, and leaves that alone after some seconds.
+    Calls it in a thread, which is left alone after some seconds.
 
-    Nothing else ends the wait for a name service, or for a server that sends a byte at a time: the timeout of smtplib
-    begins anew with each.
+    Nothing else ends the wait for a name service, or for a server that sends a byte at a time, with each of which the
+    timeout of smtplib begins anew.
     """
-    outcome: list[Any] = []
+    outcome: Future[Any] = Future()
 
     def call() -> None:
         try:
-            outcome.append((function(*arguments), None))
+            outcome.set_result(function(*arguments))
         except Exception as error:
-            outcome.append((None, error))
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise NotificationError(
-            f"it has not answered in full after {seconds:g} s"
-        )  # no further try: it may yet be sent
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
+    threading.Thread(target=call, name="e-mail connection", daemon=True).start()
+    if not wait([outcome], seconds).done:
+        # None of the errors that are followed by another try: this one may succeed yet.
+        raise NotificationError(f"it has not answered in full after {seconds:g} s")
+    return outcome.result()
 
 
 def _setting(value: Any, name: str) -> str:
@@ -346,10 +347,6 @@ def _password() -> str:
 
 def _addresses(given: str | Iterable[str]) -> list[str]:
     return [str(address).strip() for address in (given.split(",") if isinstance(given, str) else given)]
-
-
-def _fit_for_mail(text: str) -> str:
-    return re.sub(r"[\0\ud800-\udfff]", "?", text)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -373,7 +370,7 @@ def _explain(error: Exception) -> str:
     return f"{reason}; {next(hint for kind, hint in _HINTS.items() if isinstance(error, kind))}"
 
 
-def _list_replies(refused: Replies) -> list[str]:
+def _list_replies(refused: _Replies) -> list[str]:
     return [f"{address} ({_show_reply(*reply)})" for address, reply in refused.items()]
 
 
