@@ -87,9 +87,9 @@ class Forward(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Images (N, C, H, W) to logits."""
-        device, precision, channels_last = self.place
+        device, number_format, channels_last = self.place
         inputs = to_device(inputs, device, channels_last)
-        with autocast(device, precision):
+        with autocast(device, number_format):
             predictions = self.model(inputs)
         return predictions.float()  # so the loss is computed in float32, outside of autocast
 
@@ -98,7 +98,9 @@ class Training(Callback):
     """What the Learner does at each event, in the order of the other routines."""
 
     def __init__(self, preparation: Preparation, run: Run) -> None:
+        super().__init__()
         self.preparation, self.tracked, self.config = preparation, run, preparation.config
+        self.learning_rate = 0.0
         self.evaluation: Evaluation = preparation.new_evaluation()
 
     def __call__(self, event_name: str) -> None:

@@ -112,12 +112,12 @@ class Training(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         """A batch, and an optimizer step when it is time."""
-        config, run, (device, precision, channels_last) = self.config, self.run, self.preparation.place
+        config, run, (device, number_format, channels_last) = self.config, self.run, self.preparation.place
         optimizer, scheduler = self.preparation.optimizer, self.preparation.scheduler
         scaler, ema = self.preparation.scaler, self.preparation.ema
         inputs, targets = to_device(batch[0], device, channels_last), batch[1].to(device)
         seed_step(config["SEED"], run.batch_number, device)
-        with autocast(device, precision):
+        with autocast(device, number_format):
             predictions = self.model(inputs)
         loss = self.preparation.loss_function(predictions.float(), targets)  # in float32, outside of autocast
         self.manual_backward(scaler.scale(loss * run.loss_weight))

@@ -93,7 +93,7 @@ def train(
     """
     routine = sys.modules[__name__]
     preparation = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, routine)
-    config, device, precision = preparation.config, preparation.device, preparation.precision
+    config, device = preparation.config, preparation.device
     optimizer, scheduler = preparation.optimizer, preparation.scheduler
     loss_function, scaler, ema = preparation.loss_function, preparation.scaler, preparation.ema
 
@@ -104,7 +104,7 @@ def train(
             for inputs, targets in run.batches:
                 inputs, targets = to_device(inputs, device, config["CHANNELS_LAST"]), targets.to(device)
                 seed_step(config["SEED"], run.batch_number, device, rank())
-                with autocast(device, precision):
+                with autocast(device, preparation.precision):
                     predictions = model(inputs)
                 loss = loss_function(predictions.float(), targets)  # in float32, outside of autocast
                 scaler.scale(loss * run.loss_weight).backward()

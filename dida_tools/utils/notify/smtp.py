@@ -51,9 +51,7 @@ _HINTS = {
     ssl.SSLCertVerificationError: "check SMTP_HOST, or give an ssl_context that trusts your own authority",
     Exception: "check SMTP_HOST, SMTP_PORT, SMTP_SECURITY and the network",
 }
-
-
-_Replies = dict[str, tuple[int, bytes]]
+_Replies = dict[str, tuple[int, bytes]]  # by receiver
 
 
 class NotificationError(UserError):
