@@ -19,13 +19,13 @@ _COMPUTING = ("torch", "numpy", "pillow", "rasterio", "scipy", "scikit-image", "
 
 
 def describe_environment(
-    root_path: str | os.PathLike, device: torch.device, precision: str, data_hashes: dict[str, str], redactor: Redactor
+    root_path: str | os.PathLike, device: torch.device, precision: str, data_hashes: dict[str, Any], redactor: Redactor
 ) -> dict[str, Any]:
     """
     Describes code, versions, machine and data as plain data, without secrets.
 
     :param root_path: the project's folder; its git commit and what differs from it are recorded if it is a repository
-    :param data_hashes: of each file of the data, where it tells
+    :param data_hashes: size and SHA-256 of each file of the data, where it tells
     """
     versions = {
         dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions() if dist.metadata["Name"]

@@ -58,7 +58,7 @@ class Preparation:
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None
     loss_function: Callable[[Tensor, Tensor], Tensor]
-    data_hashes: dict[str, str]  # of each file that was read, where the data set tells
+    data_hashes: dict[str, dict[str, Any]]  # size and SHA-256 of each file of the data, where the data set tells
     redactor: Redactor  # keeps secrets out of what is written
 
     @property
@@ -280,16 +280,17 @@ def _check_without_validation(config: dict[str, Any]) -> None:
         raise ConfigError(problems)
 
 
-def _hashes(given: dict[str, Any], init_weights: Any) -> dict[str, str]:
+def _hashes(given: dict[str, Any], init_weights: Any) -> dict[str, dict[str, Any]]:
     scanned = {part: dataset.scan() for part, dataset in given.items() if hasattr(dataset, "scan")}
     hashes = {
-        f"{part}/{file.parent.name}/{file.name}": fact["sha256"]
+        f"{part}/{file.parent.name}/{file.name}": {"bytes": file.stat().st_size, "sha256": fact["sha256"]}
         for part, facts in scanned.items()
         for file, fact in facts.items()
     }
     if init_weights is not None:
         with open(init_weights, "rb") as stream:
-            hashes["INIT_WEIGHTS"] = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            hashes["INIT_WEIGHTS"] = {"bytes": stream.tell(), "sha256": digest}
     return hashes
 
 

@@ -319,6 +319,8 @@ class Run:
         return compare_runs(self.log_dir.parent / self.config["RERUN_OF"], events, digest)
 
     def _open(self) -> tuple[str, dict[str, Any] | None]:
+        if self.config["RERUN_OF"] is not None:
+            find_end(Path(self.global_config["LOG_DIR"]) / self.config["RERUN_OF"])
         self.record = Record(self.config, self.preparation.record, self.global_config, self._say)
         if not self.record.goes_on:
             return self.record.name, None
@@ -337,7 +339,6 @@ class Run:
         start = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch} | ran_on
         start["processes"] = num_processes()
         if self.config["RERUN_OF"] is not None:
-            find_end(self.log_dir.parent / self.config["RERUN_OF"])
             for difference in differences_from(self.log_dir.parent / self.config["RERUN_OF"], environment):
                 self._say(f"Not as it was: {difference}")
         reasons = [preparation.not_rerunnable] if preparation.not_rerunnable else []
