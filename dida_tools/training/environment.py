@@ -10,44 +10,37 @@ from typing import Any
 
 import torch
 
-from ..utils.redact import Redactor
-
 _MAX_DIFF_CHARACTERS = 1_000_000
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
 # Libraries that numbers depend on.  # <- what your data is read or changed with
 _COMPUTING = ("torch", "numpy", "pillow", "rasterio", "scipy", "scikit-image", "opencv-python-headless")
 
 
-def describe_environment(
-    root_path: str | os.PathLike, device: torch.device, precision: str, data_hashes: dict[str, Any], redactor: Redactor
-) -> dict[str, Any]:
+def describe_environment(root_path: str | os.PathLike, device: torch.device) -> dict[str, Any]:
     """
-    Describes code, versions, machine and data as plain data, without secrets.
+    Describes code, versions and machine as plain data, in which there may be secrets.
 
     :param root_path: the project's folder; its git commit and what differs from it are recorded if it is a repository
-    :param data_hashes: size and SHA-256 of each file of the data, where it tells
+    :param device: the run's device
     """
     versions = {
         dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions() if dist.metadata["Name"]
     }
     diff = _git(root_path, "diff", "HEAD") or ""
-    described = {
+    return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "precision": precision,
         "git_commit": _git(root_path, "rev-parse", "HEAD"),
         "git_changed_files": (_git(root_path, "status", "--porcelain") or "").splitlines(),
         "git_diff": diff[:_MAX_DIFF_CHARACTERS] + ("\n(cut off)" if len(diff) > _MAX_DIFF_CHARACTERS else ""),
         "executable": Path(sys.executable).name,
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "packages": dict(sorted(versions.items(), key=lambda item: item[0].lower())),
-        "data": data_hashes,
     }
-    return redactor.data(described) | {"arguments": redactor.arguments(sys.argv)}
 
 
 def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from ..utils.data.transforms import STANDARD
 from ..utils.loss import f1, iou, multi_class_dice_ce_sum, precision, recall
 from .determinism import seed_step
 from .distributed import refuse_several
-from .evaluation import Evaluation, evaluate_batch, to_device
+from .evaluation import evaluate_batch, to_device
 from .preparation import Preparation, prepare
 from .run import Result, Run, start_run
 
@@ -100,8 +100,7 @@ class Training(Callback):
     def __init__(self, preparation: Preparation, run: Run) -> None:
         super().__init__()
         self.preparation, self.tracked, self.config = preparation, run, preparation.config
-        self.learning_rate = 0.0
-        self.evaluation: Evaluation = preparation.new_evaluation()
+        self.learning_rate, self.evaluation = 0.0, preparation.new_evaluation()
 
     def __call__(self, event_name: str) -> None:
         """Calls what is defined for an event. fastai's own would put its words before those of an error."""
@@ -116,8 +115,8 @@ class Training(Callback):
     def before_batch(self) -> None:
         """Seeds a batch's randomness; evaluates in the validation."""
         if not self.training:
-            model, batch = self.preparation.evaluated_model(), (self.xb[0], self.yb[0])
-            evaluate_batch(model, batch, self.evaluation, *self.preparation.place)
+            batch, place = (self.xb[0], self.yb[0]), self.preparation.place
+            evaluate_batch(self.preparation.evaluated_model(), batch, self.evaluation, *place)
             raise CancelBatchException
         seed_step(self.config["SEED"], self.tracked.batch_number, self.preparation.device)
 
@@ -158,10 +157,8 @@ class Training(Callback):
 
     def after_epoch(self) -> None:
         """After the validation."""
-        results: dict[str, float] = {}
         scheduler = self.preparation.scheduler
-        if self.preparation.validation_loader is not None:
-            results = self.evaluation.results()
+        results = self.evaluation.results() if self.preparation.validation_loader is not None else {}
         if scheduler is not None and self.config["SCHEDULER_STEP"] == "epoch":
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(results[self.tracked.monitored])
@@ -203,9 +200,8 @@ def train(
             default_cbs=False,  # the run has its own bar, record and modes
             cbs=Training(preparation, run),
         )
-        # A finished optimizer: fastai's own way of making one would leave norms and biases without weight decay, and
-        # forget a state that was restored. For the same reason fit gets the rates as they are, and no schedule: the
-        # config has it.
+        # Finished: fastai's own way of making one would take weight decay off norms and biases, and forget a state that
+        # was restored. fit would set the rates, so it gets them as they are; the schedule is the config's.
         learner.opt = OptimWrapper(opt=optimizer)
         if state.epoch < config["EPOCHS"] and not state.stopped:
             rates = [group["lr"] for group in optimizer.param_groups]

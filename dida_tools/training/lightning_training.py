@@ -94,14 +94,6 @@ class Training(LightningModule):
         """The one of the config, whose schedule is stepped below."""
         return self.preparation.optimizer
 
-    def train_dataloader(self) -> Any:
-        """Asked for in each epoch: the first one of a run that goes on may be shorter."""
-        return self.run.batches
-
-    def val_dataloader(self) -> Any:
-        """The validation set, or nothing."""
-        return self.preparation.validation_loader or []
-
     def on_train_start(self) -> None:
         """Lightning's handler of SIGTERM would end the training after any batch."""
         install_handlers()
@@ -147,10 +139,8 @@ class Training(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """After the validation."""
-        results: dict[str, float] = {}
         scheduler = self.preparation.scheduler
-        if self.preparation.validation_loader is not None:
-            results = self.evaluation.results()
+        results = self.evaluation.results() if self.preparation.validation_loader is not None else {}
         if scheduler is not None and self.config["SCHEDULER_STEP"] == "epoch":
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(results[self.run.monitored])
@@ -193,7 +183,7 @@ def train(
                 devices=[device.index or 0] if device.type == "cuda" else 1,
                 max_epochs=num_epochs,
                 deterministic="warn" if device.type == "cuda" else None,  # as start_run has it
-                reload_dataloaders_every_n_epochs=1,
+                reload_dataloaders_every_n_epochs=1,  # the first epoch of a run that goes on may be shorter
                 num_sanity_val_steps=0,
                 plugins=[LightningEnvironment()],  # not SLURM's: the run takes its signals
                 logger=False,  # the run has its own record, checkpoints and bar
@@ -205,9 +195,10 @@ def train(
         if run.awaits_evaluation:
             trainer = new_trainer(1)
             if preparation.validation_loader is not None:
-                trainer.validate(module, verbose=False)
+                trainer.validate(module, preparation.validation_loader, verbose=False)
             module.on_train_epoch_end()
         if state.epoch < config["EPOCHS"] and not state.stopped:
-            new_trainer(config["EPOCHS"] - state.epoch).fit(module)
+            trainer = new_trainer(config["EPOCHS"] - state.epoch)
+            trainer.fit(module, run.batches, preparation.validation_loader)
         preparation.model.to(device)  # Lightning leaves it on the CPU
         return run.finish()

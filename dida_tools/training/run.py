@@ -8,6 +8,7 @@ What is written while it trains is in record.py, what is printed in progress.py.
 import contextlib
 import gc
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -333,9 +334,9 @@ class Run:
         preparation, state = self.preparation, self.state
         create_dirs(self.weight_dir)
         ran_on = {"device": str(preparation.device), "precision": preparation.precision}
-        environment = describe_environment(
-            CODE_PATH, preparation.device, preparation.precision, preparation.data_hashes, preparation.redactor
-        )
+        redactor = preparation.redactor
+        environment = describe_environment(CODE_PATH, preparation.device) | {"data": preparation.data_hashes} | ran_on
+        environment = redactor.data(environment) | {"arguments": redactor.arguments(sys.argv)}
         start = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch} | ran_on
         start["processes"] = num_processes()
         if self.config["RERUN_OF"] is not None:

@@ -1,0 +1,320 @@
+"""A damaged file is noticed and never used: checkpoints, configs, journals; the tracker's table is made anew."""
+
+import itertools
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dida_tools.config.capture import ConfigError
+from dida_tools.training.checkpoint import checkpoint_files, load_checkpoint
+from dida_tools.utils.data.facts import scan_files, scan_image
+from dida_tools.utils.logging import read_log, write_log
+from dida_tools.utils.logging.journal import Event, Journal, read_journal
+from dida_tools.utils.logging.rows import rebuild_log
+from dida_tools.utils.logging.runs import read_record, read_run_config
+
+NUM_DAMAGES = 2000
+NUM_DAMAGES_OF_TABLES = 50
+NUM_DAMAGES_OF_CACHES = 200
+KILLED = 9
+FEW_TENSORS: dict[str, Any] = {"OPTIMIZER": torch.optim.SGD, "EMA": None, "SCHEDULER": None}  # quick to read
+
+ROOTS = ("tests",)  # where the model is
+
+NewTraining = Callable[..., Any]
+
+
+def flip_a_bit(content: bytes, chance: random.Random) -> bytes:
+    place = chance.randrange(len(content))
+    return content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1 :]
+
+
+def cut_off(content: bytes, chance: random.Random) -> bytes:
+    return content[: chance.randrange(len(content))]
+
+
+def zero_a_page(content: bytes, chance: random.Random) -> bytes:
+    """As a crash leaves a block that was not yet on the disk; also smaller ones, since the files are small."""
+    size = 2 ** chance.randrange(4, 13)
+    start = size * chance.randrange(-(-len(content) // size))
+    end = min(len(content), start + size)
+    return content[:start] + bytes(end - start) + content[end:]
+
+
+DAMAGES = (flip_a_bit, cut_off, zero_a_page)
+
+
+def damaged(content: bytes, damage: Callable[..., bytes], number: int) -> Iterator[bytes]:
+    """So many damages that change something, the same ones each time."""
+    chance = random.Random(damage.__name__)
+    changed = (text for text in iter(lambda: damage(content, chance), None) if text != content)
+    return itertools.islice(changed, number)
+
+
+@pytest.fixture(scope="module")
+def trained(make_training: NewTraining, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A finished training."""
+    training = make_training(tmp_path_factory.mktemp("trained"), **FEW_TENSORS)
+    training.finish()
+    return training
+
+
+@pytest.fixture
+def damage_file() -> Iterator[Callable[[Path, bytes], None]]:
+    """Writes over files, and puts back what was in them."""
+    originals: dict[Path, bytes] = {}
+
+    def write(file: Path, content: bytes) -> None:
+        originals.setdefault(file, file.read_bytes())
+        file.write_bytes(content)
+
+    yield write
+    for file, content in originals.items():
+        file.write_bytes(content)
+
+
+def end_at_step(number: int, how: Callable[[], object]) -> Callable[[], None]:
+    """To be called in a child: ends the training after a step is in the journal, but not in a checkpoint."""
+
+    def setup() -> None:
+        write = Journal.write
+
+        def ending_write(journal: Journal, event: Event) -> bool:
+            is_new = write(journal, event)
+            if event["event"] == "step" and event["step"] == number:
+                how()
+            return is_new
+
+        Journal.write = ending_write  # type: ignore[method-assign]
+
+    return setup
+
+
+def be_killed() -> None:
+    os._exit(KILLED)
+
+
+def be_interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def end_early(training: Any, how: Callable[[], object] = be_killed, **changes: Any) -> None:
+    child = training.start(setup=end_at_step(5, how), **changes)
+    assert child.wait() and child.code != 0, child.said()
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_of_a_damaged_checkpoint_the_one_before_is_used(trained, damage_file, damage):
+    folder = trained.weight_dir()
+    newest, _ = checkpoint_files(folder)
+    newest_state, content = load_checkpoint(folder), newest.read_bytes()
+    newest.unlink()
+    expected = trained.fingerprint(load_checkpoint(folder))
+    newest.write_bytes(content)
+    assert trained.fingerprint(newest_state) != expected
+    for text in damaged(content, damage, NUM_DAMAGES):
+        damage_file(newest, text)
+        said: list[str] = []
+        state = load_checkpoint(folder, said.append)
+        assert state is not None and trained.fingerprint(state) == expected
+        assert len(said) == 1 and newest.name in said[0] and said[0].endswith("The one before is used.")
+
+
+# --------------------------------------------------------------------------------------------------------------- config
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_of_a_damaged_config_the_copy_is_used_and_that_is_said(trained, damage_file, damage):
+    run_dir = trained.log_root / trained.name()
+    file = run_dir / "config.json"
+    original, live, counts = read_record(run_dir), read_run_config(run_dir, ROOTS), Counter()
+    for number, text in enumerate(damaged(file.read_bytes(), damage, NUM_DAMAGES)):
+        damage_file(file, text)
+        said: list[str] = []
+        found = read_record(run_dir, said.append)
+        counts["fell back" if said else "nothing was changed"] += 1
+        if said:
+            assert found == {"version": original["version"], "config": original["config"]}
+            assert len(said) == 1 and "config.json" in said[0] and "the copy in the journal is used" in said[0]
+        else:
+            assert repr(found) == repr(original)
+        if number % 20 == 0:
+            assert read_run_config(run_dir, ROOTS, said.append) == live
+    print(counts)
+    assert counts["fell back"] > 0.99 * NUM_DAMAGES
+
+
+def test_without_an_undamaged_copy_a_damaged_config_is_an_error(trained, damage_file):
+    run_dir = trained.log_root / trained.name()
+    journal, config = run_dir / "journal.jsonl", run_dir / "config.json"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert b'"start"' in lines[0] and not any(b'"start"' in line for line in lines[1:])
+    chance = random.Random(0)
+    for text in damaged(config.read_bytes(), zero_a_page, 50):
+        damage_file(config, text)
+        damage_file(journal, flip_a_bit(lines[0][:-1], chance) + b"".join([b"\n", *lines[1:]]))
+        with pytest.raises(ConfigError, match="damaged or missing"):
+            read_record(run_dir)
+
+
+def test_a_run_whose_config_is_damaged_goes_on_and_repairs_it(trained, new_training):
+    training = new_training(**FEW_TENSORS)
+    end_early(training)
+    file = training.log_root / training.name() / "config.json"
+    file.write_bytes(flip_a_bit(file.read_bytes(), random.Random(0)))
+    training.finish()
+    training.assert_ended_as(trained.end())
+    assert "config.json is damaged" in training.output.read_text()
+    said: list[str] = []
+    read_record(file.parent, said.append)
+    assert said == []
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_known_of_the_data_is_found_out_again_where_the_cache_is_damaged(tmp_path, damage):
+    file, cache = tmp_path / "image.npy", tmp_path / "facts.json"
+    np.save(file, np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
+    facts = scan_files([file], scan_image, cache)
+    for text in damaged(cache.read_bytes(), damage, NUM_DAMAGES_OF_CACHES):
+        cache.write_bytes(text)
+        assert scan_files([file], scan_image, cache) == facts
+
+
+# -------------------------------------------------------------------------------------------------------------- journal
+
+
+def is_part(found: list[Event], events: list[Event]) -> bool:
+    """Whether these are some of those events, in their order."""
+    rest = iter(events)
+    return all(event in rest for event in found)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_from_a_damaged_journal_only_what_was_written_is_read(trained, damage_file, damage):
+    file = trained.log_root / trained.name() / "journal.jsonl"
+    events = read_journal(file)
+    assert len(events) == 10
+    for text in damaged(file.read_bytes(), damage, NUM_DAMAGES):
+        damage_file(file, text)
+        found = read_journal(file)
+        assert is_part(found, events) and len(found) < len(events)
+        if damage is flip_a_bit:
+            assert len(found) >= len(events) - 2
+        if damage is cut_off:
+            assert found == events[: text.count(b"\n")]
+
+
+@pytest.mark.parametrize(
+    ("lines", "number"),
+    [((0,), 1), ((2,), 1), ((4,), 1), ((1, 3, 5), 3), (range(6), 6)],
+    ids=["start", "step", "epoch", "three", "all"],
+)
+def test_a_run_whose_journal_is_damaged_goes_on_and_says_so(trained, new_training, lines, number):
+    training = new_training(**FEW_TENSORS)
+    end_early(training)
+    file = training.log_root / training.name() / "journal.jsonl"
+    written, chance = file.read_bytes().splitlines(keepends=True), random.Random(0)
+    assert len(written) == 7
+    for line in lines:
+        written[line] = flip_a_bit(written[line][:-2], chance).replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
+    file.write_bytes(b"".join(written))
+    survived = [event for event in read_journal(file) if event["event"] == "step"]
+    training.finish()
+    end, expected = training.end(), trained.end()
+    assert f"{number} damaged lines are left out" in training.output.read_text()
+    for part in ("state", "best", "test"):
+        assert end[part] == expected[part]
+    assert sorted(end["epochs"], key=lambda event: event["epoch"]) == expected["epochs"]
+    assert is_part([training.bare(event) for event in survived], end["steps"])
+    assert is_part(end["steps"], expected["steps"])
+    (row,) = training.rows()
+    assert row["STATUS"] == "finished" and row["WEIGHTS_DIGEST"] == expected["test"]["digest"]
+
+
+# -------------------------------------------------------------------------------------------------------------- tracker
+
+
+@pytest.fixture(scope="module")
+def tracked(make_training: NewTraining, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs of all kinds in one table: finished, interrupted, killed, interrupted and gone on, with other columns."""
+    training = make_training(tmp_path_factory.mktemp("tracked"))
+    training.finish(RESUME=None, SESSION_NAME="finished", __COMMENT='=1+1, "quoted"\nand ä 日本')
+    end_early(training, be_interrupted, RESUME=None, SESSION_NAME="interrupted")
+    end_early(training, RESUME=None, SESSION_NAME="killed")
+    end_early(training, be_interrupted, RESUME=None, SESSION_NAME="resumed")
+    (name,) = [row["NAME"] for row in training.rows() if row["NAME"].endswith("resumed")]
+    training.finish(RESUME=name, SESSION_NAME="resumed")
+    training.finish(RESUME=None, SESSION_NAME="other columns", METRICS={}, MONITOR="min loss", SCHEDULER=None)
+    training.finish(RESUME=None, SESSION_NAME="other file", LOGFILE="other.csv")
+    return training
+
+
+def without_the_last_sign_of_life(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without when a run that did not end was last written of: the table is told of it less often than the journal."""
+    return [row | {"HEARTBEAT": None} if row["STATUS"] == "running" else row for row in rows]
+
+
+def test_the_table_of_the_tracker_is_that_of_the_journals(tracked):
+    file = tracked.log_root / "experiments.csv"
+    rows, content = tracked.rows(), file.read_bytes()
+    assert [row["STATUS"] for row in rows] == ["finished", "interrupted", "running", "finished", "finished"]
+    assert rows[3]["STARTED"] <= rows[4]["STARTED"] and rows[0]["__COMMENT"] == '=1+1, "quoted"\nand ä 日本'
+    assert rebuild_log(tracked.log_root) == 5
+    assert without_the_last_sign_of_life(tracked.rows()) == without_the_last_sign_of_life(rows)
+    assert file.with_name("experiments.csv.old").read_bytes() == content
+
+
+def test_a_table_that_was_deleted_is_made_anew(tracked):
+    rows = without_the_last_sign_of_life(tracked.rows())
+    (tracked.log_root / "experiments.csv").unlink()
+    assert rebuild_log(tracked.log_root) == len(rows)
+    assert without_the_last_sign_of_life(tracked.rows()) == rows
+
+
+def rebuild_damaged(tracked: Any, damage: Callable[..., bytes], number: int) -> None:
+    rebuild_log(tracked.log_root)
+    file, old = tracked.log_root / "experiments.csv", tracked.log_root / "experiments.csv.old"
+    rows, content = tracked.rows(), file.read_bytes()
+    for text in damaged(content, damage, number):
+        file.write_bytes(text)
+        assert rebuild_log(tracked.log_root) == len(rows)
+        assert file.read_bytes() == content and old.read_bytes() == text
+    assert tracked.rows() == rows
+
+
+def write_into_damaged(tracked: Any, folder: Path, damage: Callable[..., bytes], number: int) -> None:
+    content, file = (tracked.log_root / "experiments.csv").read_bytes(), folder / "experiments.csv"
+    for text in damaged(content, damage, number):
+        file.write_bytes(text)
+        write_log(file, {"NAME": "new", "STATUS": "running", "LOSS": 0.25})
+        assert [row["STATUS"] for row in read_log(file) if row.get("NAME") == "new"] == ["running"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_table_is_made_anew_and_kept_beside_it(tracked, damage):
+    rebuild_damaged(tracked, damage, NUM_DAMAGES_OF_TABLES)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_table_does_not_keep_a_training_from_writing_its_row(tracked, tmp_path, damage):
+    write_into_damaged(tracked, tmp_path, damage, NUM_DAMAGES_OF_TABLES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_thousands_of_damaged_tables_are_made_anew_and_written_into(tracked, tmp_path, damage):
+    rebuild_damaged(tracked, damage, NUM_DAMAGES)
+    write_into_damaged(tracked, tmp_path, damage, NUM_DAMAGES)

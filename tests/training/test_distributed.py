@@ -1,0 +1,813 @@
+"""
+Several processes that torchrun starts train as one would, write as one, and end together.
+
+The tests start this very file as a script by torchrun: its session() trains one thing after the other, since starting
+takes longer than training, and leaves for each process what came out.
+"""
+
+import contextlib
+import importlib
+import itertools
+import os
+import pkgutil
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from dida_tools import training
+from dida_tools.config.config import make_global_config
+from dida_tools.config.errors import UserError
+from dida_tools.models import UNET
+from dida_tools.training import distributed
+from dida_tools.training import run as run_module
+from dida_tools.training.checkpoint import checkpoint_files, save_checkpoint
+from dida_tools.training.determinism import EvaluationBatches, TrainingBatches
+from dida_tools.training.evaluation import Evaluation, evaluate
+from dida_tools.training.preparation import prepare
+from dida_tools.utils.data import NpyDataset
+from dida_tools.utils.data.transforms import STANDARD
+from dida_tools.utils.logging import read_log
+from dida_tools.utils.logging.journal import read_journal
+from dida_tools.utils.loss import f1, multi_class_dice_ce_sum, precision, recall
+from dida_tools.utils.signals import EXIT_CODE, Preempted
+from dida_tools.utils.torchutils import fill_model
+from dida_tools.utils.weights import load_weights, weights_digest
+
+ROOT = Path(training.__file__).resolve().parents[2]
+ROUTINES = [one.name[:-9] for one in pkgutil.iter_modules(training.__path__) if one.name.endswith("_training")]
+DISTRIBUTED = [routine for routine in ROUTINES if routine in ("pytorch", "ignite")]
+ALONE = [routine for routine in ROUTINES if routine not in DISTRIBUTED]
+needs_processes = pytest.mark.skipif(os.name != "posix" or not dist.is_available(), reason="torchrun with gloo")
+
+# Sums of gradients are rounded in another order: after 12 steps in float32, weights of some 0.1 differed by 1.2e-7 at
+# most, a fiftieth of what is allowed here. Wrong weights of the parts change them by 3e-3, another seed by 0.8.
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+CLEARLY = 1e-3
+
+
+# ------------------------------------------------------------------------------------------------- what is trained
+
+
+def load(routine: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"dida_tools.training.{routine}_training")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("dida_tools"):
+            raise
+        pytest.skip(f"{error.name} is not installed")
+
+
+def make_datasets(pairs: Path, crops_per_image: int) -> tuple[NpyDataset, NpyDataset]:
+    options: dict[str, Any] = {"crop": 16, "crops_per_image": crops_per_image, "augment": STANDARD}
+    train = NpyDataset(pairs / "train" / "x", pairs / "train" / "y", **options)
+    return train, NpyDataset(pairs / "test" / "x", pairs / "test" / "y")
+
+
+def exact_config() -> dict[str, Any]:
+    """
+    What two processes must train as one does. Of 36 samples, the parts of a batch of 5 are unequal, and of the last
+    batch, a single sample, one process has nothing. One image for validation: one process has nothing of it either.
+    """
+    return {
+        "SESSION_NAME": "exact",
+        "MODEL": UNET,
+        "MODEL_CONFIG": {"ch_in": 3, "ch_out": 3, "bulk_ch": 8, "n_recursions": 1, "norm": partial(nn.GroupNorm, 4)},
+        "DATA_LOADER_CONFIG": {"batch_size": 5, "shuffle": True},
+        "OPTIMIZER": torch.optim.SGD,
+        "OPTIMIZER_CONFIG": {"lr": 0.1, "momentum": 0.9},
+        "SCHEDULER": torch.optim.lr_scheduler.OneCycleLR,
+        "CLIP_NORM": 1.0,
+        "EMA": 0.9,
+        "ACCUMULATE": 2,
+        "EPOCHS": 3,
+        "LOSS": nn.CrossEntropyLoss,
+        "METRICS": {"f1": f1, "precision": precision, "recall": recall},
+        "MONITOR": "max f1",
+        "VALIDATION_FRACTION": 0.1,
+        "CHECKPOINT_SECONDS": 1000,
+        "DEVICE": "cpu",
+        "PRECISION": "fp32",
+    }
+
+
+def rich_config() -> dict[str, Any]:
+    """What depends on the number of processes: BatchNorm, dropout, batch Dice. 3 steps an epoch."""
+    config = exact_config() | {"SESSION_NAME": "rich", "ACCUMULATE": 1, "EPOCHS": 2, "VALIDATION_FRACTION": 0.4}
+    config["MODEL_CONFIG"] = config["MODEL_CONFIG"] | {"norm": nn.BatchNorm2d, "dropout": 0.1}
+    config["DATA_LOADER_CONFIG"] = {"batch_size": 4, "shuffle": True}
+    return config | {"OPTIMIZER": torch.optim.AdamW, "OPTIMIZER_CONFIG": {"lr": 1e-2}, "LOSS": multi_class_dice_ce_sum}
+
+
+class Numbers(Dataset):
+    """Sample i is 1 at i, else 0."""
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.eye(len(self))[index], torch.zeros(1)
+
+
+class Counter(nn.Module):
+    """With Numbers, total, and a learning rate of -1, a weight is the sum of what its sample counted in its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(len(Numbers())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weights)[:, None]
+
+
+def mean(pred: Tensor, target: Tensor) -> Tensor:
+    return pred.mean()
+
+
+def counting_config() -> dict[str, Any]:
+    """Batches of 5, 5 and 1, each an optimizer step."""
+    config = {"MODEL": Counter, "OPTIMIZER": torch.optim.SGD, "OPTIMIZER_CONFIG": {"lr": 1.0}, "LOSS": mean}
+    config |= {"DATA_LOADER_CONFIG": {"batch_size": 5, "shuffle": True}, "METRICS": {}, "MONITOR": "min loss"}
+    config |= {"REQUIRE_RERUNNABLE": False, "EPOCHS": 1, "VALIDATION_FRACTION": 0.0}
+    return config | {"DEVICE": "cpu", "PRECISION": "fp32"}
+
+
+# ----------------------------------------------------------------------------------------- what happens while training
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def quick() -> Iterator[None]:
+    """Leaves out what takes longer than these trainings."""
+    with (
+        patched(run_module, "save_picture", lambda *_: None),
+        patched(run_module, "describe_environment", lambda *_: {}),
+    ):
+        yield
+
+
+def signalled(owner: Any, method: str, at: int, by_rank: int, applies: Callable[[Any], bool]) -> Any:
+    """Has one process send itself SIGTERM at a certain call of a method."""
+    original, counter = getattr(owner, method), itertools.count(1)
+
+    def call(self: Any, *arguments: Any) -> Any:
+        if distributed.rank() == by_rank and applies(self) and next(counter) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    return patched(owner, method, call)
+
+
+def in_training(at: int, by_rank: int = 0) -> Any:
+    """A signal in a forward pass of training."""
+    return signalled(UNET, "forward", at, by_rank, lambda model: model.training)
+
+
+def in_evaluation(at: int, by_rank: int = 0) -> Any:
+    """A signal at an evaluated batch; the first one is that of the checks before the training."""
+    return signalled(Evaluation, "update", at, by_rank, lambda evaluation: True)
+
+
+def interrupted(train: Callable[..., Any], *arguments: Any) -> str:
+    """The name of a run that a signal ends."""
+    try:
+        train(*arguments)
+    except Preempted:
+        return read_log(Path(arguments[3]["LOG_DIR"]) / "experiments.csv")[-1]["NAME"]
+    raise AssertionError("no signal has ended it")
+
+
+def outcome(result: Any) -> dict[str, Any]:
+    """What came out, as plain data and tensors."""
+    about = {"name": result.name, "digest": result.digest, "metrics": result.metrics, "history": result.history}
+    return about | {"model": load_weights(result.weights["last"])["model"]}
+
+
+def without_parts(run: Any) -> float:
+    """The loss_weight of one process, in each of several."""
+    batches, accumulate = run.preparation.train_batches, run.config["ACCUMULATE"]
+    return 1 / min(accumulate, batches.num_batches - (run.state.batch - run.state.batch % accumulate))
+
+
+@contextlib.contextmanager
+def noting_buffers(notes: list[str]) -> Iterator[None]:
+    """Notes the buffers of each model that is evaluated, if they are not those of the last one."""
+    original = UNET.forward
+
+    def forward(self: UNET, x: Tensor) -> Tensor:
+        if not self.training:
+            digest = weights_digest(dict(self.named_buffers()))
+            if notes[-1:] != [digest]:
+                notes.append(digest)
+        return original(self, x)
+
+    with patched(UNET, "forward", forward):
+        yield
+
+
+def slow_save(*arguments: Any) -> Path:
+    time.sleep(0.5)
+    return save_checkpoint(*arguments)
+
+
+def state_on_disk(project: Path, run: str) -> tuple[str, str]:
+    """What the tracker says of a run, and its newest checkpoint."""
+    row = read_log(project / "logs" / "experiments.csv")[-1]
+    return row["STATUS"], next((file.name for file in checkpoint_files(project / "weights" / run)), "")
+
+
+def fail() -> None:
+    raise OSError("the disk is full")
+
+
+class Written:
+    """What a process writes below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.paths = str(folder), list[str]()
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple) -> None:
+        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink")
+        if event == "open":
+            _, mode, flags = arguments
+            changes = bool(set(mode or "") & set("wax+")) or bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if changes and str(arguments[0]).startswith(self.folder):
+            self.paths.append(f"{event} {arguments[0]}")
+
+
+def session(routine: str, pairs: Path, folder: Path) -> None:
+    """All that one of the processes trains."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    number, outcomes = dist.get_rank(), dict[str, Any]()
+    written = Written(folder)
+    train = load(routine).train
+    exact, rich = (make_datasets(pairs, 4), exact_config()), (make_datasets(pairs, 2), rich_config())
+
+    def go(name: str, datasets: tuple, config: dict[str, Any], **keys: Any) -> None:
+        outcomes[name] = outcome(train(*datasets, config | keys, make_global_config(folder / name.split()[0])))
+
+    with quick():
+        go("exact", *exact)
+        with patched(run_module.Run, "loss_weight", property(without_parts)):
+            go("unweighted", *exact)
+        go("counted", (Numbers(), None), counting_config())
+        notes: list[str] = []
+        with noting_buffers(notes):
+            go("rich", *rich)
+        unsynced: list[str] = []
+        with noting_buffers(unsynced), patched(run_module, "sync_buffers", lambda *_: None):
+            go("unsynced", *rich)
+        outcomes["buffers"], outcomes["unsynced"] = notes, unsynced
+        for name, signals in {
+            "preempted": in_training(4, by_rank=1),
+            "preempted-in-validation": in_evaluation(3, by_rank=1),
+            "preempted-in-test": in_evaluation(1 + 2 + 2 + 1, by_rank=1),
+        }.items():
+            with signals, patched(run_module, "save_checkpoint", slow_save):
+                run = interrupted(train, *rich[0], rich[1], make_global_config(folder / name))
+            seen = [state_on_disk(folder / name, run)]
+            dist.barrier()
+            seen.append(state_on_disk(folder / name, run))
+            dist.barrier()
+            outcomes[name] = seen
+            go(f"{name} goes on", *rich, RESUME=run)
+        with in_training(5, by_rank=1):
+            interrupted(train, *exact[0], exact[1], make_global_config(folder / "two-to-one"))
+        run = read_log(folder / "one-to-two" / "logs" / "experiments.csv")[-1]["NAME"]
+        go("one-to-two", *exact, RESUME=run)
+    outcomes["written"] = written.paths
+    outcomes["together"] = [
+        distributed.on_main(lambda: number),
+        distributed.gather(number),
+        distributed.sum_up([number + 1.5, 2.0**60 * number]),
+    ]
+    try:
+        distributed.on_main(fail)
+    except Exception as error:
+        outcomes["failure"] = f"{type(error).__name__}: {error}"
+    torch.save(outcomes, folder / f"outcomes-{number}.pt")
+    dist.destroy_process_group()
+
+
+def twice(routine: str, pairs: Path, folder: Path) -> None:
+    """Two trainings after one another, each of which joins the processes and leaves them again."""
+    torch.set_num_threads(1)
+    datasets, config = make_datasets(pairs, 2), rich_config() | {"EPOCHS": 1}
+    with quick():
+        digests = [load(routine).train(*datasets, config, make_global_config(folder)).digest for _ in range(2)]
+    torch.save(digests, folder / f"digests-{os.environ['RANK']}.pt")
+
+
+def on_gpus(routine: str, pairs: Path, folder: Path) -> None:
+    """The exact training, each process on a GPU of its own."""
+    with quick():
+        result = load(routine).train(
+            *make_datasets(pairs, 4), exact_config() | {"DEVICE": "cuda"}, make_global_config(folder)
+        )
+    torch.save(outcome(result), folder / f"outcome-{os.environ['RANK']}.pt")
+
+
+def command(folder: Path, *arguments: str) -> int:
+    """Runs train.py, and notes with what exit code this process will end."""
+    sys.argv = ["train.py", *arguments]
+    with quick():
+        code = importlib.import_module("train").main()
+    with open(folder / f"codes-{os.environ['RANK']}", "a") as file:
+        file.write(f"{code} ")
+    return code
+
+
+def commands(folder: Path, pairs: Path) -> None:
+    """Runs train.py with each routine that trains in one process."""
+    for routine in ALONE:
+        with contextlib.suppress(SystemExit):
+            command(folder, "--routine", routine, "--data", str(pairs))
+
+
+# -------------------------------------------------------------------------------------------------- starting processes
+
+
+def start(*arguments: object, project: Path | None = None, gpus: bool = False, processes: int = 2) -> subprocess.Popen:
+    """This file as a script, by torchrun."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    if project is not None:
+        environment["ROOT_PATH"] = str(project)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [*torchrun, str(Path(__file__).resolve()), *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen, seconds: float = 120) -> str:
+    """What the processes have printed, when they have ended."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"they have not ended:\n{process.communicate()[0]}")
+
+
+def biggest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    return max(float((one["model"][name] - other["model"][name]).abs().max()) for name in other["model"])
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["model"].keys() == other["model"].keys()
+    for name, wanted in other["model"].items():
+        assert torch.allclose(one["model"][name], wanted, **CLOSE), (name, biggest_difference(one, other))
+    for event, wanted in zip(one["history"], other["history"], strict=True):
+        assert event["step"] == wanted["step"]
+        assert event["train.loss"] == pytest.approx(wanted["train.loss"], rel=1e-4)
+
+
+class Session:
+    """What two processes have trained, and what the same trainings give in this one."""
+
+    def __init__(self, routine: str, pairs: Path, folder: Path) -> None:
+        self.routine, self.pairs, self.folder = routine, pairs, folder
+        (folder / "two").mkdir()
+        train = load(routine).train
+        with quick(), in_training(7):
+            self.before_two = interrupted(
+                train, *make_datasets(pairs, 4), exact_config(), make_global_config(folder / "two" / "one-to-two")
+            )
+        process = start("session", routine, pairs, folder / "two")
+        told = end(process)
+        assert process.returncode == 0, told
+        self.told = told
+        files = [folder / "two" / f"outcomes-{rank}.pt" for rank in range(2)]
+        self.ranks: list[dict[str, Any]] = [torch.load(file, weights_only=False) for file in files]
+        self.one = self.alone("one")
+
+    def alone(self, name: str, **keys: Any) -> dict[str, Any]:
+        """The outcome of the exact training in one process."""
+        folders = make_global_config(self.folder / name)
+        with quick():
+            result = load(self.routine).train(*make_datasets(self.pairs, 4), exact_config() | keys, folders)
+        return outcome(result)
+
+    def log_dir(self, name: str) -> Path:
+        """The folder of the only run of a training."""
+        folders = [file.parent for file in (self.folder / "two" / name / "logs").glob("*/config.json")]
+        assert len(folders) == 1
+        return folders[0]
+
+
+@pytest.fixture(scope="module", params=DISTRIBUTED)
+def two(request, pairs_dir, tmp_path_factory) -> Session:
+    load(request.param)
+    return Session(request.param, pairs_dir, tmp_path_factory.mktemp(request.param))
+
+
+# ------------------------------------------------------------------------------------------------------ the parts
+
+
+SIZES = {
+    "num_samples": st.integers(1, 200),
+    "batch_size": st.integers(1, 33),
+    "num_processes": st.integers(1, 9),
+    "shuffle": st.booleans(),
+    "drop_last": st.booleans(),
+    "epoch": st.integers(0, 3),
+}
+
+
+def parts(sizes: dict[str, Any]) -> list[TrainingBatches]:
+    """The batches of each process."""
+    sizes = sizes | {"seed": 3}
+    epoch, number = sizes.pop("epoch"), sizes.pop("num_processes")
+    batches = [TrainingBatches(**sizes, rank=rank, num_processes=number) for rank in range(number)]
+    for one in batches:
+        one.epoch = epoch
+    return batches
+
+
+@given(sizes=st.fixed_dictionaries(SIZES))
+def test_each_sample_is_counted_once_by_one_process(sizes):
+    own = parts(sizes)
+    whole = parts(sizes | {"num_processes": 1})[0]
+    drawn = [list(one) for one in own]
+    assert {len(batches) for batches in drawn} == {whole.num_batches}
+    counted = []
+    for number, batch in enumerate(whole):
+        assert [index for _, index in batch] == whole.indices(sizes["epoch"], number)
+        counts = [one.own_size(number) for one in own]
+        assert sum(counts) == whole.size(number) == len(batch)
+        assert max(counts) - min(counts) <= 1
+        pieces = [batches[number] for batches in drawn]
+        assert all(pieces), "each process must take part"
+        together = [key for piece, count in zip(pieces, counts, strict=True) for key in piece[:count]]
+        assert together == batch
+        assert all(len(piece) == max(count, 1) for piece, count in zip(pieces, counts, strict=True))
+        counted += [index for _, index in together]
+    rest = sizes["num_samples"] % sizes["batch_size"] if sizes["drop_last"] else 0
+    assert len(counted) == len(set(counted)) == sizes["num_samples"] - rest
+
+
+@given(sizes=st.fixed_dictionaries(SIZES), accumulate=st.integers(1, 5))
+def test_the_samples_of_a_batch_weigh_the_same_wherever_they_are(sizes, accumulate):
+    own = parts(sizes)
+    number = len(own)
+    for batch in range(own[0].num_batches):
+        size_of_step = min(accumulate, own[0].num_batches - (batch - batch % accumulate))
+        for one in own:
+            run = SimpleNamespace(
+                preparation=SimpleNamespace(train_batches=one),
+                state=SimpleNamespace(batch=batch),
+                config={"ACCUMULATE": accumulate},
+            )
+            weight = run_module.Run.loss_weight.fget(run)  # type: ignore[attr-defined]
+            # The mean over the process's samples becomes their sum; gradients are averaged over the processes.
+            of_a_sample = weight / number / max(1, one.own_size(batch))
+            expected = 1 / one.size(batch) / size_of_step if one.own_size(batch) else 0.0
+            assert of_a_sample == pytest.approx(expected, rel=1e-12)
+
+
+@given(
+    shapes=st.lists(st.sampled_from([None, (4, 4), (8, 4), (40, 40)]), min_size=1, max_size=40),
+    batch_size=st.integers(1, 9),
+    max_pixels=st.sampled_from([None, 32, 100]),
+    number=st.integers(1, 9),
+)
+def test_each_sample_is_evaluated_by_one_process_in_the_same_batch(shapes, batch_size, max_pixels, number):
+    class Shaped:
+        def __len__(self) -> int:
+            return len(shapes)
+
+        def sample_shape(self, index: int) -> Any:
+            return shapes[index]
+
+    def batches(rank: int, number: int) -> list:
+        return list(EvaluationBatches(Shaped(), batch_size, max_pixels, rank, number))
+
+    own = [batches(rank, number) for rank in range(number)]
+    assert sorted(itertools.chain(*own)) == sorted(batches(0, 1))
+    assert max(map(len, own)) - min(map(len, own)) <= 1
+
+
+# --------------------------------------------------------------------------------------------------------- one process
+
+
+def test_one_process_has_nobody_to_wait_for():
+    assert (distributed.num_launched(), distributed.num_processes(), distributed.rank()) == (1, 1, 0)
+    assert distributed.is_main()
+    assert distributed.on_main(lambda: 3) == 3
+    with pytest.raises(OSError, match="disk is full"):
+        distributed.on_main(fail)
+    assert distributed.gather("a") == ["a"]
+    assert distributed.sum_up([1.0, 2.0]) == [1.0, 2.0]
+    model = nn.BatchNorm2d(3)
+    assert distributed.parallel(model, torch.device("cpu")) is model
+    distributed.sync_buffers(model, None)
+    device = torch.device("cpu")
+    assert distributed.own_device(device) is device
+    distributed.refuse_several("fastai")
+
+
+def test_one_process_joins_nobody():
+    def never(*_: Any) -> None:
+        raise AssertionError
+
+    with distributed.join_processes(never, never):
+        assert not dist.is_initialized()
+
+
+def test_the_processes_are_left_again_after_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    calls: list[Any] = []
+    with pytest.raises(ValueError), distributed.join_processes(calls.append, lambda: calls.append("left")):
+        raise ValueError
+    assert calls == ["gloo", "left"]
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "local_rank", "message"),
+    [
+        ("cpu", 2, 0, "hide them, CUDA_VISIBLE_DEVICES=''"),
+        ("cuda", 1, 1, r"more processes than there are GPUs \(1\): use --nproc-per-node"),
+    ],
+)
+def test_what_frameworks_would_do_wrong_with_gpus_is_refused(monkeypatch, device, num_gpus, local_rank, message):
+    monkeypatch.setattr(distributed, "num_processes", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    with pytest.raises(UserError, match=message):
+        distributed.own_device(torch.device(device))
+
+
+# ------------------------------------------------------------------------------------------------------- two processes
+
+
+@needs_processes
+class TestTwo:
+    """Two processes, compared with one."""
+
+    def test_they_train_as_one(self, two):
+        assert_close(two.ranks[0]["exact"], two.one)
+        assert [event["step"] for event in two.one["history"]] == [4, 8, 12]
+
+    def test_another_training_would_be_noticed(self, two):
+        assert biggest_difference(two.alone("seed", SEED=1), two.one) > CLEARLY
+        assert biggest_difference(two.ranks[0]["unweighted"], two.one) > CLEARLY
+
+    def test_they_all_end_with_the_same(self, two):
+        for name in ("exact", "rich", "counted"):
+            one, other = (rank[name] for rank in two.ranks)
+            assert one["digest"] == other["digest"]
+            assert one["metrics"] == other["metrics"]
+            assert one["name"] == other["name"]
+
+    def test_each_sample_counts_once(self, two):
+        weights = two.ranks[0]["counted"]["model"]["weights"]
+        assert sorted((-weights).tolist()) == pytest.approx([1 / 5] * 10 + [1.0], rel=1e-6)
+
+    @pytest.mark.parametrize("name", ["exact", "rich"])
+    def test_they_evaluate_as_one(self, two, name, tmp_path):
+        config, crops = (exact_config(), 4) if name == "exact" else (rich_config(), 2)
+        prepared = prepare(*make_datasets(two.pairs, crops), config, make_global_config(tmp_path))
+        best = two.folder / "two" / name / "weights" / two.ranks[0][name]["name"] / "best.pt"
+        model = prepared.evaluated_model()
+        fill_model(model, load_weights(best)["model"], str(best))
+        results = {
+            f"{part}.{key}": value
+            for part, loader in (("validation", prepared.validation_loader), ("test", prepared.test_loader))
+            for key, value in evaluate(model, loader, prepared.new_evaluation(), *prepared.place).items()
+        }
+        assert len(prepared.validation_loader) == (1 if name == "exact" else 4)
+        assert results == two.ranks[0][name]["metrics"]
+
+    def test_buffers_are_the_same_when_they_evaluate(self, two):
+        first, second = (rank["buffers"] for rank in two.ranks)
+        assert first == second
+        assert len(first) == 3  # as they were made, and of two epochs
+        first, second = (rank["unsynced"] for rank in two.ranks)
+        assert first != second
+
+    def test_only_the_first_one_writes(self, two):
+        # A cache of what is known about files is everybody's: whoever has read a file enters it, under a lock.
+        others = [path for path in two.ranks[1]["written"] if "data_facts.json" not in path]
+        assert [path for path in others if not re.fullmatch(r"os.mkdir .*/(logs|[\w-]+)", path)] == []
+        assert any("journal.jsonl" in path for path in two.ranks[0]["written"])
+        for name in ("exact", "rich"):
+            log_dir = two.log_dir(name)
+            rows = read_log(log_dir.parent / "experiments.csv")
+            assert [(row["NAME"], row["STATUS"]) for row in rows] == [(log_dir.name, "finished")]
+            events = read_journal(log_dir / "journal.jsonl")
+            steps = [event["step"] for event in events if event["event"] == "step"]
+            assert steps == list(range(1, steps[-1] + 1))
+            assert [event["processes"] for event in events if event["event"] == "start"] == [2]
+            assert len(list((log_dir / "tensorboard").iterdir())) == 1
+            assert [path.name for path in (log_dir.parents[1] / "weights").iterdir()] == [log_dir.name]
+
+    def test_only_the_first_one_speaks(self, two):
+        assert two.told.count(f"{two.ranks[0]['exact']['name']}: trained 3 epochs") == 1
+
+    @pytest.mark.parametrize(
+        ("name", "step"), [("preempted", 4), ("preempted-in-validation", 3), ("preempted-in-test", 6)]
+    )
+    def test_a_signal_to_one_of_them_ends_all_and_they_go_on(self, two, name, step):
+        for rank in two.ranks:
+            assert rank[name][-1] == ("preempted", f"last-{step:08d}.pt")
+            for key in ("digest", "metrics"):
+                assert rank[f"{name} goes on"][key] == rank["rich"][key]
+        events = read_journal(two.log_dir(name) / "journal.jsonl")
+        assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 7))
+
+    @pytest.mark.parametrize("name", ["preempted", "preempted-in-validation"])
+    def test_nobody_leaves_before_the_state_is_saved(self, two, name):
+        # torchrun kills the others half a minute after the first one has left.
+        for rank in two.ranks:
+            assert rank[name][0] == rank[name][1]
+
+    def test_what_two_have_begun_one_ends(self, two):
+        name = two.log_dir("two-to-one").name
+        assert read_log(two.folder / "two" / "two-to-one" / "logs" / "experiments.csv")[0]["STATUS"] == "preempted"
+        result = two.alone("two/two-to-one", RESUME=name)
+        assert result["name"] == name
+        assert_close(result, two.one)
+
+    def test_what_one_has_begun_two_end(self, two):
+        result = two.ranks[0]["one-to-two"]
+        assert result["name"] == two.before_two
+        assert_close(result, two.one)
+        events = read_journal(two.log_dir("one-to-two") / "journal.jsonl")
+        assert [event["processes"] for event in events if event["event"] == "start"] == [1, 2]
+        assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 13))
+
+    def test_they_tell_one_another(self, two):
+        assert [rank["together"] for rank in two.ranks] == [[0, [0, 1], [4.0, 2.0**60]]] * 2
+        assert [rank["failure"] for rank in two.ranks] == [
+            "OSError: the disk is full",
+            "UserError: OSError: the disk is full",
+        ]
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+KEYS = ("MODEL_CONFIG.bulk_ch=4", "MODEL_CONFIG.n_recursions=1", "MODEL_CONFIG.norm=None", "SCHEDULER=None")
+KEYS += ("DATASET_CONFIG.train.crop=16", "DATA_LOADER_CONFIG.batch_size=4", "DATA_LOADER_CONFIG.num_workers=1")
+KEYS += ("PRECISION=fp32", "DEVICE=cpu", "CHECKPOINT_SECONDS=1000")
+
+
+def children(process: int) -> list[int]:
+    table = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True, check=True).stdout
+    return [int(pid) for ppid, pid in map(str.split, table.splitlines()) if int(ppid) == process]
+
+
+def signal_a_rank(process: subprocess.Popen, main: int) -> None:
+    other = [pid for pid in children(process.pid) if pid != main]
+    assert len(other) == 1
+    os.kill(other[0], signal.SIGTERM)
+
+
+def signal_torchrun(process: subprocess.Popen, main: int) -> None:
+    process.terminate()
+
+
+def interrupt_all(process: subprocess.Popen, main: int) -> None:
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def cases() -> Iterator[Any]:
+    """Each signal with each routine, but not all of them each time."""
+    for number, (send, routine) in enumerate(
+        itertools.product([signal_a_rank, signal_torchrun, interrupt_all], DISTRIBUTED)
+    ):
+        yield pytest.param(send, routine, marks=() if number in (0, 3) else pytest.mark.slow)
+
+
+@needs_processes
+@pytest.mark.parametrize(("send", "routine"), list(cases()))
+def test_a_signal_ends_the_command_in_all_processes(send, routine, pairs_dir, tmp_path, monkeypatch):
+    load(routine)
+    folders = make_global_config(tmp_path / "project")
+    arguments = ["--routine", routine, "--data", pairs_dir, *KEYS, "EPOCHS=2000"]
+    process = start("command", tmp_path, *arguments, project=tmp_path / "project")
+    try:
+        limit, steps = time.monotonic() + 60, []
+        while not steps:
+            assert time.monotonic() < limit and process.poll() is None, end(process, 1)
+            time.sleep(0.05)
+            events = [
+                event for file in Path(folders["LOG_DIR"]).glob("*/journal.jsonl") for event in read_journal(file)
+            ]
+            steps = [event for event in events if event["event"] == "step"]
+        send(process, events[0]["pid"])
+        told = end(process, 45)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    # torchrun has no exit code of its own for it: it reports those of its processes, and fails.
+    assert process.returncode == 1, told
+    codes = [(tmp_path / f"codes-{rank}").read_text() for rank in range(2)]
+    assert codes == [f"{EXIT_CODE} "] * 2, told
+    assert "DataLoader worker" not in told and 'train.py", line' not in told
+    assert told.count("Ended by a signal after step") == 1
+
+    (row,) = read_log(Path(folders["LOG_DIR"]) / "experiments.csv")
+    assert row["STATUS"] == "preempted"
+    events = read_journal(Path(folders["LOG_DIR"]) / row["NAME"] / "journal.jsonl")
+    steps = [event["step"] for event in events if event["event"] == "step"]
+    assert steps == list(range(1, len(steps) + 1))
+    (newest, *_) = checkpoint_files(Path(folders["WEIGHT_DIR"]) / row["NAME"])
+    assert newest.name == f"last-{len(steps):08d}.pt"
+
+    script = importlib.import_module("train")
+    monkeypatch.setattr(script, "global_config", folders)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", row["NAME"], f"EPOCHS={row['EPOCH'] + 1}"])
+    with quick():
+        assert script.main() == 0
+    (row,) = read_log(Path(folders["LOG_DIR"]) / "experiments.csv")
+    assert row["STATUS"] == "finished"
+
+
+@needs_processes
+@pytest.mark.skipif(not ALONE, reason="each routine trains with several processes")
+def test_routines_for_one_process_refuse_several_in_a_sentence(pairs_dir, tmp_path):
+    project = tmp_path / "project"
+    process = start("commands", tmp_path, pairs_dir, project=project)
+    told = end(process)
+    assert process.returncode == 0, told
+    if "which is not installed" in told:
+        pytest.skip("not all frameworks are installed")
+    lines = [line for line in told.splitlines() if "runs as one process" in line]
+    assert [line.split()[1:4] for line in lines] == [["the", routine, "routine"] for routine in ALONE]
+    for line in lines:
+        assert line.startswith("UserError: ") and "torchrun has started 2" in line
+        assert "--routine pytorch or ignite" in line
+    assert "Traceback" not in told
+    assert [(tmp_path / f"codes-{rank}").read_text() for rank in range(2)] == ["1 " * len(ALONE)] * 2
+    assert {path.name.split(".json")[0] for path in project.rglob("*") if path.is_file()} <= {"data_facts"}
+
+
+@needs_processes
+@pytest.mark.slow
+@pytest.mark.parametrize("routine", DISTRIBUTED)
+def test_they_can_train_again(routine, pairs_dir, tmp_path):
+    load(routine)
+    process = start("twice", routine, pairs_dir, tmp_path)
+    told = end(process, 90)
+    assert process.returncode == 0, told
+    digests = [torch.load(tmp_path / f"digests-{rank}.pt") for rank in range(2)]
+    assert digests[0] == digests[1]
+    assert len(set(digests[0])) == 1
+
+
+@needs_processes
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("routine", DISTRIBUTED)
+def test_two_gpus_train_as_one(routine, pairs_dir, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, processes in ((one, 1), (two, 2)):
+        folder.mkdir()
+        process = start("on_gpus", routine, pairs_dir, folder, gpus=True, processes=processes)
+        told = end(process)
+        assert process.returncode == 0, told
+    outcomes = [torch.load(two / f"outcome-{rank}.pt", weights_only=False) for rank in range(2)]
+    assert outcomes[0]["digest"] == outcomes[1]["digest"]
+    assert biggest_difference(outcomes[0], torch.load(one / "outcome-0.pt", weights_only=False)) < CLEARLY
+
+
+if __name__ == "__main__":
+    job, *paths = sys.argv[1:]
+    if job == "command":
+        sys.exit(command(Path(paths[0]), *paths[1:]))
+    elif job == "commands":
+        commands(*map(Path, paths))
+    else:
+        {"session": session, "twice": twice, "on_gpus": on_gpus}[job](paths[0], Path(paths[1]), Path(paths[2]))

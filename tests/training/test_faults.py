@@ -1,0 +1,291 @@
+"""A training that is ended, or gets an error, at any of its file operations, goes on to the same end."""
+
+import errno
+import io
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dida_tools.training.checkpoint import checkpoint_files
+from dida_tools.utils import path as path_module
+from dida_tools.utils import signals
+from dida_tools.utils.logging import read_log
+from dida_tools.utils.logging.journal import Event, Journal
+from dida_tools.utils.logging.rows import rebuild_log
+from dida_tools.utils.weights import load_weights, save_weights
+
+KILLED = 9
+KILLS = ("kill before", "kill after", "kill halfway")
+ERRORS = ("no space once", "input/output error once", "disk full from then on")
+SCENARIOS = ("begins", "goes on")
+KINDS = {"mkdir", "open", "write", "create", "write file", "fsync", "replace", "unlink"}
+
+NewTraining = Callable[..., Any]
+
+
+class Faults:
+    """To be installed in a child: counts the file operations of the package, and lets one of them go wrong."""
+
+    def __init__(self, mode: str = "", at: int = 0) -> None:
+        self.mode, self.at = mode, at
+        self.kinds: list[str] = []
+
+    def install(self) -> None:
+        for name in ("write", "replace", "fsync", "open", "ftruncate", "unlink", "mkdir"):
+            setattr(os, name, self.watched(name, getattr(os, name)))
+        faults = self
+
+        class WatchedFile(io.FileIO):
+            """What reaches the disk of a file that is written whole or not at all."""
+
+            def write(self, content: Any) -> int:
+                return faults.call("write file", super().write, content)
+
+        def watched_open(file: Path, mode: str) -> io.BufferedRandom:
+            return io.BufferedRandom(self.call("create", WatchedFile, file, mode))
+
+        path_module.open = watched_open  # type: ignore[attr-defined]
+
+    def watched(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            frame = sys._getframe(1)
+            while frame.f_globals["__name__"].startswith("pathlib"):
+                frame = frame.f_back  # type: ignore[assignment]
+            module = frame.f_globals["__name__"]
+            if not module.startswith("dida_tools.") or module == signals.__name__:  # that one writes to the terminal
+                return function(*args, **kwargs)
+            return self.call(kind, function, *args, **kwargs)
+
+        return call
+
+    def call(self, kind: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.kinds.append(kind)
+        number = len(self.kinds)
+        if number == self.at and self.mode in KILLS:
+            try:
+                if self.mode != "kill before":
+                    function(*(halved(args) if self.mode == "kill halfway" else args), **kwargs)
+            finally:
+                os._exit(KILLED)
+        if number == self.at and self.mode == "no space once":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if number == self.at and self.mode == "input/output error once":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if number >= self.at and self.mode == "disk full from then on" and needs_space(kind, args):
+            if number == self.at and kind.startswith("write"):
+                return function(*halved(args), **kwargs)  # what fits is written, and said to be less
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return function(*args, **kwargs)
+
+
+def needs_space(kind: str, args: tuple[Any, ...]) -> bool:
+    makes = kind in ("create", "mkdir") or (kind == "open" and bool(args[1] & os.O_CREAT))
+    return kind.startswith("write") or (makes and not os.path.exists(args[0]))
+
+
+def halved(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*args[:-1], bytes(args[-1])[: len(args[-1]) // 2])
+
+
+class Scenarios:
+    """Trainings to be disturbed: one that begins, and one that goes on after a bad end."""
+
+    def __init__(self, new_training: NewTraining) -> None:
+        self.new_training = new_training
+        first = new_training()
+        first.finish()
+        self.end = first.end()
+        first.assert_ended_as(self.end)
+        # It ended with half a line in the journal after the third step, whose state was damaged then.
+        self.torn = new_training()
+        places = [event["event"] for event in first.events()]
+        writes = [number for number, kind in enumerate(self.kinds("begins"), 1) if kind == "write"]
+        assert len(writes) == len(places)
+        child = self.torn.start(Faults("kill halfway", writes[places.index("epoch") + 1]).install)
+        assert child.wait() and child.code == KILLED, child.said()
+        assert not (self.torn.log_root / self.torn.name() / "journal.jsonl").read_bytes().endswith(b"\n")
+        newest = checkpoint_files(self.torn.weight_dir())[0]
+        assert newest.name == "last-00000003.pt"
+        newest.write_bytes(newest.read_bytes()[:-1])
+
+    def new(self, scenario: str) -> Any:
+        training = self.new_training()
+        if scenario == "goes on":
+            shutil.copytree(self.torn.root, training.root, dirs_exist_ok=True)
+        return training
+
+    def kinds(self, scenario: str) -> list[str]:
+        """The operations of an undisturbed training, in order."""
+        training, faults = self.new(scenario), Faults()
+        listed = training.root / "kinds.json"
+
+        def setup() -> None:
+            faults.install()
+            train = training.routine.train
+
+            def listing(*args: Any) -> Any:
+                result = train(*args)
+                listed.write_text(json.dumps(faults.kinds))
+                return result
+
+            training.routine.train = listing
+
+        training.finish(setup=setup)
+        training.assert_ended_as(self.end)
+        return json.loads(listed.read_text())
+
+    def disturb(self, scenario: str, mode: str, at: int) -> str:
+        """Returns how the disturbed training ended, or what is wrong then."""
+        training = self.new(scenario)
+        child = training.start(Faults(mode, at).install)
+        child.wait()
+        child.kill()  # in case it hangs
+        said = child.said()
+        ends = {KILLED: "killed"} if mode in KILLS else {0: "finished", 1: "refused"}
+        if child.code not in ends:
+            return f"wrong: it ends with {child.code}\n{said}"
+        try:
+            if child.code == 0:
+                self.assert_right(training, said)
+            training.finish()
+            training.assert_ended_as(self.end)
+        except AssertionError as error:
+            return f"wrong after it {ends[child.code]}: {error}\n{said}"
+        shutil.rmtree(training.root)  # there are many
+        return ends[child.code]
+
+    def assert_right(self, training: Any, said: str) -> None:
+        """It got over the error, so nothing may be wrong but the tracker's view of it, and that only with a word."""
+        end = training.end()
+        assert end == self.end
+        rows = training.rows() if (training.log_root / "experiments.csv").exists() else []
+        if [row["STATUS"] for row in rows] != ["finished"]:
+            assert "row could not be written" in said
+        assert rebuild_log(training.log_root) == 1
+        (row,) = read_log(training.log_root / "experiments.csv")
+        assert row["STATUS"] == "finished" and row["WEIGHTS_DIGEST"] == end["test"]["digest"]
+
+
+@pytest.fixture(scope="module")
+def scenarios(make_training: NewTraining, tmp_path_factory: pytest.TempPathFactory) -> Scenarios:
+    folder, numbers = tmp_path_factory.mktemp("faults"), itertools.count(1)
+    return Scenarios(lambda: make_training(folder / str(next(numbers))))
+
+
+def numbers_of(kinds: list[str], mode: str) -> list[int]:
+    """The operations that a fault of this kind can befall."""
+    if mode == "kill halfway":
+        return [number for number, kind in enumerate(kinds, 1) if kind.startswith("write")]
+    return list(range(1, len(kinds) + 1))
+
+
+def disturb_at(scenarios: Scenarios, scenario: str, mode: str, numbers: list[int], kinds: list[str]) -> str:
+    """Returns how often which operations were hit, and how the trainings ended."""
+    ends = {number: scenarios.disturb(scenario, mode, number) for number in numbers}
+    wrong = {number: end for number, end in ends.items() if end.startswith("wrong")}
+    listed = [f"{number} ({kinds[number - 1]})" for number in wrong]
+    first = next(iter(wrong.values()), "")
+    assert not wrong, f"{scenario}, {mode}, at {len(wrong)} of {len(numbers)} operations: {', '.join(listed)}:\n{first}"
+    hit = Counter(kinds[number - 1] for number in numbers)
+    return f"{scenario}, {mode}: {len(numbers)} operations {dict(hit)}, ends {dict(Counter(ends.values()))}"
+
+
+def some(numbers: list[int], kinds: list[str], most: int, seed: str) -> list[int]:
+    """Some operations, of as many kinds as there are."""
+    chance, by_kind = random.Random(seed), defaultdict(list)
+    for number in chance.sample(numbers, len(numbers)):
+        by_kind[kinds[number - 1]].append(number)
+    rounds = itertools.zip_longest(*chance.sample(list(by_kind.values()), len(by_kind)))
+    return sorted([number for number in itertools.chain.from_iterable(rounds) if number is not None][:most])
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_operations_are_found(scenarios, scenario):
+    kinds = scenarios.kinds(scenario)
+    assert set(kinds) == KINDS | ({"ftruncate"} if scenario == "goes on" else set())
+    assert len(kinds) > 100 and all(number > 1 for kind, number in Counter(kinds).items() if kind in KINDS)
+
+
+@pytest.mark.parametrize("mode", [*KILLS, *ERRORS])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_after_a_fault_in_some_operations_it_goes_on_to_the_same_end(scenarios, scenario, mode):
+    kinds = scenarios.kinds(scenario)
+    numbers = some(numbers_of(kinds, mode), kinds, 8 if scenario == "begins" else 4, f"{scenario} {mode}")
+    print(disturb_at(scenarios, scenario, mode, numbers, kinds))
+
+
+def test_a_signal_on_a_full_disk_ends_as_one_and_what_was_saved_before_is_gone_on_with(scenarios):
+    training = scenarios.new("begins")
+    kinds = scenarios.kinds("begins")
+    # The disk refuses the midst of the third step's state, which is saved only because of the signal.
+    third_step = [number for number, kind in enumerate(kinds, 1) if kind == "write"][3]
+    faults = Faults("no space once", kinds.index("write file", third_step) + 1)
+
+    def setup() -> None:
+        faults.install()
+        write = Journal.write
+
+        def signalling_write(journal: Journal, event: Event) -> bool:
+            if event["event"] == "step" and event["step"] == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return write(journal, event)
+
+        Journal.write = signalling_write  # type: ignore[method-assign]
+
+    child = training.start(setup)
+    assert child.wait() and child.code == signals.EXIT_CODE, child.said()
+    assert "The last state could not be saved: [Errno" in child.said()
+    training.finish()
+    training.assert_ended_as(scenarios.end)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_what_the_disk_refuses_while_weights_are_written_is_said_and_the_old_file_stays(tmp_path, monkeypatch, code):
+    file, refused, done = tmp_path / "best.pt", 0, 0
+    state = {"model": {f"weight {number}": torch.rand(1000) for number in range(10)}, "text": "x" * 30_000}
+    save_weights(file, {"old": torch.ones(1)})
+    before = file.read_bytes()
+
+    class RefusingFile(io.FileIO):
+        def write(self, content: Any) -> int:
+            nonlocal done
+            done += 1
+            if done > refused:
+                raise OSError(code, os.strerror(code))
+            return super().write(content)
+
+    monkeypatch.setattr(
+        path_module, "open", lambda path, mode: io.BufferedRandom(RefusingFile(path, mode)), raising=False
+    )
+    for refused in range(1000):  # noqa: B007
+        done = 0
+        try:
+            save_weights(file, state)
+        except OSError as error:
+            assert error.errno == code
+            assert file.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["best.pt"]
+        else:
+            break
+    assert refused > 5 and load_weights(file)["text"] == state["text"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [*KILLS, *ERRORS])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_after_a_fault_in_any_operation_it_goes_on_to_the_same_end(scenarios, scenario, mode, capsys):
+    kinds = scenarios.kinds(scenario)
+    numbers = numbers_of(kinds, mode)
+    counts = disturb_at(scenarios, scenario, mode, numbers, kinds)
+    with capsys.disabled():
+        print(f"\n{counts}")

@@ -1,0 +1,238 @@
+"""Trainings that are killed at random moments, again and again, end as if nothing had happened, and lose nothing."""
+
+import io
+import pkgutil
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dida_tools.training
+from dida_tools.training import run as run_module
+from dida_tools.utils.logging.journal import Event, Journal
+
+# Of Lightning a single step takes as long as a whole training of the others.
+ROUTINES = [
+    module.name.removesuffix("_training")
+    for module in pkgutil.iter_modules(dida_tools.training.__path__)
+    if module.name.endswith("_training") and module.name != "lightning_training"
+]
+MOST_ATTEMPTS = 200
+# PyTorch's workers look every five seconds whether their main process is alive.
+WORKERS_END_WITHIN_SECONDS = 20
+
+NewTraining = Callable[..., Any]
+
+
+class Expected:
+    """A training that nobody killed: how it ends, all its states on the way, and how long it takes."""
+
+    def __init__(self, training: Any, **changes: Any) -> None:
+        began = time.monotonic()
+        training.finish(setup=training.take_notes, **changes)
+        self.seconds = time.monotonic() - began
+        self.end = training.end()
+        training.assert_ended_as(self.end)
+        self.states = {(note["checkpoint"], note["state"]) for note in training.read_notes("checkpoint")}
+        assert {step for step, _ in self.states} == {event["step"] for event in self.end["steps"]}
+
+
+class Storm:
+    """Kills one training at random moments until it ends, and looks after each kill whether anything is lost."""
+
+    def __init__(self, training: Any, expected: Expected, seed: str) -> None:
+        self.training, self.expected, self.chance = training, expected, random.Random(seed)
+        self.counts: Counter[str] = Counter(kills=0, trainings=1)
+        self.sessions: set[int] = set()
+
+    def rage(
+        self,
+        setup: Callable[[], object] = lambda: None,
+        after_kill: Callable[[], object] = lambda: None,
+        **changes: Any,
+    ) -> Counter[str]:
+        """Returns how many kills there were, and how much was acknowledged before them."""
+
+        def prepare() -> None:
+            setup()
+            self.training.take_notes()
+
+        for attempt in range(MOST_ATTEMPTS):
+            num_notes = len(self.training.read_notes())
+            child = self.training.start(setup=prepare, **changes)
+            self.sessions.add(child.pid)
+            # Longer with each attempt, since the machine may have become slower.
+            if not child.wait(self.chance.uniform(0, (1.1 + attempt / 10) * self.expected.seconds)):
+                child.kill()
+            assert child.code in (0, -signal.SIGKILL), f"{child.code}: {child.said()}"
+            if child.code == 0:
+                break
+            self.counts["kills"] += 1
+            self.counts[self.moment(num_notes)] += 1
+            after_kill()
+            self.assert_nothing_is_lost()
+        else:
+            raise AssertionError(f"not at its end after {MOST_ATTEMPTS} attempts: {child.said()}")
+        self.assert_nothing_is_lost()
+        self.training.assert_ended_as(self.expected.end)
+        for kind in ("event", "checkpoint", "row"):
+            self.counts[f"acknowledged {kind}s"] = len(self.training.read_notes(kind))
+        return self.counts
+
+    def moment(self, num_notes: int) -> str:
+        """What the process that was killed had done last, as far as is known."""
+        notes = self.training.read_notes()[num_notes:]
+        if not notes:
+            return "before the start"
+        kind = next(iter(notes[-1]))
+        return f"after {notes[-1]['event']['event'] if kind == 'event' else kind}"
+
+    def assert_nothing_is_lost(self) -> None:
+        training, events = self.training, self.training.events()
+        contents = [training.bare(event) for event in events]
+        for note in training.read_notes("event"):
+            event, is_there = note["event"], note["event"] in events
+            if not note["is_new"]:  # it was there before, and then only the clock may differ
+                is_there = training.bare(event) in contents
+            assert is_there, f"an acknowledged event is lost: {event}"
+        state = training.assert_files_are_whole()
+        saved = [note["checkpoint"] for note in training.read_notes("checkpoint")]
+        step = 0 if state is None else state["state"]["step"]
+        assert step >= max(saved, default=0), f"an acknowledged checkpoint is lost: {max(saved)}, not {step}"
+        if state is not None:
+            is_right = (step, training.fingerprint(state)) in self.expected.states
+            assert is_right, f"the checkpoint of step {step} is not what a training has there"
+        names = {note["row"] for note in training.read_notes("row")}
+        assert names <= {row["NAME"] for row in training.rows()}, "an acknowledged row is lost"
+        assert len(training.rows()) <= 1
+
+    def survivors(self) -> list[str]:
+        return self.training.processes_of(self.sessions)
+
+
+def storms(make: Callable[[], Any], expected: Expected, num_kills: int, **changes: Any) -> Counter[str]:
+    """One training after the other, until there were so many kills."""
+    total: Counter[str] = Counter()
+    while total["kills"] < num_kills:
+        training = make()
+        total.update(Storm(training, expected, f"{training.routine.__name__} {total['trainings']}").rage(**changes))
+    return total
+
+
+@pytest.mark.parametrize("routine", ROUTINES)
+def test_a_training_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(new_training, routine):
+    counts = storms(lambda: new_training(routine), Expected(new_training(routine)), 10)
+    print(counts)
+    assert counts["acknowledged events"] > 20 and counts["acknowledged checkpoints"] > 10
+
+
+def test_any_routine_goes_on_with_what_was_killed_of_another(new_training):
+    expected = Expected(new_training("pytorch"))
+    routines = [new_training(routine).routine for routine in ROUTINES]
+    training = new_training("pytorch")
+    storm = Storm(training, expected, "mixed")
+
+    def change() -> None:
+        training.routine = storm.chance.choice(routines)
+
+    storm.rage(after_kill=change)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_loader_workers_do_not_outlive_a_killed_training_nor_keep_it_from_going_on(new_training):
+    loader = {"batch_size": 1, "shuffle": True, "num_workers": 2}
+    expected = Expected(new_training(), DATA_LOADER_CONFIG=loader)
+    storm = Storm(new_training(), expected, "workers")
+    left: list[str] = []
+    storm.rage(after_kill=lambda: left.extend(storm.survivors()), DATA_LOADER_CONFIG=loader)
+    assert left, "no worker was left behind by any kill"
+    deadline = time.monotonic() + WORKERS_END_WITHIN_SECONDS
+    while storm.survivors() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert storm.survivors() == []
+
+
+# ----------------------------------------------------------------------------------- would it notice if there were one?
+
+
+def buffer_the_journal() -> None:
+    """Writes only when it closes, as a file of Python's does."""
+    write, close, lines = Journal.write, Journal.close, []
+
+    def buffered_write(journal: Journal, event: Event) -> bool:
+        lines.append(event)
+        return True
+
+    def flushing_close(journal: Journal) -> None:
+        for event in lines:
+            write(journal, event)
+        close(journal)
+
+    Journal.write, Journal.close = buffered_write, flushing_close  # type: ignore[method-assign]
+
+
+def save_in_place() -> None:
+    """Writes over the last file, as torch.save to a path does."""
+
+    def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content, file = buffer.getvalue(), Path(folder) / "last-00000001.pt"
+        with open(file, "wb", buffering=0) as stream:
+            for start in range(0, len(content), 1000):
+                stream.write(content[start : start + 1000])
+                time.sleep(0.001)
+        return file
+
+    run_module.save_checkpoint = save
+
+
+def forget_the_optimizer() -> None:
+    restore = run_module.Run._restore
+
+    def restore_the_rest(run: Any, stored: dict[str, Any] | None) -> None:
+        fresh = run.preparation.optimizer.state_dict()
+        restore(run, None if stored is None else stored | {"optimizer": fresh})
+
+    run_module.Run._restore = restore_the_rest  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("fault", "noticed"),
+    [
+        (buffer_the_journal, "an acknowledged event is lost"),
+        (save_in_place, "damaged"),
+        (forget_the_optimizer, "is not what a training has there|state|steps"),
+    ],
+)
+def test_the_storm_notices_what_is_done_badly(new_training, fault, noticed):
+    with pytest.raises(AssertionError, match=noticed):
+        storms(new_training, Expected(new_training()), 50, setup=fault)
+
+
+# ------------------------------------------------------------------------------------------------------------ slow tier
+
+
+def report(capsys: pytest.CaptureFixture, name: str, counts: Counter[str]) -> None:
+    with capsys.disabled():
+        print(f"\n{name}: {', '.join(f'{number} {what}' for what, number in counts.items())}; 0 lost")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routine", ROUTINES)
+def test_a_hundred_kills_of_each_routine_lose_nothing(new_training, routine, capsys):
+    expected = Expected(new_training(routine, EPOCHS=6))
+    report(capsys, routine, storms(lambda: new_training(routine, EPOCHS=6), expected, 100))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routine", ROUTINES)
+def test_kills_of_trainings_that_draw_and_describe_everything_lose_nothing(new_training, routine, capsys):
+    expected = Expected(new_training(routine), in_full=True)
+    report(capsys, f"{routine} in full", storms(lambda: new_training(routine), expected, 20, in_full=True))

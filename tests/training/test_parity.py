@@ -1,0 +1,484 @@
+"""Every routine, given one config, ends with the same bits, and writes the same files, events and row."""
+
+import functools
+import importlib
+import inspect
+import json
+import pkgutil
+import random
+import re
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import Dataset
+
+from dida_tools import training
+from dida_tools.config.capture import difference
+from dida_tools.config.config import make_global_config
+from dida_tools.training import environment, run
+from dida_tools.training.run import NonFiniteLoss, Result
+from dida_tools.utils.logging import read_log
+from dida_tools.utils.logging.journal import read_journal
+from dida_tools.utils.loss import accuracy, f1, multi_class_dice_ce_sum, precision
+from dida_tools.utils.torchutils import set_seed
+from dida_tools.utils.weights import load_weights, weights_digest
+
+ROUTINES = [module.name for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")]
+FIRST = "pytorch_training" if "pytorch_training" in ROUTINES else ROUTINES[0]
+OTHERS = [name for name in ROUTINES if name != FIRST]
+describe_environment = functools.cache(environment.describe_environment)
+# What the clock, the process and the routine's own name put into otherwise equal events, rows and states.
+OWN = {"time", "seconds", "pid", "ROUTINE_NAME", "PID", "STARTED", "HEARTBEAT", "SECONDS"}
+
+
+def load(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"{training.__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(training.__name__.partition(".")[0]):
+            raise
+        pytest.skip(f"{name} needs {error.name}, which is not installed")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Without what takes most of a small run's time, and is made from what is compared here."""
+    monkeypatch.setattr(run, "save_picture", lambda path, *_: path.write_bytes(b""))
+    monkeypatch.setattr(run, "describe_environment", describe_environment)
+
+
+# ------------------------------------------------------------------------------------------------- other kinds of data
+
+
+class Labelled(Dataset):
+    """Noisy images (3, 8, 8) with plain numbers as labels; the noise is another one each time a sample is read."""
+
+    def __init__(self, number: int, seed: int) -> None:
+        self.labels = np.random.default_rng(seed).integers(0, 3, number).tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = torch.randn(3, 8, 8) + random.random() + torch.from_numpy(np.random.rand(3, 1, 1)).float()
+        image[self.labels[index]] += 1.5
+        return image, self.labels[index]
+
+
+class Values(Dataset):
+    """Eight numbers, and two that follow from them."""
+
+    def __init__(self, number: int, seed: int) -> None:
+        self.inputs = torch.randn(number, 8, generator=torch.Generator().manual_seed(seed))
+        self.targets = torch.stack([self.inputs[:, :4].sum(1), self.inputs[:, 4] * self.inputs[:, 5]], dim=1)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.targets[index]
+
+
+class Classifier(nn.Module):
+    """A first layer that is not trained, BatchNorm, and dropout of two kinds."""
+
+    def __init__(self, channels: int = 8, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.frozen = nn.Conv2d(3, channels, 3)
+        self.frozen.requires_grad_(False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, channels, 3)
+        self.linear = nn.Linear(channels, 3)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.frozen(x)))
+        x = nn.functional.dropout2d(torch.relu(self.conv(x)), self.dropout, self.training)
+        return self.linear(nn.functional.dropout(x.mean((-2, -1)), self.dropout, self.training))
+
+
+class Mlp(nn.Module):
+    """Two layers with dropout between them."""
+
+    def __init__(self, hidden: int = 32, dropout: float = 0.05) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, hidden), nn.ELU(), nn.Dropout(dropout), nn.Linear(hidden, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def absolute_error(pred: Tensor, target: Tensor) -> Tensor:
+    return (pred - target).abs().mean()
+
+
+# ------------------------------------------------------------------------------------------------------------- configs
+
+SGD = {"OPTIMIZER": torch.optim.SGD, "OPTIMIZER_CONFIG": {"lr": 0.1, "momentum": 0.9, "nesterov": True}}
+CLASSIFICATION = {
+    "MODEL": Classifier,
+    "MODEL_CONFIG": {},
+    "DATASET": Labelled,
+    "DATASET_CONFIG": {"train": {"number": 50, "seed": 0}, "test": {"number": 12, "seed": 1}},
+    "LOSS": nn.CrossEntropyLoss,
+    "METRICS": {"accuracy": accuracy},
+    "MONITOR": "max accuracy",
+}
+REGRESSION = {
+    "MODEL": Mlp,
+    "MODEL_CONFIG": {},
+    "DATASET": Values,
+    "DATASET_CONFIG": {"train": {"number": 48, "seed": 0}, "test": {"number": 12, "seed": 1}},
+    "LOSS": nn.MSELoss,
+    "METRICS": {"error": absolute_error},
+    "MONITOR": "min error",
+}
+# "has" is how the data is given; "batches" how many an epoch has; a change of MODEL_CONFIG is one to the tiny U-Net's.
+CASES: dict[str, dict[str, Any]] = {
+    "sgd-onecycle-batchnorm-droplast-accumulate2-clip": SGD | {
+        "batches": 5, "EPOCHS": 4, "ACCUMULATE": 2, "CLIP_NORM": 1.0, "SCHEDULER": OneCycleLR,
+        "MODEL_CONFIG": {"norm": nn.BatchNorm2d}, "DATA_LOADER_CONFIG": {"batch_size": 3, "drop_last": True},
+    },
+    "adamw-steplr-groupnorm-ema-accumulate3": {
+        "batches": 4, "EPOCHS": 4, "ACCUMULATE": 3, "EMA": 0.6, "SCHEDULER": StepLR, "SCHEDULER_STEP": "epoch",
+        "SCHEDULER_CONFIG": {"step_size": 2}, "MODEL_CONFIG": {"norm": functools.partial(nn.GroupNorm, 2)},
+    },
+    "adamw-plateau-dropout-patience": {
+        "batches": 4, "EPOCHS": 30, "PATIENCE": 2, "MONITOR": "min f1", "SCHEDULER": ReduceLROnPlateau,
+        "SCHEDULER_STEP": "epoch", "SCHEDULER_CONFIG": {"patience": 0, "factor": 0.8}, "MODEL_CONFIG": {"dropout": 0.3},
+    },
+    "bf16-onecycle-ema-clip-2workers": {
+        "batches": 4, "EPOCHS": 3, "PRECISION": "bf16", "EMA": 0.7, "CLIP_NORM": 0.5, "SCHEDULER": OneCycleLR,
+        "DATA_LOADER_CONFIG": {"batch_size": 4, "shuffle": True, "num_workers": 2},
+    },
+    "bf16-sgd-an-epoch-shorter-than-accumulate": SGD | {
+        "batches": 6, "EPOCHS": 6, "PRECISION": "bf16", "ACCUMULATE": 10, "DATA_LOADER_CONFIG": {"batch_size": 3},
+    },
+    "no-validation-no-test-seed7": {
+        "has": "no test", "batches": 4, "EPOCHS": 4, "VALIDATION_FRACTION": 0, "ACCUMULATE": 3, "SEED": 7,
+        "DATA_LOADER_CONFIG": {"batch_size": 6, "shuffle": True},
+    },
+    "own-validation-in-order-plain-sgd": {
+        "has": "validation", "batches": 4, "EPOCHS": 3, "CHANNELS_LAST": False, "OPTIMIZER": torch.optim.SGD,
+        "OPTIMIZER_CONFIG": {"lr": 0.3}, "DATA_LOADER_CONFIG": {"batch_size": 6, "shuffle": False},
+    },
+    "steplr-each-step-accumulate3-new-workers": {
+        "batches": 8, "EPOCHS": 3, "ACCUMULATE": 3, "SCHEDULER": StepLR, "SCHEDULER_CONFIG": {"step_size": 5},
+        "DATA_LOADER_CONFIG": {"batch_size": 2, "num_workers": 2, "persistent_workers": False},
+    },
+    "classifier-sgd-onecycle-frozen-layer-2workers": CLASSIFICATION | SGD | {
+        "batches": 7, "EPOCHS": 5, "SCHEDULER": OneCycleLR, "LOSS_CONFIG": {"label_smoothing": 0.1}, "ACCUMULATE": 2,
+        "DATA_LOADER_CONFIG": {"batch_size": 6, "num_workers": 2},
+    },
+    "classifier-bf16-adamw-ema-patience": CLASSIFICATION | {
+        "batches": 4, "EPOCHS": 40, "PRECISION": "bf16", "EMA": 0.5, "PATIENCE": 3,
+        "DATA_LOADER_CONFIG": {"batch_size": 12},
+    },
+    "regression-plateau-accumulate2-ema": REGRESSION | {
+        "batches": 8, "EPOCHS": 6, "ACCUMULATE": 3, "EMA": 0.5, "SCHEDULER": ReduceLROnPlateau, "CLIP_NORM": 1.0,
+        "SCHEDULER_STEP": "epoch", "SCHEDULER_CONFIG": {"patience": 0}, "DATA_LOADER_CONFIG": {"batch_size": 5},
+    },
+    "regression-rmsprop-no-validation": REGRESSION | {
+        "batches": 6, "EPOCHS": 6, "OPTIMIZER": torch.optim.RMSprop, "VALIDATION_FRACTION": 0,
+        "DATA_LOADER_CONFIG": {"batch_size": 8, "drop_last": True},
+    },
+}  # fmt: skip
+
+
+@dataclass
+class End:
+    """A training that has ended."""
+
+    config: dict[str, Any]
+    result: Result
+    left: dict[str, Any]
+
+
+@pytest.fixture
+def end_of(datasets, tiny_config, tmp_path):
+    """Trains in a folder of its own, under the same name."""
+
+    def train(routine: str, case: dict[str, Any] | None = None, **changes: Any) -> End:
+        config = tiny_config | {"DATE": "2021-01-01"} | (case or {}) | changes
+        has, batches = config.pop("has", ""), config.pop("batches", None)
+        # Made anew, since the package's own remember what they know of their files, which is written only once.
+        sets: list[Any] = [type(one)(**one.arguments) for one in datasets]
+        if "DATASET" in config:
+            sets = [config["DATASET"](**config["DATASET_CONFIG"][part]) for part in ("train", "test")]
+        if config["MODEL"] is tiny_config["MODEL"]:
+            config["MODEL_CONFIG"] = tiny_config["MODEL_CONFIG"] | config["MODEL_CONFIG"]
+        if has == "no test":
+            sets[1] = None
+        train = load(routine).train
+        number = len(list(tmp_path.glob("run-*")))
+        global_config = make_global_config(tmp_path / f"run-{number}")
+        result = train(*sets, config, global_config, sets[1] if has == "validation" else None)
+        assert batches is None or result.state.step == result.state.epoch * -(-batches // config.get("ACCUMULATE", 1))
+        return End(config, result, what_is_left(routine, result, global_config))
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def firsts() -> dict[str, End]:
+    """What the first routine makes of each case."""
+    return {}
+
+
+def what_is_left(routine: str, result: Result, global_config: dict[str, str]) -> dict[str, Any]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    root = Path(global_config["ROOT_PATH"])
+    (row,) = read_log(Path(global_config["LOG_DIR"]) / "experiments.csv")
+    assert row["ROUTINE_NAME"] == f".training.{routine}"
+    shown = EventAccumulator(str(result.log_dir / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    shown.Reload()
+    scalars = {tag: [(one.step, one.value) for one in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
+    images = {
+        tag: [(one.step, one.encoded_image_string) for one in shown.Images(tag)] for tag in shown.Tags()["images"]
+    }
+    files = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
+    return {
+        "digest": result.digest,
+        "state": asdict(result.state),
+        "history": result.history,
+        "metrics": result.metrics,
+        "last": load_weights(result.weights["last"]),
+        "best": load_weights(result.weights["best"]),
+        "events": read_journal(result.log_dir / "journal.jsonl"),
+        "record": json.loads((result.log_dir / "config.json").read_text())["config"],
+        "environment": json.loads((result.log_dir / "environment.json").read_text()),
+        "row": row,
+        "files": sorted(re.sub(r"(events\.out\.tfevents)\..*", r"\1", file) for file in files),
+        "scalars": scalars,
+        "images": images,
+    }
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """All that nested values hold, by place: tensors by their bits, numbers as written, so that 1, 1.0, -0.0 differ."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        found = {path: f"{type(value).__name__} of {len([key for key, _ in items if key not in OWN])}"}
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if key not in OWN:
+                found |= leaves(item, f"{path}/{key}")
+        return found
+    if isinstance(value, Tensor):
+        bits = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return {path: (str(value.dtype), tuple(value.shape), bits)}
+    return {path: repr(value)}
+
+
+def differing(one: Any, other: Any) -> list[str]:
+    ones, others = leaves(one), leaves(other)
+    return [place for place in ones | others if ones.get(place) != others.get(place)]
+
+
+def initial_model(config: dict[str, Any]) -> nn.Module:
+    set_seed(config.get("SEED", 0))
+    return config["MODEL"](**config["MODEL_CONFIG"])
+
+
+def assert_learned(end: End) -> None:
+    losses = [event["train.loss"] for event in end.result.history]
+    assert losses[-1] < 0.85 * losses[0]
+    model, last = initial_model(end.config), end.left["last"]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, last["model"][name]) == (name not in trained), name
+    states = last["optimizer"]["state"]
+    if end.config["OPTIMIZER_CONFIG"].keys() != {"lr"} or end.config["OPTIMIZER"] is not torch.optim.SGD:
+        assert len(states) == len(trained)
+    # Weight decay alone would change the weights, too; moments are made of gradients.
+    assert all(tensor.any() for state in states.values() for tensor in state.values() if isinstance(tensor, Tensor))
+
+
+# -------------------------------------------------------------------------------------------------------- the same end
+
+
+@pytest.mark.parametrize("routine", OTHERS)
+@pytest.mark.parametrize("case", CASES)
+def test_every_routine_ends_the_same(end_of, firsts, case, routine):
+    load(routine)
+    if case not in firsts:
+        firsts[case] = end_of(FIRST, CASES[case])
+    expected, end = firsts[case], end_of(routine, CASES[case])
+    assert_learned(end)
+    assert end.left["digest"] == weights_digest(end.left["last"]["model"]) == expected.left["digest"]
+    for part, value in expected.left.items():
+        assert differing(end.left[part], value) == [], part
+    assert end.result.state.stopped == ("patience" in case)
+    assert len(end.left["scalars"]["train/loss"]) == end.result.state.step
+    assert bool(end.left["images"]) == (CASES[case].get("has") != "no test" and "MODEL" not in CASES[case])
+
+
+@pytest.mark.parametrize("routine", ROUTINES)
+def test_another_seed_and_another_dropout_end_otherwise(end_of, routine):
+    ends = [end_of(routine), end_of(routine, SEED=1), end_of(routine, MODEL_CONFIG={"dropout": 0.0})]
+    assert len({end.result.digest for end in ends}) == 3
+    for other in ends[1:]:
+        for part in ("history", "metrics", "last", "best", "events", "record", "row", "scalars"):
+            assert differing(other.left[part], ends[0].left[part]), part
+
+
+def test_the_comparison_sees_a_single_bit():
+    state = {"weights": torch.ones(3), "rates": [0.1, 1], "seconds": 5}
+    assert differing(state, state | {"weights": torch.ones(3), "seconds": 6}) == []
+    bits = torch.ones(3).view(torch.int32) ^ torch.tensor([0, 0, 1], dtype=torch.int32)
+    assert differing(state, state | {"weights": bits.view(torch.float32)}) == ["/weights"]
+    assert differing(state, state | {"weights": torch.ones(3, dtype=torch.float64)}) == ["/weights"]
+    assert differing(state, state | {"rates": [0.1, 1.0]}) == ["/rates/1"]
+    assert differing(state, state | {"rates": [0.1]}) == ["/rates", "/rates/1"]
+    assert differing({"zero": 0.0}, {"zero": -0.0}) == ["/zero"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"VALIDATION_FRACTION": 0}], ids=["", "no-validation"])
+@pytest.mark.parametrize("routine", OTHERS)
+def test_a_framework_says_nothing_of_its_own(end_of, capfd, caplog, routine, changes):
+    said = []
+    for name in (FIRST, routine):
+        load(name)
+        capfd.readouterr()
+        caplog.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for category in (DeprecationWarning, FutureWarning):  # of one library about another
+                warnings.simplefilter("ignore", category)
+            end_of(name, EPOCHS=1, **changes)
+        printed = capfd.readouterr()
+        text = re.sub(r"run-\d+", "run", re.sub(r"in \d+ s", "in 0 s", printed.out))
+        said.append((text, printed.err, [str(one.message) for one in caught], caplog.messages))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("routine", ROUTINES)
+def test_the_process_is_left_as_it_was(end_of, routine):
+    load(routine)
+
+    def look() -> dict[str, Any]:
+        import os
+        import signal
+
+        return {
+            "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+            "gradients": torch.is_grad_enabled(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "dtype": torch.get_default_dtype(),
+            "threads": torch.get_num_threads(),
+            "precision": torch.get_float32_matmul_precision(),
+            "environment": dict(os.environ),
+            "filters": list(warnings.filters),
+        }
+
+    before = look()
+    end_of(routine, EPOCHS=1)
+    assert look() == before
+
+
+# -------------------------------------------------------------------------------------------------- what goes not well
+
+
+class NanInTheSixthBatch(nn.Module):
+    """A loss that breaks in training."""
+
+    calls = 0
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        NanInTheSixthBatch.calls += torch.is_grad_enabled()
+        is_sixth = torch.is_grad_enabled() and NanInTheSixthBatch.calls == 6
+        return multi_class_dice_ce_sum(pred, target) * (float("nan") if is_sixth else 1.0)
+
+
+@pytest.mark.parametrize("routine", ROUTINES)
+def test_a_loss_that_is_not_finite_is_told_in_the_same_words(end_of, tmp_path, routine):
+    load(routine)
+    messages, rows = [], []
+    for number, name in enumerate((FIRST, routine)):
+        NanInTheSixthBatch.calls = 0
+        with pytest.raises(NonFiniteLoss) as caught:
+            end_of(name, LOSS=NanInTheSixthBatch, CHECKPOINT_SECONDS=0)
+        folder = f"run-{number}"
+        messages.append(str(caught.value).replace(folder, "run"))
+        rows += read_log(tmp_path / folder / "logs" / "experiments.csv")
+    assert messages[0] == messages[1]
+    assert messages[1].startswith("the loss is nan in step 6 (epoch 2, batch 2), with image_")
+    assert [row["STATUS"] for row in rows] == ["failed", "failed"]
+    assert rows[1]["ERROR"].startswith("NonFiniteLoss: the loss is nan in step 6")
+
+
+class WrongInTraining(nn.Module):
+    """A model that raises its own error in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise LookupError("this and nothing else")
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("routine", ROUTINES)
+def test_an_error_of_the_users_own_comes_through_as_it_is(end_of, tmp_path, routine):
+    with pytest.raises(LookupError) as caught:
+        end_of(routine, MODEL=WrongInTraining, MODEL_CONFIG={})
+    assert str(caught.value) == "this and nothing else"
+    (row,) = read_log(tmp_path / "run-0" / "logs" / "experiments.csv")
+    assert (row["STATUS"], row["ERROR"]) == ("failed", "LookupError: this and nothing else")
+
+
+# --------------------------------------------------------------------------------------------------------- old configs
+
+
+@pytest.mark.parametrize("routine", ROUTINES)
+def test_a_metric_in_ignites_loss_is_the_plain_one(end_of, routine):
+    metrics = pytest.importorskip("ignite.metrics")
+    plain = end_of(routine, EPOCHS=1, METRICS={"f1": f1, "precision": precision})
+    with pytest.warns(UserWarning, match=r"METRICS\.f1: .*ignite's Loss") as caught:
+        wrapped = end_of(routine, EPOCHS=1, METRICS={"f1": metrics.Loss(f1), "precision": precision})
+    assert not any("METRICS.precision" in str(one.message) for one in caught)
+    assert wrapped.left["record"]["METRICS"]["f1"] == {"@ref": ".utils.loss:f1"}
+    assert wrapped.left["row"]["METRICS.f1"] == ".utils.loss:f1"
+    assert differing(wrapped.left, plain.left) == []
+
+
+# ----------------------------------------------------------------------------------------------- files, side by side
+
+
+@pytest.mark.parametrize("routine", ROUTINES)
+def test_a_routine_can_be_read_in_one_sitting(routine):
+    text = (Path(training.__path__[0]) / f"{routine}.py").read_text()
+    assert len(text.splitlines()) < 210
+
+
+@pytest.mark.parametrize("routine", OTHERS)
+def test_the_shipped_configs_and_signatures_are_equal(routine):
+    first, other = load(FIRST), load(routine)
+    assert list(other.train_config) == list(first.train_config)
+    assert difference(other.train_config, first.train_config) == {}
+    assert other.VARIANTS.keys() == first.VARIANTS.keys() >= {"small"}
+    for variant in first.VARIANTS:
+        assert difference(other.VARIANTS[variant](), first.VARIANTS[variant]()) == {}
+    signatures = [inspect.signature(module.train) for module in (first, other)]
+    names = ["train_dataset", "test_dataset", "training_config", "global_config", "validation_dataset"]
+    for module, signature in zip((first, other), signatures, strict=True):
+        assert list(signature.parameters) == names
+        assert signature.parameters["training_config"].default is module.train_config
+        assert signature.parameters["validation_dataset"].default is None
+    plain = [
+        [(one.name, one.kind, one.annotation) for one in signature.parameters.values()] for signature in signatures
+    ]
+    assert plain[0] == plain[1]
+    assert signatures[0].return_annotation == signatures[1].return_annotation
+    shared = signatures[0].parameters["global_config"].default
+    assert signatures[1].parameters["global_config"].default is shared

@@ -1,0 +1,275 @@
+"""Signals: the first one sets a flag, the second one ends the process, and afterwards everything is as it was."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dida_tools.utils import signals
+from dida_tools.utils.signals import (
+    Preempted,
+    ignore_signals,
+    install_handlers,
+    raise_if_stop_requested,
+    stop_on_signals,
+    stop_requested,
+)
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+
+def send(name: str) -> None:
+    os.kill(os.getpid(), getattr(signal, name))
+
+
+def handlers() -> list:
+    return [signal.getsignal(getattr(signal, name)) for name in NAMES]
+
+
+def in_process(function: Callable[[], object], log: Path | None = None) -> int | None:
+    """Runs a function in a process of its own. Returns its exit code; of one that a signal ends, its number negated."""
+
+    def run() -> None:
+        if log is not None:
+            handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(handle, 2)
+        function()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(30)
+    if process.is_alive():
+        process.kill()
+        pytest.fail("the process has not ended")
+    return process.exitcode
+
+
+@pytest.fixture(autouse=True)
+def _handlers_of_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    before = handlers()
+    yield
+    assert handlers() == before
+    assert not stop_requested()
+
+
+# ---------------------------------------------------------------------------------------------------- the first signal
+
+
+def test_without_a_signal_nothing_happens():
+    with stop_on_signals():
+        raise_if_stop_requested()
+        assert not stop_requested()
+    raise_if_stop_requested()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_signal_sets_a_flag_and_says_so_once(name, capfd):
+    with stop_on_signals():
+        send(name)
+        assert stop_requested()
+        with pytest.raises(Preempted, match=f"{name} was received"):
+            raise_if_stop_requested()
+        assert stop_requested()
+    raise_if_stop_requested()
+    told = capfd.readouterr().err
+    assert told.count(name) == 1
+    assert "will be saved" in told and "A second signal ends it at once." in told
+
+
+def test_nobody_who_catches_exceptions_catches_it():
+    assert issubclass(Preempted, BaseException)
+    assert not issubclass(Preempted, Exception | KeyboardInterrupt | SystemExit)
+
+
+def test_of_several_processes_the_first_one_speaks(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    with stop_on_signals():
+        send("SIGTERM")
+        assert stop_requested()
+    assert capfd.readouterr().err == ""
+
+
+def test_the_flag_is_seen_in_other_threads():
+    seen = []
+    with stop_on_signals():
+        send("SIGUSR1")
+        thread = threading.Thread(target=lambda: seen.append(stop_requested()))
+        thread.start()
+        thread.join()
+    assert seen == [True]
+
+
+def test_what_waits_goes_on_waiting():
+    with stop_on_signals():
+        timer = threading.Timer(0.05, send, ["SIGTERM"])
+        timer.start()
+        started = time.monotonic()
+        time.sleep(0.3)
+        assert time.monotonic() - started >= 0.3
+        assert stop_requested()
+        timer.join()
+
+
+# --------------------------------------------------------------------------------------------- before and afterwards
+
+
+def custom(*_: object) -> None:
+    """A handler of the user's own."""
+
+
+@pytest.mark.parametrize("before", [custom, signal.SIG_IGN, signal.SIG_DFL, signal.default_int_handler])
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, Preempted])
+def test_the_handlers_of_before_come_back(before, error):
+    originals = handlers()
+    try:
+        for name in NAMES:
+            signal.signal(getattr(signal, name), before)
+        try:
+            with stop_on_signals():
+                assert before not in handlers()
+                send("SIGTERM")
+                if error is not None:
+                    raise error
+        except BaseException as caught:
+            assert type(caught) is error
+        assert handlers() == [before] * len(NAMES)
+        assert not stop_requested()
+    finally:
+        for name, handler in zip(NAMES, originals, strict=True):
+            signal.signal(getattr(signal, name), handler)
+
+
+def test_a_handler_that_python_does_not_know_becomes_the_default(monkeypatch):
+    def run() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "getsignal", lambda signum: None)
+            with stop_on_signals():
+                pass
+        sys.exit(0 if handlers() == [signal.SIG_DFL] * len(NAMES) else 1)
+
+    assert in_process(run) == 0
+
+
+def test_one_within_another_keeps_the_flag_and_the_handlers():
+    with stop_on_signals():
+        mine = handlers()
+        with stop_on_signals():
+            send("SIGTERM")
+        assert stop_requested()
+        assert handlers() == mine
+        with stop_on_signals():
+            assert stop_requested()
+    assert not stop_requested()
+
+
+def test_each_time_begins_without_a_flag():
+    for _ in range(2):
+        with stop_on_signals():
+            assert not stop_requested()
+            send("SIGTERM")
+
+
+def test_handlers_that_a_library_has_replaced_can_be_set_again():
+    with stop_on_signals():
+        mine = handlers()
+        signal.signal(signal.SIGTERM, custom)
+        install_handlers()
+        assert handlers() == mine
+
+
+@pytest.mark.parametrize("from_thread", [stop_on_signals, install_handlers])
+def test_in_another_thread_nothing_is_changed(from_thread):
+    before, seen, errors = handlers(), [], []
+
+    def run() -> None:
+        try:
+            if from_thread is install_handlers:
+                install_handlers()
+                seen.append(handlers())
+            else:
+                with stop_on_signals():
+                    seen.append(handlers())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert errors == []
+    assert seen == [before]
+
+
+# --------------------------------------------------------------------------------------------------- the second signal
+
+
+@pytest.mark.parametrize("first", NAMES)
+def test_a_second_interrupt_is_a_keyboard_interrupt(first):
+    with pytest.raises(KeyboardInterrupt), stop_on_signals():
+        send(first)
+        send("SIGINT")
+
+
+@pytest.mark.parametrize("first", NAMES)
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGUSR1"])
+def test_a_second_signal_ends_the_process(first, second, tmp_path):
+    def run() -> None:
+        with stop_on_signals():
+            send(first)
+            send(second)
+            time.sleep(20)
+
+    assert in_process(run, tmp_path / "log") == -getattr(signal, second)
+
+
+def test_under_torchrun_a_repetition_within_seconds_is_the_same_request(monkeypatch, capfd):
+    now = [1000.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with stop_on_signals():
+        for name, seconds in (("SIGINT", 0.0), ("SIGINT", 0.5), ("SIGTERM", 2.0), ("SIGINT", 4.9)):
+            now[0] = 1000.0 + seconds
+            send(name)
+            assert stop_requested()
+        now[0] = 1005.1
+        with pytest.raises(KeyboardInterrupt):
+            send("SIGINT")
+    assert capfd.readouterr().err.count("will be saved") == 1
+
+
+def test_under_torchrun_a_late_repetition_ends_the_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+
+    def run() -> None:
+        now = [1000.0]
+        monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+        with stop_on_signals():
+            send("SIGTERM")
+            send("SIGTERM")
+            now[0] += 5.1
+            send("SIGTERM")
+            time.sleep(20)
+
+    assert in_process(run, tmp_path / "log") == -signal.SIGTERM
+
+
+# --------------------------------------------------------------------------------------------- processes that load data
+
+
+def test_a_process_that_ignores_signals_lives_on():
+    def run() -> None:
+        with stop_on_signals():
+            ignore_signals()
+            for name in NAMES * 2:
+                send(name)
+            sys.exit(1 if stop_requested() else 7)
+
+    assert in_process(run) == 7
