@@ -192,13 +192,16 @@ def train(
                 enable_model_summary=False,
             )
 
-        if run.awaits_evaluation:
-            trainer = new_trainer(1)
-            if preparation.validation_loader is not None:
-                trainer.validate(module, preparation.validation_loader, verbose=False)
-            module.on_train_epoch_end()
-        if state.epoch < config["EPOCHS"] and not state.stopped:
-            trainer = new_trainer(config["EPOCHS"] - state.epoch)
-            trainer.fit(module, run.batches, preparation.validation_loader)
+        try:
+            if run.awaits_evaluation:
+                trainer = new_trainer(1)
+                if preparation.validation_loader is not None:
+                    trainer.validate(module, preparation.validation_loader, verbose=False)
+                module.on_train_epoch_end()
+            if state.epoch < config["EPOCHS"] and not state.stopped:
+                trainer = new_trainer(config["EPOCHS"] - state.epoch)
+                trainer.fit(module, run.batches, preparation.validation_loader)
+        except SystemExit as error:  # what Lightning makes of it
+            raise KeyboardInterrupt from error
         preparation.model.to(device)  # Lightning leaves it on the CPU
         return run.finish()

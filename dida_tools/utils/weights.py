@@ -41,6 +41,10 @@ def save_weights(path: str | os.PathLike, state: dict[str, Any]) -> None:
             torch.save(state, file)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise WeightsError(f"{path}: cannot be written as weights ({error}).") from error
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # of a full disk, PyTorch only says that it failed
+                raise error.__context__ from None
+            raise
         file.seek(0)
         _read(file, str(path), "meta")  # without the data, so it takes no time
         # The archive ends with the length of its comment, in two bytes.

@@ -270,7 +270,7 @@ def without_the_last_sign_of_life(rows: list[dict[str, Any]]) -> list[dict[str, 
 def test_the_table_of_the_tracker_is_that_of_the_journals(tracked):
     file = tracked.log_root / "experiments.csv"
     rows, content = tracked.rows(), file.read_bytes()
-    assert [row["STATUS"] for row in rows] == ["finished", "interrupted", "running", "finished", "finished"]
+    assert [row["STATUS"] for row in rows] == ["finished", "interrupted", "killed", "finished", "finished"]
     assert rows[3]["STARTED"] <= rows[4]["STARTED"] and rows[0]["__COMMENT"] == '=1+1, "quoted"\nand ä 日本'
     assert rebuild_log(tracked.log_root) == 5
     assert without_the_last_sign_of_life(tracked.rows()) == without_the_last_sign_of_life(rows)

@@ -375,8 +375,27 @@ def end(process: subprocess.Popen, seconds: float = 120) -> str:
     try:
         return process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
         pytest.fail(f"they have not ended:\n{process.communicate()[0]}")
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """What torchrun has started, each the first of a group of its own."""
+    table = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True, check=True).stdout
+    return [int(pid) for ppid, pid in map(str.split, table.splitlines()) if int(ppid) == process.pid]
+
+
+def living(groups: list[int]) -> list[str]:
+    """Processes of these groups that have not ended."""
+    table = subprocess.run(["ps", "-A", "-o", "pgid=,stat=,pid=,args="], capture_output=True, text=True, check=True)
+    lines = [line.split(maxsplit=2) for line in table.stdout.splitlines()]
+    return [rest for group, state, rest in lines if int(group) in groups and not state.startswith("Z")]
+
+
+def kill(process: subprocess.Popen) -> None:
+    for group in [*children(process), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def biggest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
@@ -684,29 +703,28 @@ KEYS += ("DATASET_CONFIG.train.crop=16", "DATA_LOADER_CONFIG.batch_size=4", "DAT
 KEYS += ("PRECISION=fp32", "DEVICE=cpu", "CHECKPOINT_SECONDS=1000")
 
 
-def children(process: int) -> list[int]:
-    table = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True, check=True).stdout
-    return [int(pid) for ppid, pid in map(str.split, table.splitlines()) if int(ppid) == process]
-
-
 def signal_a_rank(process: subprocess.Popen, main: int) -> None:
-    other = [pid for pid in children(process.pid) if pid != main]
-    assert len(other) == 1
-    os.kill(other[0], signal.SIGTERM)
+    (other,) = set(children(process)) - {main}
+    os.kill(other, signal.SIGTERM)
 
 
 def signal_torchrun(process: subprocess.Popen, main: int) -> None:
     process.terminate()
 
 
-def interrupt_all(process: subprocess.Popen, main: int) -> None:
-    os.killpg(process.pid, signal.SIGINT)
+def interrupt_torchrun(process: subprocess.Popen, main: int) -> None:
+    process.send_signal(signal.SIGINT)
+
+
+def signal_everyone(process: subprocess.Popen, main: int) -> None:
+    for pid in [*children(process), process.pid]:
+        os.kill(pid, signal.SIGTERM)
 
 
 def cases() -> Iterator[Any]:
     """Each signal with each routine, but not all of them each time."""
     for number, (send, routine) in enumerate(
-        itertools.product([signal_a_rank, signal_torchrun, interrupt_all], DISTRIBUTED)
+        itertools.product([signal_a_rank, signal_torchrun, interrupt_torchrun, signal_everyone], DISTRIBUTED)
     ):
         yield pytest.param(send, routine, marks=() if number in (0, 3) else pytest.mark.slow)
 
@@ -727,11 +745,13 @@ def test_a_signal_ends_the_command_in_all_processes(send, routine, pairs_dir, tm
                 event for file in Path(folders["LOG_DIR"]).glob("*/journal.jsonl") for event in read_journal(file)
             ]
             steps = [event for event in events if event["event"] == "step"]
+        groups = children(process)
+        assert len(groups) == 2 and events[0]["pid"] in groups
         send(process, events[0]["pid"])
         told = end(process, 45)
+        assert living(groups) == []
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
     # torchrun has no exit code of its own for it: it reports those of its processes, and fails.
     assert process.returncode == 1, told
     codes = [(tmp_path / f"codes-{rank}").read_text() for rank in range(2)]

@@ -55,7 +55,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(run, "describe_environment", describe_environment)
 
 
-# ------------------------------------------------------------------------------------------------- other kinds of data
+# -------------------------------------------------------------------------------------------------- other kinds of data
 
 
 class Labelled(Dataset):
@@ -120,7 +120,7 @@ def absolute_error(pred: Tensor, target: Tensor) -> Tensor:
     return (pred - target).abs().mean()
 
 
-# ------------------------------------------------------------------------------------------------------------- configs
+# -------------------------------------------------------------------------------------------------------------- configs
 
 SGD = {"OPTIMIZER": torch.optim.SGD, "OPTIMIZER_CONFIG": {"lr": 0.1, "momentum": 0.9, "nesterov": True}}
 CLASSIFICATION = {
@@ -302,7 +302,7 @@ def assert_learned(end: End) -> None:
     assert all(tensor.any() for state in states.values() for tensor in state.values() if isinstance(tensor, Tensor))
 
 
-# -------------------------------------------------------------------------------------------------------- the same end
+# --------------------------------------------------------------------------------------------------------- the same end
 
 
 @pytest.mark.parametrize("routine", OTHERS)
@@ -384,7 +384,7 @@ def test_the_process_is_left_as_it_was(end_of, routine):
     assert look() == before
 
 
-# -------------------------------------------------------------------------------------------------- what goes not well
+# --------------------------------------------------------------------------------------------------- what goes not well
 
 
 class NanInTheSixthBatch(nn.Module):
@@ -437,7 +437,7 @@ def test_an_error_of_the_users_own_comes_through_as_it_is(end_of, tmp_path, rout
     assert (row["STATUS"], row["ERROR"]) == ("failed", "LookupError: this and nothing else")
 
 
-# --------------------------------------------------------------------------------------------------------- old configs
+# ---------------------------------------------------------------------------------------------------------- old configs
 
 
 @pytest.mark.parametrize("routine", ROUTINES)
@@ -452,7 +452,7 @@ def test_a_metric_in_ignites_loss_is_the_plain_one(end_of, routine):
     assert differing(wrapped.left, plain.left) == []
 
 
-# ----------------------------------------------------------------------------------------------- files, side by side
+# -------------------------------------------------------------------------------------------------- files, side by side
 
 
 @pytest.mark.parametrize("routine", ROUTINES)

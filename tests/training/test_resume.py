@@ -191,10 +191,11 @@ def differing(one: Any, other: Any) -> list[str]:
 
 def assert_same_end(result, expected, leaving_out: tuple[str, ...] = ()) -> None:
     left, wanted = (one if isinstance(one, dict) else what_is_left(one) for one in (result, expected))
-    assert {part: places for part in wanted if (places := differing(left[part], wanted[part]))}.keys() <= {*leaving_out}
+    parts = [part for part in wanted if part not in leaving_out]
+    assert {part: places[:9] for part in parts if (places := differing(left[part], wanted[part]))} == {}
 
 
-# ------------------------------------------------------------------------------------------------------- at every step
+# -------------------------------------------------------------------------------------------------------- at every step
 
 
 class Noisy(Dataset):
@@ -295,7 +296,7 @@ def test_interrupted_at_every_batch_it_ends_the_same(train, datasets, rich_confi
         assert_same_end(result, expected)
 
 
-# ------------------------------------------------------------------------------------------------ what a routine meets
+# ------------------------------------------------------------------------------------------------- what a routine meets
 
 
 def test_twice_in_one_epoch_and_with_other_workers(train, datasets, rich_config, global_config, expected):
@@ -412,7 +413,7 @@ def test_what_one_routine_began_another_ends(train, datasets, rich_config, globa
     assert_same_end(result, expected)
 
 
-# -------------------------------------------------------------------------------------- started again, and RESUME=auto
+# --------------------------------------------------------------------------------------- started again, and RESUME=auto
 
 
 def test_auto_begins_goes_on_under_the_name_and_begins_anew(train, datasets, rich_config, global_config, expected):

@@ -199,9 +199,10 @@ def _sha256(file: Path) -> str:
 
 def _read_cache(cache_file: Path | None) -> dict[str, Any]:
     if cache_file is not None:
-        with contextlib.suppress(OSError, ValueError):  # a missing or damaged cache is made anew
-            cache = json.loads(cache_file.read_text())
-            return cache if isinstance(cache, dict) else {}
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # a missing or damaged cache is made anew
+            digest, _, content = cache_file.read_bytes().partition(b"\n")
+            if digest == hashlib.sha256(content).hexdigest().encode():
+                return json.loads(content)
     return {}
 
 
@@ -209,5 +210,6 @@ def _write_cache(cache_file: Path, new: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # nothing depends on it
         cache_file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{cache_file}.lock"):
-            merged = json.dumps(_read_cache(cache_file) | new).encode()
-            write_atomic(cache_file, lambda stream: stream.write(merged))
+            content = json.dumps(_read_cache(cache_file) | new).encode()
+            digest = hashlib.sha256(content).hexdigest().encode()
+            write_atomic(cache_file, lambda stream: stream.write(digest + b"\n" + content))
