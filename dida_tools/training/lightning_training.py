@@ -91,12 +91,18 @@ class Training(LightningModule):
         self.evaluation: Evaluation = preparation.new_evaluation()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The one of the config, whose schedule is stepped below."""
+        """Of the config; its schedule is stepped below."""
         return self.preparation.optimizer
 
-    def on_train_start(self) -> None:
-        """Lightning's handler of SIGTERM would end the training after any batch."""
+    def train_dataloader(self) -> Any:
+        """Asked for in each epoch, since the first one of a run that goes on may be shorter."""
+        install_handlers()  # Lightning has just put its own in their place, which ends a training after any batch
+        return self.run.batches
+
+    def val_dataloader(self) -> Any:
+        """The validation set, or nothing."""
         install_handlers()
+        return self.preparation.validation_loader or []
 
     def on_train_epoch_start(self) -> None:
         """Lightning leaves the mode to the model."""
@@ -105,27 +111,27 @@ class Training(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         """A batch, and an optimizer step when it is time."""
         config, run, (device, number_format, channels_last) = self.config, self.run, self.preparation.place
-        optimizer, scheduler = self.preparation.optimizer, self.preparation.scheduler
-        scaler, ema = self.preparation.scaler, self.preparation.ema
+        preparation, model = self.preparation, self.model
+        optimizer, scheduler, scaler = preparation.optimizer, preparation.scheduler, preparation.scaler
         inputs, targets = to_device(batch[0], device, channels_last), batch[1].to(device)
         seed_step(config["SEED"], run.batch_number, device)
         with autocast(device, number_format):
-            predictions = self.model(inputs)
-        loss = self.preparation.loss_function(predictions.float(), targets)  # in float32, outside of autocast
+            predictions = model(inputs)
+        loss = preparation.loss_function(predictions.float(), targets)  # in float32, outside of autocast
         self.manual_backward(scaler.scale(loss * run.loss_weight))
         if not run.record_batch(loss.item()):  # waits for the GPU
             return
         learning_rate = optimizer.param_groups[0]["lr"]
         scaler.unscale_(optimizer)
         if config["CLIP_NORM"] is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config["CLIP_NORM"])
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config["CLIP_NORM"])
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         if scheduler is not None and config["SCHEDULER_STEP"] == "step":
             scheduler.step()
-        if ema is not None:
-            ema.update_parameters(self.model)
+        if preparation.ema is not None:
+            preparation.ema.update_parameters(model)
         run.record_step(learning_rate)
 
     def on_validation_epoch_start(self) -> None:
@@ -138,6 +144,11 @@ class Training(LightningModule):
         evaluate_batch(self.preparation.evaluated_model(), batch, self.evaluation, *self.preparation.place)
 
     def on_train_epoch_end(self) -> None:
+        """Lightning goes on, or not."""
+        self.end_epoch()
+        self.trainer.should_stop = self.run.state.stopped
+
+    def end_epoch(self) -> None:
         """After the validation."""
         scheduler = self.preparation.scheduler
         results = self.evaluation.results() if self.preparation.validation_loader is not None else {}
@@ -147,7 +158,6 @@ class Training(LightningModule):
             else:
                 scheduler.step()
         self.run.record_epoch(results)
-        self.trainer.should_stop = self.run.state.stopped
 
 
 def train(
@@ -175,6 +185,8 @@ def train(
 
     with start_run(preparation, global_config) as run, warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)  # advice about loaders and logging
+        for about in ("Total length of `list`", "`isinstance.treespec"):  # no validation set; PyTorch's news
+            warnings.filterwarnings("ignore", message=about)
         state, module = run.state, Training(preparation, run)
 
         def new_trainer(num_epochs: int) -> Trainer:
@@ -183,24 +195,20 @@ def train(
                 devices=[device.index or 0] if device.type == "cuda" else 1,
                 max_epochs=num_epochs,
                 deterministic="warn" if device.type == "cuda" else None,  # as start_run has it
-                reload_dataloaders_every_n_epochs=1,  # the first epoch of a run that goes on may be shorter
+                reload_dataloaders_every_n_epochs=1,
                 num_sanity_val_steps=0,
                 plugins=[LightningEnvironment()],  # not SLURM's: the run takes its signals
                 logger=False,  # the run has its own record, checkpoints and bar
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
+                **dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
             )
 
         try:
             if run.awaits_evaluation:
-                trainer = new_trainer(1)
                 if preparation.validation_loader is not None:
-                    trainer.validate(module, preparation.validation_loader, verbose=False)
-                module.on_train_epoch_end()
+                    new_trainer(1).validate(module, verbose=False)
+                module.end_epoch()
             if state.epoch < config["EPOCHS"] and not state.stopped:
-                trainer = new_trainer(config["EPOCHS"] - state.epoch)
-                trainer.fit(module, run.batches, preparation.validation_loader)
+                new_trainer(config["EPOCHS"] - state.epoch).fit(module)
         except SystemExit as error:  # what Lightning makes of it
             raise KeyboardInterrupt from error
         preparation.model.to(device)  # Lightning leaves it on the CPU

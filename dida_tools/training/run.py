@@ -437,7 +437,10 @@ class Run:
         self.notification.ended(self, status, error)
 
     def preempt(self, error: Preempted) -> None:
-        """Saves the state of the last step and takes note."""
+        """Saves the state of the last step and takes note. All wait for that: torchrun ends those that are left."""
+        on_main(lambda: self._preempt(error))
+
+    def _preempt(self, error: Preempted) -> None:
         try:
             if self._can_save and self.state.step > 0:
                 self.save_checkpoint()

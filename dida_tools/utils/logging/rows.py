@@ -29,6 +29,8 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
         columns |= {"HEARTBEAT": None, "HOST": event["host"], "PID": event["pid"], "ERROR": None}
         columns["RAN_ON"] = f"{event['device']} {event['precision']}"
         columns["RERUNNABLE"] = f"no: {event['not_rerunnable']}" if event["not_rerunnable"] else "yes"
+        # A run that goes on may have fewer options than before.
+        columns |= {key: None for key in row if key.partition(".")[0] in event["config"]}
         columns |= flatten({"version": event["version"], "config": event["config"]})
     elif kind == "epoch":
         columns |= {"EPOCH": event["epoch"], "train.loss": event["train.loss"]}
