@@ -4,7 +4,6 @@ Contains the fastai routine: the same training as pytorch_training.py, with a Le
 Its config is below; variants of it are functions beside it. Keys, defaults and what they may hold: config/keys.py.
 """
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 from torch.nn import ELU, GroupNorm
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR
 
 from ..config.config import global_config as default_global_config
 from ..config.device import autocast
@@ -157,13 +156,8 @@ class Training(Callback):
 
     def after_epoch(self) -> None:
         """After the validation."""
-        scheduler = self.preparation.scheduler
         results = self.evaluation.results() if self.preparation.validation_loader is not None else {}
-        if scheduler is not None and self.config["SCHEDULER_STEP"] == "epoch":
-            if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(results[self.tracked.monitored])
-            else:
-                scheduler.step()
+        self.preparation.step_schedule_of_epochs(results.get(self.tracked.monitored))
         self.tracked.record_epoch(results)
         if self.tracked.state.stopped:
             raise CancelFitException
@@ -187,8 +181,7 @@ def train(
     :raises ConfigError, DataError: before anything is written, with all problems
     """
     refuse_several("fastai")
-    routine = sys.modules[__name__]
-    preparation = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, routine)
+    preparation = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
     config, optimizer = preparation.config, preparation.optimizer
 
     with start_run(preparation, global_config) as run:

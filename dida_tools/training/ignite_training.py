@@ -4,7 +4,6 @@ Contains the ignite routine: the same training as pytorch_training.py, with engi
 Its config is below; variants of it are functions beside it. Keys, defaults and what they may hold: config/keys.py.
 """
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, EventEnum, Events
 from torch.nn import ELU, GroupNorm
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR
 
 from ..config.config import global_config as default_global_config
 from ..config.device import autocast
@@ -99,8 +98,7 @@ def train(
     :param validation_dataset: what MONITOR selects by; None takes VALIDATION_FRACTION of the training set
     :raises ConfigError, DataError: before anything is written, with all problems
     """
-    routine = sys.modules[__name__]
-    preparation = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, routine)
+    preparation = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
     config, device = preparation.config, preparation.device
     optimizer, scheduler = preparation.optimizer, preparation.scheduler
     loss_function, scaler, ema = preparation.loss_function, preparation.scaler, preparation.ema
@@ -164,11 +162,7 @@ def train(
                 if len(preparation.validation_loader) > 0:  # of many processes, some may have no part of it
                     evaluator.run(preparation.validation_loader)
                 results = evaluation.results()
-            if scheduler is not None and config["SCHEDULER_STEP"] == "epoch":
-                if isinstance(scheduler, ReduceLROnPlateau):
-                    scheduler.step(results[run.monitored])
-                else:
-                    scheduler.step()
+            preparation.step_schedule_of_epochs(results.get(run.monitored))
             run.record_epoch(results)
             if state.stopped:
                 trainer.terminate()

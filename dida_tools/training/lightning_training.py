@@ -5,7 +5,6 @@ Its config is below; variants of it are functions beside it. Keys, defaults and 
 """
 
 import logging
-import sys
 import warnings
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import Tensor
 from torch.nn import ELU, GroupNorm
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR
 
 from ..config.config import global_config as default_global_config
 from ..config.device import autocast
@@ -150,13 +149,8 @@ class Training(LightningModule):
 
     def end_epoch(self) -> None:
         """After the validation."""
-        scheduler = self.preparation.scheduler
         results = self.evaluation.results() if self.preparation.validation_loader is not None else {}
-        if scheduler is not None and self.config["SCHEDULER_STEP"] == "epoch":
-            if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(results[self.run.monitored])
-            else:
-                scheduler.step()
+        self.preparation.step_schedule_of_epochs(results.get(self.run.monitored))
         self.run.record_epoch(results)
 
 
@@ -178,15 +172,13 @@ def train(
     :raises ConfigError, DataError: before anything is written, with all problems
     """
     refuse_several("lightning")
-    routine = sys.modules[__name__]
-    preparation = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, routine)
+    preparation = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
     config, device = preparation.config, preparation.device
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the run says on what it trains
 
     with start_run(preparation, global_config) as run, warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)  # advice about loaders and logging
-        for about in ("Total length of `list`", "`isinstance.treespec"):  # no validation set; PyTorch's news
-            warnings.filterwarnings("ignore", message=about)
+        warnings.filterwarnings("ignore", message="Total length of `list`|`isinstance.treespec")
         state, module = run.state, Training(preparation, run)
 
         def new_trainer(num_epochs: int) -> Trainer:
@@ -199,7 +191,9 @@ def train(
                 num_sanity_val_steps=0,
                 plugins=[LightningEnvironment()],  # not SLURM's: the run takes its signals
                 logger=False,  # the run has its own record, checkpoints and bar
-                **dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
             )
 
         try:

@@ -6,10 +6,10 @@ other, and model, optimizer, schedule, loss and loaders are built from them. Not
 import functools
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,20 @@ class Preparation:
         """Where and how an evaluation is computed: device, precision, memory format."""
         return self.device, self.precision, self.config["CHANNELS_LAST"]
 
+    def step_schedule_of_epochs(self, value: float | None) -> None:
+        """
+        Steps a schedule that goes by epochs.
+
+        :param value: the monitored result, for a schedule that looks at it
+        """
+        if self.scheduler is None or self.config["SCHEDULER_STEP"] != "epoch":
+            return
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            assert value is not None  # _check_without_validation has seen to it
+            self.scheduler.step(value)
+        else:
+            self.scheduler.step()
+
     def evaluated_model(self) -> nn.Module:
         """The model whose weights count: the moving average, if there is one."""
         return self.model if self.ema is None else self.ema.module
@@ -87,7 +101,7 @@ def prepare(
     training_config: dict[str, Any],
     global_config: dict[str, str],
     validation_dataset: Any = None,
-    routine: ModuleType | str | None = None,
+    routine: str | None = None,
 ) -> Preparation:
     """
     Checks everything, and builds everything.
@@ -95,11 +109,11 @@ def prepare(
     :param train_dataset: (input, target) pairs; see datasets.py for what else it may offer
     :param test_dataset: likewise, or None
     :param validation_dataset: None takes VALIDATION_FRACTION of the training set
-    :param routine: what trains
+    :param routine: name of the module that trains
     :raises ConfigError: with all problems of the config, and of the data if there are both
     :raises DataError: with all problems of the data
     """
-    config = complete(training_config) | {"ROUTINE_NAME": routine}
+    config = complete(training_config) | {"ROUTINE_NAME": sys.modules.get(routine or "", routine)}
     config["DATE"] = config["DATE"] or date_now()
     given = {"train": train_dataset, "test": test_dataset, "validation": validation_dataset}
     given = {part: dataset for part, dataset in given.items() if dataset is not None}

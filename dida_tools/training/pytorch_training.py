@@ -4,13 +4,12 @@ Contains the raw PyTorch routine: the whole loop, to be read and modified.
 Its config is below; variants of it are functions beside it. Keys, defaults and what they may hold: config/keys.py.
 """
 
-import sys
 from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import ELU, GroupNorm
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR
 
 from ..config.config import global_config as default_global_config
 from ..config.device import autocast
@@ -91,8 +90,7 @@ def train(
     :param validation_dataset: what MONITOR selects by; None takes VALIDATION_FRACTION of the training set
     :raises ConfigError, DataError: before anything is written, with all problems
     """
-    routine = sys.modules[__name__]
-    preparation = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, routine)
+    preparation = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
     config, device = preparation.config, preparation.device
     optimizer, scheduler = preparation.optimizer, preparation.scheduler
     loss_function, scaler, ema = preparation.loss_function, preparation.scaler, preparation.ema
@@ -127,10 +125,6 @@ def train(
             if preparation.validation_loader is not None:
                 evaluated, evaluation = preparation.evaluated_model(), preparation.new_evaluation()
                 results = evaluate(evaluated, preparation.validation_loader, evaluation, *preparation.place)
-            if scheduler is not None and config["SCHEDULER_STEP"] == "epoch":
-                if isinstance(scheduler, ReduceLROnPlateau):
-                    scheduler.step(results[run.monitored])
-                else:
-                    scheduler.step()
+            preparation.step_schedule_of_epochs(results.get(run.monitored))
             run.record_epoch(results)
         return run.finish()
