@@ -47,6 +47,8 @@ def main() -> int:
     except Preempted:
         print("Ended by a signal; what is written is whole.", file=sys.stderr)
         return EXIT_CODE
+    except KeyboardInterrupt:
+        return 130
     except (UserError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--rerun", metavar="NAME", help="run to do again and compare with: a name, or its row's number")
     parser.add_argument("--smtp", metavar="ADDRESS", help="mail about start and end; server: dida_tools/utils/notify")
     parser.add_argument("-w", action="store_true", help="suppress warnings")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.w:
         warnings.simplefilter("ignore")
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..utils.signals import ignore_signals
+from ..utils.signals import blocked_signals, ignore_signals
 
 _ORDER, _SAMPLE, _STEP = range(3)
 
@@ -169,7 +169,8 @@ class Loader(DataLoader):
         self._latest: Any = None
 
     def __iter__(self) -> Any:
-        self._latest = super().__iter__()
+        with blocked_signals():  # a worker that is only starting would end by them, and the training with it
+            self._latest = super().__iter__()
         return self._latest
 
     def close(self) -> None:

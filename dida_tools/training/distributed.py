@@ -37,6 +37,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
+class _Joined:
+    times = 0
+
+
 @contextlib.contextmanager
 def join_processes(
     join: Callable[[str], object] = dist.init_process_group, leave: Callable[[], object] = dist.destroy_process_group
@@ -49,7 +53,14 @@ def join_processes(
     if num_launched() == 1 or dist.is_initialized():
         yield
         return
-    join("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    _Joined.times += 1
+    if _Joined.times == 1:
+        join(backend)
+    else:  # torchrun's store still holds the addresses of the first time
+        store, number, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"training-{_Joined.times}", store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size)
     try:
         yield
     finally:

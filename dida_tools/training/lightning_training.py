@@ -203,7 +203,7 @@ def train(
                 module.end_epoch()
             if state.epoch < config["EPOCHS"] and not state.stopped:
                 new_trainer(config["EPOCHS"] - state.epoch).fit(module)
-        except SystemExit as error:  # what Lightning makes of it
-            raise KeyboardInterrupt from error
+        except SystemExit as error:
+            raise error.__context__ or error from None  # Lightning makes an exit of Ctrl-C
         preparation.model.to(device)  # Lightning leaves it on the CPU
         return run.finish()

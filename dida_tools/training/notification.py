@@ -67,5 +67,8 @@ class Notification:
         if not history:
             return None
         picture = io.BytesIO()
-        save_picture(picture, run.name, history, run.monitored, None, [])
-        return picture.getvalue()
+        try:
+            save_picture(picture, run.name, history, run.monitored, None, [])
+        except Exception as error:  # whatever it is, the mail matters more
+            say(f"The mail goes without learning curves: {error}")
+        return picture.getvalue() or None

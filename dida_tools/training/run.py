@@ -292,7 +292,7 @@ class Run:
         self.record.write_results(metrics, state.step)
         picture = self.log_dir / "picture.png"
         history = [self.history[epoch] for epoch in sorted(self.history)]
-        if is_main():
+        if is_main():  # <- your report here
             save_picture(picture, self.name, history, self.monitored, counts, panels, preparation.contract.class_names)
         seconds = round(time.monotonic() - self._started, 1)
         about: dict[str, Any] = {"step": state.step, "digest": digest, "seconds": seconds}
@@ -438,7 +438,8 @@ class Run:
 
     def preempt(self, error: Preempted) -> None:
         """Saves the state of the last step and takes note. All wait for that: torchrun ends those that are left."""
-        on_main(lambda: self._preempt(error))
+        with contextlib.suppress(RuntimeError):  # of a process that was killed
+            on_main(lambda: self._preempt(error))
 
     def _preempt(self, error: Preempted) -> None:
         try:

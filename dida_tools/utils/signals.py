@@ -76,6 +76,19 @@ def ignore_signals(*_: Any) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
+@contextlib.contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Holds the signals back, and for good in processes that are started meanwhile."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _set_flag(signum: int, _frame: Any) -> None:
     name, now = signal.Signals(signum).name, time.monotonic()
     if _Request.name is None:

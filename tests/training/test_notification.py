@@ -7,8 +7,11 @@ import os
 import pkgutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from email.message import EmailMessage
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from dida_tools.utils.loss import multi_class_dice_ce_sum
 from dida_tools.utils.signals import Preempted
 
 ROUTINES = [module.name for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")]
+ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hunter2-in-the-error"
 
 
@@ -119,6 +123,15 @@ def test_a_server_that_never_answers_changes_nothing(datasets, tiny_config, glob
     assert time.monotonic() - start < 120  # hangs for ever otherwise
     assert result.digest == expected.digest
     assert "could not be sent" in capsys.readouterr().out
+
+
+def test_the_command_has_an_option_for_it(server, pairs_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROOT_PATH", str(tmp_path))
+    options = ["EPOCHS=1", "MODEL_CONFIG.bulk_ch=8", "MODEL_CONFIG.n_recursions=1", "DEVICE=cpu", "PRECISION=fp32"]
+    command = [sys.executable, "train.py", "--data", str(pairs_dir), "--smtp", "me@example.org", *options]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert [mail["Subject"].partition(":")[0] for mail in server.mails] == ["started", "finished"]
+    assert {mail["To"] for mail in server.mails} == {"me@example.org"}
 
 
 def test_without_a_server_the_training_does_not_start(datasets, tiny_config, global_config, monkeypatch):
