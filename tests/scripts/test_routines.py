@@ -33,7 +33,11 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("deleted", ROUTINES)
+# The one that is taken where none is asked for, and another; the others in the slow tier.
+DELETED = [pytest.param(name, marks=() if name in ("pytorch", "ignite") else pytest.mark.slow) for name in ROUTINES]
+
+
+@pytest.mark.parametrize("deleted", DELETED)
 def test_without_a_routine_all_else_works(project: Path, pairs_dir: Path, deleted: str) -> None:
     (project / "dida_tools" / "training" / f"{deleted}_training.py").unlink()
     imports = (

@@ -18,6 +18,7 @@ def pixels(dataset: SceneDataset, contract) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow  # a minute or two; make train shows the same
 def test_the_small_unet_clearly_beats_a_per_pixel_classifier(tmp_path_factory, global_config):
     data_dir = tmp_path_factory.mktemp("scenes")
     config = pytorch_training.small() | {"EPOCHS": 14}
