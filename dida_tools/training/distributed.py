@@ -58,7 +58,7 @@ def join_processes(
     if _Joined.times == 1:
         join(backend)
     else:  # torchrun's store still holds the addresses of the first time
-        store, number, size = next(dist.rendezvous("env://"))
+        store, number, size = next(dist.rendezvous("env://"))  # pylint: disable=stop-iteration-return
         store = dist.PrefixStore(f"training-{_Joined.times}", store)
         dist.init_process_group(backend, store=store, rank=number, world_size=size)
     try:
