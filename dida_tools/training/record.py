@@ -85,6 +85,9 @@ class Record:
         except Timeout as error:
             raise UserError(f"the run {self.name} is being trained by another process: wait, or end it.") from error
         try:
+            for folder in (self.log_dir, self.weight_dir):
+                for file in folder.glob(".*.tmp"):  # what a process that was killed was writing
+                    file.unlink(missing_ok=True)
             self._compare_configs()
             self.journal = Journal(self.log_dir / "journal.jsonl")
         except BaseException:

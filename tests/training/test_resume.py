@@ -522,3 +522,12 @@ def test_changed_data_is_said(train_first, datasets, pairs_dir, rich_config, glo
     capsys.readouterr()
     train_first(*again, rich_config | {"RESUME": name}, global_config)
     assert "the training data is not what it was" in capsys.readouterr().out
+
+
+def test_what_a_killed_process_was_writing_is_removed(train_first, datasets, rich_config, global_config):
+    name = interrupt(train_first, datasets, rich_config, global_config, at=9)
+    folders = [Path(global_config[key]) / name for key in ("LOG_DIR", "WEIGHT_DIR")]
+    for folder in folders:
+        (folder / ".last-00000004.pt.0123.tmp").write_bytes(b"half of it")
+    train_first(*datasets, rich_config | {"RESUME": name}, global_config)
+    assert not [file for folder in folders for file in folder.glob(".*.tmp")]
