@@ -112,6 +112,7 @@ def test_a_preempted_run_is_told(server, datasets, tiny_config, global_config):
     assert f"python train.py --resume {name}" in text_of(server.mails[-1])
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_changes_nothing(datasets, tiny_config, global_config, monkeypatch, capsys):
     expected = train(*datasets, tiny_config, global_config)
     with socket.create_server(("127.0.0.1", 0)) as black_hole:

@@ -155,6 +155,7 @@ def test_in_a_fresh_process_and_in_a_fresh_clone(tmp_path, pairs_dir):
     assert refused.returncode == 2 and "leave KEY=VALUE out" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_rerun_that_is_not_identical_ends_with_an_error(tmp_path, pairs_dir):
     variables = {"ROOT_PATH": str(tmp_path)}
     command = ("train.py", "--data", str(pairs_dir), *TINY)
