@@ -28,10 +28,15 @@ class DataContract:
     :param mean: of each channel, scaled; () where images are not normalised
     :param std: of each channel, scaled
     :param nodata: pixels with this value in all channels are no data
+    :param minimum: smallest value of each channel in the training files, as it stands there; () where it is not known
+    :param maximum: largest value of each channel
+    :param tile_size: edge of the images that the model was trained on, in pixels
     :param task: "multi-class" (softmax over the classes), "multi-label" (sigmoid for each class), "values" (regression)
-    :param class_names: names of the classes, or ()
     :param outputs: number of the model's output channels
-    :param threshold: probability from which a pixel belongs to a class (multi-label)
+    :param class_names: names of the classes, or ()
+    :param class_colors: a colour of each class, (red, green, blue) from 0 to 255, or ()
+    :param threshold: probability from which a pixel belongs to a class (multi-label); one for all classes, or one each
+    :param temperature: what logits are divided by, so that probabilities are frequencies (Guo et al. 2017)
     """
 
     channels: int
@@ -41,21 +46,25 @@ class DataContract:
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
     nodata: float | None = None
+    minimum: Sequence[float] = ()
+    maximum: Sequence[float] = ()
+    tile_size: int | None = None
     task: str = "multi-class"
-    class_names: Sequence[str] = ()
-    threshold: float = 0.5
     outputs: int = 1
+    class_names: Sequence[str] = ()
+    class_colors: Sequence[Sequence[int]] = ()
+    threshold: float | Sequence[float] = 0.5
+    temperature: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: strings, numbers and lists."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: _lists(value) for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "DataContract":
         """Reads what to_dict wrote; ignores what a later version may have added."""
         known = {field.name for field in fields(cls)}
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        return cls(**{key: _tuples(value) for key, value in stored.items() if key in known})
 
     def problems(self, image: np.ndarray) -> list[str]:
         """What of an image (H, W, C), as read from its file, is not as the model knows it: a sentence each."""
@@ -92,9 +101,10 @@ class DataContract:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Logits (N, C, ...) as probabilities of the classes in float32; values of a regression as they are."""
-        if self.task == "multi-class":
-            return logits.float().softmax(1)
-        return logits.float().sigmoid() if self.task == "multi-label" else logits.float()
+        if self.task == "values":
+            return logits.float()
+        logits = logits.float() / self.temperature
+        return logits.softmax(1) if self.task == "multi-class" else logits.sigmoid()
 
     def classes(self, probabilities: Tensor) -> Tensor:
         """
@@ -103,8 +113,18 @@ class DataContract:
         """
         if self.task == "multi-class":
             return probabilities.argmax(1).to(torch.uint8)
-        chosen = (probabilities >= self.threshold).to(torch.uint8)
+        thresholds = torch.as_tensor(self.threshold, dtype=torch.float32, device=probabilities.device)
+        thresholds = thresholds.reshape(1, -1, *[1] * (probabilities.ndim - 2))
+        chosen = (probabilities >= thresholds).to(torch.uint8)
         return chosen[:, 0] if chosen.shape[1] == 1 else chosen
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
 
 
 def default_scale(dtype: str) -> float:

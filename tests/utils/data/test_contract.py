@@ -17,8 +17,13 @@ FULL = DataContract(
     std=(0.5, 0.25, 1 / 3),
     nodata=0.0,
     task="multi-label",
+    minimum=(0.0, 1.0, 2.0),
+    maximum=(255.0, 254.0, 100.0),
+    tile_size=96,
     class_names=("road", "house"),
-    threshold=0.3,
+    class_colors=((255, 0, 0), (0, 0, 255)),
+    threshold=(0.3, 0.6),
+    temperature=1.5,
 )
 CONTRACTS = pytest.mark.parametrize("contract", [FULL, DataContract(1), DataContract(12, dtype="uint16", nodata=-1.5)])
 
