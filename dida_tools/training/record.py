@@ -3,11 +3,12 @@ Contains what a run leaves on the disk while it trains: its lock, config, enviro
 row. Of several processes only the main one has a record; the others have a Silent one.
 """
 
+import contextlib
 import json
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..utils.logging.rows import fold, refresh_log, row_of
 from ..utils.logging.runs import is_in_training, read_record, run_names, write_record
 from ..utils.name import make_unique_dir, safe_name
 from ..utils.path import shown, write_atomic
-from .tensorboard import write_hparams, write_pr_curves
+from .tensorboard import Board
 
 # What may change when a run goes on: silently, or with a word. Anything else is another training.
 _FREE_TO_CHANGE = (
@@ -102,7 +103,8 @@ class Record:
         self._row = row_of(self.journal.events)
         self._written: dict[str, Any] = {}
         self._last_row = time.monotonic()
-        self.writer: Any = None
+        self._pending: list[Event] = []  # what a full disk did not take yet
+        self.board: Any = Silent()
 
     def begin(self, event: Event, environment: dict[str, Any], not_rerunnable: str) -> None:
         """Writes what is known at the start."""
@@ -112,6 +114,7 @@ class Record:
         write_atomic(self.log_dir / "environment.json", lambda file: file.write(text))
         process = {"host": socket.gethostname(), "pid": os.getpid()}
         self.write({"event": "start"} | event | about | process | self._captured)
+        self._write_pending()  # a disk that is full now is better told now
         self.write_row()
 
     def changes_on_the_way(self, start: Event) -> list[str]:
@@ -132,43 +135,51 @@ class Record:
         :param step: of the last checkpoint
         :param is_end_of_epoch: whether it was the last one of an epoch, whose results have the same step
         """
-        from torch.utils.tensorboard import SummaryWriter  # imported where used: it takes a second
-
-        folder = str(self.log_dir / "tensorboard")
+        folder = self.log_dir / "tensorboard"
         if not self.goes_on:
-            self.writer = SummaryWriter(folder)
+            self.board = Board(folder, self._say)
         elif not is_end_of_epoch:
-            self.writer = SummaryWriter(folder, purge_step=step + 1)
+            self.board = Board(folder, self._say, purge_step=step + 1)
         else:
             # The epoch's results may be there or not: that step is written again.
-            self.writer = SummaryWriter(folder, purge_step=step)
+            self.board = Board(folder, self._say, purge_step=step)
             for event in read_journal(self.journal.path):
                 if event["event"] == "step" and event["step"] == step:
-                    self._write_step_scalars(event)
+                    self.board.write_event(event)
 
     def write(self, event: Event) -> None:
-        """Appends an event to the journal, unless a step or epoch is there already, and takes it into the row."""
+        """
+        Appends an event to the journal, unless a step or epoch is there already, and takes it into the row. On a full
+        disk it waits until there is space.
+        """
         event = event | {"time": time.time()}
-        self.journal.write(event)
         self._row = fold(self._row, event)
         if event["event"] == "step":
-            self._write_step_scalars(event)
+            self.board.write_event(event)
+        self._pending.append(event)
+        try:
+            self._write_pending()
+        except OSError as error:
+            if len(self._pending) == 1:
+                self._say(
+                    f"{self.journal.path} cannot be written ({error}): training goes on, and writes it when it can be."
+                )
 
-    def write_scalars(self, scalars: dict[str, float], step: int) -> None:
-        """Writes numbers for TensorBoard."""
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+    def _write_pending(self) -> None:
+        while self._pending:
+            self.journal.write(self._pending[0])
+            self._pending.pop(0)
 
-    def write_scores(self, scores: Any, class_names: Sequence[str], step: int) -> None:
-        """Writes precision-recall curves for TensorBoard, where there are any."""
-        if scores is not None:
-            write_pr_curves(self.writer, scores, class_names, step)
+    def write_epoch(self, event: Event) -> None:
+        """Appends the event of an epoch, and shows its numbers in TensorBoard."""
+        self.write(event)
+        self.board.write_event(event)
 
     def write_results(self, metrics: dict[str, float], step: int) -> None:
-        """Writes what was reached, and for TensorBoard with what config."""
+        """Shows in TensorBoard what was reached, and with what config."""
         tags = {name.replace(".", "/"): value for name, value in metrics.items()}
-        self.write_scalars({tag: value for tag, value in tags.items() if tag.startswith("test/")}, step)
-        write_hparams(self.writer, flatten(self._captured), tags)
+        self.board.write_scalars({tag: value for tag, value in tags.items() if tag.startswith("test/")}, step)
+        self.board.write_hparams(flatten(self._captured), tags, step)
 
     def write_row(self, older_than_seconds: float = 0) -> None:
         """Writes what has changed in the tracker's row, if the last time was that long ago."""
@@ -195,31 +206,33 @@ class Record:
 
     def end(self, status: str, error: str, seconds: float) -> None:
         """Takes note that the run ends without a result."""
-        try:
-            self.write({"event": "end", "status": status, "error": error, "seconds": seconds})
-        except OSError as failure:  # such as a full disk, which may be why the run ends
-            self._say(f"{self.journal.path} cannot be written ({failure}): the end of the run is not in it.")
+        self.write({"event": "end", "status": status, "error": error, "seconds": seconds})
         self.write_row()
 
     def sync(self) -> None:
-        """Makes what was written survive a power cut."""
+        """
+        Makes what was written survive a power cut.
+
+        :raises OSError: if the journal cannot take it all
+        """
+        self._write_pending()
         self.journal.sync()
-        self.writer.flush()
+        self.board.sync(lambda: read_journal(self.journal.path))
 
     def close(self) -> None:
         """Ends all writing."""
+        self.board.close()
         try:
-            if self.writer is not None:
-                self.writer.close()
+            with contextlib.suppress(OSError):
+                self._write_pending()
+            if self._pending:
+                events = ", ".join(sorted({event["event"] for event in self._pending}))
+                self._say(f"{self.journal.path}: the last {len(self._pending)} events ({events}) are not in it.")
             self.journal.close()
         except OSError as error:
             self._say(f"{self.log_dir}: the last lines may not be on the disk ({error}).")
         finally:
             self._lock.release()
-
-    def _write_step_scalars(self, event: Event) -> None:
-        scalars = {f"train/{name}": event[name] for name in ("loss", "learning_rate")}
-        self.write_scalars(scalars, event["step"])
 
     def _compare_configs(self) -> None:
         """Refuses to go on with another config than that of the run."""

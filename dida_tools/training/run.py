@@ -111,6 +111,7 @@ class Run:
         self._step_losses: list[float] = []
         self._stop = False
         self._can_save = True  # while the model holds the training's weights
+        self._best: dict[str, Any] | None = None  # the best weights, until they are on the disk
         if self.config["NOTIFY"] is not None and is_main():
             self.notification = Notification(preparation)
         try:
@@ -190,7 +191,7 @@ class Run:
         if self._stop:
             raise Preempted("a signal was received")
         if time.monotonic() - self._last_checkpoint >= self.config["CHECKPOINT_SECONDS"]:
-            self.save_checkpoint()
+            self._save_checkpoint_if_possible()
         self.record.write_row(older_than_seconds=_HEARTBEAT_SECONDS)
 
     def record_epoch(self, results: dict[str, float]) -> None:
@@ -204,7 +205,8 @@ class Run:
         improved = self._is_better(value)
         if improved:
             state.best, state.best_epoch, state.bad_epochs = value, state.epoch, 0
-            self._save_best()
+            self._best = self._weights_and_contract() if is_main() else None
+            self._save_best_if_possible()
         else:
             state.bad_epochs += 1
             state.stopped = self.config["PATIENCE"] is not None and state.bad_epochs >= self.config["PATIENCE"]
@@ -213,24 +215,33 @@ class Run:
         event = {"event": "epoch", "epoch": state.epoch, "step": state.step, "best": improved} | values
         event["seconds"] = round(time.monotonic() - self._started, 2)
         self.history[state.epoch] = event
-        self.record.write(event)
-        scalars = {f"validation/{name.replace('.', '/')}": result for name, result in results.items()}
-        self.record.write_scalars({"train/epoch_loss": train_loss} | scalars, state.step)
+        self.record.write_epoch(event)
         if is_main():
             for panel in self._panels():
-                self.record.writer.add_image(f"test/{panel.name}", panel.row(), state.step, dataformats="HWC")
+                self.record.board.write_image(f"test/{panel.name}", panel.row(), state.step)
         state.batch, state.num_samples, state.loss_sum = 0, 0, 0.0
         self.progress.epoch(state, train_loss, results, improved)
         is_time = time.monotonic() - self._last_checkpoint >= self.config["CHECKPOINT_SECONDS"]
         if is_time or not checkpoint_files(self.weight_dir):
-            self.save_checkpoint()
+            self._save_checkpoint_if_possible()
         self.record.write_row()
+
+    def _save_checkpoint_if_possible(self) -> None:
+        """Saves the training state. On a full disk training goes on, and the next time may find space."""
+        try:
+            self.save_checkpoint()
+        except OSError as error:
+            self._say(
+                f"The state after step {self.state.step} could not be saved ({error}): free some space; what was "
+                "saved before is whole, and training goes on."
+            )
 
     def save_checkpoint(self) -> None:
         """
-        Saves the training state, after an optimizer step.
+        Saves the training state, after an optimizer step, and what has to be on the disk before it.
 
         :raises NonFiniteLoss: if a parameter is NaN or infinite; such a state is not saved
+        :raises OSError: if it cannot be written, such as on a full disk; what was saved before is still there
         """
         preparation = self.preparation
         try:
@@ -242,6 +253,7 @@ class Run:
         self._last_checkpoint = time.monotonic()
         if not is_main():
             return
+        self._save_best()
         self.record.sync()
         self.state.seconds = time.monotonic() - self._started
         scheduler, ema = preparation.scheduler, preparation.ema
@@ -284,8 +296,9 @@ class Run:
             results = evaluate(model, preparation.test_loader, evaluation, *preparation.place)
             metrics |= {f"test.{name}": value for name, value in results.items()}
             counts = next(iter(evaluation.counts.values()), None)
-            self.record.write_scores(evaluation.scores, preparation.contract.class_names, state.step)
             if is_main():
+                if evaluation.scores is not None:
+                    self.record.board.write_pr_curves(evaluation.scores, preparation.contract.class_names, state.step)
                 order: Any = preparation.test_loader.batch_sampler
                 losses, seed = evaluation.sample_losses, self.config["SEED"]
                 panels = self._panels(choose_samples(preparation.test_set, order.order, losses, seed))
@@ -301,6 +314,7 @@ class Run:
             identical, comparison = on_main(lambda: self._compare(digest))
             about["identical"] = identical
         self.record.write({"event": "test"} | about | metrics)
+        self.record.sync()
         self.record.say_contradictions()
         self.record.write_row()
         last = on_main(lambda: checkpoint_files(self.weight_dir)[0])
@@ -412,11 +426,22 @@ class Run:
         return value > self.state.best if self.config["MONITOR"].startswith("max") else value < self.state.best
 
     def _save_best(self) -> None:
-        if not is_main():
-            return
+        """Writes the best weights, if they are not on the disk yet."""
+        if self._best is not None:
+            save_weights(self.weight_dir / "best.pt", self._best)
+            self._best = None
+
+    def _save_best_if_possible(self) -> None:
+        try:
+            self._save_best()
+        except OSError as error:
+            assert self._best is not None
+            self._best["model"] = {name: value.detach().clone() for name, value in self._best["model"].items()}
+            self._say(f"The best weights could not be saved ({error}): they are kept, and written when they can be.")
+
+    def _weights_and_contract(self) -> dict[str, Any]:
         model = self.preparation.evaluated_model()
-        contract = self.preparation.contract.to_dict()
-        save_weights(self.weight_dir / "best.pt", {"model": model.state_dict(), "contract": contract})
+        return {"model": model.state_dict(), "contract": self.preparation.contract.to_dict()}
 
     def _panels(self, samples: dict[int, str] | None = None) -> list[Any]:
         preparation = self.preparation

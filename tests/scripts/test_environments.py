@@ -89,3 +89,69 @@ def test_every_import_of_the_package_is_a_dependency_or_in_the_extra_of_its_part
         if files:
             needed = {name_of(requirement) for requirement in EXTRAS[extra]} - LOADED_BY_NAME
             assert imports_of(*files) - dependencies - {"dida_tools"} == needed, extra
+
+
+def make(*arguments: str) -> str:
+    return subprocess.run(["make", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def test_help_lists_every_target():
+    text = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split())
+    listed = set(re.findall(r"^  make (\S+)", make("help"), re.MULTILINE))
+    assert listed == targets
+
+
+@pytest.mark.parametrize("target", ["train", "test", "env", "env-dev", "lint"])
+def test_targets_can_be_planned_for_both_kinds_of_environment(target):
+    assert "pip install" in make("-n", "-B", target, "ENV=venv")
+    assert "environment.yml" in make("-n", "-B", target, "ENV=conda", "CONDA=micromamba")
+
+
+def test_ci_calls_make_test_alone():
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert [line for line in lines if line.startswith("make")] == ["make test"]
+
+
+def test_a_broken_torchvision_is_removed_and_said(tmp_path):
+    """A stand-in whose import fails, in an environment of its own that sees the packages of this one."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    site = Path(
+        subprocess.check_output([python, "-c", "import site; print(site.getsitepackages()[0])"], text=True).strip()
+    )
+    here = subprocess.check_output([sys.executable, "-c", "import site; print(site.getsitepackages()[0])"], text=True)
+    (site / "outer.pth").write_text(here)
+    (site / "torchvision").mkdir()
+    (site / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (site / "torchvision-0.28.0.dist-info").mkdir()
+    (site / "torchvision-0.28.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n"
+    )
+    (site / "torchvision-0.28.0.dist-info" / "RECORD").write_text(
+        "torchvision/__init__.py,,\ntorchvision-0.28.0.dist-info/METADATA,,\ntorchvision-0.28.0.dist-info/RECORD,,\n"
+        "torchvision-0.28.0.dist-info/INSTALLER,,\n"
+    )
+    (site / "torchvision-0.28.0.dist-info" / "INSTALLER").write_text("pip\n")
+    command = [python, ROOT / "tools" / "check_torchvision.py"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "torchvision 0.28.0 cannot be imported" in answer
+    assert not (site / "torchvision" / "__init__.py").exists()
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
+
+
+def test_the_configs_of_training_prediction_and_suite_are_of_one_model():
+    from dida_tools.models import UNET
+    from dida_tools.training.pytorch_training import small
+
+    trained = small()["MODEL_CONFIG"]
+    scope: dict = {}
+    exec((ROOT / "predict.py").read_text().split("def main")[0], scope)
+    source = (ROOT / "tests" / "test_models" / "test_unet.py").read_text()
+    exec(source.split("@pytest.fixture")[0], scope)
+    shapes = [
+        {name: tensor.shape for name, tensor in UNET(**config).state_dict().items()}
+        for config in (trained, scope["predict_config"]["MODEL_CONFIG"], scope["MODEL_CONFIG"])
+    ]
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert scope["MODEL"] is UNET

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from dida_tools.training.checkpoint import checkpoint_files
+from dida_tools.training.record import Record
 from dida_tools.utils import path as path_module
 from dida_tools.utils import signals
 from dida_tools.utils.logging import read_log
@@ -223,6 +224,44 @@ def test_after_a_fault_in_some_operations_it_goes_on_to_the_same_end(scenarios, 
     kinds = scenarios.kinds(scenario)
     numbers = some(numbers_of(kinds, mode), kinds, 8 if scenario == "begins" else 4, f"{scenario} {mode}")
     print(disturb_at(scenarios, scenario, mode, numbers, kinds))
+
+
+def test_while_the_disk_is_full_training_goes_on_and_nothing_is_missing_afterwards(scenarios):
+    training = scenarios.new("begins")
+    faults = Faults()
+
+    def setup() -> None:
+        faults.install()
+        write = Journal.write
+
+        def write_while_full(journal: Journal, event: Event) -> bool:
+            if event["event"] == "step" and event["step"] in (2, 5):
+                is_full = event["step"] == 2
+                faults.mode = "disk full from then on" if is_full else ""
+                faults.at = len(faults.kinds) + 1
+            return write(journal, event)
+
+        Journal.write = write_while_full  # type: ignore[method-assign]
+        # The journal would try step 2 again and again, and so find space never.
+        write_pending = Record._write_pending
+
+        def see_space(record: Record) -> None:
+            if any(event["event"] == "step" and event["step"] == 5 for event in record._pending):
+                faults.mode = ""
+            write_pending(record)
+
+        Record._write_pending = see_space  # type: ignore[method-assign]
+
+    child = training.start(setup)
+    assert child.wait() and child.code == 0, child.said()
+    said = child.said()
+    assert "journal.jsonl cannot be written ([Errno 28] No space left on device): training goes on" in said
+    assert "best weights could not be saved" in said and "row could not be written" in said
+    assert "The state after step" in said and "not in it" not in said
+    training.assert_ended_as(scenarios.end)
+    scenarios.assert_right(training, said)
+    (row,) = training.rows()
+    assert row["STATUS"] == "finished"
 
 
 def test_a_signal_on_a_full_disk_ends_as_one_and_what_was_saved_before_is_gone_on_with(scenarios):
