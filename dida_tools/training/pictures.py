@@ -11,18 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ..config.device import autocast
+from ..utils.data.contract import PALETTE as _PALETTE
 from ..utils.data.contract import DataContract
 from ..utils.torchutils import evaluation_mode
 from .evaluation import to_device
 
-# Colours of the classes, by number.  # <- your colours here
-PALETTE = np.array(
-    [
-        (222, 205, 120), (34, 110, 60), (45, 100, 190), (200, 70, 60), (235, 235, 235), (145, 95, 170),
-        (240, 145, 50), (90, 200, 200), (230, 130, 180), (130, 130, 60), (100, 70, 50), (150, 150, 150),
-    ],
-    np.uint8,
-)  # fmt: skip
+PALETTE = np.array(_PALETTE, np.uint8)
 IGNORED_COLOUR = (0, 0, 0)
 _MAX_PIXELS = 512
 

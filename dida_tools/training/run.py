@@ -6,6 +6,7 @@ What is written while it trains is in record.py, what is printed in progress.py.
 """
 
 import contextlib
+import copy
 import gc
 import math
 import sys
@@ -435,8 +436,7 @@ class Run:
         try:
             self._save_best()
         except OSError as error:
-            assert self._best is not None
-            self._best["model"] = {name: value.detach().clone() for name, value in self._best["model"].items()}
+            self._best = copy.deepcopy(self._best)  # the model will go on changing
             self._say(f"The best weights could not be saved ({error}): they are kept, and written when they can be.")
 
     def _weights_and_contract(self) -> dict[str, Any]:

@@ -15,6 +15,13 @@ from .facts import has_data
 
 TASKS = ("multi-class", "multi-label", "values")
 
+# Colours of classes that have none of their own, by number.  # <- your colours here
+PALETTE = [
+    (222, 205, 120), (34, 110, 60), (45, 100, 190), (200, 70, 60), (235, 235, 235), (145, 95, 170),
+    (240, 145, 50), (90, 200, 200), (230, 130, 180), (130, 130, 60), (100, 70, 50), (150, 150, 150),
+]  # fmt: skip
+_MIN_PIXELS = 64
+
 
 @dataclass(frozen=True)
 class DataContract:
@@ -71,7 +78,10 @@ class DataContract:
         found = []
         if image.shape[-1] != self.channels:
             names = f" ({', '.join(self.channel_names)})" if self.channel_names else ""
-            found.append(f"it has {image.shape[-1]} channels, the model was trained on {self.channels}{names}")
+            found.append(
+                f"it has {image.shape[-1]} channels, the model was trained on {self.channels}{names}: give those, in "
+                "this order"
+            )
         if image.dtype.name != self.dtype:
             found.append(
                 f"it is {image.dtype}, the model was trained on {self.dtype} files, whose values were multiplied with "
@@ -82,6 +92,63 @@ class DataContract:
             if bad.any():
                 found.append(f"it has {int(bad.sum())} NaN or infinite values: replace them, or name them as nodata")
         return found
+
+    def value_problems(self, pixels: np.ndarray) -> list[str]:
+        """
+        What the values of an image, or of a sample of its pixels, tell against its being like those of training:
+        another scale, another offset, a band that is missing. Values that are merely unusual are no problem.
+
+        :param pixels: (..., C) as read from the file; few pixels with data tell nothing
+        """
+        pixels = pixels[has_data(pixels, self.nodata)].astype(np.float64)
+        if len(pixels) < _MIN_PIXELS or pixels.shape[-1] != self.channels or not self.maximum:
+            return []
+        low, high = pixels.min(0), pixels.max(0)
+        return self.range_problems(low, high, *np.percentile(pixels, (1, 99), axis=0))
+
+    def range_problems(
+        self, low: np.ndarray, high: np.ndarray, usual_low: np.ndarray, usual_high: np.ndarray
+    ) -> list[str]:
+        """The same from what is known of each channel: smallest and largest value, and where nearly all values lie."""
+        minimum, maximum = np.array(self.minimum), np.array(self.maximum)
+        span = maximum - minimum
+        deviation = np.array(self.std) / self.scale if self.std else span / 20  # one hot pixel makes a span
+        varies = span > 0
+        spread = usual_high - usual_low
+        here, there = f"{low.min():g} to {high.max():g}", f"{minimum.min():g} to {maximum.max():g}"
+        about = f"its values go from {here}, those of the training data from {there}"
+        remedy = "bring them to the scale of the training data"
+        if not varies.any() or (high == low).all():
+            return []
+        if (spread < 0.05 * deviation)[varies].all() and (high - low < 0.05 * span)[varies].all():
+            return [f"{about}: as if they had been divided by a number; {remedy}"]
+        if (spread > 50 * span)[varies].any():
+            return [f"{about}: as if they had been multiplied by a number; {remedy}"]
+        problems = []
+        outside = varies & ((usual_high < minimum - span / 2) | (usual_low > maximum + span / 2))
+        if outside.any():
+            problems.append(f"{about}, with another offset in {self._named(outside)}; {remedy}")
+        dead = varies & (high == low)
+        if dead.any():
+            values = ", ".join(f"{value:g}" for value in sorted(set(low[dead])))
+            problems.append(f"{self._named(dead)} is constant ({values}): is the band missing, or at another place?")
+        alive = ~varies & ((low != minimum) | (high != maximum))
+        if alive.any():
+            problems.append(
+                f"{self._named(alive)} was constant in the training data, and is not here: fill it with that value, "
+                "or train with data that have it"
+            )
+        return problems
+
+    def _named(self, which: np.ndarray) -> str:
+        names = [str(self.channel_names[int(one)]) if self.channel_names else str(one) for one in np.flatnonzero(which)]
+        return f"channel{'s' * (len(names) > 1)} {', '.join(names)}"
+
+    def colors(self) -> list[tuple[int, ...]]:
+        """A colour of each class: its own, or one of PALETTE."""
+        number = max(2, self.outputs)
+        given = [tuple(color) for color in self.class_colors]
+        return given if len(given) >= number else [PALETTE[one % len(PALETTE)] for one in range(number)]
 
     def prepare(self, image: np.ndarray) -> tuple[Tensor, Tensor]:
         """

@@ -55,6 +55,7 @@ class NpyDataset(Dataset):
         nodata: float | None = None,
         scale: float | None = None,
         tile: int = 1024,
+        class_colors: Sequence[Sequence[int]] = (),
     ) -> None:
         """
         :param x_dir: folder of the images, (H, W) or (H, W, C)
@@ -73,6 +74,7 @@ class NpyDataset(Dataset):
         :param nodata: value of pixels without data, if the files do not state it; they count nowhere (but for "values")
         :param scale: what images are multiplied with; None divides integers by the largest value of their type
         :param tile: largest edge of a sample in evaluation, in pixels
+        :param class_colors: a colour of each class on maps, (red, green, blue) from 0 to 255
         :raises DataError: if the folders do not hold pairs, with every missing or surplus partner
         """
         self.arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
@@ -88,6 +90,7 @@ class NpyDataset(Dataset):
         self.task, self.class_names, self.channel_names = task, tuple(class_names), tuple(channel_names)
         self.mask_values, self.ignore_index = mask_values, ignore_index
         self.nodata, self.scale, self.tile = nodata, scale, tile
+        self.class_colors = tuple(tuple(color) for color in class_colors)
         self._info: dict[Path, ImageInfo] = {}
         self._facts: dict[Path, Facts] = {}
         self._contract: DataContract | None = None
@@ -214,16 +217,33 @@ class NpyDataset(Dataset):
             nodata=info.nodata if self.nodata is None else self.nodata,
             task=self.task,
             class_names=self.class_names,
+            class_colors=self.class_colors,
         )
 
     def contract(self, normalise: bool = True, cache_file: Path | None = None) -> DataContract:
-        """How these images are read. With normalise, mean and deviation of each channel are fitted on them."""
-        contract = self._plain_contract()
+        """
+        How these images are read, and what values they hold. With normalise, mean and deviation of each channel are
+        fitted on them.
+        """
+        facts = [self._fact(file, cache_file) for file in self.images]
+        edges = [min(self.tile, max(fact["shape"][:2])) for fact in facts]
+        minimum, maximum = self._ranges(facts)
+        contract = dataclasses.replace(
+            self._plain_contract(), minimum=minimum, maximum=maximum, tile_size=self.crop or max(edges)
+        )
         if not normalise:
             return contract
         mean, std = (statistic * contract.scale for statistic in self.mean_and_std(cache_file))
         std = np.where(std > 1e-12 * np.abs(mean), std, 1.0)  # a constant channel becomes 0
         return dataclasses.replace(contract, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+    def _ranges(self, facts: Sequence[Facts]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Smallest and largest value of each channel, as they stand in the files."""
+        ranges = [(fact["min"], fact["max"]) for fact in facts if all(fact["count"])]
+        if not ranges:
+            return (), ()
+        low, high = np.array(ranges).transpose(1, 0, 2)
+        return tuple(low.min(0).tolist()), tuple(high.max(0).tolist())
 
     def mean_and_std(self, cache_file: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Mean and deviation of each channel over all pixels that hold data, as they stand in the files."""
@@ -252,6 +272,11 @@ class NpyDataset(Dataset):
             )
         for number, file in enumerate(self.images):
             problems += _contract_problems(contract, file, self._image_info(number))
+        if self._facts and not problems:
+            low, high = (np.array(one) for one in self._ranges([self._facts[file] for file in self.images]))
+            if contract.maximum and low.size:
+                found = contract.range_problems(low, high, low, high)
+                problems += [f"{self.images[0].parent}: {problem}" for problem in found]
         if problems:
             raise DataError(problems)
         other = copy.copy(self)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,11 @@ def test_byte_order_is_no_problem() -> None:
 
 
 def test_other_channels_are_named() -> None:
-    assert FULL.problems(invent("uint8", 4)) == ["it has 4 channels, the model was trained on 3 (red, green, blue)"]
-    assert DataContract(2, dtype="uint8").problems(invent("uint8", 1)) == [
-        "it has 1 channels, the model was trained on 2"
+    assert FULL.problems(invent("uint8", 4)) == [
+        "it has 4 channels, the model was trained on 3 (red, green, blue): give those, in this order"
     ]
+    (problem,) = DataContract(2, dtype="uint8").problems(invent("uint8", 1))
+    assert problem.startswith("it has 1 channels, the model was trained on 2:")
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32", "int8", "bool"])
@@ -123,6 +125,75 @@ def test_nan_is_no_problem_where_it_means_no_data() -> None:
 
 def test_all_problems_are_listed_at_once() -> None:
     assert len(FULL.problems(invent("float64", 2))) == 2
+
+
+# ------------------------------------------------------------------------------------------------ values of an image
+
+REFLECTANCE = DataContract(
+    3,
+    ("B02", "B03", "B04"),
+    dtype="float32",
+    mean=(1500.0, 2000.0, 0.0),
+    std=(900.0, 1000.0, 1.0),
+    minimum=(0.0, 100.0, 7.0),
+    maximum=(10000.0, 12000.0, 7.0),
+)
+
+
+def reflectance(height: int = 40, width: int = 40) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    values = rng.normal((1500, 2000, 7), (900, 1000, 0), (height, width, 3))
+    return np.clip(values, (0, 100, 7), (10000, 12000, 7)).astype(np.float32)
+
+
+def test_values_as_in_training_are_no_problem_nor_those_of_a_dark_a_blank_or_a_small_image() -> None:
+    image = reflectance()
+    for one in (image, image[:20] * (0.2, 0.2, 1), np.full_like(image, 3), image[:3, :3] / 10000, image[:, :, :2]):
+        assert REFLECTANCE.value_problems(one) == []
+    assert DataContract(3).value_problems(image / 1e9) == []  # nothing is known of training
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1 / 65535])
+def test_values_that_were_divided_are_told(factor: float) -> None:
+    (problem,) = REFLECTANCE.value_problems(reflectance() * factor)
+    assert "its values go from 0 to" in problem and "those of the training data from 0 to 12000" in problem
+    assert "as if they had been divided" in problem and "bring them to the scale of the training data" in problem
+
+
+def test_values_that_were_multiplied_or_moved_are_told() -> None:
+    (problem,) = REFLECTANCE.value_problems(reflectance() * 1e4)
+    assert "as if they had been multiplied" in problem
+    (problem, _) = REFLECTANCE.value_problems(reflectance() + np.array([30000, 0, 1], np.float32))
+    assert "another offset in channel B02;" in problem
+
+
+def test_a_band_that_is_constant_or_was_is_named() -> None:
+    image = reflectance()
+    image[..., 1] = 500
+    (problem,) = REFLECTANCE.value_problems(image)
+    assert problem.startswith("channel B03 is constant (500): is the band missing")
+    image = reflectance()
+    image[0, 0, 2] = 8
+    (problem,) = REFLECTANCE.value_problems(image)
+    assert problem.startswith("channel B04 was constant in the training data, and is not here")
+
+
+def test_pixels_without_data_do_not_count_as_values() -> None:
+    contract = dataclasses.replace(REFLECTANCE, nodata=-9999.0)
+    image = reflectance()
+    image[:20] = -9999
+    assert contract.value_problems(image) == []
+    assert REFLECTANCE.value_problems(image) != []
+
+
+def test_scaled_training_statistics_are_compared_with_unscaled_values() -> None:
+    contract = DataContract(
+        1, dtype="uint16", scale=1 / 65535, mean=(0.005,), std=(100 / 65535,), minimum=(0.0,), maximum=(60000.0,)
+    )  # with one hot pixel
+    rng = np.random.default_rng(0)
+    image = rng.normal(300, 100, (50, 50, 1)).clip(0, 65535).astype(np.uint16)
+    assert contract.value_problems(image) == []
+    assert contract.value_problems((image // 256).astype(np.uint16)) != []
 
 
 # -------------------------------------------------------------------------------------------------------- preparation

@@ -279,10 +279,30 @@ def test_a_constant_channel_becomes_0(write_pairs: Pairs, value: float, dtype: s
 
 def test_the_contract_says_how_the_images_are_read(write_pairs: Pairs) -> None:
     names: dict[str, Any] = {"channel_names": ("r", "g", "b"), "class_names": ["a", "b", "c"]}
-    contract = NpyDataset(*write_pairs(invent_images(), invent_masks()), **names).contract(normalise=False)
+    names["class_colors"] = [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
+    images = invent_images()
+    contract = NpyDataset(*write_pairs(images, invent_masks()), **names).contract(normalise=False)
     assert contract == DataContract(
-        3, ("r", "g", "b"), "uint8", 1 / 255, nodata=None, task="multi-class", class_names=("a", "b", "c")
+        3,
+        ("r", "g", "b"),
+        "uint8",
+        1 / 255,
+        minimum=tuple(min(image[..., channel].min() for image in images) for channel in range(3)),
+        maximum=tuple(max(image[..., channel].max() for image in images) for channel in range(3)),
+        tile_size=max(max(image.shape[:2]) for image in images),
+        class_names=("a", "b", "c"),
+        class_colors=((0, 0, 0), (255, 0, 0), (0, 255, 0)),
     )
+
+
+def test_test_images_of_another_scale_are_refused(write_pairs: Pairs) -> None:
+    images = [image.astype(np.float32) for image in invent_images()]
+    train = NpyDataset(*write_pairs(images, invent_masks(), folder="train"))
+    test = NpyDataset(*write_pairs([image / 255 for image in images], invent_masks(), folder="test"))
+    contract = train.contract()
+    test.check()
+    with pytest.raises(DataError, match="as if they had been divided by a number; bring them to the scale"):
+        test.with_contract(contract)
 
 
 def test_other_data_are_read_by_the_contract_of_the_training_set(write_pairs: Pairs) -> None:
