@@ -1,5 +1,6 @@
 """Contains prediction."""
 
-from .predict import predict
+from .predict import predict, predict_run
+from .predictor import Predictor, load_predictor, predict_array
 
-__all__ = ["predict"]
+__all__ = ["predict", "predict_run", "Predictor", "load_predictor", "predict_array"]

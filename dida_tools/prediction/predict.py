@@ -1,178 +1,350 @@
-"""Contains prediction of whole images: files in, predictions out, under the input's name."""
+"""
+Contains prediction: image files in, maps out, under the input's name.
 
+From a notebook: predict(config) and predict_run(name, files, out_dir); predict_array of predictor.py for what is in the
+memory.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
 import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from ..config.capture import ConfigError
-from ..config.device import autocast, get_device, get_precision
-from ..utils.data.contract import DataContract
-from ..utils.data.datasets import NpyPredictionDataset
-from ..utils.data.images import ENDINGS, DataError, list_images
-from ..utils.path import write_atomic
+from ..config.capture import ConfigError, capture
+from ..config.config import global_config as default_global_config
+from ..utils.data.contract import DataContract, default_scale
+from ..utils.data.images import DataError, Grid, ImageReader, Window
+from ..utils.logging.journal import Journal, read_journal
+from ..utils.logging.runs import find_run, read_run_config
+from ..utils.path import create_dirs
 from ..utils.signals import raise_if_stop_requested, stop_on_signals
-from ..utils.torchutils import fill_model
-from ..utils.weights import load_weights, model_state
-
-OUTPUTS = ("classes", "probabilities")
+from ..utils.weights import weights_digest
+from .jobs import Job, check_jobs, find_inputs, plan
+from .outputs import DTYPES, KINDS, GrowingFile, make_output, style_of
+from .predictor import AUGMENTATIONS, Predictor, load_predictor
+from .windows import Band, Tiling, predict_bands
 
 DEFAULTS: dict[str, Any] = {
     "MODEL_CONFIG": {},
     "DEVICE": "auto",
     "PRECISION": "auto",
-    "OUTPUT": "classes",
+    "OUTPUT": "classes",  # or several of KINDS
+    "OUTPUT_DTYPE": "float32",
+    "FORMAT": None,  # ending of the outputs; None: like the input
     "PREFIX": "",
     "SUFFIX": "",
+    "BANDS": None,  # patterns of file names, in the order of the channels: each folder in FILES is one image then
+    "TILE": None,  # edge of the windows; None: what the model was trained on, but at least 256
+    "OVERLAP": 0.25,
+    "BATCH_SIZE": 4,
+    "AUGMENT": "none",
+    "CHECK_VALUES": True,
 }
 REQUIRED = ("MODEL", "WEIGHTS", "FILES", "OUT_DIR")
+LEDGER = "predictions.jsonl"
+
+Sample = tuple[Job, Tensor, np.ndarray, Grid | None]  # an image of one window: inputs, where there is data, its grid
+
+_SMALLEST_TILE = 256
+_RASTER_CACHE_BYTES = 64 * 2**20  # GDAL would take a part of the machine's memory
 
 
 def predict(predict_config: dict[str, Any]) -> list[Path]:
     """
-    Predicts images with a trained model.
+    Predicts images of any size with a trained model.
 
-    The images are read, scaled and normalised as in training, by the data contract in the weights file.
+    The images are read, scaled and normalised as in training, by the data contract in the weights file. What an earlier
+    call with the same weights and settings has finished is not done again, and an image that it left unfinished is gone
+    on with; LEDGER in OUT_DIR tells what was made of what. Several processes of torchrun share the images.
 
-    :param predict_config: MODEL (class), MODEL_CONFIG, WEIGHTS (file), FILES (image files or folders of them),
-        OUT_DIR, DEVICE, PRECISION, OUTPUT ("classes": uint8, "probabilities": float32 (H, W, C)), and PREFIX and SUFFIX
-        of the outputs' names
-    :return: the written files
-    :raises ConfigError, DataError, WeightsError: for what cannot be used, before anything is written; NaN in an
-        image when it is its turn
-    :raises Preempted: between two images, if a signal has asked to end
+    :param predict_config: MODEL (class), WEIGHTS (file), FILES (images, folders, or patterns such as "in/*.tif"),
+        OUT_DIR, and what DEFAULTS has
+    :return: the outputs of all images of this process
+    :raises ConfigError, DataError, WeightsError: for what cannot be used, before anything is written; for an image that
+        turns out to be unusable later, after all others are done
+    :raises Preempted: if a signal has asked to end; what is written is whole
     """
-    unknown = [f"{key} is no key of a predict_config" for key in predict_config if key not in {*DEFAULTS, *REQUIRED}]
-    missing = [f"{key} is missing" for key in REQUIRED if predict_config.get(key) is None]
-    config = DEFAULTS | predict_config
-    if config["OUTPUT"] not in OUTPUTS:
-        missing.append(f"OUTPUT is {config['OUTPUT']!r}: choose one of {', '.join(OUTPUTS)}")
-    if unknown or missing:
-        raise ConfigError(unknown + missing)
-    device = get_device(config["DEVICE"])
-    precision = get_precision(device, config["PRECISION"])
-    stored = load_weights(config["WEIGHTS"])
-    contract = DataContract.from_dict(stored["contract"]) if "contract" in stored else None
-    model = config["MODEL"](**config["MODEL_CONFIG"])
-    fill_model(model, model_state(stored), str(config["WEIGHTS"]))
-    model = model.to(device).eval()
-    files = find_files(config["FILES"])
-    dataset = NpyPredictionDataset(files, contract)
-    # A picture holds one class number a pixel; anything else goes into .npy.
-    is_map = config["OUTPUT"] == "classes" and dataset.contract.task != "values"
-    as_picture = is_map and (dataset.contract.task == "multi-class" or dataset.contract.outputs == 1)
-    outputs = _output_files(files, Path(config["OUT_DIR"]), config["PREFIX"], config["SUFFIX"], as_picture)
-    with stop_on_signals():
-        for index in tqdm(range(len(dataset)), unit=" images", disable=None, leave=False):
+    config = _complete(predict_config)
+    kinds = [config["OUTPUT"]] if isinstance(config["OUTPUT"], str) else list(config["OUTPUT"])
+    options = {"device": config["DEVICE"], "precision": config["PRECISION"], "augment": config["AUGMENT"]}
+    inputs = find_inputs(config["FILES"], config["BANDS"])
+    if "LOCAL_RANK" in os.environ and options["device"] == "auto" and torch.cuda.is_available():
+        options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+    predictor = load_predictor(
+        config["WEIGHTS"], config["MODEL"], config["MODEL_CONFIG"], contract=_plain_contract(inputs[0]), **options
+    )
+    jobs = plan(inputs, kinds, predictor.contract, config)
+    jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+    sizes = check_jobs(jobs, predictor.contract, config["CHECK_VALUES"])
+    with stop_on_signals(), ExitStack() as stack:
+        if any(file.suffix.lower() in (".tif", ".tiff") for job in jobs for file in (*job.inputs, *job.outputs)):
+            import rasterio  # imported where used: the file formats of most projects do not need it
+
+            stack.enter_context(rasterio.Env(GDAL_CACHEMAX=_RASTER_CACHE_BYTES))
+        work = _Work(predictor, kinds, config)
+        stack.callback(work.close)
+        work.do(jobs, sizes)
+    return [output for job in jobs for output in job.outputs]
+
+
+def predict_run(
+    name: str, files: Any, out_dir: Any, global_config: dict[str, str] = default_global_config, **options: Any
+) -> list[Path]:
+    """
+    Predicts images with a tracked run.
+
+    :param name: the run's name or part of it, "latest", or "best"
+    :param options: keys of DEFAULTS, such as OUTPUT="probabilities"
+    :return: the outputs
+    """
+    return predict(run_config(name, global_config) | {"FILES": files, "OUT_DIR": out_dir} | options)
+
+
+def run_config(name: str, global_config: dict[str, str] = default_global_config) -> dict[str, Any]:
+    """MODEL, MODEL_CONFIG and WEIGHTS of a tracked run, for a predict_config."""
+    name = find_run(global_config, name, with_weights=True)
+    config = read_run_config(Path(global_config["LOG_DIR"]) / name)
+    weights = Path(global_config["WEIGHT_DIR"]) / name / "best.pt"
+    return {"MODEL": config["MODEL"], "MODEL_CONFIG": config["MODEL_CONFIG"], "WEIGHTS": weights}
+
+
+# ---------------------------------------------------------------------------------------------------- before the start
+
+
+def _complete(given: dict[str, Any]) -> dict[str, Any]:
+    problems = [f"{key} is no key of a predict_config" for key in given if key not in {*DEFAULTS, *REQUIRED}]
+    problems += [f"{key} is missing" for key in REQUIRED if given.get(key) is None]
+    config = DEFAULTS | given
+    kinds = [config["OUTPUT"]] if isinstance(config["OUTPUT"], str) else config["OUTPUT"]
+    choices = {"OUTPUT_DTYPE": DTYPES, "AUGMENT": tuple(AUGMENTATIONS), "FORMAT": (None, ".npy", ".png", ".tif")}
+    asked = [("OUTPUT", kind, KINDS) for kind in kinds] + [(key, config[key], choices[key]) for key in choices]
+    problems += [
+        f"{key} is {value!r}: choose one of {', '.join(map(str, allowed))}"
+        for key, value, allowed in asked
+        if value not in allowed
+    ]
+    if not (isinstance(config["OVERLAP"], int | float) and 0 <= config["OVERLAP"] < 1):
+        problems.append(f"OVERLAP is {config['OVERLAP']!r}: it is from 0 to below 1")
+    for key in ("TILE", "BATCH_SIZE"):
+        if config[key] is not None and not (isinstance(config[key], int) and config[key] > 0):
+            problems.append(f"{key} is {config[key]!r}: it is a whole number above 0")
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _plain_contract(inputs: tuple[Path, ...]) -> DataContract:
+    """For weights without a contract: what the first image suggests."""
+    with ImageReader(*inputs) as image:
+        scale = default_scale(image.dtype)
+        return DataContract(image.shape[2], dtype=image.dtype, scale=scale, nodata=image.nodata)
+
+
+# ------------------------------------------------------------------------------------------------------------ the work
+
+
+class _Work:
+    """Predicts the images of one process."""
+
+    def __init__(self, predictor: Predictor, kinds: list[str], config: dict[str, Any]) -> None:
+        self.predictor, self.contract, self.kinds = predictor, predictor.contract, kinds
+        self.dtype, self.check_values = config["OUTPUT_DTYPE"], config["CHECK_VALUES"]
+        tile = config["TILE"] or max(_SMALLEST_TILE, self.contract.tile_size or 0)
+        self.tiling = Tiling(tile, config["OVERLAP"], config["BATCH_SIZE"])
+        self.out_dir = Path(config["OUT_DIR"])
+        self.settings = capture(
+            {key: config[key] for key in ("MODEL", "MODEL_CONFIG", "OUTPUT", "OUTPUT_DTYPE", "OVERLAP", "BATCH_SIZE")}
+            | {"AUGMENT": config["AUGMENT"], "PRECISION": predictor.precision, "TILE": tile},
+            [],
+        )["config"] | {
+            "WEIGHTS": weights_digest(predictor.model.state_dict()),
+            "CONTRACT": self.contract.to_dict(),
+        }  # fmt: skip
+        rank = os.environ.get("RANK", "0")
+        create_dirs(self.out_dir)
+        earlier = [event for file in sorted(self.out_dir.glob(f"{Path(LEDGER).stem}*")) for event in read_journal(file)]
+        self.done = {event["output"]: event for event in earlier if event["event"] == "prediction"}
+        self.ledger = Journal(self.out_dir / (LEDGER if rank == "0" else f"{Path(LEDGER).stem}.{rank}.jsonl"))
+        self.settings_digest = _digest(self.settings)
+        if self.settings_digest not in [event.get("settings_digest") for event in self.ledger.events]:
+            self.ledger.write({"event": "settings", "settings_digest": self.settings_digest} | self.settings)
+        self.reader, self.writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self.problems: list[str] = []
+
+    def close(self) -> None:
+        """Ends reading and writing."""
+        for pool in (self.reader, self.writer):
+            pool.shutdown(cancel_futures=True)
+        self.ledger.close()
+
+    def do(self, jobs: list[Job], sizes: dict[Job, tuple[int, int]]) -> None:
+        """
+        Predicts images, and says how fast.
+
+        :param sizes: height and width of each
+        :raises DataError: with those that could not be
+        """
+        abouts = {job: self._about(job) for job in jobs}
+        to_do = [job for job in jobs if not self._is_done(job, abouts[job])]
+        if len(to_do) < len(jobs):
+            print(f"{len(jobs) - len(to_do)} of {len(jobs)} images were predicted before, with the same settings.")
+        started, num_pixels = time.monotonic(), 0
+        form = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]"
+        total = sum(height * width for height, width in (sizes[job] for job in to_do)) / 1e6
+        with tqdm(total=total, unit=" MP", bar_format=form, disable=None, leave=False) as progress:
+
+            def advance(pixels: int) -> None:
+                nonlocal num_pixels
+                num_pixels += pixels
+                progress.update(pixels / 1e6)
+
+            for is_small, some in itertools.groupby(to_do, lambda job: max(sizes[job]) <= self.tiling.tile):
+                if is_small:
+                    self._do_small(some, abouts, advance)
+                    continue
+                for job in some:
+                    self._guarded(job, functools.partial(self._do_large, job, abouts[job], advance))
+        seconds = time.monotonic() - started
+        if num_pixels:
+            print(f"{num_pixels / 1e6:.1f} MP in {seconds:.1f} s: {num_pixels / 1e6 / max(seconds, 1e-9):.2f} MP/s.")
+        if self.predictor.num_pixels:
+            print(
+                f"Augmentation took {len(self.predictor.views)} forward passes instead of 1, and gave another class to "
+                f"{self.predictor.num_changed / self.predictor.num_pixels:.2%} of the pixels. What it gains on test "
+                "data: python -m pytest tests/test_models --run NAME"
+            )
+        if self.problems:
+            raise DataError(self.problems)
+
+    def _do_small(self, jobs: Iterable[Job], abouts: dict[Job, Any], advance: Callable[[int], None]) -> None:
+        """Images of one window each: several of the same size are one batch."""
+        for same in _batches(self._read_ahead(jobs), self.tiling.batch_size):
             raise_if_stop_requested()
-            inputs, _ = dataset[index]
-            probabilities = predict_image(model, inputs, dataset.contract, device, precision)
-            if not is_map:
-                result = np.moveaxis(probabilities.numpy(), 0, -1)
-            else:
-                result = dataset.contract.classes(probabilities[None])[0].numpy()
-                result = np.moveaxis(result, 0, -1) if result.ndim == 3 else result
-            save_prediction(outputs[index], result, like=files[index])
-    return outputs
+            answers = self.predictor(torch.stack([inputs for _, inputs, _, _ in same]))
+            written = []
+            for (job, _, valid, grid), answer in zip(same, answers, strict=True):
+                band = Band(0, answer, valid)
+                written.append(self.writer.submit(self._write_whole, job, abouts[job], band, grid))
+                advance(valid.size)
+            for future in written:
+                future.result()
+
+    def _read_ahead(self, jobs: Iterable[Job]) -> Iterator[Sample]:
+        waiting: list[tuple[Job, Future]] = []
+        rest = iter(jobs)
+        while True:
+            for job in itertools.islice(rest, 2 * self.tiling.batch_size - len(waiting)):
+                waiting.append((job, self.reader.submit(self._read_whole, job)))
+            if not waiting:
+                return
+            job, future = waiting.pop(0)
+            result = self._guarded(job, future.result)
+            if result is not None:
+                yield job, *result
+
+    def _read_whole(self, job: Job) -> tuple[Tensor, np.ndarray, Grid | None]:
+        with ImageReader(*job.inputs) as image:
+            pixels, grid = image.read(Window(0, 0, *image.shape[:2])), image.grid
+        problems = self.contract.problems(pixels)
+        if self.check_values and not problems:
+            problems = self.contract.value_problems(pixels)
+        if problems:
+            raise DataError(problems)
+        inputs, valid = self.contract.prepare(pixels)
+        return inputs, valid.numpy(), grid
+
+    def _write_whole(self, job: Job, about: dict[str, Any], band: Band, grid: Grid | None) -> None:
+        files = self._open_outputs(job, about, band.valid.shape)
+        self._write(files, band)
+        self._finish(job, about, files, grid)
+
+    def _do_large(self, job: Job, about: dict[str, Any], advance: Callable[[int], None]) -> None:
+        with ImageReader(*job.inputs) as image:
+            if self.check_values:
+                problems = self.contract.value_problems(image.sample())
+                if problems:
+                    raise DataError(problems)
+            height, width = image.shape[:2]
+            files = self._open_outputs(job, about, (height, width))
+            try:
+                first_row = min(file.num_rows for file in files)
+                if first_row:
+                    print(f"{job.name}: goes on at row {first_row} of {height}.")
+                    advance(first_row * width)
+                if first_row < height:
+                    previous: Future | None = None
+                    for band in predict_bands(self.predictor, image, self.contract, self.tiling, first_row):
+                        if previous is not None:
+                            previous.result()
+                        previous = self.writer.submit(self._write, files, band)
+                        advance(band.valid.size)
+                    assert previous is not None
+                    previous.result()
+                self._finish(job, about, files, image.grid)
+            finally:
+                for file in files:
+                    file.close()
+
+    def _open_outputs(self, job: Job, about: dict[str, Any], size: tuple[int, ...]) -> list[GrowingFile]:
+        return [GrowingFile(output, (size[0], size[1]), about) for output in job.outputs]
+
+    def _write(self, files: list[GrowingFile], band: Band) -> None:
+        for kind, file in zip(self.kinds, files, strict=True):
+            values = make_output(kind, band, self.contract, self.dtype)
+            file.write(values[max(0, file.num_rows - band.top) :])  # one of several may be further than the others
+
+    def _finish(self, job: Job, about: dict[str, Any], files: list[GrowingFile], grid: Grid | None) -> None:
+        has_nodata = self.contract.nodata is not None
+        for kind, file in zip(self.kinds, files, strict=True):
+            file.finish(grid, style_of(kind, self.contract, has_nodata, self.dtype))
+            event = {"event": "prediction", "output": file.path.name, "bytes": file.path.stat().st_size}
+            self.ledger.write(event | {"time": time.time(), "kind": kind, "digest": _digest(about)} | about)
+
+    def _guarded(self, job: Job, do: Callable[[], Any]) -> Any:
+        """What cannot be predicted is told at the end: the other images are not lost for it."""
+        try:
+            return do()
+        except DataError as error:
+            self.problems += [f"{job.name}: {problem}" for problem in error.problems]
+            return None
+
+    def _about(self, job: Job) -> dict[str, Any]:
+        """All that the outputs of an image depend on."""
+        stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in job.inputs]
+        return {"inputs": stamps, "settings_digest": self.settings_digest}
+
+    def _is_done(self, job: Job, about: dict[str, Any]) -> bool:
+        digest = _digest(about)
+        events = [self.done.get(output.name, {}) for output in job.outputs]
+        return all(
+            event.get("digest") == digest and output.is_file() and output.stat().st_size == event["bytes"]
+            for event, output in zip(events, job.outputs, strict=True)
+        )
 
 
-@torch.no_grad()
-def predict_image(
-    model: nn.Module, inputs: Tensor, contract: DataContract, device: torch.device, precision: str
-) -> Tensor:
-    """
-    Predicts one image.
-
-    :param inputs: (C, H, W), scaled and normalised
-    :return: (K, H, W) probabilities in float32, or values of a regression
-    """
-    with autocast(device, precision):
-        logits = model(inputs[None].to(device, memory_format=torch.channels_last))
-    return contract.probabilities(logits)[0].cpu()
+def _batches(samples: Iterable[Sample], batch_size: int) -> Iterator[list[Sample]]:
+    """Samples of one shape that follow one another."""
+    batch: list[Sample] = []
+    for sample in samples:
+        if batch and (len(batch) == batch_size or sample[1].shape != batch[0][1].shape):
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch
 
 
-def find_files(paths: Any) -> list[Path]:
-    """
-    Image files from files and folders.
-
-    :raises DataError: with each that is not there, is no image, or is an empty folder
-    """
-    files: list[Path] = []
-    problems = []
-    for path in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):
-        if path.is_dir():
-            found = list_images(path)
-            files += found
-            if not found:
-                problems.append(f"{path}: holds no images")
-        elif not path.is_file():
-            problems.append(f"{path}: there is no such file")
-        elif path.suffix.lower() not in ENDINGS:
-            problems.append(f"{path}: its ending is none of {', '.join(ENDINGS)}")
-        else:
-            files.append(path)
-    if problems:
-        raise DataError(problems)
-    return files
-
-
-def _output_files(files: list[Path], out_dir: Path, prefix: str, suffix: str, as_picture: bool) -> list[Path]:
-    """The input's name with prefix and suffix, one for each input, and never an input itself."""
-    outputs = []
-    for file in files:
-        ending = {".npz": ".npy", ".jpg": ".png", ".jpeg": ".png"}.get(file.suffix.lower(), file.suffix.lower())
-        ending = ".npy" if ending == ".png" and not as_picture else ending
-        outputs.append(out_dir / f"{prefix}{file.stem}{suffix}{ending}")
-    inputs = {file.resolve() for file in files}
-    problems = [f"{output}: the output would overwrite an input: give another OUT_DIR, PREFIX or SUFFIX"
-                for output in outputs if output.resolve() in inputs]  # fmt: skip
-    twice = {output for output in outputs if outputs.count(output) > 1} if len(set(outputs)) < len(outputs) else set()
-    problems += [f"{output}: several inputs would be written to this file" for output in sorted(twice)]
-    if problems:
-        raise DataError(problems)
-    return outputs
-
-
-def save_prediction(path: Path, values: np.ndarray, like: Path) -> None:
-    """
-    Writes a prediction, whole or not at all.
-
-    :param path: the file; its ending decides on the format
-    :param values: (H, W) or (H, W, C)
-    :param like: the image that was predicted; a GeoTIFF gives its grid to a GeoTIFF
-    """
-
-    def write(file: BinaryIO) -> None:
-        if path.suffix == ".npy":
-            np.save(file, values)
-        elif path.suffix == ".png":
-            Image.fromarray(values).save(file, format="png")
-        else:  # <- your file format here
-            file.write(_as_tiff(values, like))
-
-    write_atomic(path, write)
-
-
-def _as_tiff(values: np.ndarray, like: Path) -> bytes:
-    import warnings
-
-    import rasterio  # imported where used: the file formats of most projects do not need it
-    from rasterio.errors import NotGeoreferencedWarning
-
-    bands = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        profile = {"driver": "GTiff", "compress": "deflate", "dtype": bands.dtype, "count": bands.shape[0]}
-        profile |= {"height": bands.shape[1], "width": bands.shape[2]}
-        if like.suffix.lower() in (".tif", ".tiff"):
-            with rasterio.open(like) as source:
-                profile |= {"crs": source.crs, "transform": source.transform}
-        with rasterio.MemoryFile() as memory:
-            with memory.open(**profile) as target:
-                target.write(bands)
-            return memory.read()
+def _digest(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

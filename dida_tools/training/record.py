@@ -162,7 +162,7 @@ class Record:
         except OSError as error:
             if len(self._pending) == 1:
                 self._say(
-                    f"{self.journal.path} cannot be written ({error}): training goes on, and writes it when it can be."
+                    f"{self.journal.path} cannot be written ({error.strerror or error}): training goes on, and writes it when it can be."
                 )
 
     def _write_pending(self) -> None:

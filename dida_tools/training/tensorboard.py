@@ -115,7 +115,9 @@ class Board:
                 broken.close()
 
     def _say_why(self, error: OSError) -> None:
-        self._say(f"{self._folder} cannot be written ({error}): what is missing there is written later.")
+        self._say(
+            f"{self._folder} cannot be written ({error.strerror or error}): what is missing there is written later."
+        )
 
 
 def scalars_of(event: Event) -> dict[str, float]:

@@ -96,6 +96,99 @@ def read_image(path: Path, window: Window | None = None) -> np.ndarray:
         return np.array(array if window is None else array[slice(*_rows(window)), slice(*_columns(window))])
 
 
+class Grid(NamedTuple):
+    """Where the pixels of a raster lie."""
+
+    crs: str  # as WKT, or ""
+    transform: tuple[float, ...] | None  # GDAL's six numbers
+
+
+class ImageReader:
+    """
+    An open image, read by windows; of formats without windows (.npz, PNG, JPEG) the whole image is kept.
+
+    Several files of one size and dtype are the channels of one image, in their order.
+    """
+
+    def __init__(self, *paths: Path) -> None:
+        """
+        :raises DataError: if a file cannot be read, or does not fit to the first
+        """
+        self.paths, self._stack = paths, contextlib.ExitStack()
+        self._sources: list[Any] = []
+        try:
+            infos = [self._open(path) for path in paths]
+            problems = [
+                f"{path}: it has {info.shape[0]} x {info.shape[1]} pixels in {info.dtype}, {paths[0].name} has "
+                f"{infos[0].shape[0]} x {infos[0].shape[1]} in {infos[0].dtype}: bring all bands onto one grid"
+                for path, info in zip(paths, infos, strict=True)
+                if (*info.shape[:2], info.dtype) != (*infos[0].shape[:2], infos[0].dtype)
+            ]
+            if problems:
+                raise DataError(problems)
+        except BaseException:
+            self._stack.close()
+            raise
+        self.shape = (*infos[0].shape[:2], sum(info.shape[2] for info in infos))
+        self.dtype, self.nodata = infos[0].dtype, infos[0].nodata
+
+    def _open(self, path: Path) -> ImageInfo:
+        with _named(path):
+            if path.suffix.lower() in _RASTERS:
+                raster = self._stack.enter_context(_open_raster(path))
+                self._sources.append(raster)
+                return ImageInfo((raster.height, raster.width, raster.count), raster.dtypes[0], raster.nodata)
+            array = _open_array(path)
+            self._sources.append(array)
+            return ImageInfo(array.shape, array.dtype.name)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the blocks in which the first file is stored: reading fewer decodes them again and again."""
+        return self._sources[0].block_shapes[0][0] if self.paths[0].suffix.lower() in _RASTERS else 1
+
+    @property
+    def grid(self) -> Grid | None:
+        """Where on the earth the pixels lie, if the first file tells."""
+        if self.paths[0].suffix.lower() not in _RASTERS:
+            return None
+        raster = self._sources[0]
+        transform = None if raster.transform.is_identity else tuple(map(float, raster.transform.to_gdal()))
+        return Grid(raster.crs.to_wkt() if raster.crs else "", transform)
+
+    def read(self, window: Window) -> np.ndarray:
+        """
+        Reads a window.
+
+        :return: (H, W, C) in the dtype of the files
+        """
+        rows, columns = _rows(window), _columns(window)
+        parts = []
+        for path, source in zip(self.paths, self._sources, strict=True):
+            with _named(path):
+                if isinstance(source, np.ndarray):
+                    parts.append(np.array(source[slice(*rows), slice(*columns)]))
+                else:
+                    parts.append(np.moveaxis(source.read(window=(rows, columns)), 0, -1))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+    def sample(self, edge: int = 64) -> np.ndarray:
+        """Some pixels (N, C) from nine places all over the image, read without the rest."""
+        height, width, channels = self.shape
+        parts = [
+            self.read(Window(top, left, min(edge, height), min(edge, width)))
+            for top in sorted({(height - min(edge, height)) * part // 2 for part in range(3)})
+            for left in sorted({(width - min(edge, width)) * part // 2 for part in range(3)})
+        ]
+        return np.concatenate([part.reshape(-1, channels) for part in parts])
+
+    def __enter__(self) -> "ImageReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
 def read_bands(path: Path, max_values: int) -> Iterator[np.ndarray]:
     """
     Reads an image from top to bottom, in bands of whole rows that hold at most max_values, but at least one row.

@@ -1,0 +1,123 @@
+"""Contains the model at work: prepared inputs in, probabilities out, with test-time augmentation if wanted."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config.capture import ConfigError
+from ..config.device import autocast, get_device, get_precision
+from ..utils.data.contract import DataContract
+from ..utils.data.images import DataError, Window
+from ..utils.torchutils import fill_model
+from ..utils.weights import load_weights, model_state
+from .windows import Tiling, predict_bands
+
+# Each is (times rotated by a right angle, mirrored); the first one changes nothing.
+AUGMENTATIONS: dict[str, list[tuple[int, bool]]] = {
+    "none": [(0, False)],
+    "flips": [(0, False), (0, True), (2, False), (2, True)],
+    "all": [(turns, mirrored) for mirrored in (False, True) for turns in range(4)],  # flips and right angles
+}
+
+
+class Predictor:
+    """Predicts batches. Its answers are probabilities, or the values of a regression."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        contract: DataContract,
+        device: str | torch.device | None = "auto",
+        precision: str = "auto",
+        augment: str = "none",
+    ) -> None:
+        """
+        :param model: put into evaluation mode
+        :param augment: "none", "flips" (4 times the time), "all" (8 times): the mean over so many views of each window
+        """
+        self.device = get_device(device)
+        self.precision = get_precision(self.device, precision)
+        self.model = model.to(self.device).eval()
+        self.contract = contract
+        self.views = AUGMENTATIONS[augment]
+        self.num_pixels = 0  # that were predicted with augmentation, and
+        self.num_changed = 0  # that got another class by it
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor) -> np.ndarray:
+        """
+        Predicts a batch.
+
+        :param inputs: (N, C, H, W) as the contract prepares them
+        :return: (N, K, H, W) in float32
+        :raises ConfigError: if the model answers anything but (N, K, H, W)
+        """
+        inputs = inputs.to(self.device, memory_format=torch.channels_last)
+        total: Any = None
+        for turns, mirrored in self.views:
+            view = torch.rot90(inputs, turns, (-2, -1))
+            with autocast(self.device, self.precision):
+                logits = self.model(view.flip(-1) if mirrored else view)
+            if logits.shape[-2:] != view.shape[-2:] or logits.ndim != 4:
+                raise ConfigError([
+                    f"MODEL answers {tuple(logits.shape)} to an input of {tuple(view.shape)}: a map needs a model that "
+                    "answers (N, K, H, W)"
+                ])  # fmt: skip
+            answers = self.contract.probabilities(logits)
+            answers = torch.rot90(answers.flip(-1) if mirrored else answers, -turns, (-2, -1))
+            if total is None:
+                first = total = answers
+            else:
+                total = total + answers
+        mean = total / len(self.views)
+        if len(self.views) > 1 and self.contract.task != "values":
+            changed = self.contract.classes(first) != self.contract.classes(mean)
+            self.num_pixels += changed.numel()
+            self.num_changed += int(changed.sum())
+        return mean.cpu().numpy()
+
+
+def load_predictor(
+    weights: Any, model_class: type[nn.Module], model_config: dict[str, Any] | None = None, **options: Any
+) -> Predictor:
+    """
+    A Predictor from a weights file.
+
+    :param options: device, precision, augment of Predictor; contract: for weights that come without one
+    :raises WeightsError: if the file is damaged, or of another model
+    """
+    stored = load_weights(weights)
+    contract = options.pop("contract", None)
+    if "contract" in stored:
+        contract = DataContract.from_dict(stored["contract"])
+    model = model_class(**(model_config or {}))
+    fill_model(model, model_state(stored), str(weights))
+    return Predictor(model, contract, **options)
+
+
+def predict_array(predictor: Predictor, image: np.ndarray, tile: int = 512, overlap: float = 0.25) -> np.ndarray:
+    """
+    Predicts one image that is in the memory, as in a notebook.
+
+    :param image: (H, W, C) as its file has it: neither scaled nor normalised
+    :return: (K, H, W) probabilities in float32; NaN where there is no data
+    :raises DataError: if it is not as the contract says
+    """
+    step = 1 + max(image.shape[:2]) // 512
+    problems = predictor.contract.problems(image) or predictor.contract.value_problems(image[::step, ::step])
+    if problems:
+        raise DataError(problems)
+    tiling = Tiling(tile, overlap, batch_size=4)
+    bands = predict_bands(predictor, _InMemory(image), predictor.contract, tiling)
+    return np.concatenate([np.where(band.valid, band.probabilities, np.float32(np.nan)) for band in bands], axis=1)
+
+
+class _InMemory:
+    def __init__(self, image: np.ndarray) -> None:
+        self._image = image
+        self.shape = image.shape
+
+    def read(self, window: Window) -> np.ndarray:
+        return self._image[window.top : window.top + window.height, window.left : window.left + window.width]
