@@ -161,8 +161,9 @@ class Record:
             self._write_pending()
         except OSError as error:
             if len(self._pending) == 1:
+                why = error.strerror or error
                 self._say(
-                    f"{self.journal.path} cannot be written ({error.strerror or error}): training goes on, and writes it when it can be."
+                    f"{self.journal.path} cannot be written ({why}): training goes on, and writes it when it can be."
                 )
 
     def _write_pending(self) -> None:

@@ -233,8 +233,8 @@ class Run:
             self.save_checkpoint()
         except OSError as error:
             self._say(
-                f"The state after step {self.state.step} could not be saved ({error.strerror or error}): free some space; what was "
-                "saved before is whole, and training goes on."
+                f"The state after step {self.state.step} could not be saved ({error.strerror or error}): free some "
+                "space; what was saved before is whole, and training goes on."
             )
 
     def save_checkpoint(self) -> None:
@@ -437,9 +437,8 @@ class Run:
             self._save_best()
         except OSError as error:
             self._best = copy.deepcopy(self._best)  # the model will go on changing
-            self._say(
-                f"The best weights could not be saved ({error.strerror or error}): they are kept, and written when they can be."
-            )
+            why = error.strerror or error
+            self._say(f"The best weights could not be saved ({why}): they are kept, and written when they can be.")
 
     def _weights_and_contract(self) -> dict[str, Any]:
         model = self.preparation.evaluated_model()
