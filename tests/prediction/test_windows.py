@@ -189,7 +189,7 @@ def test_memory_does_not_grow_with_the_height():
 
     peak(100)  # what is made once
     low, high = peak(300), peak(3000)
-    assert high < 1.05 * low
+    assert high < 1.5 * low  # the rows that are read ahead may be there already, or not
     assert high > 400 * 32 * 3 * 4  # it does see the arrays
 
 
