@@ -7,6 +7,7 @@ the rest of the image.
 """
 
 import contextlib
+import mmap
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -168,6 +169,7 @@ class ImageReader:
             with _named(path):
                 if isinstance(source, np.ndarray):
                     parts.append(np.array(source[slice(*rows), slice(*columns)]))
+                    _forget(source)
                 else:
                     parts.append(np.moveaxis(source.read(window=(rows, columns)), 0, -1))
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
@@ -187,6 +189,13 @@ class ImageReader:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+
+
+def _forget(array: np.ndarray) -> None:
+    """What was read of a memory-mapped file would count as memory of this process."""
+    mapped = getattr(array.base if array.base is not None else array, "_mmap", None) or getattr(array, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def read_bands(path: Path, max_values: int) -> Iterator[np.ndarray]:
