@@ -57,7 +57,7 @@ class Predictor:
         inputs = inputs.to(self.device, memory_format=torch.channels_last)
         total: Any = None
         for turns, mirrored in self.views:
-            view = torch.rot90(inputs, turns, (-2, -1))
+            view = torch.rot90(inputs, turns, (-2, -1)) if turns else inputs
             with autocast(self.device, self.precision):
                 logits = self.model(view.flip(-1) if mirrored else view)
             if logits.shape[-2:] != view.shape[-2:] or logits.ndim != 4:
@@ -66,7 +66,8 @@ class Predictor:
                     "answers (N, K, H, W)"
                 ])  # fmt: skip
             answers = self.contract.probabilities(logits)
-            answers = torch.rot90(answers.flip(-1) if mirrored else answers, -turns, (-2, -1))
+            answers = answers.flip(-1) if mirrored else answers
+            answers = torch.rot90(answers, -turns, (-2, -1)) if turns else answers
             if total is None:
                 first = total = answers
             else:
