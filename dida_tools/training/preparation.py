@@ -89,10 +89,10 @@ class Preparation:
         """The model whose weights count: the moving average, if there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def new_evaluation(self, with_scores: bool = False) -> Evaluation:
-        """An empty evaluation by the config."""
+    def new_evaluation(self, contract: DataContract | None = None) -> Evaluation:
+        """An empty evaluation by the config; with the contract that predictions are made with, see there."""
         config, class_names = self.config, self.contract.class_names
-        return Evaluation(config["METRICS"], self.loss_function, config["IGNORE_INDEX"], class_names, with_scores)
+        return Evaluation(config["METRICS"], self.loss_function, config["IGNORE_INDEX"], class_names, contract)
 
 
 def prepare(

@@ -280,10 +280,10 @@ class Run:
         counts: Any = None
         panels: list[Any] = []
         if preparation.test_loader is not None:
-            evaluation = preparation.new_evaluation(with_scores=True)
+            evaluation = preparation.new_evaluation(preparation.contract)
             results = evaluate(model, preparation.test_loader, evaluation, *preparation.place)
             metrics |= {f"test.{name}": value for name, value in results.items()}
-            counts = next(iter(evaluation.counts.values()), None)
+            counts = None if evaluation.scores is None else evaluation.scores.confusion
             self.record.write_scores(evaluation.scores, preparation.contract.class_names, state.step)
             if is_main():
                 order: Any = preparation.test_loader.batch_sampler

@@ -3,27 +3,32 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from ..utils.scores import Scores, counts_by_threshold
 
-from ..utils.scores import NUM_BINS, counts_by_threshold
+_NUM_THRESHOLDS = 128  # more take the browser long
 
 
-def write_pr_curves(writer: Any, scores: Tensor, class_names: Sequence[str], step: int) -> None:
+def write_pr_curves(writer: Any, scores: Scores, class_names: Sequence[str], step: int) -> None:
     """
     Writes the precision-recall curve of each class for the PR CURVES tab.
 
     :param writer: a SummaryWriter
-    :param scores: (C, 2, NUM_BINS) of count_scores
     """
-    names = class_names if len(class_names) == len(scores) else range(len(scores))
-    for name, one in zip(names, scores, strict=True):
+    histograms = scores.histograms.unflatten(-1, (_NUM_THRESHOLDS, -1)).sum(-1)
+    names = class_names if len(class_names) == len(histograms) else range(len(histograms))
+    for name, one in zip(names, histograms, strict=True):
         counts = counts_by_threshold(one)
         hits = counts["true_positives"].double()
         precision = hits / (hits + counts["false_positives"]).clamp(min=1)
         recall = hits / (hits + counts["false_negatives"]).clamp(min=1)
         columns = [counts[key] for key in ("true_positives", "false_positives", "true_negatives", "false_negatives")]
         writer.add_pr_curve_raw(
-            f"test/{name}", *(column.numpy() for column in columns), precision.numpy(), recall.numpy(), step, NUM_BINS
+            f"test/{name}",
+            *(column.numpy() for column in columns),
+            precision.numpy(),
+            recall.numpy(),
+            step,
+            _NUM_THRESHOLDS,
         )
 
 

@@ -281,9 +281,29 @@ def unmask(pred: Tensor, target: Tensor, multi_class: bool | None = None) -> tup
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 
+def counting(pred: Tensor, target: Tensor, valid: Tensor | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """
+    Which pixels count: those that are not to be ignored, and that are valid.
+
+    :param valid: (N, ...), 0 where a pixel does not count
+    :return: bool in the shape of the target
+    :raises ValueError: if the shapes disagree
+    """
+    check_shapes(pred, target)
+    keep = target != ignore_index
+    if valid is None:
+        return keep
+    _check_pixels("valid", valid, pred)
+    return keep & (valid > 0 if is_multi_class(pred, target) else (valid > 0).unsqueeze(1))
+
+
 @torch.no_grad()
 def count(
-    pred: Tensor, target: Tensor, valid: Tensor | None = None, threshold: float = 0.5, ignore_index: int = IGNORE_INDEX
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor | None = None,
+    threshold: float | Sequence[float] = 0.5,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """
     Counts hits and errors. Counts of batches add up to those of the data set.
@@ -291,25 +311,26 @@ def count(
     :param pred: (N, C, ...) logits
     :param target: by the convention above
     :param valid: (N, ...), 0 where a pixel does not count
-    :param threshold: probability from which a pixel belongs to a class (binary and multi-label)
+    :param threshold: probability from which a pixel belongs to a class (binary and multi-label); one, or one each
     :return: int64: multi-class the (C, C) confusion matrix [target, prediction], otherwise (C, 2, 2), one for each
         class
+    :raises ValueError: if the shapes disagree, or a class number is none of the prediction's
     """
-    check_shapes(pred, target)
-    if valid is not None:
-        _check_pixels("valid", valid, pred)
+    keep = counting(pred, target, valid, ignore_index)
     if is_multi_class(pred, target):
-        keep = target != ignore_index
-        if valid is not None:
-            keep = keep & (valid > 0)
-        classes = pred.shape[1]
-        pairs = target[keep].long() * classes + pred.argmax(1)[keep]
+        classes, truth = pred.shape[1], target[keep].long()
+        wrong = truth[(truth < 0) | (truth >= classes)]
+        if len(wrong):
+            raise ValueError(
+                f"the target holds the class number {wrong[0]}, the prediction has the classes 0 to {classes - 1}, and "
+                f"{ignore_index} is ignored: map the mask's values, or set IGNORE_INDEX."
+            )
         # bincount counts in int64; histc counts in float32 and loses pixels beyond 2 ** 24.
+        pairs = truth * classes + pred.argmax(1)[keep]
         return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-    guess = pred.float().sigmoid() >= threshold
-    keep = target != ignore_index
-    if valid is not None:
-        keep = keep & (valid > 0).unsqueeze(1)
+    probability = pred.float().sigmoid()
+    edges = torch.as_tensor(threshold, dtype=probability.dtype, device=pred.device)
+    guess = probability >= edges.reshape(1, -1, *[1] * (pred.ndim - 2))
     truth = target > 0.5
     cases = [[~truth & ~guess, ~truth & guess], [truth & ~guess, truth & guess]]
     dims = [0, *range(2, pred.ndim)]
