@@ -2,25 +2,39 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..config.device import autocast
-from ..utils.loss import count, unmask
-from ..utils.scores import count_scores
+from ..utils.data.contract import DataContract
+from ..utils.loss import check_shapes, is_multi_class, unmask
+from ..utils.scores import Scores
 from ..utils.signals import Preempted, raise_if_stop_requested, stop_requested
 from ..utils.torchutils import evaluation_mode
 from .distributed import gather, num_processes
+
+_MORE = ("average_precision", "ece", "ignored_pixels")
+
+
+class Accumulator(Protocol):
+    """What takes a data set batch by batch; each process brings its part, and results are those of all."""
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Adds a batch."""
+
+    def results(self) -> dict[str, float]:
+        """What follows from all batches."""
+        ...
 
 
 class Evaluation:
     """
     Accumulates the loss and the metrics of a data set.
 
-    Metrics that carry a count form (those of loss.py) are computed once from the counts of all pixels. The loss, and
-    any other function, is the mean over samples; its name ends in _sample_mean then.
+    Metrics that carry a count form (those of loss.py) are computed once from the counts of all pixels, which scores
+    holds. The loss, and any other function, is the mean over samples; its name ends in _sample_mean then.
     """
 
     def __init__(
@@ -29,10 +43,11 @@ class Evaluation:
         loss_function: Callable[[Tensor, Tensor], Tensor],
         ignore_index: int = 255,
         class_names: Sequence[str] = (),
-        with_scores: bool = False,
+        contract: DataContract | None = None,
     ) -> None:
         """
-        :param with_scores: whether to count probabilities, too; see utils/scores.py
+        :param contract: whether to tell, besides the metrics, how far probabilities can be trusted and what is ignored;
+            all is counted with its threshold and temperature, then, as in prediction. None: with 0.5 and 1
         """
         self.counted: dict[str, Any] = {key: one for key, one in metrics.items() if hasattr(one, "from_counts")}
         self.averaged = {"loss": loss_function} | {
@@ -40,10 +55,10 @@ class Evaluation:
         }
         self.ignore_index, self.class_names = ignore_index, class_names
         self.num_samples = 0
-        self.counts: dict[bool, Tensor] = {}  # by whether the target's first channel is a usability mask
-        self.scores: Tensor | None = None
+        self.is_masked = any(metric.masked for metric in self.counted.values())
+        self.scores: Scores | None = None  # of classes, once there are any
         self.sample_losses: list[float] = []  # of each sample in the order they came in; NaN where no pixel counts
-        self._with_scores = with_scores
+        self._contract = contract
         self._values: dict[str, list[float]] = {name: [] for name in self.averaged}
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
@@ -53,14 +68,13 @@ class Evaluation:
         :param predictions: (N, C, ...) logits in float32
         :param targets: by the convention of loss.py
         """
-        kinds = sorted({metric.masked for metric in self.counted.values()})
-        for masked in kinds:
-            bare, valid = unmask(predictions, targets) if masked else (targets, None)
-            counts = count(predictions, bare, valid, ignore_index=self.ignore_index).cpu()
-            self.counts[masked] = self.counts[masked] + counts if masked in self.counts else counts
-            if self._with_scores and masked == kinds[-1]:
-                scores = count_scores(predictions, bare, valid, self.ignore_index).cpu()
-                self.scores = scores if self.scores is None else self.scores + scores
+        if self.counted or (self._contract is not None and holds_classes(predictions, targets, self._contract)):
+            bare, valid = unmask(predictions, targets) if self.is_masked else (targets, None)
+            if self.scores is None:
+                how = self._contract or DataContract(1)
+                about = (predictions.shape[1], is_multi_class(predictions, bare), self.ignore_index)
+                self.scores = Scores(*about, how.threshold, how.temperature, self._contract is not None)
+            self.scores.update(predictions, bare, valid)
         for index in range(len(predictions)):
             prediction, target = predictions[index : index + 1], targets[index : index + 1]
             if not target.is_floating_point() and bool((target == self.ignore_index).all()):
@@ -73,39 +87,63 @@ class Evaluation:
 
     def results(self) -> dict[str, float]:
         """
-        The loss and each metric, and of metrics with several classes also "name.class".
+        The loss and each metric, and of metrics with several classes also "name.class". With a contract also
+        average_precision, ece (the expected calibration error) and ignored_pixels.
 
         :raises Preempted: if a signal has asked any of the processes to end, so that parts may be missing
         """
         self._gather()
         number = self.num_samples or float("nan")
         results = {name: _sum(values) / number for name, values in self._values.items()}
+        return results if self.scores is None else results | self._counted_results(self.scores)
+
+    def _counted_results(self, scores: Scores) -> dict[str, float]:
+        has_classes = len(scores.confusion) > 2 or not scores.multi_class  # of two, the summary is that of class 1
+        results: dict[str, float] = {}
+        if self._contract is not None:
+            every = scores.results(self.class_names)
+            results = {key: value for key, value in every.items() if key.partition(".")[0] in _MORE}
+            results = results if has_classes else {key: value for key, value in results.items() if "." not in key}
         for name, metric in self.counted.items():
-            counts = self.counts[metric.masked]
-            results[name] = metric.from_counts(counts).item()
-            per_class = metric.per_class(counts).tolist()
-            if len(per_class) > 2 or (len(per_class) == 2 and counts.ndim == 3):
-                names = self.class_names if len(self.class_names) == len(per_class) else range(len(per_class))
-                results |= {f"{name}.{class_name}": value for class_name, value in zip(names, per_class, strict=True)}
+            results[name] = metric.from_counts(scores.confusion).item()
+            if has_classes:
+                results |= scores.by_class(name, metric.per_class(scores.confusion), self.class_names)
         return results
 
     def _gather(self) -> None:
         """Adds up what the processes have; called by all of them."""
-        if num_processes() == 1:
-            raise_if_stop_requested()
-            return
-        parts = gather((stop_requested(), self.num_samples, self.counts, self._values, self.scores, self.sample_losses))
-        if any(part[0] for part in parts):
-            raise Preempted("a signal was received")
-        self.num_samples = sum(part[1] for part in parts)
-        self.counts = {}
-        for part in parts:
-            for masked, one in part[2].items():
-                self.counts[masked] = self.counts[masked] + one if masked in self.counts else one
-        self._values = {name: [value for part in parts for value in part[3][name]] for name in self.averaged}
-        scores = [part[4] for part in parts if part[4] is not None]
+        parts = gather_unless_stopped((self.num_samples, self._values, self.scores, self.sample_losses))
+        self.num_samples = sum(part[0] for part in parts)
+        self._values = {name: [value for part in parts for value in part[1][name]] for name in self.averaged}
+        scores = [part[2] for part in parts if part[2] is not None]
         self.scores = sum(scores[1:], scores[0]) if scores else None
-        self.sample_losses = [loss for part in parts for loss in part[5]]
+        self.sample_losses = [loss for part in parts for loss in part[3]]
+
+
+def gather_unless_stopped(value: Any) -> list[Any]:
+    """
+    The values of all processes, by rank.
+
+    :raises Preempted: if a signal has asked any of them to end, so that parts may be missing
+    """
+    if num_processes() == 1:
+        raise_if_stop_requested()
+        return [value]
+    parts = gather((stop_requested(), value))
+    if any(stopped for stopped, _ in parts):
+        raise Preempted("a signal was received")
+    return [part for _, part in parts]
+
+
+def holds_classes(predictions: Tensor, targets: Tensor, contract: DataContract) -> bool:
+    """Whether targets hold classes by the convention of loss.py, so that they can be counted."""
+    if contract.task == "values":
+        return False
+    try:
+        check_shapes(predictions, targets)
+    except ValueError:
+        return False
+    return True
 
 
 def _sum(values: list[float]) -> float:
@@ -117,7 +155,7 @@ def _sum(values: list[float]) -> float:
 def evaluate_batch(
     model: nn.Module,
     batch: tuple[Tensor, Tensor],
-    evaluation: Evaluation,
+    evaluation: Accumulator,
     device: torch.device,
     precision: str,
     channels_last: bool = True,
@@ -139,7 +177,7 @@ def evaluate_batch(
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    evaluation: Evaluation,
+    evaluation: Accumulator,
     device: torch.device,
     precision: str,
     channels_last: bool = True,

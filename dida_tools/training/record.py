@@ -176,6 +176,10 @@ class Record:
         self.write(event)
         self.board.write_event(event)
 
+    def write_scalars(self, scalars: dict[str, float], step: int) -> None:
+        """Shows numbers in TensorBoard."""
+        self.board.write_scalars(scalars, step)
+
     def write_results(self, metrics: dict[str, float], step: int) -> None:
         """Shows in TensorBoard what was reached, and with what config."""
         tags = {name.replace(".", "/"): value for name, value in metrics.items()}

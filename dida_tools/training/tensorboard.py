@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..utils.logging.journal import Event
-from ..utils.scores import NUM_BINS, counts_by_threshold
+from ..utils.scores import Scores, counts_by_threshold
+
+_NUM_THRESHOLDS = 128  # more take the browser long
 
 
 class Board:
@@ -40,22 +40,18 @@ class Board:
         """Writes an image (H, W, 3) in uint8."""
         self._write(step, "add_image", tag, image, step, dataformats="HWC")
 
-    def write_pr_curves(self, scores: Tensor, class_names: Sequence[str], step: int) -> None:
-        """
-        Writes the precision-recall curve of each class for the PR CURVES tab.
-
-        :param scores: (C, 2, NUM_BINS) of count_scores
-        """
-        names = class_names if len(class_names) == len(scores) else range(len(scores))
-        for name, one in zip(names, scores, strict=True):
+    def write_pr_curves(self, scores: Scores, class_names: Sequence[str], step: int) -> None:
+        """Writes the precision-recall curve of each class for the PR CURVES tab."""
+        histograms = scores.histograms.unflatten(-1, (_NUM_THRESHOLDS, -1)).sum(-1)
+        names = class_names if len(class_names) == len(histograms) else range(len(histograms))
+        for name, one in zip(names, histograms, strict=True):
             counts = counts_by_threshold(one)
             hits = counts["true_positives"].double()
             precision = hits / (hits + counts["false_positives"]).clamp(min=1)
             recall = hits / (hits + counts["false_negatives"]).clamp(min=1)
-            columns = [counts[f"{truth}_{answer}"].numpy() for answer in ("positives", "negatives")
-                       for truth in ("true", "false")]  # fmt: skip
-            curve = (*columns, precision.numpy(), recall.numpy(), step, NUM_BINS)
-            self._write(step, "add_pr_curve_raw", f"test/{name}", *curve)
+            kinds = ("true_positives", "false_positives", "true_negatives", "false_negatives")
+            curve = [column.numpy() for column in (*(counts[kind] for kind in kinds), precision, recall)]
+            self._write(step, "add_pr_curve_raw", f"test/{name}", *curve, step, _NUM_THRESHOLDS)
 
     def write_hparams(self, config: dict[str, Any], metrics: dict[str, float], step: int) -> None:
         """

@@ -281,9 +281,29 @@ def unmask(pred: Tensor, target: Tensor, multi_class: bool | None = None) -> tup
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 
+def counting(pred: Tensor, target: Tensor, valid: Tensor | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """
+    Which pixels count: those that are not to be ignored, and that are valid.
+
+    :param valid: (N, ...), 0 where a pixel does not count
+    :return: bool in the shape of the target
+    :raises ValueError: if the shapes disagree
+    """
+    check_shapes(pred, target)
+    keep = target != ignore_index
+    if valid is None:
+        return keep
+    _check_pixels("valid", valid, pred)
+    return keep & (valid > 0 if is_multi_class(pred, target) else (valid > 0).unsqueeze(1))
+
+
 @torch.no_grad()
 def count(
-    pred: Tensor, target: Tensor, valid: Tensor | None = None, threshold: float = 0.5, ignore_index: int = IGNORE_INDEX
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor | None = None,
+    threshold: float | Sequence[float] = 0.5,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """
     Counts hits and errors. Counts of batches add up to those of the data set.
@@ -291,29 +311,50 @@ def count(
     :param pred: (N, C, ...) logits
     :param target: by the convention above
     :param valid: (N, ...), 0 where a pixel does not count
-    :param threshold: probability from which a pixel belongs to a class (binary and multi-label)
+    :param threshold: probability from which a pixel belongs to a class (binary and multi-label); one, or one each
     :return: int64: multi-class the (C, C) confusion matrix [target, prediction], otherwise (C, 2, 2), one for each
         class
+    :raises ValueError: if the shapes disagree, or a class number is none of the prediction's
     """
-    check_shapes(pred, target)
-    if valid is not None:
-        _check_pixels("valid", valid, pred)
+    keep = counting(pred, target, valid, ignore_index)
     if is_multi_class(pred, target):
-        keep = target != ignore_index
-        if valid is not None:
-            keep = keep & (valid > 0)
         classes = pred.shape[1]
-        pairs = target[keep].long() * classes + pred.argmax(1)[keep]
-        # bincount counts in int64; histc counts in float32 and loses pixels beyond 2 ** 24.
-        return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-    guess = pred.float().sigmoid() >= threshold
-    keep = target != ignore_index
-    if valid is not None:
-        keep = keep & (valid > 0).unsqueeze(1)
+        wrong = keep & ((target < 0) | (target >= classes))
+        if wrong.any():
+            raise ValueError(
+                f"the target holds the class number {target[wrong][0]}, the prediction has the classes 0 to "
+                f"{classes - 1}, and {ignore_index} is ignored: map the mask's values, or set IGNORE_INDEX."
+            )
+        pairs = target.long() * classes + pred.max(1).indices  # argmax takes many times as long
+        return count_places(pairs, keep, classes**2).reshape(classes, classes)
+    probability = precise(pred.float()).sigmoid().float()
+    edges = torch.as_tensor(threshold, dtype=probability.dtype, device=pred.device)
+    guess = probability >= edges.reshape(1, -1, *[1] * (pred.ndim - 2))
     truth = target > 0.5
     cases = [[~truth & ~guess, ~truth & guess], [truth & ~guess, truth & guess]]
     dims = [0, *range(2, pred.ndim)]
     return torch.stack([torch.stack([(case & keep).sum(dims) for case in row], -1) for row in cases], -2)
+
+
+def precise(logits: Tensor) -> Tensor:
+    """
+    Logits in float64, so that what is computed from them, rounded to float32, is the same wherever in a tensor a pixel
+    stands: in float32, softmax and sigmoid differ in the last bits for what is left over at the end of vector units.
+    """
+    return logits if logits.device.type == "mps" else logits.double()  # Apple GPUs have no float64
+
+
+def count_places(places: Tensor, keep: Tensor, num_places: int) -> Tensor:
+    """
+    How often each place occurs.
+
+    :param places: integers from 0 to num_places - 1 where keep is True, anything elsewhere
+    :return: (num_places,) int64
+    """
+    # The others get a place of their own, which is quicker than to pick. bincount counts in int64; histc counts in
+    # float32 and loses pixels beyond 2 ** 24.
+    places = places.masked_fill(~keep, num_places).flatten()
+    return torch.bincount(places, minlength=num_places + 1)[:num_places]
 
 
 def hits_and_errors(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -137,8 +137,8 @@ def test_counts_are_those_of_all_pixels() -> None:
     evaluation = Evaluation(COUNTED, multi_class_dice_ce_sum)
     evaluate(Answer(), batches(data, 4), evaluation, CPU, "fp32")
     truth, guess = pixels(data)
-    assert evaluation.counts[False].tolist() == reference.confusion_matrix(truth, guess).tolist()
-    assert evaluation.counts[False].dtype == torch.int64 and evaluation.num_samples == 13
+    assert evaluation.scores.confusion.tolist() == reference.confusion_matrix(truth, guess).tolist()
+    assert evaluation.scores.confusion.dtype == torch.int64 and evaluation.num_samples == 13
 
 
 # ------------------------------------------------------------------------------------------------- against scikit-learn
