@@ -6,7 +6,7 @@ Exports a trained model: one file that takes images as they stand in their files
 The ending decides: .onnx for onnxruntime and others, .pt2 for torch.export.load, .safetensors for the weights alone.
 
 onnx and pt2 take values as they stand in the files, as float32 (N, C, H, W): whoever calls them casts integers. That is
-exact up to 2 ** 24; of uint32, int32 and float64, what float32 cannot hold is lost. Scaling, normalisation, nodata -> 0,
+exact up to 2 ** 24; of uint32, int32, float64, what float32 cannot hold is lost. Scaling, normalisation, nodata to 0,
 temperature and softmax or sigmoid are inside; what comes out is (N, K, H, W). Nothing is refused: unlike in prediction,
 NaN in gives NaN out. Data contract, class names, thresholds and the digest of the weights are in the file's metadata.
 What was written is read again and compared with PyTorch, at several sizes and batches, before it gets its name.
