@@ -22,13 +22,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # process and all others that it forks would wait for it.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
-# Folders of the user's own must not get what tests write.
-for _name in ("ROOT_PATH", "LOG_DIR", "WEIGHT_DIR", "DATA_DIR"):
-    os.environ.pop(_name, None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--run", default=None, help="run that tests/test_models tests: a name, a part of one, latest, best"
+    )
     parser.addoption("--weights", default=None, help="weights file that tests/test_models tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--run") is None and config.getoption("--weights") is None:
+        # Folders of the user's own must not get what tests write.
+        for name in ("ROOT_PATH", "LOG_DIR", "WEIGHT_DIR", "DATA_DIR"):
+            os.environ.pop(name, None)
 
 
 def write_pairs(folder: Path, num_images: int, seed: int, size: int = 32, channels: int = 3) -> Path:
