@@ -18,16 +18,14 @@ from dida_tools.utils.loss import f1, multi_class_dice_ce_sum, precision, recall
 # Two test processes with two threads each would wait for one another most of the time.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# tqdm's lock is shared with forked processes: one that is killed while it writes a line would keep it for ever, and this
-# process and all others that it forks would wait for it.
+# tqdm's lock is shared with forked processes: one that is killed while it writes a line would keep it for ever, and
+# this process and all others that it forks would wait for it.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--run", default=None, help="run that tests/test_models tests: a name, a part of one, latest, best"
-    )
+    parser.addoption("--run", default=None, help="run that tests/test_models tests: a name, latest, best")
     parser.addoption("--weights", default=None, help="weights file that tests/test_models tests")
 
 

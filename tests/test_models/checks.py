@@ -6,6 +6,7 @@ here for all models: functions of (subject), and of (subject, show) where there 
 """
 
 # pylint: disable=redefined-outer-name
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -31,19 +32,12 @@ from .measures import PeakMemory, Quality, fit_rows, rows_of, table, with_gain, 
 from .subject import Subject, choose_subject
 
 Show = Callable[[str], None]
-CANVAS, SHIFT, MARGIN = (
-    256,
-    64,
-    24,
-)  # of the check of translation, in pixels; <- SHIFT: a multiple of your model's stride
+CANVAS, SHIFT, MARGIN = 256, 64, 24  # pixels; <- SHIFT: a multiple of your model's stride
 FLIPS = {"left-right": (-1,), "up-down": (-2,), "both": (-2, -1)}
 MAX_CHANNELS = 16  # of the table of missing channels
 STEPS = 100  # in which one batch is to be learned
-TRAINING_SAMPLES, BASELINE_ROWS, TEST_ROWS = (
-    64,
-    10_000,
-    100_000,
-)  # images and pixels that baselines learn from, are tested on
+TRAINING_SAMPLES, BASELINE_ROWS = 64, 10_000  # images, and pixels of them, that baselines learn from
+TEST_ROWS = 100_000  # pixels that they are tested on
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +191,7 @@ def test_flips(subject: Subject, show: Show) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ odd inputs
+# ---------------------------------------------------------------------------------------------------------- odd inputs
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
@@ -269,17 +263,15 @@ def test_results_are_not_below_the_recorded_ones(subject: Subject) -> None:
     bound = subject.bounds["recorded"] * (1 if subject.data.precision == "fp32" else 5)
     worse = []
     for name, recorded in subject.recorded.items():
-        direction = _direction(subject, name.partition(".")[0])
-        if direction and not direction * results.get(name, np.nan) >= direction * recorded - bound * max(
-            1, abs(recorded)
-        ):
-            if not np.isnan(recorded):
-                worse.append(f"{name} {results.get(name, np.nan):.4f} instead of {recorded:.4f}")
+        direction, now = _direction(subject, name.partition(".")[0]), results.get(name, np.nan)
+        is_kept = direction * now >= direction * recorded - bound * max(1, abs(recorded))  # NaN never is
+        if direction and not is_kept and not np.isnan(recorded):
+            worse.append(f"{name} {now:.4f} instead of {recorded:.4f}")
     assert not worse, f"worse than recorded: {', '.join(worse)}"
 
 
 def test_better_than_the_baselines(subject: Subject, show: Show) -> None:
-    """Protects from a network that is not worth its price: always the commonest class, or pixels one by one, do as well."""
+    """Protects from a network not worth its price: always the commonest class, or pixels one by one, do as well."""
     _need_data(subject)
     pytest.importorskip("sklearn", reason="the baselines need scikit-learn")
     model, (trees, trivial) = subject.quality_on_all(), _baselines(subject)
@@ -351,7 +343,7 @@ def test_gain_and_cost_of_averaged_flips(subject: Subject, show: Show) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- speed and forms
+# ------------------------------------------------------------------------------------------------------ speed and forms
 
 
 def test_speed_and_memory(subject: Subject, show: Show) -> None:
@@ -403,13 +395,13 @@ def _changes(subject: Subject) -> Iterator[tuple[str, Callable[[Tensor], Tensor]
     """What is done to images, the mildest first."""
     contract = subject.contract
     for deviations in (0.1, 0.3, 1.0):
-        yield f"noise of {deviations:g} deviations", lambda inputs, d=deviations: with_noise(inputs, d)  # type: ignore[misc]
+        yield f"noise of {deviations:g} deviations", functools.partial(with_noise, deviations=deviations)
     for factor in (0.8, 1.25):
-        yield f"values times {factor:g}", lambda inputs, f=factor: with_gain(inputs, f, contract)  # type: ignore[misc]
+        yield f"values times {factor:g}", functools.partial(with_gain, factor=factor, contract=contract)
     names = dict(enumerate(contract.channel_names))
     for channel in range(min(contract.channels, MAX_CHANNELS)):
-        change = lambda inputs, c=channel: without_channel(inputs, c, contract)  # noqa: E731
-        yield f"without {names.get(channel, f'channel {channel}')}", change
+        name = names.get(channel, f"channel {channel}")
+        yield f"without {name}", functools.partial(without_channel, channel=channel, contract=contract)
 
 
 def _baselines(subject: Subject) -> tuple[Quality, Quality]:

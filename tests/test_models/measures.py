@@ -138,7 +138,7 @@ def _in_files(inputs: Tensor, change: Callable[[Tensor], Tensor], contract: Data
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is on, and the most that were alive at once; any device."""
+    """Counts the bytes of the tensors made while it is on, and the most that were alive at once; any device."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Contains the model under test, with all that its checks need: from the config of a test file, or from a run's record."""
+"""Contains the model under test, with all that its checks need: from a test file's config, or from a run's record."""
 
 import copy
 import functools
@@ -207,9 +207,7 @@ def subject_of_config(module: ModuleType, weights: str | None = None) -> Subject
         device=device,
         inputs=inputs.to(device),
         targets=targets.to(device),
-        no_data="an untrained model has no test data: give --run NAME"
-        if weights is None
-        else f"{weights} is of no run",
+        no_data="there are no test data without a run: give --run NAME",
         bounds=BOUNDS | getattr(module, "BOUNDS", {}),
     )
 
@@ -230,12 +228,8 @@ def subject_of_run(
         raise UserError(f"{weights}: holds no data contract, so it is no file of a run.")
     contract = DataContract.from_dict(stored["contract"])
     events = read_journal(log_dir / "journal.jsonl")
-    config = read_run_config(log_dir) | {
-        "RESUME": None,
-        "RERUN_OF": None,
-        "INIT_WEIGHTS": None,
-        "DEVICE": module.DEVICE,
-    }
+    config = read_run_config(log_dir) | {"DEVICE": module.DEVICE}
+    config |= dict.fromkeys(("RESUME", "RERUN_OF", "INIT_WEIGHTS", "NOTIFY"))
     device = get_device(module.DEVICE)
     started = [event for event in events if event["event"] == "start"]
     config["PRECISION"] = _precision(device, started[-1]["precision"] if started else "auto")
@@ -311,7 +305,7 @@ def _quick_batch(dataset: Any, model: nn.Module, device: torch.device) -> tuple[
     """A few small samples of the training set, with as many different targets as there are."""
     set_seed(0)
     samples = [dataset[index] for index in range(min(16, len(dataset)))]
-    inputs, targets = default_collate([samples[0]])
+    inputs = samples[0][0][None]
     with torch.no_grad():
         is_map = inputs.ndim == 4 and model(inputs.to(device)).shape[2:] == inputs.shape[2:]
     if not is_map:
