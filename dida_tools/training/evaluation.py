@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,17 @@ from ..utils.torchutils import evaluation_mode
 from .distributed import gather, num_processes
 
 _MORE = ("average_precision", "ece", "ignored_pixels")
+
+
+class Accumulator(Protocol):
+    """What takes a data set batch by batch; each process brings its part, and results are those of all."""
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Adds a batch."""
+
+    def results(self) -> dict[str, float]:
+        """What follows from all batches."""
+        ...
 
 
 class Evaluation:
@@ -62,7 +73,7 @@ class Evaluation:
             if self.scores is None:
                 how = self._contract or DataContract(1)
                 about = (predictions.shape[1], is_multi_class(predictions, bare), self.ignore_index)
-                self.scores = Scores(*about, how.threshold, how.temperature)
+                self.scores = Scores(*about, how.threshold, how.temperature, self._contract is not None)
             self.scores.update(predictions, bare, valid)
         for index in range(len(predictions)):
             prediction, target = predictions[index : index + 1], targets[index : index + 1]
@@ -144,7 +155,7 @@ def _sum(values: list[float]) -> float:
 def evaluate_batch(
     model: nn.Module,
     batch: tuple[Tensor, Tensor],
-    evaluation: Evaluation,
+    evaluation: Accumulator,
     device: torch.device,
     precision: str,
     channels_last: bool = True,
@@ -166,7 +177,7 @@ def evaluate_batch(
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    evaluation: Evaluation,
+    evaluation: Accumulator,
     device: torch.device,
     precision: str,
     channels_last: bool = True,

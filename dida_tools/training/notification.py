@@ -36,7 +36,10 @@ class Notification:
 
     def finished(self, run: Any, result: Any) -> None:
         """The run has ended as it should."""
-        results = [f"{name} {value:.4f}" for name, value in result.metrics.items() if name.count(".") == 1]
+        metrics = {name: value for name, value in result.metrics.items() if name.count(".") == 1}
+        results = [
+            f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4f}" for name, value in metrics.items()
+        ]
         lines = [
             f"{run.name}: {result.state.epoch} epochs in {self._duration()}; best epoch {result.state.best_epoch}",
             *results,

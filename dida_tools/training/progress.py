@@ -53,14 +53,21 @@ class Progress:
 
     def end(self, result: "Result", seconds: float, log_file: Path) -> None:
         """What was reached, where it lies, and what to do next."""
-        results = {key: one for key, one in result.metrics.items() if key.startswith("test.") and key.count(".") == 1}
+        metrics = dict(result.metrics)
+        ignored = metrics.pop("test.ignored_pixels", 0)
+        probabilities = {"average precision": "test.average_precision", "calibration error": "test.ece"}
+        probabilities |= {one: f"validation.{one}" for one in ("temperature", "threshold")}
+        sure = [f"{name} {metrics.pop(key):.4f}" for name, key in probabilities.items() if key in metrics]
+        results = {key: one for key, one in metrics.items() if key.startswith("test.") and key.count(".") == 1}
         reached = ", ".join(f"{key[5:]} {value:.4f}" for key, value in results.items()) or "(there is none)"
+        reached += f"; {ignored:,} pixels are ignored" if ignored else ""
         python = shown(sys.executable) if not os.path.relpath(sys.executable).startswith("..") else "python"
         epochs, best = result.state.epoch, result.state.best_epoch
         lines = [
             "",
             f"{result.name}: trained {epochs} epochs in {seconds:.0f} s; best epoch {best}",
             f"  test set   {reached}",
+            *([f"  certainty  {', '.join(sure)}"] if sure else []),
             f"  weights    {shown(result.weights['best'])}  (and {result.weights['last'].name}, to go on from)",
             f"  log        {shown(result.log_dir)}",
             f"  tracker    {shown(log_file)}",

@@ -25,6 +25,7 @@ from ..utils.path import create_dirs, shown
 from ..utils.signals import Preempted, stop_on_signals, stop_requested
 from ..utils.torchutils import assert_isfinite, fill_model
 from ..utils.weights import load_weights, save_weights, weights_digest
+from .calibration import calibrate, describe_fit
 from .checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from .determinism import deterministic_algorithms
 from .distributed import is_main, num_processes, on_main, sum_up, sync_buffers
@@ -263,7 +264,8 @@ class Run:
 
     def finish(self) -> Result:
         """
-        Saves the last state, evaluates the best weights once on the test set, and says what was reached.
+        Saves the last state, fits temperature and thresholds to the best weights, evaluates these once on the test set,
+        as prediction will use them, and says what was reached.
 
         :raises Preempted: if a signal has asked to end; going on evaluates again
         """
@@ -277,14 +279,22 @@ class Run:
         fill_model(model, on_main(lambda: load_weights(best)["model"]), str(best))
         chosen = self.history.get(state.best_epoch or 0, {})
         metrics = {key: value for key, value in chosen.items() if key.startswith("validation.")}
+        fitted = calibrate(preparation, model)
+        if fitted is not None:
+            preparation.contract = fitted
+            on_main(self._save_best)  # the same weights
+            about_fit = {f"validation.{name}": value for name, value in describe_fit(fitted).items()}
+            self.record.write_scalars({name.replace(".", "/"): value for name, value in about_fit.items()}, state.step)
+            metrics |= about_fit
+        contract = preparation.contract
         counts: Any = None
         panels: list[Any] = []
         if preparation.test_loader is not None:
-            evaluation = preparation.new_evaluation(preparation.contract)
+            evaluation = preparation.new_evaluation(contract)
             results = evaluate(model, preparation.test_loader, evaluation, *preparation.place)
             metrics |= {f"test.{name}": value for name, value in results.items()}
             counts = None if evaluation.scores is None else evaluation.scores.confusion
-            self.record.write_scores(evaluation.scores, preparation.contract.class_names, state.step)
+            self.record.write_scores(evaluation.scores, contract.class_names, state.step)
             if is_main():
                 order: Any = preparation.test_loader.batch_sampler
                 losses, seed = evaluation.sample_losses, self.config["SEED"]
@@ -293,7 +303,7 @@ class Run:
         picture = self.log_dir / "picture.png"
         history = [self.history[epoch] for epoch in sorted(self.history)]
         if is_main():  # <- your report here
-            save_picture(picture, self.name, history, self.monitored, counts, panels, preparation.contract.class_names)
+            save_picture(picture, self.name, history, self.monitored, counts, panels, contract.class_names)
         seconds = round(time.monotonic() - self._started, 1)
         about: dict[str, Any] = {"step": state.step, "digest": digest, "seconds": seconds}
         identical, comparison = None, ""

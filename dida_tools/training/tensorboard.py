@@ -22,14 +22,8 @@ def write_pr_curves(writer: Any, scores: Scores, class_names: Sequence[str], ste
         precision = hits / (hits + counts["false_positives"]).clamp(min=1)
         recall = hits / (hits + counts["false_negatives"]).clamp(min=1)
         columns = [counts[key] for key in ("true_positives", "false_positives", "true_negatives", "false_negatives")]
-        writer.add_pr_curve_raw(
-            f"test/{name}",
-            *(column.numpy() for column in columns),
-            precision.numpy(),
-            recall.numpy(),
-            step,
-            _NUM_THRESHOLDS,
-        )
+        curve = [column.numpy() for column in (*columns, precision, recall)]
+        writer.add_pr_curve_raw(f"test/{name}", *curve, step, _NUM_THRESHOLDS)
 
 
 def write_hparams(writer: Any, config: dict[str, Any], metrics: dict[str, float]) -> None:

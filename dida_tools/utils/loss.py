@@ -318,16 +318,15 @@ def count(
     """
     keep = counting(pred, target, valid, ignore_index)
     if is_multi_class(pred, target):
-        classes, truth = pred.shape[1], target[keep].long()
-        wrong = truth[(truth < 0) | (truth >= classes)]
-        if len(wrong):
+        classes = pred.shape[1]
+        wrong = keep & ((target < 0) | (target >= classes))
+        if wrong.any():
             raise ValueError(
-                f"the target holds the class number {wrong[0]}, the prediction has the classes 0 to {classes - 1}, and "
-                f"{ignore_index} is ignored: map the mask's values, or set IGNORE_INDEX."
+                f"the target holds the class number {target[wrong][0]}, the prediction has the classes 0 to "
+                f"{classes - 1}, and {ignore_index} is ignored: map the mask's values, or set IGNORE_INDEX."
             )
-        # bincount counts in int64; histc counts in float32 and loses pixels beyond 2 ** 24.
-        pairs = truth * classes + pred.argmax(1)[keep]
-        return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+        pairs = target.long() * classes + pred.max(1).indices  # argmax takes many times as long
+        return count_places(pairs, keep, classes**2).reshape(classes, classes)
     probability = pred.float().sigmoid()
     edges = torch.as_tensor(threshold, dtype=probability.dtype, device=pred.device)
     guess = probability >= edges.reshape(1, -1, *[1] * (pred.ndim - 2))
@@ -335,6 +334,19 @@ def count(
     cases = [[~truth & ~guess, ~truth & guess], [truth & ~guess, truth & guess]]
     dims = [0, *range(2, pred.ndim)]
     return torch.stack([torch.stack([(case & keep).sum(dims) for case in row], -1) for row in cases], -2)
+
+
+def count_places(places: Tensor, keep: Tensor, num_places: int) -> Tensor:
+    """
+    How often each place occurs.
+
+    :param places: integers from 0 to num_places - 1 where keep is True, anything elsewhere
+    :return: (num_places,) int64
+    """
+    # The others get a place of their own, which is quicker than to pick. bincount counts in int64; histc counts in
+    # float32 and loses pixels beyond 2 ** 24.
+    places = places.masked_fill(~keep, num_places).flatten()
+    return torch.bincount(places, minlength=num_places + 1)[:num_places]
 
 
 def hits_and_errors(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ truth. All of it is int64 and adds up, so that what is derived from it is the sa
 size and number of processes.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from .loss import (
     IGNORE_INDEX,
     accuracy_per_class,
     count,
+    count_places,
     counting,
     f1_per_class,
     iou_per_class,
@@ -46,6 +48,7 @@ class Scores:
     :param ignore_index: target value of pixels that do not count
     :param threshold: probability from which a pixel belongs to a class, unless multi-class; one, or one for each class
     :param temperature: what logits are divided by
+    :param with_histograms: whether to count probabilities; metrics that need them are NaN otherwise, and threshold 0.5
     """
 
     def __init__(
@@ -55,9 +58,10 @@ class Scores:
         ignore_index: int = IGNORE_INDEX,
         threshold: float | Sequence[float] = 0.5,
         temperature: float = 1.0,
+        with_histograms: bool = True,
     ) -> None:
         self.multi_class, self.ignore_index = multi_class, ignore_index
-        self.threshold, self.temperature = threshold, temperature
+        self.threshold, self.temperature, self.with_histograms = threshold, temperature, with_histograms
         shape = (num_classes, num_classes) if multi_class else (num_classes, 2, 2)
         self.confusion = torch.zeros(shape, dtype=torch.int64)  # [target, prediction], or one for each class
         # [class, is it there, probability from 0 to 1], each class against the rest
@@ -86,26 +90,29 @@ class Scores:
         if confusion.shape != self.confusion.shape:
             raise ValueError(f"these scores are {self._about()}; the prediction has the shape {tuple(logits.shape)}.")
         keep = counting(logits, targets, valid, self.ignore_index)
+        self.confusion += confusion
+        self.num_ignored += keep.numel() - int(keep.sum())
+        if self.with_histograms:
+            self._count_probabilities(logits, targets, keep)
+
+    def _count_probabilities(self, logits: Tensor, targets: Tensor, keep: Tensor) -> None:
         classes = len(self.histograms)
         numbers = torch.arange(classes, device=logits.device).reshape(1, -1, *[1] * (logits.ndim - 2))
         if self.multi_class:
             probabilities, truth = logits.softmax(1), targets.unsqueeze(1) == numbers
-            certainty, guess = probabilities.max(1).values, logits.argmax(1)
-            self.certainties += _histogram((guess == targets)[keep], certainty[keep], 2)
-            every = keep.unsqueeze(1).expand_as(logits)
+            is_right = logits.max(1).indices == targets
+            self.certainties += _histogram(is_right, probabilities.amax(1), keep, 2)
+            every = keep.unsqueeze(1)
         else:
             probabilities, truth, every = logits.sigmoid(), targets > 0.5, keep
-        places = (numbers * 2 + truth)[every]
-        self.histograms += _histogram(places, probabilities[every], classes * 2).reshape(classes, 2, NUM_BINS)
-        self.confusion += confusion
-        self.num_ignored += keep.numel() - int(keep.sum())
+        places = numbers * 2 + truth
+        self.histograms += _histogram(places, probabilities, every, classes * 2).reshape(classes, 2, NUM_BINS)
 
     def __add__(self, other: "Scores") -> "Scores":
         """The scores of both data sets together."""
         if self._about() != other._about():
             raise ValueError(f"scores of {self._about()} and {other._about()} cannot be added.")
-        classes, threshold = len(self.histograms), self.threshold
-        total = Scores(classes, self.multi_class, self.ignore_index, threshold, self.temperature)
+        total = copy.copy(self)
         total.confusion = self.confusion + other.confusion
         total.histograms = self.histograms + other.histograms
         total.certainties = self.certainties + other.certainties
@@ -194,11 +201,11 @@ class Scores:
         return (gaps / histograms.sum((1, 2))).nanmean().item()  # 0 / 0 is NaN
 
 
-def _histogram(places: Tensor, probabilities: Tensor, num_places: int) -> Tensor:
+def _histogram(places: Tensor, probabilities: Tensor, keep: Tensor, num_places: int) -> Tensor:
     """(num_places, NUM_BINS) int64: how many probabilities of each place are in each bin."""
     bins = (probabilities * NUM_BINS).int().clamp_(0, NUM_BINS - 1)  # scaling by a power of two is exact
     flat = places.int() * NUM_BINS + bins
-    return torch.bincount(flat, minlength=num_places * NUM_BINS).cpu().reshape(num_places, NUM_BINS)
+    return count_places(flat, keep, num_places * NUM_BINS).cpu().reshape(num_places, NUM_BINS)
 
 
 def one_against_rest(confusion: Tensor) -> Tensor:
