@@ -219,6 +219,8 @@ def subject_of_run(
     The model of a run: everything is taken from its record, but for DEVICE and BOUNDS.
 
     :param weights: other weights than the best ones
+    :param module: may hold DATASETS, a function of the config that gives (train, test, validation),
+        for runs whose record does not name their data sets
     :raises UserError: if the record or the weights cannot be used
     """
     log_dir = Path(global_config["LOG_DIR"]) / name
@@ -244,17 +246,19 @@ def subject_of_run(
     model = untrained().eval()
     fill_model(model, model_state(stored), str(weights))
     try:
-        train_set, test_set, validation_set = build_datasets(config)
+        train_set, test_set, validation_set = getattr(module, "DATASETS", build_datasets)(config)
         preparation = prepare(train_set, test_set, config, global_config, validation_set)
     except DataError as error:
-        raise UserError(f"the data of {name} cannot be read, put them back where they were: {error}") from error
-    if preparation.test_set is None:
-        about["no_data"] = f"{name} has no test data"
-    elif hasattr(preparation.test_set, "with_contract"):
-        preparation.test_set = preparation.test_set.with_contract(contract)
-        preparation.train_set = preparation.train_set.with_contract(contract)
-    inputs, targets = _quick_batch(preparation.train_set, model, device)
-    about |= {"loss": preparation.loss_function, "preparation": preparation}
+        about |= {"loss": _loss(config), "no_data": f"{name}: {error}"}
+        inputs, targets = _invented_for(model, contract)
+    else:
+        if preparation.test_set is None:
+            about["no_data"] = f"{name} has no test data"
+        elif hasattr(preparation.test_set, "with_contract"):
+            preparation.test_set = preparation.test_set.with_contract(contract)
+            preparation.train_set = preparation.train_set.with_contract(contract)
+        about |= {"loss": preparation.loss_function, "preparation": preparation}
+        inputs, targets = _quick_batch(preparation.train_set, model, device)
     return Subject(model=model, inputs=inputs.to(device), targets=targets.to(device), **about)
 
 
@@ -299,6 +303,25 @@ def _invented(input_dim: tuple[int, ...], output_dim: tuple[int, ...], task: str
     if task == "values":
         return inputs, values
     return inputs, values.argmax(1) if task == "multi-class" else (values > 0).float()
+
+
+def _invented_for(model: nn.Module, contract: DataContract) -> tuple[Tensor, Tensor]:
+    """The same for a model of which only the number of channels is known: images, or lists of numbers."""
+    device = next(model.parameters()).device
+    for shape in ((NUM_INPUTS, contract.channels, EDGE, EDGE), (4 * NUM_INPUTS, contract.channels)):
+        try:
+            with torch.no_grad():
+                output = model(torch.zeros(shape, device=device))
+        except RuntimeError:  # not of this shape
+            continue
+        return _invented(shape, tuple(output.shape), contract.task)
+    name = type(model).__name__
+    raise UserError(f"{name} takes neither images of {EDGE} pixels nor lists of numbers: put its data back.")
+
+
+def _loss(config: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    loss, options = config["LOSS"], config.get("LOSS_CONFIG", {})
+    return loss(**options) if isinstance(loss, type) else functools.partial(loss, **options)
 
 
 def _quick_batch(dataset: Any, model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
