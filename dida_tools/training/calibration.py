@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..utils.data.contract import DataContract
-from ..utils.loss import counting, is_multi_class, unmask
+from ..utils.loss import counting, is_multi_class, precise, unmask
 from .evaluation import evaluate, gather_unless_stopped, holds_classes
 from .preparation import Preparation
 
@@ -49,11 +49,11 @@ class Likelihoods:
         targets = targets.masked_fill(~keep, 0)
         sums = []
         for temperature in TEMPERATURES:
-            logits = predictions / temperature
+            logits = precise(predictions / temperature)
             if is_multi_class(predictions, targets):
                 loss = functional.nll_loss(logits.log_softmax(1), targets.long(), reduction="none")
             else:
-                loss = functional.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+                loss = functional.binary_cross_entropy_with_logits(logits, targets.to(logits), reduction="none")
             units = (loss.nan_to_num(_MOST).clamp(max=_MOST) / _UNIT).long()
             sums.append(units.masked_fill(~keep, 0).sum())
         self.sums = [total + part for total, part in zip(self.sums, torch.stack(sums).tolist(), strict=True)]
@@ -71,7 +71,7 @@ class Likelihoods:
         steps = float(best - middle)
         if 0 < best < len(sums) - 1:
             before, after = (sums[index] - sums[best] for index in (best - 1, best + 1))
-            if before + after > 0:
+            if before > 0 and after > 0:
                 steps += (before - after) / (2 * (before + after))
         return {"temperature": round(2.0 ** (steps / 4), 4)}
 

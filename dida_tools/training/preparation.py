@@ -413,9 +413,12 @@ def _rehearse(
     device: torch.device,
 ) -> None:
     """Evaluates one sample, so that what would fail after the first epoch fails now."""
-    evaluation = Evaluation(config["METRICS"], loss_function, config["IGNORE_INDEX"], contract.class_names)
+    results: dict[str, float] = {}
     try:
-        results = evaluate(model.to(device), [default_collate([dataset[0]])], evaluation, device, "fp32", False)
+        for with_contract in (contract, None):  # as the test set will be evaluated, and the validation set
+            about = (config["IGNORE_INDEX"], contract.class_names, with_contract)
+            evaluation = Evaluation(config["METRICS"], loss_function, *about)
+            results = evaluate(model.to(device), [default_collate([dataset[0]])], evaluation, device, "fp32", False)
     except Exception as error:  # whatever the user's functions raise
         if is_out_of_memory(error):
             raise UserError(f"the memory of {device} does not suffice for a single sample: {error}") from error

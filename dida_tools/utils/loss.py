@@ -327,13 +327,21 @@ def count(
             )
         pairs = target.long() * classes + pred.max(1).indices  # argmax takes many times as long
         return count_places(pairs, keep, classes**2).reshape(classes, classes)
-    probability = pred.float().sigmoid()
+    probability = precise(pred.float()).sigmoid().float()
     edges = torch.as_tensor(threshold, dtype=probability.dtype, device=pred.device)
     guess = probability >= edges.reshape(1, -1, *[1] * (pred.ndim - 2))
     truth = target > 0.5
     cases = [[~truth & ~guess, ~truth & guess], [truth & ~guess, truth & guess]]
     dims = [0, *range(2, pred.ndim)]
     return torch.stack([torch.stack([(case & keep).sum(dims) for case in row], -1) for row in cases], -2)
+
+
+def precise(logits: Tensor) -> Tensor:
+    """
+    Logits in float64, so that what is computed from them, rounded to float32, is the same wherever in a tensor a pixel
+    stands: in float32, softmax and sigmoid differ in the last bits for what is left over at the end of vector units.
+    """
+    return logits if logits.device.type == "mps" else logits.double()  # Apple GPUs have no float64
 
 
 def count_places(places: Tensor, keep: Tensor, num_places: int) -> Tensor:

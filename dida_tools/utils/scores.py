@@ -18,6 +18,7 @@ from .loss import (
     counting,
     f1_per_class,
     iou_per_class,
+    precise,
     precision_per_class,
     recall_per_class,
     summarise,
@@ -99,12 +100,12 @@ class Scores:
         classes = len(self.histograms)
         numbers = torch.arange(classes, device=logits.device).reshape(1, -1, *[1] * (logits.ndim - 2))
         if self.multi_class:
-            probabilities, truth = logits.softmax(1), targets.unsqueeze(1) == numbers
+            probabilities, truth = precise(logits).softmax(1).float(), targets.unsqueeze(1) == numbers
             is_right = logits.max(1).indices == targets
             self.certainties += _histogram(is_right, probabilities.amax(1), keep, 2)
             every = keep.unsqueeze(1)
         else:
-            probabilities, truth, every = logits.sigmoid(), targets > 0.5, keep
+            probabilities, truth, every = precise(logits).sigmoid().float(), targets > 0.5, keep
         places = numbers * 2 + truth
         self.histograms += _histogram(places, probabilities, every, classes * 2).reshape(classes, 2, NUM_BINS)
 

@@ -76,8 +76,8 @@ def approx(value: float) -> Any:
 # ----------------------------------------------------------------------------------------- the same however it is split
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data(), st.sampled_from(TASKS), st.integers(1, 6), st.integers(1, 12), st.integers(1, 12))
+@settings(max_examples=20, deadline=None)
+@given(st.data(), st.sampled_from(TASKS), st.integers(1, 6), st.integers(3, 12), st.integers(2, 12))
 def test_any_split_into_batches_tiles_and_processes_in_any_order_gives_the_same(data, task, batch_size, height, width):
     logits, targets = draw(task, seed=height)
     targets[1, ..., 2:5, :] = 255
@@ -389,20 +389,16 @@ def test_empty_tiles_with_false_positives_count():
 
 
 def test_no_pixel_of_a_whole_scene_is_lost():
-    """In float32, 72 % of the pixels of 10,980 x 10,980 are: beyond 2 ** 24, adding 1 changes nothing."""
+    """
+    In float32, 72 % of the pixels of 10,980 x 10,980 are: beyond 2 ** 24, adding 1 changes nothing. That none is lost
+    in one call either, see test_loss.py.
+    """
     strip = torch.tensor([-1.0, 1.0]).reshape(1, 2, 1, 1).expand(1, 2, 1220, 10_980)
     scores = score("multi-class", strip[..., :61, :], torch.ones(1, 61, 10_980, dtype=torch.int64))
     strip_scores = sum([scores] * 19, scores)
     scene = sum([strip_scores] * 8, strip_scores)
     assert scene.confusion.tolist() == [[0, 0], [0, 10_980**2]] and scene.num_valid == 120_560_400
     assert scene.histograms[1, 1].sum() == scene.certainties[1].sum() == 10_980**2
-
-
-def test_no_pixel_is_lost_of_one_call_either():
-    size = 4100  # 4100 ** 2 > 2 ** 24
-    logits = torch.ones(1, 1, 1, 1).expand(1, 1, size, size)
-    scores = score("binary", logits, torch.ones(1, 1, 1, 1, dtype=torch.uint8).expand(1, 1, size, size))
-    assert scores.confusion.tolist() == [[[0, 0], [0, size**2]]] and scores.histograms.sum() == size**2 > 2**24
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])

@@ -198,6 +198,19 @@ def test_probabilities_follow_the_task() -> None:
         assert found.dtype == torch.float32 and torch.equal(found, expected.get(task, logits.float()))
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_logits_are_divided_by_the_temperature(temperature: float) -> None:
+    logits = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    for task in ("multi-class", "multi-label"):
+        warm = DataContract(1, task=task, temperature=temperature).probabilities(logits)
+        expected = logits.double().div(temperature)
+        expected = expected.softmax(1) if task == "multi-class" else expected.sigmoid()
+        assert torch.allclose(warm.double(), expected, atol=1e-6)
+    contract = DataContract(1, temperature=temperature)  # the most probable class stays what it is
+    assert torch.equal(contract.classes(contract.probabilities(logits)).long(), logits.argmax(1))
+    assert torch.equal(DataContract(1, task="values", temperature=temperature).probabilities(logits), logits)
+
+
 def test_classes_of_multi_class_are_the_most_probable() -> None:
     probabilities = torch.rand(2, 5, 4, 3)
     classes = DataContract(1).classes(probabilities)
@@ -211,3 +224,14 @@ def test_classes_of_multi_label_begin_at_the_threshold(threshold: float) -> None
     expected = (probabilities >= threshold).to(torch.uint8)
     assert torch.equal(contract.classes(probabilities), expected[:, 0])
     assert torch.equal(contract.classes(probabilities.repeat(1, 2, 1, 1)), expected.repeat(1, 2, 1, 1))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4, 5)])
+def test_each_label_has_a_threshold_of_its_own(shape: tuple[int, ...]) -> None:
+    probabilities = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    thresholds = (0.125, 0.5, 0.75)
+    probabilities[0, 2] = 0.75
+    classes = DataContract(1, task="multi-label", outputs=3, threshold=thresholds).classes(probabilities)
+    assert classes.dtype == torch.uint8 and classes[0, 2].min() == 1
+    for number, threshold in enumerate(thresholds):
+        assert torch.equal(classes[:, number] == 1, probabilities[:, number] >= threshold)

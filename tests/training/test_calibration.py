@@ -1,0 +1,304 @@
+"""Temperature and thresholds are those that the validation data wants, stored with the best weights, and used."""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from sklearn import metrics as reference
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from dida_tools.training import run as run_module
+from dida_tools.training.calibration import TEMPERATURES, Likelihoods
+from dida_tools.training.pytorch_training import train
+from dida_tools.utils.data.contract import DataContract
+from dida_tools.utils.logging import read_log
+from dida_tools.utils.loss import dice_bce_sum, f1, masked_dice_bce_sum, masked_f1
+from dida_tools.utils.weights import load_weights
+
+CLASSES, LABELS = DataContract(1, task="multi-class"), DataContract(1, task="multi-label")
+FITTED = ("validation.temperature", "validation.threshold")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(run_module, "save_picture", lambda path, *_: path.write_bytes(b""))
+    monkeypatch.setattr(run_module, "describe_environment", lambda *_: {})
+
+
+# ---------------------------------------------------------------------------------------------------- the temperature
+
+
+def draw(task: str, scale: float, seed: int = 0, size: int = 20) -> tuple[Tensor, Tensor]:
+    """Logits that are too sure by this factor, and targets, some of them ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(3, 3, size, size, generator=generator)
+    if task == "multi-class":
+        chances = logits.softmax(1).movedim(1, -1).reshape(-1, 3)
+        targets = torch.multinomial(chances, 1, generator=generator).reshape(3, size, size)
+    else:
+        targets = (torch.rand(logits.shape, generator=generator) < logits.sigmoid()).long()
+    targets[0, ..., :5] = 255
+    return scale * logits, targets
+
+
+def best_temperature(logits: Tensor, targets: Tensor, keep: Tensor) -> float:
+    def likelihood(steps: float) -> float:
+        scaled = logits.double() / math.exp(steps)
+        if targets.ndim == 3:
+            loss = functional.cross_entropy(scaled, targets.where(keep, 0), reduction="none")
+        else:
+            loss = functional.binary_cross_entropy_with_logits(
+                scaled, targets.where(keep, 0).double(), reduction="none"
+            )
+        return loss[keep].sum().item()
+
+    return math.exp(minimize_scalar(likelihood, bounds=(-2, 2), method="bounded", options={"xatol": 1e-9}).x)
+
+
+def fit(logits: Tensor, targets: Tensor, contract: DataContract = CLASSES, **options: Any) -> float:
+    likelihoods = Likelihoods(contract, **options)
+    likelihoods.update(logits, targets)
+    return likelihoods.results()["temperature"]
+
+
+@pytest.mark.parametrize("scale", [0.2, 0.9, 1.6, 5.5])
+@pytest.mark.parametrize("task", ["multi-class", "multi-label"])
+def test_the_temperature_is_that_of_an_optimiser_within_one_percent(task, scale):
+    logits, targets = draw(task, scale)
+    expected = best_temperature(logits, targets, targets != 255)
+    assert expected == pytest.approx(scale, rel=0.15)
+    contract = DataContract(1, task=task)
+    assert fit(logits, targets, contract) == pytest.approx(expected, rel=0.01)
+    mask = (torch.rand(3, 1, 20, 20, generator=torch.Generator().manual_seed(1)) < 0.6).long()
+    if task == "multi-label":
+        masked = fit(logits, torch.cat([mask, targets], 1), contract, is_masked=True)
+        expected = best_temperature(logits, targets, (targets != 255) & (mask == 1))
+        assert masked == pytest.approx(expected, rel=0.01)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data(), st.sampled_from(["multi-class", "multi-label"]), st.integers(1, 3), st.integers(2, 20))
+def test_likelihoods_are_the_same_for_all_batches_tiles_and_orders(data, task, batch_size, width):
+    logits, targets = draw(task, 2.0)
+    whole, parts = (Likelihoods(DataContract(1, task=task)) for _ in range(2))
+    whole.update(logits, targets)
+    pieces = [
+        (logits[batch, ..., left], targets[batch, ..., left])
+        for batch in map(slice, range(0, 3, batch_size), range(batch_size, 3 + batch_size, batch_size))
+        for left in map(slice, range(0, 20, width), range(width, 20 + width, width))
+    ]
+    for piece in data.draw(st.permutations(pieces)):
+        parts.update(*piece)
+    assert parts.sums == whole.sums and all(type(one) is int for one in parts.sums)
+
+
+def test_where_nothing_is_to_be_fitted_the_temperature_is_one():
+    assert Likelihoods(CLASSES).results() == {"temperature": 1.0}
+    logits, targets = draw("multi-class", 2.0)
+    assert fit(logits, torch.full_like(targets, 255)) == 1.0
+    assert fit(torch.zeros_like(logits), targets) == 1.0
+    assert fit(logits, logits, DataContract(1, task="values")) == 1.0  # no classes
+
+
+def test_the_temperature_stays_in_its_range():
+    targets = torch.tensor([0, 1, 2])
+    right, wrong = 3.0 * functional.one_hot(targets, 3), 3.0 * functional.one_hot(targets.roll(1), 3)
+    assert TEMPERATURES[0] <= fit(right, targets) < 0.2 and fit(wrong, targets) == TEMPERATURES[-1]
+    huge = torch.tensor([[math.inf, 0.0], [1e30, -1e30], [math.nan, 1.0]])
+    assert TEMPERATURES[0] <= fit(huge, torch.tensor([0, 1, 1])) <= TEMPERATURES[-1]
+
+
+# -------------------------------------------------------------------------------------------------------- a whole run
+
+
+def make_labels(number: int, seed: int) -> TensorDataset:
+    """Two labels that overlap, the second a rare one; the third channel has nothing to do with them."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(number, 3, 12, 12, generator=generator)
+    noisy = images[:, :2] + 0.7 * torch.randn(number, 2, 12, 12, generator=generator)
+    return TensorDataset(images, (noisy > torch.tensor([0.2, 1.8]).reshape(1, 2, 1, 1)).float())
+
+
+@pytest.fixture
+def label_config(tiny_config) -> dict[str, Any]:
+    tiny_config |= {"MODEL": nn.Conv2d, "MODEL_CONFIG": {"in_channels": 3, "out_channels": 2, "kernel_size": 1}}
+    return tiny_config | {"LOSS": dice_bce_sum, "METRICS": {"f1": f1}, "EPOCHS": 4, "OPTIMIZER_CONFIG": {"lr": 0.2}}
+
+
+def logits_of(result: Any, dataset: TensorDataset) -> tuple[Tensor, Tensor]:
+    model = nn.Conv2d(3, 2, 1)
+    model.load_state_dict(load_weights(result.weights["best"])["model"])
+    with torch.no_grad():
+        return model(dataset.tensors[0]), dataset.tensors[1]
+
+
+def contract_of(result: Any) -> DataContract:
+    return DataContract.from_dict(load_weights(result.weights["best"])["contract"])
+
+
+def test_thresholds_and_temperature_are_those_of_the_validation_data(label_config, global_config):
+    sets = make_labels(20, 0), make_labels(12, 1), make_labels(12, 2)
+    result = train(sets[0], sets[2], label_config, global_config, sets[1])
+    contract = contract_of(result)
+    logits, targets = logits_of(result, sets[1])
+    expected = best_temperature(logits, targets, torch.ones_like(targets, dtype=torch.bool))
+    assert contract.temperature == pytest.approx(expected, rel=0.01) and abs(expected - 1) > 0.05
+    probabilities = contract.probabilities(logits)
+    for number in range(2):
+        truth, chance = targets[:, number].flatten().numpy(), probabilities[:, number].flatten().numpy()
+        precision, recall, _ = reference.precision_recall_curve(truth, chance)
+        best = (2 * precision * recall / np.maximum(precision + recall, 1e-9)).max()
+        reached = reference.f1_score(truth, chance >= np.float32(contract.threshold[number]))
+        assert best - 0.01 < reached <= best + 1e-12
+        assert reached > reference.f1_score(truth, chance >= 0.5)
+    assert len({*contract.threshold, 0.5}) == 3
+
+
+def test_the_test_set_is_evaluated_as_it_would_be_predicted(label_config, global_config):
+    sets = make_labels(20, 0), make_labels(12, 1)
+    result = train(*sets, label_config, global_config)
+    contract = contract_of(result)
+    logits, targets = logits_of(result, sets[1])
+    predicted = contract.classes(contract.probabilities(logits))
+    truth, guess = (one.movedim(1, -1).reshape(-1, 2).numpy() for one in (targets, predicted))
+    each = reference.f1_score(truth, guess, average=None)
+    assert [result.metrics["test.f1.0"], result.metrics["test.f1.1"]] == pytest.approx(each, abs=1e-12)
+    chances = contract.probabilities(logits).movedim(1, -1).reshape(-1, 2).numpy()
+    assert abs(each - reference.f1_score(truth, chances >= 0.5, average=None)).min() > 1e-4
+    precision = reference.average_precision_score(truth, chances)
+    assert result.metrics["test.average_precision"] == pytest.approx(precision, abs=0.01)
+    assert result.metrics["test.ignored_pixels"] == 0
+
+
+def test_the_fit_changes_the_contract_of_the_best_weights_alone(datasets, tiny_config, global_config, monkeypatch):
+    before: dict[str, Any] = {}
+
+    def look(preparation: Any, model: nn.Module) -> Any:
+        (file,) = global_weights.glob("*/best.pt")
+        before.update(load_weights(file))
+        return calibrate(preparation, model)
+
+    global_weights, calibrate = Path(global_config["WEIGHT_DIR"]), run_module.calibrate
+    monkeypatch.setattr(run_module, "calibrate", look)
+    result = train(*datasets, tiny_config | {"EMA": 0.9}, global_config)
+    after = load_weights(result.weights["best"])
+    assert before["model"].keys() == after["model"].keys()
+    assert all(torch.equal(tensor, after["model"][name]) for name, tensor in before["model"].items())
+    changed = {key for key, value in after["contract"].items() if before["contract"][key] != value}
+    assert changed == {"temperature"}
+    assert result.metrics["validation.temperature"] == after["contract"]["temperature"] != 1
+    assert "validation.threshold" not in result.metrics
+
+
+def test_columns_and_last_lines_say_what_was_fitted(datasets, tiny_config, global_config, capsys):
+    result = train(*datasets, tiny_config, global_config)
+    (row,) = read_log(result.log_dir.parent / "experiments.csv")
+    said = capsys.readouterr()
+    lines = (said.out + said.err).splitlines()
+    certainty = next(line for line in lines if "certainty" in line)
+    for name, column in (("average precision", "test.average_precision"), ("calibration error", "test.ece")):
+        assert 0 < row[column] <= 1 and f"{name} {row[column]:.4f}" in certainty
+    assert f"temperature {row['validation.temperature']:.4f}" in certainty and "threshold" not in certainty
+    assert {f"test.average_precision.{number}" for number in range(3)} <= row.keys()
+    assert row["test.ignored_pixels"] == 0 and "ignored" not in "".join(lines)
+    assert len(certainty) < 120
+
+
+def test_ignored_pixels_of_the_test_set_are_reported(label_config, global_config, capsys):
+    sets = make_labels(20, 0), make_labels(12, 1)
+    sets[1].tensors[1][:, 0, :, :3] = 255
+    sets[1].tensors[1][:, 1, :, :1] = 255
+    label_config["METRICS"] = {"f1": f1}
+    result = train(*sets, label_config, global_config)
+    assert result.metrics["test.ignored_pixels"] == 12 * 12 * 4
+    said = capsys.readouterr()
+    assert "; 576 pixels are ignored" in said.out + said.err
+
+
+def test_masked_targets_are_fitted_to_the_usable_pixels(label_config, global_config):
+    def masked(dataset: TensorDataset) -> TensorDataset:
+        images, labels = dataset.tensors
+        mask = torch.ones(len(images), 1, 12, 12)
+        mask[:, :, :6] = 0
+        wrong = labels.clone()
+        wrong[:, :, :6] = 1 - wrong[:, :, :6]
+        return TensorDataset(images, torch.cat([mask, wrong], 1))
+
+    def half(dataset: TensorDataset) -> TensorDataset:
+        return TensorDataset(*(tensor[:, :, 6:].contiguous() for tensor in dataset.tensors))
+
+    sets = make_labels(20, 0), make_labels(12, 1), make_labels(12, 2)
+    changes = {"LOSS": masked_dice_bce_sum, "METRICS": {"f1": masked_f1}, "OPTIMIZER_CONFIG": {"lr": 0.0}}
+    first = train(*(masked(one) for one in sets[:2]), label_config | changes, global_config, masked(sets[2]))
+    changes |= {"LOSS": dice_bce_sum, "METRICS": {"f1": f1}}
+    second = train(*(half(one) for one in sets[:2]), label_config | changes, global_config, half(sets[2]))
+    assert contract_of(first).temperature == contract_of(second).temperature
+    assert contract_of(first).threshold == contract_of(second).threshold
+    assert first.metrics["test.f1"] == second.metrics["test.f1"]
+    assert first.metrics["test.ignored_pixels"] == 12 * 2 * 6 * 12 and second.metrics["test.ignored_pixels"] == 0
+
+
+@pytest.mark.parametrize("metrics", [{}, {"f1": f1}])
+def test_without_counted_metrics_the_same_is_fitted(label_config, global_config, metrics):
+    sets = make_labels(20, 0), make_labels(12, 1)
+    label_config |= {"METRICS": metrics, "MONITOR": "min loss"}
+    result = train(*sets, label_config, global_config)
+    assert contract_of(result).temperature == result.metrics["validation.temperature"] != 1
+    assert result.metrics["validation.threshold.1"] == contract_of(result).threshold[1] != 0.5
+    assert result.metrics["test.average_precision"] > 0.5
+
+
+def test_a_single_label_has_a_plain_threshold(label_config, global_config):
+    sets = [TensorDataset(one.tensors[0], one.tensors[1][:, 1:]) for one in (make_labels(20, 0), make_labels(12, 1))]
+    label_config["MODEL_CONFIG"] = label_config["MODEL_CONFIG"] | {"out_channels": 1}
+    result = train(*sets, label_config, global_config)
+    assert contract_of(result).threshold == result.metrics["validation.threshold"] != 0.5
+
+
+def test_without_validation_data_nothing_is_fitted(label_config, global_config):
+    sets = make_labels(20, 0), make_labels(12, 1)
+    result = train(*sets, label_config | {"VALIDATION_FRACTION": 0.0}, global_config)
+    assert (contract_of(result).temperature, contract_of(result).threshold) == (1.0, 0.5)
+    assert not [key for key in result.metrics if key.startswith(FITTED)]
+    logits, targets = logits_of(result, sets[1])
+    each = [reference.f1_score(targets[:, n].flatten(), logits[:, n].flatten() >= 0) for n in range(2)]
+    assert [result.metrics["test.f1.0"], result.metrics["test.f1.1"]] == pytest.approx(each, abs=1e-12)
+
+
+def test_of_values_nothing_is_fitted(tiny_config, global_config):
+    inputs = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    sets = [TensorDataset(inputs, inputs.sum(1, keepdim=True))] * 2
+    tiny_config |= {"MODEL": nn.Linear, "MODEL_CONFIG": {"in_features": 4, "out_features": 1}}
+    tiny_config |= {"LOSS": nn.MSELoss, "METRICS": {}, "MONITOR": "min loss"}
+    result = train(*sets, tiny_config, global_config)
+    assert (contract_of(result).temperature, contract_of(result).threshold) == (1.0, 0.5)
+    assert set(result.metrics) == {"validation.loss", "test.loss"}
+
+
+@pytest.mark.parametrize("at", ["calibrate", "evaluate", "save_picture"])
+def test_a_run_that_ends_while_it_is_fitted_or_tested_goes_on_to_the_same_end(
+    label_config, global_config, tmp_path, monkeypatch, at
+):
+    sets = make_labels(20, 0), make_labels(12, 1)
+    whole = train(*sets, label_config, {key: str(tmp_path / f"whole_{key}") for key in global_config})
+
+    def fail(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, at, fail)
+        train(*sets, label_config, global_config)
+    again = train(*sets, label_config | {"RESUME": "auto"}, global_config)
+    files = [hashlib.sha256(result.weights["best"].read_bytes()).hexdigest() for result in (whole, again)]
+    assert files[0] == files[1] and again.metrics == whole.metrics
+    longer = train(*sets, label_config | {"RESUME": again.name, "EPOCHS": 6}, global_config)
+    assert longer.state.epoch == 6 and contract_of(longer).temperature == longer.metrics["validation.temperature"]
