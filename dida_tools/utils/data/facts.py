@@ -16,9 +16,9 @@ import numpy as np
 from filelock import FileLock
 
 from ..path import write_atomic
-from .images import DataError, ImageInfo, image_info, read_bands
+from .images import DataError, ImageInfo, image_info, raster_grid, read_bands
 
-_VERSION = 2  # a change of what is found out gets a new number, so that older caches are not used
+_VERSION = 3  # a change of what is found out gets a new number, so that older caches are not used
 _BAND_VALUES = 2**22  # an image is read in bands of at most so many values, so that memory stays small
 _MAX_VALUES = 4096  # a mask with more different values is none
 _MAX_PLACES = 16  # places of each value that are noted in each band
@@ -64,17 +64,25 @@ def scan_image(file: Path, nodata: float | None = None) -> Facts:
     Reads an image once.
 
     :param nodata: pixels that have this value in every channel are left out of the statistics
-    :return: sha256, shape, dtype, nodata (as the file states it), damaged (number of NaN and infinite values), and for
-        each channel min, max, count, mean and m2 (sum of squared differences from the mean) in float64
+    :return: sha256, shape, dtype, nodata (as the file states it), damaged (number of NaN and infinite values), missing
+        (number of pixels without data), zeros (number of pixels that are 0 in all channels), grid (see raster_grid),
+        and for each channel its digest (of the values, whatever the format of the file), min, max, count, mean and m2
+        (sum of squared differences from the mean) in float64
     """
     info = image_info(file)
     channels = info.shape[2]
     nodata = info.nodata if nodata is None else nodata
     low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
     count, mean, m2 = np.zeros(channels, np.int64), np.zeros(channels), np.zeros(channels)
-    damaged = 0
+    damaged, missing, zeros = 0, 0, 0
+    digests = [hashlib.sha256() for _ in range(channels)]
     for band in read_bands(file, _BAND_VALUES):
-        band = band[has_data(band, nodata)]
+        for channel, digest in enumerate(digests):
+            digest.update(band[..., channel].tobytes())
+        zeros += int(np.count_nonzero(~band.any(-1)))
+        valid = has_data(band, nodata)
+        missing += int(valid.size - np.count_nonzero(valid))
+        band = band[valid]
         finite = np.isfinite(band)
         damaged += int(band.size - finite.sum())
         if not finite.all():
@@ -90,6 +98,10 @@ def scan_image(file: Path, nodata: float | None = None) -> Facts:
         "dtype": info.dtype,
         "nodata": nodata if nodata is None or np.isfinite(nodata) else str(nodata),
         "damaged": damaged,
+        "missing": missing,
+        "zeros": zeros,
+        "grid": raster_grid(file),
+        "digests": [digest.hexdigest()[:32] for digest in digests],
         "min": [float(value) for value in np.where(count > 0, low, 0)],
         "max": [float(value) for value in np.where(count > 0, high, 0)],
         "count": count.tolist(),

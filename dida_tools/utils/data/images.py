@@ -80,6 +80,23 @@ def image_info(path: Path) -> ImageInfo:
         return ImageInfo(array.shape, array.dtype.name)
 
 
+def raster_grid(path: Path) -> dict[str, Any] | None:
+    """
+    Where a GeoTIFF lies: {"crs": WKT or "", "corners": four [x, y], in order}; None for what is not georeferenced.
+
+    :raises DataError: if the file cannot be read as an image
+    """
+    if path.suffix.lower() not in _RASTERS:
+        return None
+    with _named(path), _open_raster(path) as raster:
+        to_map = raster.transform
+        if to_map.is_identity:
+            return None
+        ends = ((0, 0), (raster.width, 0), (raster.width, raster.height), (0, raster.height))
+        corners = [[to_map.a * x + to_map.b * y + to_map.c, to_map.d * x + to_map.e * y + to_map.f] for x, y in ends]
+        return {"crs": raster.crs.to_wkt() if raster.crs else "", "corners": corners}
+
+
 def read_image(path: Path, window: Window | None = None) -> np.ndarray:
     """
     Reads an image, or a window of it.
