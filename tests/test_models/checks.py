@@ -6,9 +6,11 @@ here for all models: functions of (subject), and of (subject, show) where there 
 """
 
 # pylint: disable=redefined-outer-name
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from torch.utils.data import default_collate
 
 from dida_tools.config.config import global_config
 from dida_tools.config.errors import UserError
+from dida_tools.prediction.export import KINDS
 from dida_tools.utils.scores import CALIBRATION_BINS
 from dida_tools.utils.torchutils import (
     assert_isfinite,
@@ -26,9 +29,21 @@ from dida_tools.utils.torchutils import (
     assert_not_nan,
     assert_upperbound,
     backprop,
+    forward,
 )
 
-from .measures import PeakMemory, Quality, fit_rows, rows_of, table, with_gain, with_noise, without_channel
+from .measures import (
+    PeakMemory,
+    Quality,
+    as_in_files,
+    fit_rows,
+    read_export,
+    rows_of,
+    table,
+    with_gain,
+    with_noise,
+    without_channel,
+)
 from .subject import Subject, choose_subject
 
 Show = Callable[[str], None]
@@ -94,9 +109,12 @@ def test_parameters_are_finite_and_within_bounds(subject: Subject) -> None:
 
 def test_contract_is_that_of_the_model(subject: Subject) -> None:
     """Protects from a contract of other channels or classes, by which prediction would read images wrongly."""
-    assert subject.contract.channels == subject.inputs.shape[1]
-    assert subject.contract.outputs == subject.num_outputs
-    assert len(subject.contract.class_names) in (0, subject.num_outputs)
+    contract, of_model = subject.contract, (subject.inputs.shape[1], subject.num_outputs)
+    assert (contract.channels, contract.outputs) == of_model, (
+        f"the contract says {contract.channels} channels and {contract.outputs} outputs, "
+        f"the model has {of_model[0]} and {of_model[1]}"
+    )
+    assert len(contract.class_names) in (0, of_model[1]), f"{len(contract.class_names)} names of {of_model[1]} classes"
 
 
 # --------------------------------------------------------------------------------------------------------------- shapes
@@ -361,6 +379,23 @@ def test_speed_and_memory(subject: Subject, show: Show) -> None:
     precision = "fp32" if subject.preparation is None else subject.data.precision
     title = f"Speed on {subject.device} in {precision}, {torch.get_num_threads()} threads: {parameters:,} parameters"
     show(table(title, ["input", "time", "speed", "peak memory"], rows))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+def test_exported_forms_agree(subject: Subject, tmp_path: Path, kind: str) -> None:
+    """Protects from a delivered file that answers otherwise than the model that was tested."""
+    _need(subject.inputs.ndim == 4, "only models of images are exported")
+    for library in ("onnxruntime", "onnxscript") if kind == "onnx" else ():
+        pytest.importorskip(library, reason=f'{library} is not installed: pip install -e ".[export]"')
+    file = tmp_path / f"model.{kind}"
+    try:
+        KINDS[kind](subject.model, subject.contract, file)
+    except UserError as error:
+        raise AssertionError(str(error)) from error
+    model = copy.deepcopy(subject.model).float().cpu()
+    wanted = subject.contract.probabilities(forward(model, subject.inputs.cpu()))
+    found = read_export(file)(as_in_files(subject.inputs.cpu(), subject.contract))
+    _compare(found, wanted, subject.bounds["export"], file.name)
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers

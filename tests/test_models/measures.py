@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,24 @@ def _in_files(inputs: Tensor, change: Callable[[Tensor], Tensor], contract: Data
     shape = (1, -1, *[1] * (inputs.ndim - 2))
     mean, std = (torch.tensor(values, dtype=torch.float32).reshape(shape) for values in (contract.mean, contract.std))
     return (change(inputs * std + mean) - mean) / std
+
+
+def as_in_files(inputs: Tensor, contract: DataContract) -> Tensor:
+    """What inputs were before they were scaled and normalised, as float32."""
+    if contract.mean:
+        shape = (1, -1, *[1] * (inputs.ndim - 2))
+        inputs = inputs * torch.tensor(contract.std).reshape(shape) + torch.tensor(contract.mean).reshape(shape)
+    return inputs / contract.scale
+
+
+def read_export(file: Path) -> Callable[[Tensor], Tensor]:
+    """The model in an exported file, read as those will who get it."""
+    if file.suffix == ".pt2":
+        return torch.export.load(file).module()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

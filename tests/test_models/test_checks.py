@@ -1,9 +1,11 @@
 """The suite itself: a trained model passes it, and each of many damaged ones fails the check that is made for it."""
 
+import inspect
 import itertools
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -18,6 +20,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from dida_tools.config.config import make_global_config
+from dida_tools.config.errors import UserError
 from dida_tools.models import UNET
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.data import NpyDataset
@@ -86,10 +89,15 @@ def all_checks() -> Iterator[tuple[Callable[..., None], dict[str, Any]]]:
             yield check, dict(zip((mark.args[0] for mark in marks), values, strict=True))
 
 
-def run_check(check: Callable[..., None], subject: Subject, shown: list[str] | None = None, **values: Any) -> None:
-    if "show" in check.__code__.co_varnames[: check.__code__.co_argcount]:
-        values["show"] = [].append if shown is None else shown.append
-    check(subject, **values)
+def run_check(check: Callable[..., None], subject: Subject, **values: Any) -> None:
+    wanted = inspect.signature(check).parameters
+    if "show" in wanted:
+        values["show"] = [].append
+    if "tmp_path" not in wanted:
+        check(subject, **values)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        check(subject, tmp_path=Path(folder), **values)
 
 
 def suite(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -112,10 +120,9 @@ def test_a_trained_run_passes_and_its_tables_are_shown(trained: Trained) -> None
     assert all(f"without channel {channel}" in measured for channel in range(3))
 
 
-def test_a_run_that_is_not_there_is_told(tmp_path: Path, trained: Trained) -> None:
-    done = suite("--run", "nowhere", "-k", "finite", ROOT_PATH=str(trained.folder))
-    assert done.returncode == 1
-    assert f"no run is called 'nowhere': the last ones are {trained.name}" in done.stdout
+def test_a_run_that_is_not_there_is_told(trained: Trained) -> None:
+    with pytest.raises(UserError, match=f"no run is called 'nowhere': the last ones are {trained.name}"):
+        choose_subject(TEST_FILE, "nowhere", None, make_global_config(trained.folder))
 
 
 def test_weights_of_a_run_come_with_its_record_and_others_with_the_config(trained: Trained, tmp_path: Path) -> None:
@@ -136,7 +143,7 @@ def test_weights_of_a_run_come_with_its_record_and_others_with_the_config(traine
 
 
 def test_bounds_of_the_test_file_count(trained: Trained) -> None:
-    with pytest.raises(AssertionError, match="above 0.01"):
+    with pytest.raises(AssertionError, match=r"above 0\.01"):
         run_check(checks.test_parameters_are_finite_and_within_bounds, trained.subject(BOUNDS={"parameter": 0.01}))
 
 
@@ -172,6 +179,18 @@ class Counting(Damaged):
         return model(x) - self.mean
 
 
+class Noting(Damaged):
+    """Has a buffer that predictions change, without effect on them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, self.note)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def note(self, model: nn.Module, x: Tensor) -> Tensor:
+        self.calls += 1
+        return model(x)
+
+
 def with_parameter(subject: Subject, change: Callable[[nn.Parameter], Any]) -> Subject:
     model = subject.copy()
     with torch.no_grad():
@@ -185,10 +204,6 @@ def with_dead_parameter(subject: Subject) -> Subject:
     return replace(subject, model=model)
 
 
-def with_dead_layer(subject: Subject) -> Subject:
-    return answering(subject, lambda model, x: model(x).detach() + 0 * model.head(torch.zeros_like(x[:, :1])).sum())
-
-
 def answering(subject: Subject, answer: Callable[[nn.Module, Tensor], Tensor]) -> Subject:
     return replace(subject, model=Damaged(subject.copy(), answer).eval())
 
@@ -199,9 +214,10 @@ def with_batch_norm(subject: Subject) -> Subject:
 
 
 def with_place(subject: Subject) -> Subject:
-    return answering(
-        subject, lambda model, x: model(x) + torch.linspace(-3, 3, x.shape[-1]) * torch.tensor([[[1]], [[0]], [[-1]]])
-    )
+    def answer(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x) + torch.linspace(-3, 3, x.shape[-1]) * torch.tensor([[[1]], [[0]], [[-1]]])
+
+    return answering(subject, answer)
 
 
 def by_heart(subject: Subject) -> Subject:
@@ -244,7 +260,7 @@ DAMAGES: dict[str, tuple[Callable[[Subject], Subject], Callable[..., None], str]
     "contract of another model": (
         lambda subject: replace(subject, contract=replace(subject.contract, outputs=7)),
         checks.test_contract_is_that_of_the_model,
-        "",
+        "the contract says 3 channels and 7 outputs, the model has 3 and 3",
     ),
     "batch of one squeezed": (
         lambda subject: answering(subject, lambda model, x: model(x).squeeze(0)),
@@ -266,10 +282,10 @@ DAMAGES: dict[str, tuple[Callable[[Subject], Subject], Callable[..., None], str]
         checks.test_evaluation_is_deterministic,
         "two answers to the same images differ",
     ),
-    "statistics without effect yet": (
-        lambda subject: replace(subject, model=Counting(subject.copy()).eval(), inputs=subject.inputs * 1e-9),
+    "notes in evaluation": (
+        lambda subject: replace(subject, model=Noting(subject.copy()).eval()),
         checks.test_evaluation_is_deterministic,
-        "an answer changes the model: mean|two answers",
+        "an answer changes the model: calls",
     ),
     "ignores its input": (
         lambda subject: answering(subject, lambda model, x: model(torch.zeros_like(x))),
@@ -309,6 +325,11 @@ DAMAGES: dict[str, tuple[Callable[[Subject], Subject], Callable[..., None], str]
         "a NaN in one image",
     ),
     "dead parameter": (with_dead_parameter, checks.test_a_step_reaches_every_parameter, "dead: has no gradient"),
+    "cut off by detach": (
+        lambda subject: answering(subject, lambda model, x: model.head(model.below(model.encode(x)).detach())),
+        checks.test_a_step_reaches_every_parameter,
+        "model.encode.0.conv.weight: has no gradient",
+    ),
     "nothing is trained": (
         lambda subject: replace(subject, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0)),
         checks.test_a_step_reaches_every_parameter,
@@ -350,6 +371,11 @@ DAMAGES: dict[str, tuple[Callable[[Subject], Subject], Callable[..., None], str]
         "the expected calibration error is 0.[3-9]",
     ),
     "learned by heart, with noise": (by_heart, checks.test_robustness, "with noise of 0.1 deviations, F1 falls"),
+    "answers otherwise where it is exported": (
+        lambda subject: answering(subject, lambda model, x: model(x) * (2 if torch.compiler.is_exporting() else 1)),
+        checks.test_exported_forms_agree,
+        "the exported model differs from PyTorch by 0",
+    ),
     "learned by heart, averaged": (
         by_heart,
         checks.test_gain_and_cost_of_averaged_flips,
@@ -374,7 +400,7 @@ def test_a_damage_is_made_for_each_check_that_judges() -> None:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- other tasks
+# ---------------------------------------------------------------------------------------------------------- other tasks
 
 JUDGE_QUALITY = (checks.test_better_than_the_baselines, checks.test_calibration, checks.test_robustness)
 
@@ -443,7 +469,7 @@ def test_lists_of_numbers_with_data_that_the_record_does_not_name(tmp_path: Path
     assert without_data["test_a_step_reaches_every_parameter"] == "passed"
 
 
-# -------------------------------------------------------------------------------------------------------------- measures
+# ------------------------------------------------------------------------------------------------------------- measures
 
 
 def test_peak_memory_is_that_of_the_tensors_alive_at_once() -> None:
