@@ -22,16 +22,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # this process and all others that it forks would wait for it.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
-# Folders of the user's own must not get what tests write.
-for _name in ("ROOT_PATH", "LOG_DIR", "WEIGHT_DIR", "DATA_DIR"):
-    os.environ.pop(_name, None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run", default=None, help="run that tests/test_models tests: a name, latest, best")
     parser.addoption("--weights", default=None, help="weights file that tests/test_models tests")
 
 
-def write_pairs(folder: Path, num_images: int, seed: int, size: int = 32, channels: int = 3) -> Path:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--run") is None and config.getoption("--weights") is None:
+        # Folders of the user's own must not get what tests write.
+        for name in ("ROOT_PATH", "LOG_DIR", "WEIGHT_DIR", "DATA_DIR"):
+            os.environ.pop(name, None)
+
+
+def write_pairs(
+    folder: Path, num_images: int, seed: int, size: int = 32, channels: int = 3, contrast: float = 70
+) -> Path:
     """Images in uint8 whose bright blobs are class 1, and bright blobs in the last channel alone class 2."""
     rng = np.random.default_rng(seed)
     for kind in ("x", "y"):
@@ -46,7 +53,7 @@ def write_pairs(folder: Path, num_images: int, seed: int, size: int = 32, channe
             label = 1 + blob % 2
             mask[inside] = label
             image[inside] = 80
-            image[inside, -1 if label == 2 else 0] += 70
+            image[inside, -1 if label == 2 else 0] += contrast
             image[inside] += rng.normal(0, 12, (int(inside.sum()), channels))
         np.save(folder / "x" / f"image_{number:02d}.npy", np.clip(image, 0, 255).astype(np.uint8))
         np.save(folder / "y" / f"image_{number:02d}.npy", mask)
@@ -59,6 +66,15 @@ def pairs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
     write_pairs(folder / "train", 10, seed=1)
     write_pairs(folder / "test", 4, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def faint_pairs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Likewise, but so faint that a pixel alone does not tell its class."""
+    folder = tmp_path_factory.mktemp("faint")
+    write_pairs(folder / "train", 12, seed=1, contrast=30)
+    write_pairs(folder / "test", 4, seed=2, contrast=30)
     return folder
 
 
