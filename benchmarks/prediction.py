@@ -9,11 +9,9 @@ The model is one small convolution, so what is measured is cutting, blending, re
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -93,25 +91,18 @@ def measure(method: str, path: Path, classes: int) -> None:
     __import__("monai.inferers.utils" if method == "monai" else "dida_tools.prediction")
     __import__("rasterio")
     Net(2)(torch.zeros(1, CHANNELS, 32, 32))
-    peak = [0]
-
-    def watch() -> None:
-        while True:
-            peak[0] = max(peak[0], resident())
-            time.sleep(0.01)
-
     before = resident()
-    threading.Thread(target=watch, daemon=True).start()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         METHODS[method](path, classes, Path(folder))
-    most = max(peak[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    print(f"{time.perf_counter() - started} {(most - before) / 2**30}")
+    seconds = time.perf_counter() - started
+    print(f"{seconds} {(resident('VmHWM') - before) / 2**30}")
 
 
-def resident() -> int:
-    """Bytes that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident(key: str = "VmRSS") -> int:
+    """Bytes that this process holds; with VmHWM the most that it has held (ru_maxrss would be the parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
 def main() -> None:
