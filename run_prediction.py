@@ -30,7 +30,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         name = find_run(global_config, arguments.name, with_weights=True)
-        config = read_run_config(Path(global_config["LOG_DIR"]) / name)
+        config = read_run_config(Path(global_config["LOG_DIR"]) / name, keys=("MODEL", "MODEL_CONFIG"))
         files = predict(
             {
                 "MODEL": config["MODEL"],
