@@ -223,10 +223,16 @@ def test_without_conda_it_says_so(project):
 
 def test_clean_removes_caches_and_nothing_else(project):
     gone = [
-        ".pytest_cache/a", ".mypy_cache/a", ".ruff_cache/a", ".hypothesis/a", "build/a", "dist/a", "dida_tools.egg-info/a",
-        "dida_tools/__pycache__/a.pyc", "tests/a b/__pycache__/a.pyc",
+        ".pytest_cache/a", ".mypy_cache/a", ".ruff_cache/a", ".hypothesis/a", "build/a", "dist/a",
+        "dida_tools.egg-info/a", "dida_tools/__pycache__/a.pyc", "tests/a b/__pycache__/a.pyc",
     ]  # fmt: skip
-    stays = ["data/a.npy", "logs/a/journal.jsonl", "weights/a/best.pt", ".venv/lib/__pycache__/a.pyc", "dida_tools/a.py"]
+    stays = [
+        "data/a.npy",
+        "logs/a/journal.jsonl",
+        "weights/a/best.pt",
+        ".venv/lib/__pycache__/a.pyc",
+        "dida_tools/a.py",
+    ]
     for name in gone + stays:
         (project.path / name).parent.mkdir(parents=True, exist_ok=True)
         (project.path / name).touch()
@@ -284,7 +290,10 @@ def test_docker_run_trains_with_data_logs_and_weights_as_oneself(project):
 
 def test_docker_run_predicts_with_the_weights_in_the_image(project):
     [call] = calls(project.make("docker-run", "RUN=some-run", "ARGS=-i data/new -o predictions")[0])
-    assert [volume.rpartition(":")[2] for volume in option("--volume")(call)] == ["/project/data", "/project/predictions"]
+    assert [volume.rpartition(":")[2] for volume in option("--volume")(call)] == [
+        "/project/data",
+        "/project/predictions",
+    ]
     assert call[-5:] == ["dida-tools:some-run", "-i", "data/new", "-o", "predictions"]
 
 

@@ -1,4 +1,4 @@
-"""What is handed on: a wheel that contains only the package, one version, one licence, hooks that run what lint runs."""
+"""What is handed on: a wheel that contains only the package, one version, one licence; and what hooks run."""
 
 import re
 import shutil
@@ -21,7 +21,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """Built from a copy, since setuptools leaves folders in what it builds from."""
     copy, out = tmp_path_factory.mktemp("copy") / "project", tmp_path_factory.mktemp("wheel")
-    unwanted = shutil.ignore_patterns(".*", "__pycache__", "data", "logs", "weights", "predictions", "build", "*.egg-info")
+    unwanted = shutil.ignore_patterns(
+        ".*", "__pycache__", "data", "logs", "weights", "predictions", "build", "*.egg-info"
+    )
     shutil.copytree(ROOT, copy, ignore=lambda folder, names: unwanted(folder, names) if Path(folder) == ROOT else set())
     (copy / "weights").mkdir()
     (copy / "weights" / "best.pt").touch()
