@@ -7,60 +7,81 @@ INSTALLED = $(patsubst .venv/.ready-%,%,$(firstword $(wildcard .venv/.ready-cpu 
 TORCH ?= $(if $(INSTALLED),$(INSTALLED),$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu))
 # Which Python makes the .venv.
 PYTHON ?= python3
-CONDA ?= $(firstword $(foreach tool,mamba micromamba conda,$(if $(shell command -v $(tool) 2>/dev/null),$(tool))))
+# A tool that is only a function of the shell says in a variable where its program is.
+CONDA ?= $(firstword $(foreach tool,mamba micromamba conda,$(if $(shell command -v $(tool) 2>/dev/null),$(tool))) \
+	$(MAMBA_EXE) $(CONDA_EXE))
 # Further arguments of train.py: make train ARGS="EPOCHS=3".
 ARGS ?=
 
+DOCKER ?= docker
+IMAGE = dida-tools
+# Which trained run goes into an image, or predicts.
+RUN ?=
+# Which image runs: train, predict, or the one with the run.
+TAG ?= $(if $(RUN),$(RUN),train)
+# What a model or routine needs besides: make docker-build PACKAGES="monai pytorch-ignite".
+PACKAGES ?=
+BASE_IMAGE ?=
+GPUS ?= $(shell nvidia-smi >/dev/null 2>&1 && echo --gpus all)
+
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 ifeq ($(ENV),conda)
-RUN = $(shell $(CONDA) env list 2>/dev/null | awk '$$1 == "dida-tools" {print $$NF}')/bin/python
+# --json prints the same in all three: a line for each environment's folder. Empty where there is none.
+CONDA_DIR = $(shell $(CONDA) env list --json 2>/dev/null | sed -nE 's|^ *"(.*[/\\]dida-tools)",?$$|\1|p' | head -n 1)
+ENV_PYTHON = $(CONDA_DIR)/bin/python
+# None of them must ask anything.
+export CONDA_ALWAYS_YES = true
+export MAMBA_ALWAYS_YES = true
 READY = env
 DEV_READY = env-dev
 else
-RUN = .venv/bin/python
+ENV_PYTHON = .venv/bin/python
 READY = .venv/.ready-$(TORCH)
 DEV_READY = .venv/.dev-ready-$(TORCH)
 OTHER = $(if $(filter cpu,$(TORCH)),cuda,cpu)
 endif
 
-.PHONY: help env env-dev env-remove train test test-all lint format clean
+.PHONY: help env env-dev env-remove train test test-all lint format clean docker-build docker-run
 .DEFAULT_GOAL := help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@echo "Variables: ENV=venv|conda  TORCH=cpu|cuda  PYTHON=python3.12  ARGS=\"EPOCHS=3 ...\""
+	@echo "Variables: ENV=venv|conda  TORCH=cpu|cuda  PYTHON=python3.12  ARGS=\"EPOCHS=3 ...\"  RUN=NAME"
 
 train: $(READY)  ## train a small U-Net on the built-in scenes (sets up the environment first)
-	$(RUN) train.py $(ARGS)
+	$(ENV_PYTHON) train.py $(ARGS)
 
 test: $(DEV_READY)  ## run the tests (sets up the development environment first)
-	$(RUN) -m pytest
+	$(ENV_PYTHON) -m pytest
 
 test-all: $(DEV_READY)  ## run the slow tests too
-	$(RUN) -m pytest -m "slow or not slow"
+	$(ENV_PYTHON) -m pytest -m "slow or not slow"
 
 lint: $(DEV_READY)  ## check style, types and common mistakes
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
-	$(RUN) -m pylint dida_tools train.py predict.py run_prediction.py runs.py
+	$(ENV_PYTHON) -m ruff check .
+	$(ENV_PYTHON) -m ruff format --check .
+	$(ENV_PYTHON) -m mypy
+	$(ENV_PYTHON) -m pylint dida_tools $(wildcard *.py tools/*.py)
 
 format: $(DEV_READY)  ## format the code
-	$(RUN) -m ruff check --fix .
-	$(RUN) -m ruff format .
+	$(ENV_PYTHON) -m ruff check --fix .
+	$(ENV_PYTHON) -m ruff format .
 
 ifeq ($(ENV),conda)
-env:  ## set up the environment: .venv, or conda's dida-tools with ENV=conda
+.PHONY: conda-env
+conda-env:  # by itself: make looks for the environment when it comes to a target, not to a line
 	@test -n "$(CONDA)" || { echo "ENV=conda, but there is no conda, mamba or micromamba: install one, or use ENV=venv."; exit 1; }
-	$(CONDA) env list | grep -qE '^\s*dida-tools\s' || $(CONDA) env create -y -f environment.yml
-	$(RUN) -m pip install --quiet --no-deps -e .
+	test -n "$(CONDA_DIR)" || $(CONDA) env create -f environment.yml
+
+env: conda-env  ## set up the environment: .venv, or conda's dida-tools with ENV=conda
+	$(ENV_PYTHON) -m pip install --quiet --no-deps -e .
 
 env-dev: env  ## set up the development environment
 	$(CONDA) env update -n dida-tools -f dev.yml
-	@$(RUN) tools/check_torchvision.py
+	@$(ENV_PYTHON) tools/check_torchvision.py
 
 env-remove:  ## remove the environment
-	$(CONDA) env remove -y -n dida-tools
+	$(CONDA) env remove -n dida-tools
 else
 env: $(READY)
 env-dev: $(DEV_READY)
@@ -88,6 +109,27 @@ endif
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt -e ".[dev]"
 	@.venv/bin/python tools/check_torchvision.py
 	@touch $@
+
+BUILD = $(DOCKER) build --build-arg TORCH=$(TORCH) --build-arg PACKAGES="$(PACKAGES)" \
+	$(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE))
+
+ifeq ($(RUN),)
+docker-build:  ## build the images dida-tools:predict and :train; with RUN=NAME, one that predicts with this run
+	$(BUILD) --target predict --tag $(IMAGE):predict .
+	$(BUILD) --target train --tag $(IMAGE):train .
+else
+docker-build:
+	@test -f weights/$(RUN)/best.pt -a -f logs/$(RUN)/config.json || { \
+		echo "There is no weights/$(RUN)/best.pt with logs/$(RUN)/config.json: give the whole NAME of a run in logs/."; exit 1; }
+	$(BUILD) --target run --build-arg RUN=$(RUN) --tag $(IMAGE):$(RUN) .
+endif
+
+# An image with a run has its own weights. --shm-size: for the workers that load data.
+docker-run: MOUNTED = $(if $(RUN),data predictions,data logs predictions weights)
+docker-run:  ## train in the image; ARGS="EPOCHS=3"; predict with RUN=NAME ARGS="-i data/new -o predictions"
+	@mkdir -p $(MOUNTED)
+	$(DOCKER) run --rm $$(test -t 0 && echo --interactive --tty) --user "$$(id -u):$$(id -g)" $(GPUS) --shm-size 2g \
+		$(foreach folder,$(MOUNTED),--volume "$(CURDIR)/$(folder):/project/$(folder)") $(IMAGE):$(TAG) $(ARGS)
 
 clean:  ## remove caches; data, logs and weights stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

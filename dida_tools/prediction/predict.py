@@ -115,7 +115,7 @@ def predict_run(
 def run_config(name: str, global_config: dict[str, str] = default_global_config) -> dict[str, Any]:
     """MODEL, MODEL_CONFIG and WEIGHTS of a tracked run, for a predict_config."""
     name = find_run(global_config, name, with_weights=True)
-    config = read_run_config(Path(global_config["LOG_DIR"]) / name)
+    config = read_run_config(Path(global_config["LOG_DIR"]) / name, keys=("MODEL", "MODEL_CONFIG"))
     weights = Path(global_config["WEIGHT_DIR"]) / name / "best.pt"
     return {"MODEL": config["MODEL"], "MODEL_CONFIG": config["MODEL_CONFIG"], "WEIGHTS": weights}
 

@@ -3,12 +3,13 @@
 import ast
 import os
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+from rattler import MatchSpec, Version, VersionSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib", "ignite": "pytorch-ignite"}
@@ -25,10 +26,15 @@ def name_of(requirement: str) -> str:
     return re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower()
 
 
+def conda_specs(*files: str) -> dict[str, MatchSpec]:
+    """The parsed dependencies by pip's names, as conda would read them."""
+    lines = [line for file in files for line in yaml.safe_load((ROOT / file).read_text())["dependencies"]]
+    specs = [MatchSpec(line, strict=True) for line in lines]
+    return {CONDA_NAMES.get(spec.name.normalized, spec.name.normalized): spec for spec in specs}
+
+
 def conda_names(file: str) -> set[str]:
-    lines = (ROOT / file).read_text().split("dependencies:")[1].splitlines()
-    names = {name_of(line.strip()[2:]) for line in lines if line.strip().startswith("- ")}
-    return {CONDA_NAMES.get(name, name) for name in names - {"python", "pip"}}
+    return conda_specs(file).keys() - {"python", "pip"}
 
 
 def constraints() -> dict[str, str]:
@@ -41,8 +47,34 @@ def test_conda_and_pip_install_the_same():
     assert conda_names("dev.yml") == {name_of(requirement) for requirement in DEV}
 
 
+@pytest.mark.parametrize("file", ["environment.yml", "dev.yml"])
+def test_conda_files_are_of_one_environment_from_one_channel(file):
+    content = yaml.safe_load((ROOT / file).read_text())
+    assert content.keys() == {"name", "channels", "dependencies"}
+    assert content["name"] == PROJECT["name"]
+    assert content["channels"] == ["conda-forge", "nodefaults"]
+    assert len(set(map(name_of, content["dependencies"]))) == len(content["dependencies"])
+
+
+def test_conda_takes_the_tested_versions_and_refuses_what_pip_refuses():
+    specs, pinned = conda_specs("environment.yml", "dev.yml"), constraints()
+    for name in specs.keys() - {"python", "pip"}:
+        tested = Version(pinned[name])
+        assert specs[name].version is None or VersionSpec(specs[name].version).matches(tested), name
+    limited = [one for one in PROJECT["dependencies"] + DEV if name_of(one) != one]
+    for requirement in [*limited, f"python{PROJECT['requires-python']}"]:
+        for limit in requirement.removeprefix(name_of(requirement)).split(","):
+            operator, version = re.fullmatch(r"(>=|!=)([0-9.]+)", limit).groups()
+            refused = Version(version if operator == "!=" else f"{version}a0")
+            assert not VersionSpec(specs[name_of(requirement)].version).matches(refused), requirement
+
+
 def test_development_has_the_frameworks_of_all_routines():
     assert f"dida-tools[{','.join(extra for extra in EXTRAS if extra != 'dev')}]" in EXTRAS["dev"]
+
+
+def test_dev_yml_adds_to_environment_yml():
+    assert not conda_names("environment.yml") & conda_names("dev.yml")
 
 
 def test_every_dependency_has_a_tested_version():

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +99,23 @@ def _test_data(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_run_config(
-    run_dir: str | os.PathLike, roots: Iterable[str] = (), say: Callable[[str], None] = print
+    run_dir: str | os.PathLike,
+    roots: Iterable[str] = (),
+    say: Callable[[str], None] = print,
+    keys: Container[str] | None = None,
 ) -> dict[str, Any]:
     """
     The config of a run with its live objects.
 
     :param roots: libraries that may be imported besides references.ALLOWED_ROOTS
     :param say: gets a sentence where config.json is damaged, and the copy in the journal is used
+    :param keys: only these, so that nothing is needed that only others name, such as a routine's framework; None: all
     :raises ConfigError: if both are missing or damaged, or name what is not allowed
     """
-    return restore(read_record(run_dir, say), roots)
+    record = read_record(run_dir, say)
+    if keys is not None:
+        record = record | {"config": {key: value for key, value in record["config"].items() if key in keys}}
+    return restore(record, roots)
 
 
 def write_record(run_dir: str | os.PathLike, record: dict[str, Any]) -> None:

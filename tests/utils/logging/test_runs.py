@@ -180,6 +180,14 @@ def test_the_config_of_a_run_is_read_back_to_the_same_objects(log_dir: Path) -> 
     assert read_run_config(str(log_dir / NAMES[0])) == config
 
 
+def test_a_part_of_the_config_needs_nothing_that_the_rest_names(log_dir: Path) -> None:
+    record = {"version": 1, "config": {"MODEL": {"@ref": ".models.unet:UNET"}, "LOSS": {"@ref": ".not_here:loss"}}}
+    write_record(log_dir / NAMES[0], record)
+    assert read_run_config(log_dir / NAMES[0], keys=("MODEL", "MODEL_CONFIG")) == {"MODEL": UNET}
+    with pytest.raises(ConfigError, match="not_here"):
+        read_run_config(log_dir / NAMES[0])
+
+
 @pytest.mark.parametrize(
     "content",
     [
