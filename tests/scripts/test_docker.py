@@ -115,6 +115,8 @@ def imports_of_prediction() -> set[str]:
                     todo += [
                         above / "__init__.py" for above in path.parents if above.is_relative_to(ROOT / "dida_tools")
                     ]
+                elif (ROOT / f"{name.partition('.')[0]}.py").is_file():
+                    todo.append(ROOT / f"{name.partition('.')[0]}.py")
                 elif name.partition(".")[0] not in sys.stdlib_module_names:
                     found.add({"PIL": "pillow"}.get(name.partition(".")[0], name.partition(".")[0]))
     return found

@@ -1,8 +1,10 @@
 """The lists of dependencies agree, and the Makefile does what it says."""
 
 import ast
+import importlib
 import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -101,7 +103,8 @@ def imports_of(*files: Path) -> set[str]:
                 found.add(node.module)
     roots = {"tensorboard" if name == "torch.utils.tensorboard" else name.partition(".")[0] for name in found}
     known = {"PIL": "pillow", "ignite": "pytorch-ignite"}
-    return {known.get(root, root) for root in roots - set(sys.stdlib_module_names)}
+    own = {"dida_tools", *(file.stem for file in ROOT.glob("*.py"))}
+    return {known.get(root, root) for root in roots - own - set(sys.stdlib_module_names)}
 
 
 def files_of_extra(extra: str) -> list[Path]:
@@ -116,11 +119,11 @@ def test_every_import_of_the_package_is_a_dependency_or_in_the_extra_of_its_part
     extras = {extra: files_of_extra(extra) for extra in EXTRAS if extra not in ("dev", "docs")}
     parts = {extra: [file for file in files if file.is_file()] for extra, files in extras.items()}
     others = {*ROOT.glob("dida_tools/**/*.py"), *ROOT.glob("*.py")} - {file for part in parts.values() for file in part}
-    assert imports_of(*others) - OPTIONAL - {"dida_tools"} == dependencies
+    assert imports_of(*others) - OPTIONAL == dependencies
     for extra, files in parts.items():
         if files:
             needed = {name_of(requirement) for requirement in EXTRAS[extra]} - LOADED_BY_NAME
-            assert imports_of(*files) - dependencies - {"dida_tools"} == needed, extra
+            assert imports_of(*files) - dependencies == needed, extra
 
 
 def make(*arguments: str) -> str:
@@ -177,13 +180,11 @@ def test_the_configs_of_training_prediction_and_suite_are_of_one_model():
     from dida_tools.training.pytorch_training import small
 
     trained = small()["MODEL_CONFIG"]
-    scope: dict = {}
-    exec((ROOT / "predict.py").read_text().split("def main")[0], scope)
-    source = (ROOT / "tests" / "test_models" / "test_unet.py").read_text()
-    exec(source.split("@pytest.fixture")[0], scope)
+    script = importlib.import_module("predict")
+    suite = importlib.import_module("tests.test_models.test_unet")
     shapes = [
         {name: tensor.shape for name, tensor in UNET(**config).state_dict().items()}
-        for config in (trained, scope["predict_config"]["MODEL_CONFIG"], scope["MODEL_CONFIG"])
+        for config in (trained, script.predict_config["MODEL_CONFIG"], suite.MODEL_CONFIG)
     ]
     assert shapes[0] == shapes[1] == shapes[2]
-    assert scope["MODEL"] is UNET
+    assert suite.MODEL is UNET
