@@ -23,11 +23,11 @@ DEV_READY = .venv/.dev-ready-$(TORCH)
 OTHER = $(if $(filter cpu,$(TORCH)),cuda,cpu)
 endif
 
-.PHONY: help env env-dev env-remove train test test-all lint format clean
+.PHONY: help env env-dev env-remove train test test-all lint format template-diff template-update clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 	@echo "Variables: ENV=venv|conda  TORCH=cpu|cuda  PYTHON=python3.12  ARGS=\"EPOCHS=3 ...\""
 
 train: $(READY)  ## train a small U-Net on the built-in scenes (sets up the environment first)
@@ -43,7 +43,7 @@ lint: $(DEV_READY)  ## check style, types and common mistakes
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pylint dida_tools train.py predict.py run_prediction.py runs.py
+	$(RUN) -m pylint dida_tools *.py tools/*.py
 
 format: $(DEV_READY)  ## format the code
 	$(RUN) -m ruff check --fix .
@@ -88,6 +88,13 @@ endif
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt -e ".[dev]"
 	@.venv/bin/python tools/check_torchvision.py
 	@touch $@
+
+template-diff:  ## in a project: what its template has changed since; TAG=v1.2.0 TEMPLATE=folder or URL
+	$(PYTHON) tools/template.py diff $(TAG) $(if $(TEMPLATE),--template "$(TEMPLATE)")
+
+template-update:  ## in a project: merge that, then run the tests
+	$(PYTHON) tools/template.py update $(TAG) $(if $(TEMPLATE),--template "$(TEMPLATE)")
+	$(MAKE) test
 
 clean:  ## remove caches; data, logs and weights stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
