@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class Part(NamedTuple):
-    """A part that a project can do without. Its extra in pyproject.toml and its targets in the Makefile bear its name."""
+    """What a project can do without; the extra in pyproject.toml and targets in the Makefile bear the name."""
 
     about: str  # for the project's README
     files: tuple[str, ...]  # * stands for slashes too

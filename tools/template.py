@@ -6,9 +6,9 @@ Brings later versions of the template into this project, as git merges a branch.
     python tools/template.py update v1.2.0           that version instead of the newest one
     python tools/template.py update --template PATH  another place of the template than the recorded one: folder or URL
 
-A commit in this project's history holds exactly what the template gave; .template.json says from which version, with which
-name and parts. The new version is made with the same name and parts, as a child of that commit, and merged: git keeps your
-edits, follows files and folders that you renamed, and leaves a conflict where both have changed the same lines. Then
+A commit in this project's history holds exactly what the template gave; .template.json says from which version, with
+which name and parts. The new version is made with the same name and parts, as a child of that commit, and merged: git
+keeps your edits, follows files and folders that you renamed, and leaves a conflict where both changed the same lines. Then
 imports of modules that you moved are rewritten in what has arrived. make template-update runs the tests afterwards.
 """
 
@@ -142,7 +142,7 @@ def what_decides(record: dict[str, Any]) -> list[Any]:
 def render(template: Path, commit: str, folder: Path, parent: str | None = None) -> str:
     """Makes a commit of what a version of the template, by its own new_project.py, gives for this project."""
     git("checkout", "--quiet", "--detach", commit, folder=template)
-    command = [sys.executable, template / "new_project.py", folder, "--like", ROOT / RECORD]
+    command = [sys.executable, str(template / "new_project.py"), str(folder), "--like", str(ROOT / RECORD)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         refuse(f"The template's new_project.py failed at {commit}: {done.stderr.strip()}")
