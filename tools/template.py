@@ -8,8 +8,8 @@ Brings later versions of the template into this project, as git merges a branch.
 
 A commit in this project's history holds exactly what the template gave; .template.json says from which version, with
 which name and parts. The new version is made with the same name and parts, as a child of that commit, and merged: git
-keeps your edits, follows files and folders that you renamed, and leaves a conflict where both changed the same lines. Then
-imports of modules that you moved are rewritten in what has arrived. make template-update runs the tests afterwards.
+keeps your edits, follows files and folders that you renamed, and leaves a conflict where both changed the same lines.
+Imports of modules that you moved are rewritten in what has arrived. make template-update then runs the tests.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def main() -> int:
         if (commit := commit_of(template, version)) is None:
             versions = ", ".join(git("tag", "--sort=version:refname", folder=template).split())
             refuse(f"The template has no version {version!r}: it has {versions or 'no tags'}.")
-        if commit == record["commit"]:
-            print(f"This project is at that version of the template already: {version}, commit {commit[:10]}.")
+        if not try_git("merge-base", "--is-ancestor", commit, record["commit"], folder=template).returncode:
+            print(f"This project has what is in version {version} of the template already (commit {commit[:10]}).")
             return 0
         base = find_rendered(record)
         joined = base is not None
