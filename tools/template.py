@@ -171,6 +171,7 @@ def merge(base: str, new: str, version: str) -> int:
     merged = try_git("-c", "merge.directoryRenames=true", "merge", "--no-ff", "--no-commit", new)
     if try_git("rev-parse", "--verify", "--quiet", "MERGE_HEAD").returncode:
         refuse(f"git merge failed: {merged.stderr.strip() or merged.stdout.strip()}")
+    git("checkout", new, "--", RECORD)  # made from this project's, with all that has been edited there
     for path in deleted_here():
         git("rm", "--quiet", "--", path)
         print(f"stays deleted, although the template has changed it: {path}")

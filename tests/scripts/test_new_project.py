@@ -29,7 +29,7 @@ OPTIONS = {
     "all": ("crop_yield", None, []),
     "some": ("crop_yield", ["pytorch", "ignite"], ["search"]),
     "least": ("harvest", ["pytorch"], list(MARKS)),
-    "without-pytorch": ("sea_ice_map", ["ignite"], ["docs", "docker"]),
+    "without-pytorch": ("ice_map", ["ignite"], ["docs", "docker"]),
 }
 
 
@@ -118,7 +118,7 @@ def made(request: pytest.FixtureRequest, template: Path, tmp_path_factory: pytes
     return folder, name, routines or ALL_ROUTINES, without
 
 
-# ----------------------------------------------------------------------------------------- what a new project is
+# ------------------------------------------------------------------------------------------------ what a new project is
 
 
 def test_it_has_exactly_the_files_that_are_wanted(template, made):
@@ -169,27 +169,14 @@ def test_its_lists_of_dependencies_are_those_of_its_parts(made):
 
 
 def test_its_code_is_as_clean_as_the_templates(template, made):
-    folder, name, _, _ = made
-
-    def findings(where: Path) -> set[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "ruff",
-            "check",
-            "--no-cache",
-            "--output-format",
-            "concise",
-            "--exit-zero",
-            ".",
-        ]
-        return {line for line in run(where, *command).splitlines() if ".py:" in line}
-
-    assert {line.partition(":")[0] for line in findings(folder)} <= {
-        line.partition(":")[0].replace("dida_tools/", f"{name}/") for line in findings(template)
-    }
-    if len(name) <= len("dida_tools"):
-        run(folder, sys.executable, "-m", "ruff", "format", "--no-cache", "--check", ".")
+    folder, name, routines, _ = made
+    check = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", "--exit-zero"]
+    found = re.findall(r"(.+?\.py):[\d:]+ (\S+)", run(folder, *check))
+    known = re.findall(r"(.+?\.py):[\d:]+ (\S+)", run(template, *check))
+    # Where tests take another routine for pytorch, their imports may be in another order.
+    found = [(path, code) for path, code in found if code != "I001" or "pytorch" in routines]
+    assert {*found} <= {(path.replace("dida_tools/", f"{name}/"), code) for path, code in known}
+    run(folder, sys.executable, "-m", "ruff", "format", "--no-cache", "--check")
 
 
 def test_its_makefile_has_its_own_names(made):
@@ -245,7 +232,7 @@ def test_its_tests_pass_in_an_environment_of_its_own(template, tmp_path, options
     assert " passed" in run(tmp_path / name, "make", "test", "ENV=venv", f"PYTHON={sys.executable}")
 
 
-# ----------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 @pytest.mark.parametrize(
@@ -295,7 +282,7 @@ def test_other_things_that_cannot_be_are_told(template, tmp_path):
     assert not (tmp_path / "crops").exists()
 
 
-# ----------------------------------------------------------------------------------------- parts, as other templates have them
+# ---------------------------------------------------------------------------------- parts, as other templates have them
 
 
 def copy_of(template: Path, folder: Path) -> Path:
@@ -320,6 +307,7 @@ def test_parts_go_with_their_files_extras_and_targets(template, tmp_path):
         r"^docs = .*\n",
         'docs = [\n    "furo[all]>=1",  # a theme\n    "sphinx",\n]\n',
         (template / "pyproject.toml").read_text(),
+        count=1,
         flags=re.M,
     )
     (template / "pyproject.toml").write_text(text)
@@ -365,7 +353,7 @@ def test_changes_that_are_not_committed_are_left_out_and_told(template, tmp_path
     assert "Trains a model." in (tmp_path / "crops" / "train.py").read_text()
 
 
-# ----------------------------------------------------------------------------------------- later versions of the template
+# --------------------------------------------------------------------------------------- later versions of the template
 
 
 @pytest.fixture(scope="module")
@@ -434,7 +422,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def edited(template: Path, later: Path, tmp_path: Path) -> Path:
-    """A project of version 0.1.0 that people have worked on, and whose template has moved to where its later versions are."""
+    """A project of version 0.1.0 that people have worked on; its template has moved to where the later versions are."""
     folder = tmp_path / "crop_yield"
     new_project(template, folder, "--without", "slurm")
     edit_project(folder)
@@ -481,7 +469,7 @@ def test_a_later_version_arrives_and_all_edits_stay(edited, later, expected, pai
     # It works.
     run(edited, sys.executable, "train.py", "--data", pairs_dir, *TINY)
     assert ".models.unet:CropNet" in (edited / "logs/experiments.csv").read_text()
-    tests = ["tests/utils/test_fresh.py", "tests/utils/test_name.py"]
+    tests = ["tests/utils/test_fresh.py", "tests/utils/test_name.py", "tests/settings/test_device.py"]
     assert " passed" in run(edited, sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests)
     # And again, with the newest version, which is not the last in the alphabet.
     assert "Merged version v0.11.0" in update(edited)
@@ -513,11 +501,11 @@ def test_a_conflict_is_left_where_both_have_changed_the_same_and_can_be_taken_ba
     assert contents(edited) == before and not git(edited, "status", "--porcelain")
 
 
-def test_the_difference_is_shown_as_it_would_arrive(edited, later):
+def test_the_difference_is_shown_as_it_would_arrive(edited):
     before = git(edited, "rev-parse", "HEAD")
     shown = run(edited, sys.executable, "tools/template.py", "diff", "v0.10.0")
     assert "+# Fixed: the loss." in shown and "rename to crop_yield/utils/naming.py" in shown
-    assert "CropNet" not in shown and "slurm" not in shown and "dida" not in shown.replace(str(later), "").lower()
+    assert "CropNet" not in shown and "slurm/" not in shown and "dida" not in shown.lower()
     assert git(edited, "rev-parse", "HEAD") == before and not git(edited, "status", "--porcelain")
 
 
