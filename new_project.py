@@ -18,12 +18,16 @@ import re
 import shlex
 import sys
 import tempfile
-import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tools.template import RECORD, commit_folder, git, refuse, try_git
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # before Python 3.11
+    refuse(f"This is Python {sys.version.split()[0]}: take Python 3.11 or newer.")
 
 ROOT = Path(__file__).resolve().parent
 

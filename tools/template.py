@@ -127,7 +127,9 @@ def newest_version(template: Path) -> str:
 
 def find_rendered(record: dict[str, Any]) -> str | None:
     """The commit in this history that holds exactly what the template gave for this record."""
-    lines = git("log", f"--format=%H %T %(trailers:key={TREE},valueonly,separator=%x20)").splitlines()
+    lines = git(
+        "log", "--no-show-signature", f"--format=%H %T %(trailers:key={TREE},valueonly,separator=%x20)"
+    ).splitlines()
     for commit, tree, *noted in map(str.split, lines):
         if noted == [tree] and what_decides(json.loads(git("show", f"{commit}:{RECORD}"))) == what_decides(record):
             return commit
@@ -168,7 +170,8 @@ def merge(base: str, new: str, version: str) -> int:
     """Merges the new version; leaves conflicts as git does."""
     moved = Moved(base, new)
     # A file that is new in the template goes where you have moved its folder.
-    merged = try_git("-c", "merge.directoryRenames=true", "merge", "--no-ff", "--no-commit", new)
+    follow = ("-c", "merge.renames=true", "-c", "merge.directoryRenames=true")
+    merged = try_git(*follow, "merge", "--no-ff", "--no-commit", new)
     if try_git("rev-parse", "--verify", "--quiet", "MERGE_HEAD").returncode:
         refuse(f"git merge failed: {merged.stderr.strip() or merged.stdout.strip()}")
     git("checkout", new, "--", RECORD)  # made from this project's, with all that has been edited there

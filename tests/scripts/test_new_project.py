@@ -279,6 +279,13 @@ def test_other_things_that_cannot_be_are_told(template, tmp_path):
     assert "is no git repository" in new_project(tmp_path / "copy", tmp_path / "crops", code=1)
     no_git = run(template, sys.executable, "new_project.py", tmp_path / "crops", code=1, PATH=str(tmp_path))
     assert no_git == "There is no git: install it.\n"
+    nobody = run(template, sys.executable, "new_project.py", tmp_path / "crops", code=1, GIT_COMMITTER_NAME="")
+    assert nobody.startswith("git does not know who you are: git config --global user.name")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "tomllib.py").write_text("raise ModuleNotFoundError\n")  # as in Python 3.10
+    old_python = {"PYTHONPATH": str(tmp_path / "old")}
+    told = run(template, sys.executable, "new_project.py", tmp_path / "crops", code=1, **old_python)
+    assert told.endswith(": take Python 3.11 or newer.\n")
     assert not (tmp_path / "crops").exists()
 
 
@@ -375,7 +382,8 @@ def later(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     edit(folder / "Makefile", ("clean:  ## remove caches;", "clean:  ## fixed: remove caches;"))
     (package / "config" / "colours.py").write_text("from ..utils.path import shown\nfrom .errors import UserError\n")
-    fresh = "from ..config import keys\nfrom ..config.colours import UserError\nfrom .data.build import copy_config\n"
+    fresh = "from ..config import keys\nfrom ..config.colours import UserError\nfrom ..layers.extra import ConvLayer\n"
+    (package / "layers" / "extra.py").write_text("from ..utils.path import shown\nfrom .conv import ConvLayer\n")
     (package / "utils" / "fresh.py").write_text(fresh)
     (folder / "tests" / "utils" / "test_fresh.py").write_text(
         "import dida_tools.config.colours\nfrom dida_tools.utils.fresh import UserError\n\n\n"
@@ -484,6 +492,18 @@ def test_a_history_that_was_squashed_does_no_harm(edited, expected):
     assert "it is made again" in update(edited, "v0.11.0")
     assert contents(edited) == expected["v0.11.0"]
     assert not git(edited, "status", "--porcelain")
+
+
+def test_imports_are_right_where_a_folder_has_moved_deeper(edited):
+    git(edited, "mv", "crop_yield/layers", "crop_yield/models/layers")
+    for file in [*edited.glob("crop_yield/**/*.py"), *edited.glob("tests/**/*.py")]:
+        text = file.read_text().replace("from ..layers.", "from .layers.")
+        file.write_text(text.replace("crop_yield.layers", "crop_yield.models.layers"))
+    commit(edited, "Layers belong to models")
+    update(edited, "v0.10.0")
+    extra = (edited / "crop_yield/models/layers/extra.py").read_text()
+    assert extra == "from ...utils.path import shown\nfrom .conv import ConvLayer\n"
+    assert "from ..models.layers.extra import ConvLayer\n" in (edited / "crop_yield/utils/fresh.py").read_text()
 
 
 def test_a_conflict_is_left_where_both_have_changed_the_same_and_can_be_taken_back(edited, expected):
