@@ -187,38 +187,40 @@ def test_its_makefile_has_its_own_names(made):
     assert f"-m pylint {name} " in run(folder, "make", "-n", "lint", "ENV=venv")
 
 
-@pytest.mark.parametrize(
-    "made",
-    ["least", "without-pytorch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("all", "some"))],
-    indirect=True,
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("all", "some")]
+
+
+@pytest.mark.parametrize("made", ["least", "without-pytorch", *SLOW], indirect=True)
 def test_it_trains_and_predicts_under_its_own_name(made, pairs_dir):
     folder, name, routines, _ = made
-    run(folder, sys.executable, "train.py", "--data", pairs_dir, *TINY)
+    commands = [
+        ["train.py", "--data", str(pairs_dir), *TINY],
+        ["run_prediction.py", "latest", "-i", str(pairs_dir / "test" / "x"), "-o", "predictions"],
+    ]
+    # In one process: importing PyTorch takes most of the time.
+    script = f"""
+import runpy, sys
+for sys.argv in {commands}:
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code
+import {name} as package
+print(package.__file__, package.__version__, "dida_tools" in sys.modules)
+"""
+    printed = run(folder, sys.executable, "-c", script)
+    assert printed.endswith(f"\n{folder / name / '__init__.py'} 0.1.0 False\n")
+    assert len(list((folder / "predictions").iterdir())) == 4
     log = (folder / "logs" / "experiments.csv").read_text()
     routine = "pytorch" if "pytorch" in routines else routines[0]
     assert ".models.unet:UNET" in log and f".training.{routine}_training" in log
-    predict = "import runpy, sys; runpy.run_path('run_prediction.py'); runpy.run_path('runs.py'); import train; "
-    predict += f"import {name} as package; print(package.__file__, package.__version__, 'dida_tools' in sys.modules)"
-    assert run(folder, sys.executable, "-c", predict) == f"{folder / name / '__init__.py'} 0.1.0 False\n"
-    run(
-        folder,
-        sys.executable,
-        "run_prediction.py",
-        "latest",
-        "-i",
-        pairs_dir / "test" / "x",
-        "-o",
-        folder / "predictions",
-    )
-    assert len(list((folder / "predictions").iterdir())) == 4
     assert not git(folder, "status", "--porcelain")  # what it makes is ignored
 
 
-@pytest.mark.parametrize("made", ["least", "without-pytorch"], indirect=True)
+@pytest.mark.parametrize("made", ["without-pytorch", pytest.param("least", marks=pytest.mark.slow)], indirect=True)
 def test_a_part_of_its_tests_passes_here(made):
     folder, _, _, _ = made
-    tests = ["tests/scripts/test_environments.py", "tests/layers", "tests/utils/test_name.py"]
+    tests = ["tests/scripts/test_environments.py", "tests/training/test_pictures.py", "tests/utils/test_name.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
     assert " passed" in run(folder, *command)
 
@@ -456,7 +458,7 @@ def update(folder: Path, *arguments: object, code: int = 0) -> str:
     return run(folder, sys.executable, "tools/template.py", "update", *arguments, code=code)
 
 
-def test_a_later_version_arrives_and_all_edits_stay(edited, later, expected, pairs_dir):
+def test_a_later_version_arrives_and_all_edits_stay(edited, later, expected):
     before = git(edited, "rev-parse", "HEAD")
     printed = update(edited, "v0.10.0")
     assert "stays deleted, although the template has changed it: crop_yield/training/fastai_training.py" in printed
@@ -475,9 +477,7 @@ def test_a_later_version_arrives_and_all_edits_stay(edited, later, expected, pai
     assert record["template"] == str(later) and record["without"] == ["slurm"]
     assert git(edited, "rev-parse", "HEAD^1") == before and not git(edited, "status", "--porcelain")
     # It works.
-    run(edited, sys.executable, "train.py", "--data", pairs_dir, *TINY)
-    assert ".models.unet:CropNet" in (edited / "logs/experiments.csv").read_text()
-    tests = ["tests/utils/test_fresh.py", "tests/utils/test_name.py", "tests/settings/test_device.py"]
+    tests = ["tests/utils/test_fresh.py", "tests/settings/test_device.py", "tests/training/test_pictures.py"]
     assert " passed" in run(edited, sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests)
     # And again, with the newest version, which is not the last in the alphabet.
     assert "Merged version v0.11.0" in update(edited)
