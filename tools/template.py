@@ -126,19 +126,12 @@ def newest_version(template: Path) -> str:
 
 
 def find_rendered(record: dict[str, Any]) -> str | None:
-    """The commit in this history that holds exactly what the template gave for this record."""
-    lines = git(
-        "log", "--no-show-signature", f"--format=%H %T %(trailers:key={TREE},valueonly,separator=%x20)"
-    ).splitlines()
-    for commit, tree, *noted in map(str.split, lines):
-        if noted == [tree] and what_decides(json.loads(git("show", f"{commit}:{RECORD}"))) == what_decides(record):
+    """The commit in this history that holds exactly what the recorded version of the template gave."""
+    form = f"--format=%H %T %(trailers:key={TREE},valueonly,separator=%x20)"
+    for commit, tree, *noted in map(str.split, git("log", "--no-show-signature", form).splitlines()):
+        if noted == [tree] and json.loads(git("show", f"{commit}:{RECORD}"))["commit"] == record["commit"]:
             return commit
     return None
-
-
-def what_decides(record: dict[str, Any]) -> list[Any]:
-    """What of a record decides on the files that the template gives."""
-    return [record[key] for key in ("commit", "name", "routines", "without")]
 
 
 def render(template: Path, commit: str, folder: Path, parent: str | None = None) -> str:

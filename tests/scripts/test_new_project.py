@@ -548,10 +548,11 @@ def test_what_stands_in_the_way_of_an_update_is_told(edited, template, later, tm
     assert not git(edited, "status", "--porcelain")
 
 
-def test_a_part_that_is_given_up_later_does_not_come_again(edited, later):
+def test_a_part_may_be_given_up_later_and_another_be_wanted_after_all(edited):
     git(edited, "rm", "--quiet", "-r", "benchmarks")
-    edit(edited / ".template.json", ('"slurm"', '"slurm", "benchmarks"'))
-    commit(edited, "No benchmarks")
+    edit(edited / ".template.json", ('"slurm"', '"benchmarks"'))
+    commit(edited, "SLURM, but no benchmarks")
     assert "benchmarks" not in update(edited, "v0.10.0")
     assert not (edited / "benchmarks").exists()
-    assert json.loads((edited / ".template.json").read_text())["without"] == ["slurm", "benchmarks"]
+    assert "--job-name=crop-yield" in (edited / "slurm" / "train.sbatch").read_text()
+    assert json.loads((edited / ".template.json").read_text())["without"] == ["benchmarks"]
