@@ -13,17 +13,6 @@ CONDA ?= $(firstword $(foreach tool,mamba micromamba conda,$(if $(shell command 
 # Further arguments of train.py: make train ARGS="EPOCHS=3".
 ARGS ?=
 
-DOCKER ?= docker
-IMAGE = dida-tools
-# Which trained run goes into an image, or predicts.
-RUN ?=
-# Which image runs: train, predict, or the one with the run.
-TAG ?= $(if $(RUN),$(RUN),train)
-# What a model or routine needs besides: make docker-build PACKAGES="monai pytorch-ignite".
-PACKAGES ?=
-BASE_IMAGE ?=
-GPUS ?= $(shell nvidia-smi >/dev/null 2>&1 && echo --gpus all)
-
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 ifeq ($(ENV),conda)
 # --json prints the same in all three: a line for each environment's folder. Empty where there is none.
@@ -41,12 +30,12 @@ DEV_READY = .venv/.dev-ready-$(TORCH)
 OTHER = $(if $(filter cpu,$(TORCH)),cuda,cpu)
 endif
 
-.PHONY: help env env-dev env-remove train test test-all lint format clean docker-build docker-run
+.PHONY: help env env-dev env-remove train test test-all lint format template-diff template-update clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@echo "Variables: ENV=venv|conda  TORCH=cpu|cuda  PYTHON=python3.12  ARGS=\"EPOCHS=3 ...\"  RUN=NAME"
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+	@echo "Variables: ENV=venv|conda  TORCH=cpu|cuda  PYTHON=python3.12  ARGS=\"EPOCHS=3 ...\""
 
 train: $(READY)  ## train a small U-Net on the built-in scenes (sets up the environment first)
 	$(ENV_PYTHON) train.py $(ARGS)
@@ -110,26 +99,14 @@ endif
 	@.venv/bin/python tools/check_torchvision.py
 	@touch $@
 
-BUILD = $(DOCKER) build --build-arg TORCH=$(TORCH) --build-arg PACKAGES="$(PACKAGES)" \
-	$(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE))
+-include docker.mk  # images
 
-ifeq ($(RUN),)
-docker-build:  ## build the images dida-tools:predict and :train; with RUN=NAME, one that predicts with this run
-	$(BUILD) --target predict --tag $(IMAGE):predict .
-	$(BUILD) --target train --tag $(IMAGE):train .
-else
-docker-build:
-	@test -f weights/$(RUN)/best.pt -a -f logs/$(RUN)/config.json || { \
-		echo "There is no weights/$(RUN)/best.pt with logs/$(RUN)/config.json: give the whole NAME of a run in logs/."; exit 1; }
-	$(BUILD) --target run --build-arg RUN=$(RUN) --tag $(IMAGE):$(RUN) .
-endif
+template-diff:  ## in a project: what its template has changed since; TAG=v1.2.0 TEMPLATE=folder or URL
+	$(PYTHON) tools/template.py diff $(TAG) $(if $(TEMPLATE),--template "$(TEMPLATE)")
 
-# An image with a run has its own weights. --shm-size: for the workers that load data.
-docker-run: MOUNTED = $(if $(RUN),data predictions,data logs predictions weights)
-docker-run:  ## train in the image; ARGS="EPOCHS=3"; predict with RUN=NAME ARGS="-i data/new -o predictions"
-	@mkdir -p $(MOUNTED)
-	$(DOCKER) run --rm $$(test -t 0 && echo --interactive --tty) --user "$$(id -u):$$(id -g)" $(GPUS) --shm-size 2g \
-		$(foreach folder,$(MOUNTED),--volume "$(CURDIR)/$(folder):/project/$(folder)") $(IMAGE):$(TAG) $(ARGS)
+template-update:  ## in a project: merge that, then run the tests
+	$(PYTHON) tools/template.py update $(TAG) $(if $(TEMPLATE),--template "$(TEMPLATE)")
+	$(MAKE) test
 
 clean:  ## remove caches; data, logs and weights stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
