@@ -39,7 +39,7 @@ from dida_tools.utils.data.build import build_datasets, use_folder
 from dida_tools.utils.path import shown
 from dida_tools.utils.signals import EXIT_CODE, Preempted
 
-search_space = {  # <- your space here: keys of the config; uniform, log_uniform, integer, log_integer, or a choice
+search_space = {  # <- your space here: keys of the config; uniform, log_uniform, integer, choice
     "OPTIMIZER_CONFIG.lr": log_uniform(1e-4, 1e-1),
     "OPTIMIZER": choice(torch.optim.AdamW, torch.optim.SGD),
     "MODEL_CONFIG.n_recursions": integer(2, 4),

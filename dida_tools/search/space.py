@@ -26,63 +26,36 @@ class Range:
 
     low: float
     high: float
-    log: bool = False
     step: float | None = None
-    whole: bool = False
+    log: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.low <= self.high and (not self.log or self.low > 0)):
-            what = "rise from above 0" if self.log else "rise"
-            raise UserError(f"a range from {self.low} to {self.high}: it must {what}, such as {'1e-4, 1e-1'}.")
+        if not (self.low <= self.high and (self.low > 0 or not self.log)):  # NaN never is
+            rule = "it must rise, from above 0" if self.log else "it must rise"
+            raise UserError(f"the search space has a range from {self.low} to {self.high}: {rule}.")
 
     @property
     def ends(self) -> tuple[Any, ...]:
         """Values that stand for all."""
-        return (self.low, self.high)
-
-    def suggest(self, trial: Any, name: str) -> Any:
-        """The value of a trial; drawn when it is asked for first."""
-        if self.whole:
-            return trial.suggest_int(name, self.low, self.high, step=self.step or 1, log=self.log)
-        return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
-
-    def value(self, stored: Any) -> Any:
-        """The value that belongs to what a trial has stored."""
-        return stored
-
-    def text(self) -> str:
-        """For people, and to tell spaces apart."""
-        kind = f"{'log_' * self.log}{'integer' if self.whole else 'uniform'}"
-        return f"{kind}({self.low!r}, {self.high!r}{f', step={self.step!r}' if self.step else ''})"
+        return self.low, self.high
 
 
 class Choice:
-    """One of these: numbers, texts, classes, functions, dicts of arguments, ..."""
+    """One of some options. Trials store the labels: the option itself, where a storage can hold it, else its name."""
 
     def __init__(self, *options: Any) -> None:
-        """:raises UserError: if there is none, if two have the same name, or if one cannot be recorded"""
-        self.ends = options
-        self.labels = [_label(option) for option in options]
+        self.ends, self.labels = options, [_label(option) for option in options]
         if not options or len(set(self.labels)) < len(options):
             shown = ", ".join(map(str, self.labels)) or "nothing"
-            raise UserError(f"a choice of {shown}: give at least one option, and each one once.")
+            raise UserError(f"the search space has a choice of {shown}: give at least one option, and each one once.")
 
-    def suggest(self, trial: Any, name: str) -> Any:
-        """The option of a trial; drawn when it is asked for first."""
-        return self.value(trial.suggest_categorical(name, self.labels))
-
-    def value(self, stored: Any) -> Any:
-        """The option that belongs to what a trial has stored."""
-        return self.ends[self.labels.index(stored)]
-
-    def text(self) -> str:
-        """For people, and to tell spaces apart."""
-        return f"choice({', '.join(map(str, self.labels))})"
+    def __repr__(self) -> str:
+        return f"Choice({', '.join(map(str, self.labels))})"
 
 
 def uniform(low: float, high: float, step: float | None = None) -> Range:
     """Numbers, each as likely as any other."""
-    return Range(float(low), float(high), step=step)
+    return Range(float(low), float(high), step)
 
 
 def log_uniform(low: float, high: float) -> Range:
@@ -90,23 +63,21 @@ def log_uniform(low: float, high: float) -> Range:
     return Range(float(low), float(high), log=True)
 
 
-def integer(low: int, high: int, step: int | None = None) -> Range:
-    """Whole numbers."""
-    return Range(low, high, step=step, whole=True)
-
-
-def log_integer(low: int, high: int) -> Range:
-    """Whole numbers, each order of magnitude as likely as any other; low is above 0."""
-    return Range(low, high, log=True, whole=True)
+def integer(low: int, high: int, step: int | None = None, log: bool = False) -> Range:
+    """Whole numbers, each as likely as any other, or with log each order of magnitude."""
+    return Range(low, high, step, log)
 
 
 def choice(*options: Any) -> Choice:
-    """One of these: numbers, texts, classes, functions, dicts of arguments, ..."""
+    """
+    One of these: numbers, texts, classes, functions, dicts of arguments, ...
+
+    :raises ConfigError: if one has no name to record
+    """
     return Choice(*options)
 
 
 def _label(option: Any) -> Any:
-    """What is stored for an option: itself, where a storage can hold it."""
     if option is None or type(option) in (bool, int, float, str):
         return option
     capture({"choice": option})  # refuses what has no name
@@ -163,16 +134,28 @@ class Space:
         return {key: part.ends[0] for key, part in self._parts.items()}
 
     def suggest(self, trial: Any) -> dict[str, Any]:
-        """The values of a trial, in the order in which the space is written."""
-        return {key: part.suggest(trial, key) for key, part in self._parts.items()}
+        """The values of a trial, drawn in the order in which the space is written, unless it has them already."""
+        stored = {}
+        for key, part in self._parts.items():
+            if isinstance(part, Choice):
+                stored[key] = trial.suggest_categorical(key, part.labels)
+            elif isinstance(part.low, int):
+                stored[key] = trial.suggest_int(key, part.low, part.high, step=part.step or 1, log=part.log)
+            else:
+                stored[key] = trial.suggest_float(key, part.low, part.high, step=part.step, log=part.log)
+        return self.values(stored)
 
-    def values(self, params: dict[str, Any]) -> dict[str, Any]:
+    def values(self, stored: dict[str, Any]) -> dict[str, Any]:
         """The values that belong to what a trial has stored."""
-        return {key: part.value(params[key]) for key, part in self._parts.items()}
+        labels = {key: part.labels for key, part in self._parts.items() if isinstance(part, Choice)}
+        return {
+            key: part.ends[labels[key].index(stored[key])] if key in labels else stored[key]
+            for key, part in self._parts.items()
+        }
 
     def text(self) -> dict[str, str]:
         """For people, and to tell spaces apart."""
-        return {key: part.text() for key, part in self._parts.items()}
+        return {key: repr(part) for key, part in self._parts.items()}
 
 
 def with_values(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

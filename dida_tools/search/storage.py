@@ -18,16 +18,20 @@ from ..utils.redact import Redactor
 
 
 class KernelLock:
-    """A lock on a journal file; whoever gets it removes what a process that was killed has half written."""
+    """A lock on a journal file, as Optuna wants it."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, FileLock(path.with_name(f".{path.name}.lock"))
 
     def acquire(self) -> bool:
-        """Waits for those that write."""
+        """Waits for those that write, and removes what one that was killed has half written."""
         self._lock.acquire()
         try:
-            _remove_torn_line(self._path)
+            with open(self._path, "r+b") as file:
+                is_torn = file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+                if is_torn:
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
         except BaseException:
             self._lock.release()
             raise
@@ -36,19 +40,6 @@ class KernelLock:
     def release(self) -> None:
         """Lets the next one write."""
         self._lock.release()
-
-
-def _remove_torn_line(path: Path) -> None:
-    with open(path, "r+b") as file:
-        size = position = file.seek(0, os.SEEK_END)
-        block = b""
-        while position > 0 and b"\n" not in block:
-            position = max(0, position - 4096)
-            file.seek(position)
-            block = file.read(min(4096, size - position))
-        end = position + block.rfind(b"\n") + 1
-        if end < size:
-            file.truncate(end)
 
 
 def open_storage(place: str | os.PathLike) -> Any:

@@ -47,7 +47,7 @@ class Workers:
             environment["CUDA_VISIBLE_DEVICES"] = names[worker % gpus]
         with open(self.log(worker), "ab") as log:
             # A group of their own: Ctrl-C reaches the search alone, which passes it on, once.
-            self._processes[worker] = subprocess.Popen(
+            self._processes[worker] = subprocess.Popen(  # pylint: disable=consider-using-with
                 [*self._command, str(worker)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -164,12 +164,10 @@ class Board:
     def _status(self, trials: list[FrozenTrial], done: list[FrozenTrial], best: list[FrozenTrial]) -> str:
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
         parts = [f"{len(done)} of {self._num_trials} trials, {running} running"]
-        if best:
-            parts.append(f"best {self._search.goal} {best[0].value:.4f} (trial {best[0].number})")
-        times = sorted(_seconds(trial) for trial in done)
-        if times:
-            left = max(0, self._num_trials - len(done)) * times[len(times) // 2] / max(1, running)
-            parts.append(f"about {duration(left)} left")
+        parts += [f"best {self._search.goal} {trial.value:.4f} (trial {trial.number})" for trial in best]
+        if done:
+            median = sorted(map(_seconds, done))[len(done) // 2]
+            parts.append(f"about {duration((self._num_trials - len(done)) * median / max(1, running))} left")
         return ", ".join(parts)
 
     def _say(self, text: str, end: str = "\n") -> None:
@@ -188,9 +186,9 @@ def describe(trial: FrozenTrial, goal: str) -> str:
 
 
 def values_of(trial: FrozenTrial) -> str:
-    """What a trial has tried."""
+    """What a trial has tried, by the last parts of the names."""
     texts = {key: f"{value:.3g}" if isinstance(value, float) else str(value) for key, value in trial.params.items()}
-    return ", ".join(f"{key}={text}" for key, text in texts.items())
+    return ", ".join(f"{key.rpartition('.')[2]}={text.rpartition(':')[2]}" for key, text in texts.items())
 
 
 def duration(seconds: float) -> str:
