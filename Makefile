@@ -43,7 +43,7 @@ lint: $(DEV_READY)  ## check style, types and common mistakes
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pylint dida_tools train.py predict.py run_prediction.py runs.py
+	$(RUN) -m pylint dida_tools train.py predict.py run_prediction.py runs.py hyperparameter.py
 
 format: $(DEV_READY)  ## format the code
 	$(RUN) -m ruff check --fix .

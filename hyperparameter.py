@@ -12,7 +12,7 @@ interrupted or killed first, up to --trials in all; with more --trials it goes f
 LOG_DIR/search/STUDY; each trial is a run like any other (python runs.py list --columns STUDY,TRIAL).
 
 Other machines join with the same command where LOG_DIR is shared between them. Where it is not, give all of them the
-URL of a database: --storage postgresql://user@host/name (pip install psycopg2-binary; the password: PGPASSWORD).
+URL of a database: --storage postgresql://user@host/name (pip install 'psycopg[binary]'; the password: PGPASSWORD).
 Whatever the storage is, it can be looked at: optuna-dashboard logs/search/search/journal.log, or the URL.
 
 Exit codes: 0 searched, or trained with --train-best; 75 ended by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 after saving:

@@ -59,8 +59,9 @@ def open_storage(place: str | os.PathLike) -> Any:
         backend = JournalFileBackend(str(path), KernelLock(path))  # type: ignore[arg-type]  # it needs no more of it
         return storages.JournalStorage(backend)
     except ImportError as error:
-        driver = {"psycopg2": "psycopg2-binary"}.get(error.name or "", error.name)
-        raise UserError(f"--storage needs {error.name}, which is not installed: pip install {driver}") from error
+        name = getattr(error.__cause__, "name", None) or error.name  # of the database's driver
+        driver = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary"}.get(str(name), name)
+        raise UserError(f"--storage needs {name}, which is not installed: pip install {driver}") from error
     except Exception as error:  # each database has errors of its own
         reason = " ".join(str(error).split())[:300]
         raise UserError(Redactor().text(f"--storage {text} cannot be opened: {reason}")) from error

@@ -75,13 +75,15 @@ class Fork:
     def wait(self, seconds: float = HANGS_AFTER_SECONDS) -> bool:
         """Whether it ends in that time."""
         deadline = time.monotonic() + seconds
-        while self.code is None and time.monotonic() < deadline:
+        while self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                return False
             else:
                 time.sleep(0.002)
-        return self.code is not None
+        return True
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
         if self.code is None:

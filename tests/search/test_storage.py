@@ -1,6 +1,7 @@
 """The journal file of trials: no worker waits for one that was killed, and what it has half written is removed."""
 
 import signal
+import sys
 
 import optuna
 import pytest
@@ -62,6 +63,12 @@ def test_what_cannot_be_opened_is_said_without_the_password(tmp_path):
     with pytest.raises(UserError) as refused:
         open_storage("postgresql+nothing://me:very-secret@localhost/name")
     assert "--storage" in str(refused.value) and "very-secret" not in str(refused.value)
+
+
+def test_a_driver_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)  # as missing as can be
+    with pytest.raises(UserError, match=r"needs psycopg, which is not installed: pip install 'psycopg\[binary\]'"):
+        open_storage("postgresql://me@localhost/name")
 
 
 def test_databases_are_storages_too(tmp_path):
