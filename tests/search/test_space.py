@@ -49,7 +49,7 @@ def test_all_problems_are_told_at_once(tiny_config):
 
 def test_two_values_that_do_not_go_together_are_found(tiny_config):
     options = choice({"lr": 0.1}, {"lr": 0.1, "momentum": 0.9})
-    space = Space({"OPTIMIZER": choice(AdamW, SGD), "MODEL_CONFIG.dropout": uniform(0, 1), "OPTIMIZER_CONFIG": options})
+    space = Space({"OPTIMIZER": choice(SGD, AdamW), "MODEL_CONFIG.dropout": uniform(0, 1), "OPTIMIZER_CONFIG": options})
     with pytest.raises(ConfigError, match=r"OPTIMIZER_CONFIG\.momentum is no argument of AdamW") as refused:
         space.check(tiny_config, [])
     assert len(refused.value.problems) == 1

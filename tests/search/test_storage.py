@@ -24,10 +24,16 @@ def test_a_killed_holder_of_the_lock_holds_nobody_up(tmp_path, fork, wait_for):
         (tmp_path / "held").touch()
         signal.pause()
 
-    child = fork(hold)
+    def take() -> None:
+        KernelLock(file).acquire()
+        (tmp_path / "taken").touch()
+
+    holder = fork(hold)
     wait_for((tmp_path / "held").exists)
-    child.kill()
-    assert KernelLock(file).acquire()
+    other = fork(take)
+    assert not other.wait(0.5) and not (tmp_path / "taken").exists()  # one at a time
+    holder.kill()
+    assert other.wait() and (tmp_path / "taken").exists()
 
 
 @pytest.mark.parametrize("part", [1, 20, -1])
