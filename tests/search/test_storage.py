@@ -20,9 +20,11 @@ def test_a_killed_holder_of_the_lock_holds_nobody_up(tmp_path, fork, wait_for):
     new_study(file)
 
     def hold() -> None:
-        KernelLock(file).acquire()
+        lock = KernelLock(file)
+        lock.acquire()
         (tmp_path / "held").touch()
         signal.pause()
+        lock.release()
 
     def take() -> None:
         KernelLock(file).acquire()
