@@ -16,25 +16,19 @@ Exit codes: 0 trained; 75 ended by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 after sav
 """
 
 import argparse
-import importlib
 import os
-import pkgutil
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from dida_tools import training
 from dida_tools.config.capture import check, override
 from dida_tools.config.config import global_config
 from dida_tools.config.errors import UserError
+from dida_tools.training.routines import DEFAULT_ROUTINE, ROUTINES, load_routine, recorded_routine
 from dida_tools.utils.data.build import build_datasets, use_folder
 from dida_tools.utils.logging.runs import find_run, read_run_config
 from dida_tools.utils.signals import EXIT_CODE, Preempted
-
-ROUTINES = [module.name[:-9] for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")]
-DEFAULT_ROUTINE = "pytorch" if "pytorch" in ROUTINES else ROUTINES[0]
 
 
 def main() -> int:
@@ -100,27 +94,6 @@ def main() -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 1 if result.identical is False else 0
-
-
-def load_routine(name: str) -> ModuleType:
-    """
-    The module of a routine.
-
-    :raises UserError: if its framework is not installed
-    """
-    try:
-        return importlib.import_module(f"dida_tools.training.{name}_training")
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("dida_tools"):
-            raise
-        install = f'{Path(sys.executable).name} -m pip install -c constraints.txt -e ".[{name}]"'
-        raise UserError(f"--routine {name} needs {error.name}, which is not installed: {install}") from error
-
-
-def recorded_routine(config: dict[str, Any]) -> str:
-    """The routine that a run was trained with, where it is still there."""
-    name = getattr(config.get("ROUTINE_NAME"), "__name__", "").rpartition(".")[2].removesuffix("_training")
-    return name if name in ROUTINES else DEFAULT_ROUTINE
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .errors import UserError
-from .keys import KEYS, REQUIRED, complete, copy_config
+from .keys import KEYS, REQUIRED, UNRECORDED, complete, copy_config
 from .references import PACKAGE, ReferenceProblem, is_project_module, name_of, resolve
 
 VERSION = 1
@@ -86,7 +86,8 @@ def find_problems(config: dict[str, Any]) -> list[str]:
     problems += _argument_problems(complete({}) | sound, unsound)
     if config.get("REQUIRE_RERUNNABLE", True):
         unrecordable: list[str] = []
-        _encode({key: value for key, value in config.items() if key in KEYS}, "", unrecordable)
+        recorded = {key: value for key, value in config.items() if key in KEYS and key not in UNRECORDED}
+        _encode(recorded, "", unrecordable)
         problems += unrecordable
     return problems
 
@@ -381,25 +382,35 @@ def override(config: dict[str, Any], overrides: Sequence[str], problems: list[st
         if keys[0] not in KEYS:
             found.append(_unknown(keys[0]))
             continue
-        inner: Any = config
-        for depth, key in enumerate(keys[:-1], start=1):
-            if inner.get(key) is None:
-                default = KEYS[key].default if depth == 1 else None
-                inner[key] = copy_config(default) if isinstance(default, dict) else {}
-            inner = inner[key]
-            if not isinstance(inner, dict):
-                found.append(
-                    f"{text!r} is no override: {'.'.join(keys[:depth])} is {_short(inner)}, which has no keys."
-                )
-                break
-        else:
-            try:
-                inner[keys[-1]] = _parse(keys, value)
-            except ReferenceProblem as problem:
-                found.append(f"{dotted}={value}: {problem}.")
+        try:
+            problem = assign(config, dotted, _parse(keys, value))
+        except ReferenceProblem as error:
+            found.append(f"{dotted}={value}: {error}.")
+            continue
+        if problem is not None:
+            found.append(f"{text!r} is no override: {problem}.")
     if problems is None and found:
         raise ConfigError(found)
     return config
+
+
+def assign(config: dict[str, Any], dotted: str, value: Any) -> str | None:
+    """
+    Sets a value of a config, in place, with the dicts that it lies in.
+
+    :param dotted: such as MODEL_CONFIG.dropout; its first part is a key of a config
+    :return: why it cannot be set, or None
+    """
+    keys, inner = dotted.split("."), config
+    for depth, key in enumerate(keys[:-1], start=1):
+        if inner.get(key) is None:
+            default = KEYS[key].default if depth == 1 else None
+            inner[key] = copy_config(default) if isinstance(default, dict) else {}
+        inner = inner[key]
+        if not isinstance(inner, dict):
+            return f"{'.'.join(keys[:depth])} is {_short(inner)}, which has no keys"
+    inner[keys[-1]] = value
+    return None
 
 
 def _parse(keys: list[str], text: str) -> Any:

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 REQUIRED = object()
+# What starts or watches a run, and is no part of it: in no record.
+UNRECORDED = ("RESUME", "AFTER_EPOCH")
 
 # A test says what is wrong with a value ("must be ..."), or returns None.
 Test = Callable[[Any], str | None]
@@ -184,6 +186,9 @@ KEYS = {
     "RESUME": Key(None, _optional(_text), "name of a run to go on with (more EPOCHS prolong a finished one), or auto"),
     "NOTIFY": Key(None, _optional(_addresses), "e-mail address, or a list, told of start and end; see utils/notify"),
     "RERUN_OF": Key(None, _optional(_text), "name of the run that this one repeats, to be compared with"),
+    "STUDY": Key(None, _optional(_text), "name of the search that this run is a trial of; see hyperparameter.py"),
+    "TRIAL": Key(None, _optional(_number(0, whole=True)), "its number there"),
+    "AFTER_EPOCH": Key(None, _optional(_callable), "called with the run after each epoch; True ends it as pruned"),
     "REQUIRE_RERUNNABLE": Key(
         True, _flag, "False trains with lambdas and notebook objects too, which no record can hold"
     ),

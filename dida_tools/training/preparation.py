@@ -22,7 +22,7 @@ from torch.utils.data import Subset, default_collate
 from ..config.capture import ConfigError, capture, find_problems, restore
 from ..config.device import get_device, get_precision
 from ..config.errors import UserError
-from ..config.keys import complete
+from ..config.keys import UNRECORDED, complete
 from ..utils.data.contract import DataContract
 from ..utils.data.images import DataError
 from ..utils.loss import is_multi_class
@@ -165,7 +165,7 @@ def prepare(
     optimizer = _made("OPTIMIZER", lambda: config["OPTIMIZER"](parameters, **config["OPTIMIZER_CONFIG"]))
     steps_per_epoch = -(-batches.num_batches // config["ACCUMULATE"])
     reasons: list[str] = []
-    record = capture({key: value for key, value in config.items() if key != "RESUME"}, reasons)
+    record = capture({key: value for key, value in config.items() if key not in UNRECORDED}, reasons)
     redactor = Redactor(config=config)
     record["config"] = _without_secrets(record["config"], redactor, "")
     try:

@@ -36,6 +36,8 @@ _FREE_TO_CHANGE = (
     "CHECKPOINT_SECONDS",
     "LOGFILE",
     "RERUN_OF",
+    "STUDY",
+    "TRIAL",
     "NOTIFY",
     "DATA_LOADER_CONFIG.num_workers",
     "DATA_LOADER_CONFIG.pin_memory",

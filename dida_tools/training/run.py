@@ -50,6 +50,10 @@ class OutOfMemory(UserError):
     """The memory of the device did not suffice."""
 
 
+class Pruned(BaseException):
+    """AFTER_EPOCH asked to end. No Exception, so that nobody who catches those goes on as if nothing were."""
+
+
 @dataclass
 class State:
     """Where a training stands."""
@@ -201,6 +205,7 @@ class Run:
         Takes note of the end of an epoch: selects the best weights, decides on stopping early.
 
         :param results: of the validation set; empty where there is none
+        :raises Pruned: if AFTER_EPOCH asks to end
         """
         state, value = self.state, results.get(self.monitored)
         state.epoch += 1
@@ -227,6 +232,8 @@ class Run:
         if is_time or not checkpoint_files(self.weight_dir):
             self._save_checkpoint_if_possible()
         self.record.write_row()
+        if self.config["AFTER_EPOCH"] is not None and on_main(lambda: self.config["AFTER_EPOCH"](self)):
+            raise Pruned(f"not worth more after epoch {state.epoch}")
 
     def _save_checkpoint_if_possible(self) -> None:
         """Saves the training state. On a full disk training goes on, and the next time may find space."""
@@ -525,6 +532,7 @@ def start_run(preparation: Preparation, global_config: dict[str, str]) -> Iterat
     Starts a run, or goes on with the one that RESUME names; from here on things are written.
 
     :raises Preempted: if a signal has asked to end, after saving
+    :raises Pruned: if AFTER_EPOCH has asked to end
     :raises OutOfMemory: instead of the many errors that mean it
     """
     with stop_on_signals(), deterministic_algorithms(preparation.device):
@@ -536,6 +544,9 @@ def start_run(preparation: Preparation, global_config: dict[str, str]) -> Iterat
             raise
         except KeyboardInterrupt as error:
             run.interrupt(error)
+            raise
+        except Pruned as error:
+            run.end("pruned", error)
             raise
         except BaseException as error:
             told = _explained(error, preparation)

@@ -1,0 +1,100 @@
+"""What a search tries is checked before the first trial."""
+
+from functools import partial
+
+import pytest
+import torch
+from optuna.trial import FixedTrial
+from torch.nn import ELU, BatchNorm2d, GroupNorm
+from torch.optim import SGD, AdamW
+
+from dida_tools.config.capture import ConfigError
+from dida_tools.config.errors import UserError
+from dida_tools.search.space import Space, choice, integer, log_uniform, uniform, with_values
+from dida_tools.utils.loss import multi_class_dice_ce_sum
+
+
+@pytest.mark.parametrize(
+    ("space", "told"),
+    [
+        ({"OPTIMISER": choice(SGD, AdamW)}, "did you mean OPTIMIZER?"),
+        ({"OPTIMIZER_CONFIG.lrr": uniform(0, 1)}, "did you mean lr?"),
+        ({"OPTIMIZER": choice(AdamW, SGD), "OPTIMIZER_CONFIG.amsgrad": choice(True, False)}, "no argument of SGD"),
+        ({"OPTIMIZER": choice(AdamW, torch.nn.ReLU)}, "must be a class derived from torch.optim.Optimizer"),
+        ({"EPOCHS": uniform(1, 3)}, "EPOCHS is 1.0: it must be a whole number"),
+        ({"ACCUMULATE": integer(0, 3)}, "ACCUMULATE is 0"),
+        ({"MODEL_CONFIG.bulk_ch.half": integer(1, 2)}, "MODEL_CONFIG.bulk_ch is 4, which has no keys"),
+        ({"MONITOR": choice("max f1", "min loss")}, "MONITOR cannot be searched"),
+        ({"METRICS.f1": choice(torch.relu, torch.tanh)}, "METRICS.f1 cannot be searched"),
+        ({"VALIDATION_FRACTION": uniform(0.1, 0.3)}, "VALIDATION_FRACTION cannot be searched"),
+        ({"EPOCHS": [1, 2]}, "EPOCHS is [1, 2] in the search space: it must be a range or a choice"),
+        ({}, "the search space is empty"),
+    ],
+)
+def test_impossible_keys_are_refused(tiny_config, space, told):
+    with pytest.raises(ConfigError) as refused:
+        Space(space).check(tiny_config, [])
+    assert told in str(refused.value)
+
+
+def test_all_problems_are_told_at_once(tiny_config):
+    space = Space({"OPTIMIZER_CONFIG.lrr": uniform(0, 1), "ACCUMULATE": integer(0, 3)})
+    with pytest.raises(ConfigError) as refused:
+        space.check(tiny_config | {"EPOCHS": 0}, ["one more."])
+    assert len(refused.value.problems) == 1  # what is wrong with the config's own keys comes first
+    with pytest.raises(ConfigError) as refused:
+        space.check(tiny_config | {"EPOCHS": 0}, [])
+    assert len(refused.value.problems) == 3
+
+
+def test_two_values_that_do_not_go_together_are_found(tiny_config):
+    options = choice({"lr": 0.1}, {"lr": 0.1, "momentum": 0.9})
+    space = Space({"OPTIMIZER": choice(SGD, AdamW), "MODEL_CONFIG.dropout": uniform(0, 1), "OPTIMIZER_CONFIG": options})
+    with pytest.raises(ConfigError, match=r"OPTIMIZER_CONFIG\.momentum is no argument of AdamW") as refused:
+        space.check(tiny_config, [])
+    assert len(refused.value.problems) == 1
+
+
+def test_the_loss_is_not_searched_where_it_is_the_objective(tiny_config):
+    space = Space({"LOSS": choice(multi_class_dice_ce_sum, torch.nn.CrossEntropyLoss)})
+    space.check(tiny_config, [])
+    with pytest.raises(ConfigError, match="LOSS cannot be searched while MONITOR is 'min loss'"):
+        space.check(tiny_config | {"MONITOR": "min loss"}, [])
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: log_uniform(0, 1), "from above 0"),
+        (lambda: uniform(2, 1), "it must rise"),
+        (lambda: integer(float("nan"), 3), "whole|rise"),
+        (lambda: choice(), "at least one option"),
+        (lambda: choice(1, 2, 1), "each one once"),
+        (lambda: choice(ELU, lambda: 0), "lambda"),
+    ],
+)
+def test_ranges_and_choices_that_make_no_sense_are_refused(make, told):
+    with pytest.raises(UserError, match=told):
+        make()
+
+
+def test_live_objects_are_stored_by_name_and_come_back_as_the_same_objects():
+    norm = partial(GroupNorm, 4)
+    options = (SGD, norm, None, 3, "text", (1, 2), {"lr": 0.1, "nesterov": True})
+    part = choice(*options)
+    labels = ("torch.optim:SGD", "partial(torch.nn:GroupNorm, 4)", None, 3, "text", "(1, 2)", "lr=0.1, nesterov=True")
+    assert tuple(part.labels) == labels
+    for option, label in zip(options, labels, strict=True):
+        assert Space({"MODEL_CONFIG.norm": part}).suggest(FixedTrial({"MODEL_CONFIG.norm": label})) == {
+            "MODEL_CONFIG.norm": option
+        }
+
+
+def test_values_take_their_places_and_the_config_stays_as_it_was(tiny_config):
+    before = dict(tiny_config["MODEL_CONFIG"])
+    changed = with_values(
+        tiny_config, {"MODEL_CONFIG.norm": BatchNorm2d, "SCHEDULER_CONFIG.pct_start": 0.3, "EMA": 0.9}
+    )
+    assert changed["MODEL_CONFIG"] == before | {"norm": BatchNorm2d}
+    assert changed["SCHEDULER_CONFIG"] == {"pct_start": 0.3} and changed["EMA"] == 0.9
+    assert tiny_config["MODEL_CONFIG"] == before and "EMA" not in tiny_config
