@@ -6,7 +6,7 @@ Exports a trained model: one file that takes images as they stand in their files
 The ending decides: .onnx for onnxruntime and others, .pt2 for torch.export.load, .safetensors for the weights alone.
 
 onnx and pt2 take values as they stand in the files, as float32 (N, C, H, W): whoever calls them casts integers. That is
-exact up to 2 ** 24; of uint32, int32 and float64, what float32 cannot hold is lost. Scaling, normalisation, nodata -> 0,
+exact up to 2 ** 24; of uint32, int32, float64, what float32 cannot hold is lost. Scaling, normalisation, nodata to 0,
 temperature and softmax or sigmoid are inside; what comes out is (N, K, H, W). Nothing is refused: unlike in prediction,
 NaN in gives NaN out. Data contract, class names, thresholds and the digest of the weights are in the file's metadata.
 What was written is read again and compared with PyTorch, at several sizes and batches, before it gets its name.
@@ -41,8 +41,7 @@ TOLERANCE = (
     1e-4  # largest difference from PyTorch: of probabilities, and of a regression's values in parts of the largest
 )
 METADATA_FILE = "contract.json"  # of a .pt2, see torch.export.load(extra_files)
-_MULTIPLES = (1, 2, 4, 8, 16, 32, 64)  # image edges that are tried, any first
-_EXAMPLE_EDGES = (257, 389)  # prime, so that no size looks as if it had to be divisible
+_MULTIPLES = (1, 2, 4, 8, 16, 32, 64)  # that image edges may have to be of: tried in this order
 
 Notes = dict[str, str]
 Runner = Callable[[np.ndarray], np.ndarray]
@@ -217,24 +216,35 @@ def _metadata(raw: RawModel, multiple: int | None, smallest: int | None) -> Note
 
 def _export(raw: RawModel) -> tuple[torch.export.ExportedProgram, int]:
     """The program, and the number that heights and widths are to be multiples of."""
-    reasons = []
+    multiple, example = _example(raw)
+    dims: list[Any] = [torch.export.Dim.DYNAMIC] * 3
+    if multiple > 1:
+        dims[1:] = [multiple * torch.export.Dim(name, min=1) for name in ("rows", "columns")]
+    try:
+        with _quiet():
+            shapes = (dict(zip((0, 2, 3), dims, strict=True)),)
+            return torch.export.export(raw, (example,), dynamic_shapes=shapes, strict=False), multiple
+    except Exception as error:  # whatever the model raises
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ExportError(
+            f"{type(raw.model).__name__}: torch.export takes it with no dynamic batch, height and width: have it not "
+            f"decide by values or sizes in Python; the reason: {reason}"
+        ) from error
+
+
+def _example(raw: RawModel) -> tuple[int, Tensor]:
+    """The smallest multiple that the model takes as height and width, and images that are no multiple of more."""
+    reason = ""
     for multiple in _MULTIPLES:
-        edges = [edge * multiple for edge in _EXAMPLE_EDGES]
-        dims: list[Any] = [torch.export.Dim.DYNAMIC] * 3
-        if multiple > 1:
-            dims[1:] = [multiple * torch.export.Dim(name, min=1) for name in ("rows", "columns")]
-        example = torch.zeros(2, raw.contract.channels, *edges, device="cpu")
+        rows = 256 // multiple + 1  # odd
+        example = torch.zeros(2, raw.contract.channels, rows * multiple, (rows + 2) * multiple)
         try:
-            with _quiet():
-                shapes = (dict(zip((0, 2, 3), dims, strict=True)),)
-                return torch.export.export(raw, (example,), dynamic_shapes=shapes, strict=False), multiple
+            with torch.no_grad():
+                raw(example)
+            return multiple, example
         except Exception as error:  # whatever the model raises
-            reasons.append(" ".join(str(error).split())[:300] or type(error).__name__)
-    name = type(raw.model).__name__
-    raise ExportError(
-        f"{name}: torch.export takes it neither at any size nor at multiples of up to {_MULTIPLES[-1]} pixels: have it "
-        f"use no sizes in Python branches; the reason at any size is: {reasons[0]}"
-    )
+            reason = " ".join(str(error).split())[:300]
+    raise ExportError(f"{type(raw.model).__name__}: fails for images of {_MULTIPLES[-1]} x n pixels: {reason}")
 
 
 def _smallest_edge(program: torch.export.ExportedProgram, channels: int, multiple: int) -> int:

@@ -1,7 +1,11 @@
 """
-Contains the fingerprint of a data set: what is in it, and what config it suggests.
+Contains the fingerprint of a data set: what is in it, what is wrong with it, and what config it suggests.
 
     python -m dida_tools.utils.data.fingerprint DIR      DIR holds x and y, or train/x, train/y, test/x, test/y
+
+Ends with 1 if the doctor finds problems: what training would refuse, or would learn or measure wrongly. It finds images
+that are in two parts, also flipped or turned, or georeferenced to one place, but none that are compressed, resampled or
+cropped copies.
 """
 
 import argparse
@@ -16,6 +20,7 @@ from torch.nn.functional import mse_loss
 
 from ..loss import accuracy, dice_bce_sum, f1, iou, precision, recall
 from .datasets import NpyDataset
+from .doctor import examine, report
 from .images import DataError
 
 _LARGEST_CROP = 192
@@ -154,7 +159,7 @@ def describe(facts: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description="Describes a data set and suggests a config.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="holds x and y, or train/x, train/y, test/x, test/y")
     folder = parser.parse_args(arguments).folder
     try:
@@ -163,13 +168,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{part}: {folder}")
             print(describe(fingerprint(dataset)))
         suggestion = suggest(parts["train"])
+        task = suggestion["DATASET_CONFIG"]["task"]
+        findings = examine(parts, folder, task, suggestion.get("MASK_VALUES"))
     except DataError as error:
         print(error, file=sys.stderr)
         return 1
+    print(f"\n{report(findings)}")
     print("\nThis suggests (train.py --data does so by itself):")
     for key, value in suggestion.items():
         print(f"  {key} = {_readable(value)}")
-    return 0
+    return int(any(finding.is_problem for finding in findings))
 
 
 def _readable(value: Any) -> str:
