@@ -299,10 +299,10 @@ def test_better_than_the_baselines(subject: Subject, show: Show) -> None:
     rows.append(["mean", model.mean(), subject.recorded.get("f1"), trees.mean(), trivial.mean()])
     header = ["", "model", "recorded", "by pixel", "trivial"]
     show(table(f"Quality on all {len(subject.data.test_set)} test samples: {model.name}", header, rows))
-    worse = []
+    worse, bound = [], subject.bounds["baselines"]
     for name, own, _, *others in rows:
         for what, other in zip(("trees that see a pixel at a time", "the trivial answer"), others, strict=True):
-            if not (np.isnan(own) and np.isnan(other)) and not (own > other or own == 1):
+            if not (np.isnan(own) and np.isnan(other)) and not (own > other - bound or own == 1):
                 worse.append(f"{name}: {own:.3f}, {what} {other:.3f}")
     assert not worse, f"no better than a baseline: {'; '.join(worse)}"
 
@@ -381,9 +381,10 @@ def test_speed_and_memory(subject: Subject, show: Show) -> None:
     show(table(title, ["input", "time", "speed", "peak memory"], rows))
 
 
-@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
 def test_exported_forms_agree(subject: Subject, tmp_path: Path, kind: str) -> None:
     """Protects from a delivered file that answers otherwise than the model that was tested."""
+    _need(subject.is_trained, "an untrained model is not delivered: give --run NAME or --weights FILE")
     _need(subject.inputs.ndim == 4, "only models of images are exported")
     for library in ("onnxruntime", "onnxscript") if kind == "onnx" else ():
         pytest.importorskip(library, reason=f'{library} is not installed: pip install -e ".[export]"')

@@ -38,6 +38,7 @@ BOUNDS = {
     "flips": 0.05,  # loss of quality by a flip of the images
     "averaged": 0.01,  # loss of quality by the average over flips
     "recorded": 0.002,  # loss of a result as against the recorded one: another processor rounds in another way
+    "baselines": 0.0,  # by how much a class may be worse than those
     "calibration": 0.1,  # expected calibration error
     "robustness": 0.1,  # loss of quality by the mildest of the changes
     "export": 1e-3,  # largest difference of an exported form, in parts of the largest output
@@ -70,6 +71,7 @@ class Subject:
     targets: Tensor
     preparation: Preparation | None = None
     no_data: str = ""
+    is_trained: bool = True
     recorded: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=lambda: dict(BOUNDS))
 
@@ -208,6 +210,7 @@ def subject_of_config(module: ModuleType, weights: str | None = None) -> Subject
         inputs=inputs.to(device),
         targets=targets.to(device),
         no_data="there are no test data without a run: give --run NAME",
+        is_trained=weights is not None,
         bounds=BOUNDS | getattr(module, "BOUNDS", {}),
     )
 
