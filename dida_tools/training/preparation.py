@@ -7,6 +7,7 @@ import functools
 import hashlib
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,6 +147,12 @@ def prepare(
     else:
         contract = _contract_of_foreign(train_set, model)
     contract = replace(contract, outputs=num_outputs or 1)
+    if contract.constant_channels():
+        warnings.warn(
+            f"{contract.constant_channels()} of the training images has the same value everywhere: the model learns "
+            "nothing from it, and prediction will refuse images where it has others.",
+            stacklevel=3,
+        )
     train_set, validation_set, test_set = (
         dataset.with_contract(contract) if hasattr(dataset, "with_contract") else dataset
         for dataset in (train_set, validation_set, test_set)

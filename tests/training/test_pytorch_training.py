@@ -667,3 +667,38 @@ def test_only_the_folders_that_are_written_to_are_made(datasets, tiny_config, gl
     train(*datasets, tiny_config, global_config | {"NOTE": str(tmp_path / "no folder")})
     assert not (tmp_path / "no folder").exists()
     assert sorted(path.name for path in Path(global_config["ROOT_PATH"]).iterdir()) == ["logs", "weights"]
+
+
+def write_set(folder: Path, change, num_images: int = 4) -> NpyDataset:
+    rng = np.random.default_rng(5)
+    for kind in "xy":
+        (folder / kind).mkdir(parents=True)
+    for number in range(num_images):
+        image = rng.integers(1, 200, (16, 16, 3)).astype(np.float32)
+        np.save(folder / "x" / f"{number}.npy", change(image).astype(np.float32))
+        np.save(folder / "y" / f"{number}.npy", (image[..., 0] > 100).astype(np.uint8))
+    return NpyDataset(folder / "x", folder / "y")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda image: image / 1000, "as if they had been divided by a number"),
+        (lambda image: image + 5000, "with another offset"),
+        (lambda image: image * [1, 0, 1], "channel 1 is constant"),
+    ],
+)
+def test_test_images_unlike_those_of_training_are_refused_before_it(
+    tmp_path, tiny_config, global_config, change, message
+):
+    train_set = write_set(tmp_path / "train", lambda image: image)
+    test_set = write_set(tmp_path / "test", change)
+    with pytest.raises(DataError, match=message):
+        train(train_set, test_set, tiny_config | {"EPOCHS": 1}, global_config)
+    assert not list(Path(global_config["LOG_DIR"]).glob("*/journal.jsonl"))
+
+
+def test_a_channel_that_is_constant_in_training_is_said_and_trained_with(tmp_path, tiny_config, global_config):
+    sets = [write_set(tmp_path / part, lambda image: image * [1, 0, 1]) for part in ("train", "test")]
+    with pytest.warns(UserWarning, match="channel 1 of the training images has the same value everywhere"):
+        train(*sets, tiny_config | {"EPOCHS": 1}, global_config)

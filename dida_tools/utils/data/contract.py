@@ -140,6 +140,11 @@ class DataContract:
             )
         return problems
 
+    def constant_channels(self) -> str:
+        """Names the channels that were constant in the training data, or ""."""
+        constant = np.array(self.minimum) == np.array(self.maximum)
+        return self._named(constant) if constant.any() and not constant.all() else ""
+
     def _named(self, which: np.ndarray) -> str:
         names = [str(self.channel_names[int(one)]) if self.channel_names else str(one) for one in np.flatnonzero(which)]
         return f"channel{'s' * (len(names) > 1)} {', '.join(names)}"

@@ -93,6 +93,7 @@ class NpyDataset(Dataset):
         self.class_colors = tuple(tuple(color) for color in class_colors)
         self._info: dict[Path, ImageInfo] = {}
         self._facts: dict[Path, Facts] = {}
+        self._is_part = False  # of a data set that was split: its values are as they are
         self._contract: DataContract | None = None
         self._windows: list[tuple[int, Window]] | None = None  # in evaluation: (file, window) of each sample
 
@@ -272,7 +273,7 @@ class NpyDataset(Dataset):
             )
         for number, file in enumerate(self.images):
             problems += _contract_problems(contract, file, self._image_info(number))
-        if self._facts and not problems:
+        if self._facts and not problems and not self._is_part:
             low, high = (np.array(one) for one in self._ranges([self._facts[file] for file in self.images]))
             if contract.maximum and low.size:
                 found = contract.range_problems(low, high, low, high)
@@ -314,6 +315,7 @@ class NpyDataset(Dataset):
         other = copy.copy(self)
         other.images = [self.images[number] for number in numbers]
         other.masks = [self.masks[number] for number in numbers]
+        other._is_part = True
         return other if self._windows is None else other.for_evaluation()
 
     def sample_name(self, index: int) -> str:
