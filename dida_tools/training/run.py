@@ -299,13 +299,12 @@ class Run:
         fill_model(model, on_main(lambda: load_weights(best)["model"]), str(best))
         chosen = self.history.get(state.best_epoch or 0, {})
         metrics = {key: value for key, value in chosen.items() if key.startswith("validation.")}
-        fitted = calibrate(preparation, model)
+        fitted, about_fit = calibrate(preparation, model), {}
         if fitted is not None:
             preparation.contract = fitted
             self._best = self._weights_and_contract() if is_main() else None  # the same weights
             on_main(self._save_best)
             about_fit = {f"validation.{name}": value for name, value in describe_fit(fitted).items()}
-            self.record.write_scalars({name.replace(".", "/"): value for name, value in about_fit.items()}, state.step)
             metrics |= about_fit
         contract = preparation.contract
         counts: Any = None
@@ -321,6 +320,7 @@ class Run:
                 order: Any = preparation.test_loader.batch_sampler
                 losses, seed = evaluation.sample_losses, self.config["SEED"]
                 panels = self._panels(choose_samples(preparation.test_set, order.order, losses, seed))
+        self.record.write_scalars({name.replace(".", "/"): value for name, value in about_fit.items()}, state.step)
         self.record.write_results(metrics, state.step)
         picture = self.log_dir / "picture.png"
         history = [self.history[epoch] for epoch in sorted(self.history)]

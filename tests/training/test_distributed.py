@@ -35,6 +35,7 @@ from dida_tools.config.errors import UserError
 from dida_tools.models import UNET
 from dida_tools.training import distributed
 from dida_tools.training import run as run_module
+from dida_tools.training.calibration import calibrate, describe_fit
 from dida_tools.training.checkpoint import checkpoint_files, save_checkpoint
 from dida_tools.training.determinism import EvaluationBatches, TrainingBatches
 from dida_tools.training.evaluation import Evaluation, evaluate
@@ -621,10 +622,15 @@ class TestTwo:
         best = two.folder / "two" / name / "weights" / two.ranks[0][name]["name"] / "best.pt"
         model = prepared.evaluated_model()
         fill_model(model, load_weights(best)["model"], str(best))
-        results = {
+        contract = calibrate(prepared, model)
+        assert load_weights(best)["contract"] == contract.to_dict() and contract.temperature != 1
+        results = {f"validation.{key}": value for key, value in describe_fit(contract).items()} | {
             f"{part}.{key}": value
-            for part, loader in (("validation", prepared.validation_loader), ("test", prepared.test_loader))
-            for key, value in evaluate(model, loader, prepared.new_evaluation(), *prepared.place).items()
+            for part, loader, how in (
+                ("validation", prepared.validation_loader, None),
+                ("test", prepared.test_loader, contract),
+            )
+            for key, value in evaluate(model, loader, prepared.new_evaluation(how), *prepared.place).items()
         }
         assert len(prepared.validation_loader) == (1 if name == "exact" else 4)
         assert results == two.ranks[0][name]["metrics"]
