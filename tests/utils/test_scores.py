@@ -97,6 +97,14 @@ def test_any_split_into_batches_tiles_and_processes_in_any_order_gives_the_same(
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_the_place_of_a_pixel_in_memory_does_not_matter(task):
+    """In float32, softmax and sigmoid differ in the last bit, and some pixels are in another bin."""
+    logits, targets = draw(task, (200_003,))
+    as_image = logits.T.contiguous().unsqueeze(0), (targets if task == "multi-class" else targets.T).unsqueeze(0)
+    assert state(score(task, *as_image)) == state(score(task, logits, targets))
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_all_pixels_are_valid_or_ignored(task):
     logits, targets = draw(task)
     targets[0], targets[1, ..., 3] = 255, 255
@@ -293,7 +301,7 @@ def test_the_calibration_error_is_that_of_a_plain_computation(task):
     else:
         expected = np.mean([calibration_error(p, t) for p, t in zip(probabilities.T, truth.T, strict=True)])
     found = score(task, logits, targets).results()["ece"]
-    assert expected > 0.02 and found == pytest.approx(expected, abs=0.5 / NUM_BINS)
+    assert expected > 0.02 and found == pytest.approx(expected, abs=0.1 / NUM_BINS)
     assert score(task, 3 * logits, targets).results()["ece"] > found + 0.01
 
 
