@@ -173,16 +173,16 @@ def uninterrupted(routine: str, expected: dict, datasets: tuple, config: dict, f
     return expected[routine]
 
 
-# One call of the metric when everything is checked, 2 validation samples in each of 2 epochs, 4 test samples.
+# Two calls of the metric when everything is checked, 2 validation samples in each of 2 epochs, 4 test samples.
 @pytest.mark.parametrize(
     ("place", "at", "step"),
     [
         ("training", 1, 1),
         ("training", 4, 2),
         ("training", 6, 3),
-        ("evaluation", 2, 3),
-        ("evaluation", 5, 6),
-        ("evaluation", 7, 6),
+        ("evaluation", 3, 3),
+        ("evaluation", 6, 6),
+        ("evaluation", 8, 6),
     ],
     ids=["first-batch", "end-of-a-step", "end-of-an-epoch", "validation", "end-of-a-validation", "test"],
 )
@@ -232,7 +232,7 @@ def test_twice_in_the_same_validation(routine, datasets, config, global_config, 
     train = load(routine).train
     name = None
     for _ in range(2):
-        When.set("evaluation", 2, signal.SIGTERM)
+        When.set("evaluation", 3, signal.SIGTERM)
         with pytest.raises(Preempted):
             train(*datasets, config | {"RESUME": name}, global_config)
         name = the_row(global_config)["NAME"]
@@ -249,7 +249,7 @@ def test_at_any_moment(routine, num_workers, datasets, config, global_config, ex
     wanted = uninterrupted(routine, expected, datasets, config, tmp_path)
     train = load(routine).train
     config["DATA_LOADER_CONFIG"] |= {"num_workers": num_workers}
-    moments = [("training", at) for at in range(1, 13)] + [("evaluation", at) for at in range(2, 10)]
+    moments = [("training", at) for at in range(1, 13)] + [("evaluation", at) for at in range(3, 11)]
     for (place, at), signum in zip(moments[:: 1 + num_workers], itertools.cycle(SIGNALS), strict=False):
         folders = make_global_config(tmp_path / f"{place}-{at}")
         When.set(place, at, signum)
