@@ -1,7 +1,7 @@
 """
 Predicts images of any size with a tracked run.
 
-    python run_prediction.py NAME -i IMAGES... -o DIR      NAME: a run's name or part of it, latest, or best
+    python run_prediction.py NAME -i IMAGES... -o DIR      NAME: a run's name or part of it, latest, best, or best:iou
     python run_prediction.py best -i 'tiles/*.tif' -o maps --output classes confidence
 
 Model, weights and the way images are read come from the run's record. Options are those of predict.py.
@@ -17,7 +17,7 @@ from predict import add_options, config_of, report
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", metavar="NAME", help="the run: its name or part of it, latest, or best")
+    parser.add_argument("name", metavar="NAME", help="the run: its name or part of it, latest, best, or best:METRIC")
     add_options(parser)
     arguments = parser.parse_args()
     options = config_of(arguments)

@@ -24,7 +24,8 @@ def find_run(
     The name of a run.
 
     :param wanted: a name or a part of one, the number of a row of the tracker's file (from 1), "latest", or "best": of
-        the finished runs with the MONITOR and the test data of the last one, the one with the best validation result
+        the finished runs with the MONITOR and the test data of the last one, the one with the best validation result;
+        "best:iou" goes by another metric
     :param with_weights: whether "latest" leaves out runs without best weights
     :raises UserError: if there is none, or more than one
     """
@@ -40,8 +41,8 @@ def find_run(
             if not names:
                 raise UserError(f"{global_config['WEIGHT_DIR']}: no run has weights yet.")
         return max(names, key=lambda name: _last_written(log_dir / name))
-    if wanted == "best":
-        return _best_run(read_log(log_dir / logfile), names)
+    if wanted == "best" or wanted.startswith("best:"):
+        return _best_run(read_log(log_dir / logfile), names, wanted.partition(":")[2])
     rows = read_log(log_dir / logfile) if wanted.isdigit() else []
     if 0 < int(wanted if wanted.isdigit() else 0) <= len(rows) and rows[int(wanted) - 1]["NAME"] in names:
         return rows[int(wanted) - 1]["NAME"]
@@ -74,12 +75,14 @@ def _last_written(run_dir: Path) -> int:
     return max(file.stat().st_mtime_ns for name in ("config.json", "journal.jsonl") for file in run_dir.glob(name))
 
 
-def _best_run(rows: list[dict[str, Any]], names: list[str]) -> str:
+def _best_run(rows: list[dict[str, Any]], names: list[str], metric: str) -> str:
     rows = [row for row in rows if row.get("STATUS") == "finished" and row.get("NAME") in names and row.get("MONITOR")]
     if not rows:
         raise UserError("no run is finished yet, so there is no best one.")
     monitor = rows[-1]["MONITOR"]
     direction, goal = monitor.split()
+    if metric:
+        direction, goal = "min" if metric == "loss" else "max", metric
     values = {}
     for row in rows:
         if _test_data(row) != _test_data(rows[-1]):
@@ -87,10 +90,11 @@ def _best_run(rows: list[dict[str, Any]], names: list[str]) -> str:
         value = row.get(f"validation.{goal}")
         if value is None:  # also where only another run has the column
             value = row.get(f"validation.{goal}_sample_mean")
-        if row["MONITOR"] == monitor and isinstance(value, int | float) and not math.isnan(value):
+        if (metric or row["MONITOR"] == monitor) and isinstance(value, int | float) and not math.isnan(value):
             values[row["NAME"]] = value
     if not values:
-        raise UserError(f"no finished run has a validation result for MONITOR {monitor!r}: give a name instead.")
+        about = metric or f"MONITOR {monitor!r}"
+        raise UserError(f"no finished run has a validation result for {about}: give a name instead.")
     return (max if direction == "max" else min)(values, key=lambda name: values[name])
 
 

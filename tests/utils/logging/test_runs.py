@@ -113,6 +113,15 @@ def test_the_best_run_is_that_of_the_largest_or_smallest_result(log_dir: Path, m
     assert find(log_dir, "best") == NAMES[best]
 
 
+@pytest.mark.parametrize("metric, best", [("iou", 1), ("loss", 0)])
+def test_the_best_run_by_another_metric(log_dir: Path, metric: str, best: int) -> None:
+    for name, value in zip(NAMES, [0.5, 0.75, 0.5], strict=False):
+        make_row(log_dir, name, value, f"max {metric}")  # with results of this name
+    assert find(log_dir, f"best:{metric}") == NAMES[best]
+    with pytest.raises(UserError, match="no finished run has a validation result for recall"):
+        find(log_dir, "best:recall")
+
+
 @pytest.mark.parametrize("monitor", ["max f1", "min loss", "max f1.water"])
 @pytest.mark.parametrize("value", [math.nan, None, "much"])
 def test_runs_without_a_number_are_left_out_of_the_best(log_dir: Path, monitor: str, value: Any) -> None:
