@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dida_tools.config.capture import ConfigError, capture
+from dida_tools.config.errors import UserError
 from dida_tools.models.unet import UNET
 from dida_tools.utils.logging.csv import write_log
 from dida_tools.utils.logging.runs import find_run, read_run_config, write_record
