@@ -309,7 +309,7 @@ README = """\
 
 What this project is for, in a sentence or two.
 
-```
+```bash
 make train      # sets up .venv, trains a small U-Net on built-in scenes
 make test       # sets up the development environment, runs the tests
 make help       # everything else
@@ -317,7 +317,7 @@ make help       # everything else
 
 With images and masks of your own, in my_data/train/{{x,y}} and my_data/test/{{x,y}}:
 
-```
+```bash
 python -m {name}.utils.data.fingerprint my_data       # what is in it, and what config it suggests
 python train.py --data my_data EPOCHS=50
 python run_prediction.py latest -i new_images/ -o predictions/
