@@ -30,7 +30,7 @@ DEV_READY = .venv/.dev-ready-$(TORCH)
 OTHER = $(if $(filter cpu,$(TORCH)),cuda,cpu)
 endif
 
-.PHONY: help env env-dev env-remove train test test-all lint format template-diff template-update clean
+.PHONY: help env env-dev env-remove train test test-all lint format doc template-diff template-update clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -55,6 +55,9 @@ lint: $(DEV_READY)  ## check style, types and common mistakes
 format: $(DEV_READY)  ## format the code
 	$(ENV_PYTHON) -m ruff check --fix .
 	$(ENV_PYTHON) -m ruff format .
+
+doc: $(DEV_READY)  ## build the documentation: docs/_build/index.html
+	$(ENV_PYTHON) -m sphinx -W --keep-going -b html docs docs/_build
 
 ifeq ($(ENV),conda)
 .PHONY: conda-env
@@ -109,5 +112,5 @@ template-update:  ## in a project: merge that, then run the tests
 	$(MAKE) test
 
 clean:  ## remove caches; data, logs and weights stay
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info */_build
 	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +

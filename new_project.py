@@ -37,6 +37,7 @@ class Part(NamedTuple):
 
     about: str  # for the project's README
     files: tuple[str, ...]  # * stands for slashes too
+    targets: tuple[str, ...] = ()  # in the Makefile, besides those that bear its name
 
 
 # <- a new part: a line here
@@ -53,7 +54,7 @@ PARTS = {
     "docker": Part(
         "`Dockerfile`: a container", ("Dockerfile", ".dockerignore", "docker.mk", "tests/scripts/test_docker.py")
     ),
-    "docs": Part("`docs/`: documentation", ("docs/*", "tests/scripts/test_docs.py")),
+    "docs": Part("`docs/`: documentation, built by `make doc`", ("docs/*", "tests/scripts/test_docs.py"), ("doc",)),
     "benchmarks": Part("`benchmarks/`: measuring speed", ("benchmarks/*", "tests/benchmarks/*")),
 }
 ROUTINE_FILES = ("PACKAGE/training/{}_training.py", "tests/training/test_{}_training.py")
@@ -235,6 +236,7 @@ def leave_out(folder: Path, dropped: set[str], package: str) -> None:
     (folder / "dev.yml").write_text("".join(wanted))
 
     # A rule of the Makefile goes from its target to an empty line.
+    names = "|".join([names, *(target for name in sorted(dropped & PARTS.keys()) for target in PARTS[name].targets)])
     text = re.sub(rf"^(?:{names})(?:-[a-z-]+)?:(?:.+\n)+\n?", "", (folder / "Makefile").read_text(), flags=re.MULTILINE)
     lines = text.splitlines(keepends=True)
     phony = re.compile(rf" (?:{names})(?:-[a-z-]+)?(?=\s)")
@@ -307,7 +309,7 @@ README = """\
 
 What this project is for, in a sentence or two.
 
-```
+```bash
 make train      # sets up .venv, trains a small U-Net on built-in scenes
 make test       # sets up the development environment, runs the tests
 make help       # everything else
@@ -315,7 +317,7 @@ make help       # everything else
 
 With images and masks of your own, in my_data/train/{{x,y}} and my_data/test/{{x,y}}:
 
-```
+```bash
 python -m {name}.utils.data.fingerprint my_data       # what is in it, and what config it suggests
 python train.py --data my_data EPOCHS=50
 python run_prediction.py latest -i new_images/ -o predictions/

@@ -69,7 +69,7 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     call with the same weights and settings has finished is not done again, and an image that it left unfinished is gone
     on with; LEDGER in OUT_DIR tells what was made of what. Several processes of torchrun share the images.
 
-    :param predict_config: MODEL (class), WEIGHTS (file), FILES (images, folders, or patterns such as "in/*.tif"),
+    :param predict_config: MODEL (class), WEIGHTS (file), FILES (images, folders, or patterns such as ``in/*.tif``),
         OUT_DIR, and what DEFAULTS has
     :return: the outputs of all images of this process
     :raises ConfigError, DataError, WeightsError: for what cannot be used, before anything is written; for an image that

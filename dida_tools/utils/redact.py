@@ -49,7 +49,8 @@ class Redactor:
         :param arguments: of the command line; None: sys.argv
         :param config: what holds secrets under their names, at any depth
         """
-        found = {value for name, value in environment.items() if is_secret_name(name)}
+        # The shell's PWD is the working directory, not a password.
+        found = {value for name, value in environment.items() if is_secret_name(name) and name != "PWD"}
         found |= {match["password"] for value in environment.values() for match in _URL.finditer(value)}
         found |= set(_in_arguments(sys.argv if arguments is None else arguments))
         found |= set(_in_data(config))

@@ -145,6 +145,12 @@ def test_development_needs_more(project):
     assert project.make("format")[0] == ["python -m ruff check --fix .", "python -m ruff format ."]
 
 
+@pytest.mark.skipif("doc" not in PHONY, reason="this project has no documentation")
+def test_doc_takes_warnings_for_errors(project):
+    project.make("env-dev")
+    assert project.make("doc")[0] == ["python -m sphinx -W --keep-going -b html docs docs/_build"]
+
+
 def test_lint_checks_the_package_and_all_scripts(project):
     scripts = [path.name for path in ROOT.glob("*.py")]
     tools = [f"tools/{path.name}" for path in ROOT.glob("tools/*.py")]
@@ -229,7 +235,7 @@ def test_without_conda_it_says_so(project):
 def test_clean_removes_caches_and_nothing_else(project):
     gone = [
         ".pytest_cache/a", ".mypy_cache/a", ".ruff_cache/a", ".hypothesis/a", "build/a", "dist/a",
-        "dida_tools.egg-info/a", "dida_tools/__pycache__/a.pyc", "tests/a b/__pycache__/a.pyc",
+        "dida_tools.egg-info/a", "docs/_build/a", "dida_tools/__pycache__/a.pyc", "tests/a b/__pycache__/a.pyc",
     ]  # fmt: skip
     stays = [
         "data/a.npy",

@@ -334,6 +334,7 @@ def test_parts_go_with_their_files_extras_and_targets(template, tmp_path):
     assert not (folder / "docs").exists() and not (folder / "crop_yield/search").exists()
     assert not (folder / "tests/scripts/test_docs.py").exists()
     makefile = (folder / "Makefile").read_text()
+    assert not re.search(r"^doc:|^\.PHONY:.* doc ", makefile, re.M)
     assert (
         "docs" not in makefile and "\ndocker:\n\tbuild\n\nclean:  ##" in makefile and " lint format docker " in makefile
     )

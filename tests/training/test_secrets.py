@@ -133,6 +133,11 @@ def test_secrets_are_found_by_their_form(text, redacted):
     assert Redactor({}, []).text(text) == redacted
 
 
+def test_the_working_directory_is_no_secret():
+    redactor = Redactor({"PWD": "/home/me/crops", "DB_PWD": "hunter2-xyz"}, [])
+    assert redactor.text("/home/me/crops/my_data, hunter2-xyz") == "/home/me/crops/my_data, [redacted]"
+
+
 def test_data_keeps_its_shape():
     data = {"password": "x", "numbers": [1, 2.5, None, True], "nested": {"a": ("y", "z")}, "token": 5}
     assert Redactor({}, []).data(data) == data | {"password": "[redacted]"}
