@@ -10,11 +10,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import dida_tools  # noqa: E402
-from dida_tools.config.keys import KEYS, REQUIRED  # noqa: E402
+import dida_tools  # noqa: E402  # pylint: disable=wrong-import-position
+from dida_tools.config.keys import KEYS, REQUIRED  # noqa: E402  # pylint: disable=wrong-import-position
 
 project = "dida tools"
-author = copyright = f"{project} contributors"
+author = copyright = f"{project} contributors"  # pylint: disable=redefined-builtin
 version = release = dida_tools.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
