@@ -83,7 +83,7 @@ class GrowingFile:
         self._folder = path.with_name(f".{path.name}.unfinished")
         self._rows, self._state = self._folder / "rows.npy", self._folder / "state.json"
         self._checksum = 0
-        self._file: Any = None
+        self._file: Any = None  # stays open between writes
         self._header_bytes = 0
         with contextlib.suppress(OSError, ValueError, KeyError):  # what is damaged is begun anew
             state = json.loads(self._state.read_bytes())
@@ -122,13 +122,13 @@ class GrowingFile:
     def _open(self, values: np.ndarray) -> None:
         create_dirs(self._folder)
         if self.num_rows:
-            self._file = open(self._rows, "r+b")  # noqa: SIM115 - it stays open
+            self._file = open(self._rows, "r+b")  # noqa: SIM115  # pylint: disable=consider-using-with
             row_bytes = values.itemsize * values.shape[1] * values.shape[2]
             self._file.seek(self._header_bytes + self.num_rows * row_bytes)
             self._file.truncate()
             return
         self._state.unlink(missing_ok=True)
-        self._file = open(self._rows, "w+b")  # noqa: SIM115
+        self._file = open(self._rows, "w+b")  # noqa: SIM115  # pylint: disable=consider-using-with
         shape = self.size if values.shape[2] == 1 else (*self.size, values.shape[2])
         description = {"descr": np.lib.format.dtype_to_descr(values.dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._file, description)
@@ -143,7 +143,7 @@ class GrowingFile:
             uint8, "nodata", "tags"
         """
         if self._file is None:  # all rows were there already
-            self._file = open(self._rows, "r+b")  # noqa: SIM115
+            self._file = open(self._rows, "r+b")  # noqa: SIM115  # pylint: disable=consider-using-with
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -189,6 +189,7 @@ def _write_raster(path: Path, rows: Path, header_bytes: int, grid: Grid | None, 
     is_classes = bool(style.get("colors")) or (values.dtype == np.uint8 and "scale" not in style)
     options = {"overview_resampling": "nearest" if is_classes else "average", "bigtiff": "if_safer"}
     with rasterio.Env(GDAL_VRT_RAWRASTERBAND_ALLOWED_SOURCE="ALL"):
+        # pylint: disable-next=c-extension-no-member
         rasterio.shutil.copy(description, unfinished, driver="COG", compress="deflate", **options)
     with open(unfinished, "rb") as file:
         os.fsync(file.fileno())

@@ -129,7 +129,9 @@ def _complete(given: dict[str, Any]) -> dict[str, Any]:
     config = DEFAULTS | given
     kinds = [config["OUTPUT"]] if isinstance(config["OUTPUT"], str) else config["OUTPUT"]
     choices = {"OUTPUT_DTYPE": DTYPES, "AUGMENT": tuple(AUGMENTATIONS), "FORMAT": (None, ".npy", ".png", ".tif")}
-    asked = [("OUTPUT", kind, KINDS) for kind in kinds] + [(key, config[key], choices[key]) for key in choices]
+    asked = [("OUTPUT", kind, KINDS) for kind in kinds] + [
+        (key, config[key], allowed) for key, allowed in choices.items()
+    ]
     problems += [
         f"{key} is {value!r}: choose one of {', '.join(map(str, allowed))}"
         for key, value, allowed in asked
@@ -268,7 +270,7 @@ class _Work:
     def _write_whole(self, job: Job, about: dict[str, Any], band: Band, grid: Grid | None) -> None:
         files = self._open_outputs(job, about, band.valid.shape)
         self._write(files, band)
-        self._finish(job, about, files, grid)
+        self._finish(about, files, grid)
 
     def _do_large(self, job: Job, about: dict[str, Any], advance: Callable[[int], None]) -> None:
         with ImageReader(*job.inputs) as image:
@@ -292,7 +294,7 @@ class _Work:
                         advance(band.valid.size)
                     assert previous is not None
                     previous.result()
-                self._finish(job, about, files, image.grid)
+                self._finish(about, files, image.grid)
             finally:
                 for file in files:
                     file.close()
@@ -305,7 +307,7 @@ class _Work:
             values = make_output(kind, band, self.contract, self.dtype)
             file.write(values[max(0, file.num_rows - band.top) :])  # one of several may be further than the others
 
-    def _finish(self, job: Job, about: dict[str, Any], files: list[GrowingFile], grid: Grid | None) -> None:
+    def _finish(self, about: dict[str, Any], files: list[GrowingFile], grid: Grid | None) -> None:
         has_nodata = self.contract.nodata is not None
         for kind, file in zip(self.kinds, files, strict=True):
             file.finish(grid, style_of(kind, self.contract, has_nodata, self.dtype))

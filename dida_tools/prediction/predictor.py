@@ -55,6 +55,7 @@ class Predictor:
         :raises ConfigError: if the model answers anything but (N, K, H, W)
         """
         inputs = inputs.to(self.device, memory_format=torch.channels_last)
+        first: Any = None
         total: Any = None
         for turns, mirrored in self.views:
             view = torch.rot90(inputs, turns, (-2, -1)) if turns else inputs

@@ -5,7 +5,8 @@ The image goes through in bands of rows, as high as one window. Memory grows wit
 with the height. The next rows are read while the current ones are computed.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -104,16 +105,12 @@ def predict_bands(
         rows = _RowBuffer(image, contract, pool, to_do[0])
         for top, next_top in zip(to_do, [*to_do[1:], height], strict=True):
             strip, valid = rows.take(top, top + size[0])
-            with_data = [left for left in lefts if valid[:, left : left + size[1]].any()]
-            for start in range(0, len(with_data), batch_size):
-                raise_if_stop_requested()
-                some = with_data[start : start + batch_size]
-                inputs = [contract.prepare(strip[:, left : left + size[1]])[0] for left in some]
-                inputs += [torch.zeros_like(inputs[0])] * (batch_size - len(some))  # one shape for all batches
-                answers = predict_batch(torch.stack(inputs))
-                for left, answer in zip(some, answers[: len(some)], strict=True):
-                    sums[:, :, left : left + size[1]] += answer * weights
-                    norms[:, left : left + size[1]] += weights
+            windows = [slice(left, left + size[1]) for left in lefts]
+            windows = [window for window in windows if valid[:, window].any()]
+            inputs = (contract.prepare(strip[:, window])[0] for window in windows)
+            for window, answer in zip(windows, _in_batches(predict_batch, inputs, batch_size), strict=True):
+                sums[:, :, window] += answer * weights
+                norms[:, window] += weights
             done = next_top - top
             if next_top > first_row:
                 skip = max(0, first_row - top)
@@ -123,6 +120,15 @@ def predict_bands(
             for array in (sums, norms):
                 array[..., : size[0] - done, :] = array[..., done:, :]
                 array[..., size[0] - done :, :] = 0
+
+
+def _in_batches(predict_batch: PredictBatch, inputs: Iterable[Tensor], batch_size: int) -> Iterator[np.ndarray]:
+    """The answers to windows; all batches have one shape."""
+    rest = iter(inputs)
+    while batch := list(itertools.islice(rest, batch_size)):
+        raise_if_stop_requested()
+        filled = [*batch, *[torch.zeros_like(batch[0])] * (batch_size - len(batch))]
+        yield from predict_batch(torch.stack(filled))[: len(batch)]
 
 
 class _RowBuffer:

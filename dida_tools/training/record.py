@@ -170,8 +170,12 @@ class Record:
 
     def _write_pending(self) -> None:
         while self._pending:
-            self.journal.write(self._pending[0])
-            self._pending.pop(0)
+            event = self._pending.pop(0)
+            try:
+                self.journal.write(event)
+            except OSError:
+                self._pending.insert(0, event)
+                raise
 
     def write_epoch(self, event: Event) -> None:
         """Appends the event of an epoch, and shows its numbers in TensorBoard."""
