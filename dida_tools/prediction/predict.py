@@ -79,12 +79,12 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     config = _complete(predict_config)
     kinds = [config["OUTPUT"]] if isinstance(config["OUTPUT"], str) else list(config["OUTPUT"])
     options = {"device": config["DEVICE"], "precision": config["PRECISION"], "augment": config["AUGMENT"]}
-    inputs = find_inputs(config["FILES"], config["BANDS"])
     if "LOCAL_RANK" in os.environ and options["device"] == "auto" and torch.cuda.is_available():
         options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     predictor = load_predictor(
-        config["WEIGHTS"], config["MODEL"], config["MODEL_CONFIG"], contract=_plain_contract(inputs[0]), **options
+        config["WEIGHTS"], config["MODEL"], config["MODEL_CONFIG"], lambda: _suggested_contract(config), **options
     )
+    inputs = find_inputs(config["FILES"], config["BANDS"])
     jobs = plan(inputs, kinds, predictor.contract, config)
     jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
     sizes = check_jobs(jobs, predictor.contract, config["CHECK_VALUES"])
@@ -147,9 +147,9 @@ def _complete(given: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _plain_contract(inputs: tuple[Path, ...]) -> DataContract:
+def _suggested_contract(config: dict[str, Any]) -> DataContract:
     """For weights without a contract: what the first image suggests."""
-    with ImageReader(*inputs) as image:
+    with ImageReader(*find_inputs(config["FILES"], config["BANDS"])[0]) as image:
         scale = default_scale(image.dtype)
         return DataContract(image.shape[2], dtype=image.dtype, scale=scale, nodata=image.nodata)
 

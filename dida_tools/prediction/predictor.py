@@ -1,5 +1,6 @@
 """Contains the model at work: prepared inputs in, probabilities out, with test-time augmentation if wanted."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from ..config.device import autocast, get_device, get_precision
 from ..utils.data.contract import DataContract
 from ..utils.data.images import DataError, Window
 from ..utils.torchutils import fill_model
-from ..utils.weights import load_weights, model_state
+from ..utils.weights import WeightsError, load_weights, model_state
 from .windows import Tiling, predict_bands
 
 # Each is (times rotated by a right angle, mirrored); the first one changes nothing.
@@ -82,18 +83,26 @@ class Predictor:
 
 
 def load_predictor(
-    weights: Any, model_class: type[nn.Module], model_config: dict[str, Any] | None = None, **options: Any
+    weights: Any,
+    model_class: type[nn.Module],
+    model_config: dict[str, Any] | None = None,
+    suggest: Callable[[], DataContract] | None = None,
+    **options: Any,
 ) -> Predictor:
     """
     A Predictor from a weights file.
 
-    :param options: device, precision, augment of Predictor; contract: for weights that come without one
-    :raises WeightsError: if the file is damaged, or of another model
+    :param suggest: makes a contract for weights that come without one
+    :param options: device, precision, augment of Predictor
+    :raises WeightsError: if the file is damaged, of another model, or without a contract where none is suggested
     """
     stored = load_weights(weights)
-    contract = options.pop("contract", None)
     if "contract" in stored:
         contract = DataContract.from_dict(stored["contract"])
+    elif suggest is not None:
+        contract = suggest()
+    else:
+        raise WeightsError(f"{weights}: holds no data contract, which says how images are read: give suggest.")
     model = model_class(**(model_config or {}))
     fill_model(model, model_state(stored), str(weights))
     return Predictor(model, contract, **options)

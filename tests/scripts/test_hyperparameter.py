@@ -81,6 +81,7 @@ def test_another_search_needs_another_name(project, searched, pairs_dir):
     assert "EPOCHS (was 2, is 3)" in err and "--study search-2" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_the_best_config_is_trained_in_full(project, searched):
     best = max(rows_of(project), key=lambda row: row["validation.f1"])
     run(project, "--train-best", "EPOCHS=3")

@@ -57,7 +57,7 @@ def test_without_a_routine_all_else_works(project: Path, pairs_dir: Path, delete
     assert trained.returncode == 0, trained.stderr
     predicted = run(project, "run_prediction.py", "latest", "-i", str(pairs_dir / "test" / "x"), "-o", "out")
     assert predicted.returncode == 0, predicted.stderr
-    assert len(list((project / "out").iterdir())) == 4
+    assert len(list((project / "out").glob("image_*"))) == 4
 
 
 def test_a_run_goes_on_in_its_own_routine(project: Path, pairs_dir: Path) -> None:
