@@ -2,7 +2,7 @@
 Measures how much memory and time the prediction of large images takes, each in a process of its own.
 
     python benchmarks/prediction.py                            8192 x 8192, 12 channels, 2 and 10 classes; also MONAI's
-    python benchmarks/prediction.py --size 20000 --only ours   larger
+    python benchmarks/prediction.py --size 20000 --only ours   larger; --height 2048 for a part of it
 
 The model is one small convolution, so what is measured is cutting, blending, reading and writing. Overlap: 50 %.
 """
@@ -36,23 +36,23 @@ class Net(nn.Module):
         return self.layer(x)
 
 
-def make_image(path: Path, size: int) -> None:
-    """(size, size, CHANNELS) uint16, as .npy or as GeoTIFF."""
+def make_image(path: Path, height: int, size: int) -> None:
+    """(height, size, CHANNELS) uint16, as .npy or as GeoTIFF."""
     rng = np.random.default_rng(0)
     tile = rng.integers(1, 10_000, (256, size, CHANNELS), np.uint16)
     if path.suffix == ".npy":
-        image = np.lib.format.open_memmap(path, "w+", np.uint16, (size, size, CHANNELS))
-        for top in range(0, size, 256):
-            image[top : top + 256] = tile[: size - top]
+        image = np.lib.format.open_memmap(path, "w+", np.uint16, (height, size, CHANNELS))
+        for top in range(0, height, 256):
+            image[top : top + 256] = tile[: height - top]
         return
     import rasterio
     from rasterio.transform import from_origin
 
     profile = {"driver": "GTiff", "dtype": "uint16", "count": CHANNELS, "tiled": True, "bigtiff": "yes"}
     profile |= {"crs": "EPSG:32633", "transform": from_origin(0, 0, 10, 10), "compress": "deflate", "zlevel": 1}
-    with rasterio.open(path, "w", height=size, width=size, **profile) as raster:
-        for top in range(0, size, 256):
-            rows = tile[: size - top]
+    with rasterio.open(path, "w", height=height, width=size, **profile) as raster:
+        for top in range(0, height, 256):
+            rows = tile[: height - top]
             raster.write(np.moveaxis(rows, -1, 0), window=((top, top + len(rows)), (0, size)))
 
 
@@ -109,6 +109,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=8192)
+    parser.add_argument("--height", type=int, help="default: square; memory does not depend on it")
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 10])
     parser.add_argument("--only", choices=METHODS)
     parser.add_argument("--format", choices=("npy", "tif"), default="npy")
@@ -120,8 +121,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"image.{arguments.format}"
-        make_image(path, arguments.size)
-        print(f"{arguments.size} x {arguments.size} x {CHANNELS}, uint16 .{arguments.format}, windows of {TILE}")
+        height = arguments.height or arguments.size
+        make_image(path, height, arguments.size)
+        print(f"{height} x {arguments.size} x {CHANNELS}, uint16 .{arguments.format}, windows of {TILE}")
         print(f"{'':8}{'classes':>8}{'GiB above start':>18}{'seconds':>10}{'MP/s':>8}")
         for classes in arguments.classes:
             for method in [arguments.only] if arguments.only else METHODS:
@@ -131,7 +133,7 @@ def main() -> None:
                     print(f"{method:8}{classes:>8}  failed: {done.stderr.strip().splitlines()[-1]}")
                     continue
                 seconds, gib = map(float, done.stdout.splitlines()[-1].split())
-                speed = arguments.size**2 / 1e6 / seconds
+                speed = height * arguments.size / 1e6 / seconds
                 print(f"{method:8}{classes:>8}{gib:>18.2f}{seconds:>10.1f}{speed:>8.2f}", flush=True)
 
 
