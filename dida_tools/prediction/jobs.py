@@ -127,6 +127,7 @@ def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) 
 
 
 def _problems(job: Job, image: ImageReader, contract: DataContract, check_values: bool) -> list[str]:
+    contract = contract.for_nodata(image.nodata)
     problems = contract.problems(np.zeros((1, 1, image.shape[2]), image.dtype))
     if check_values and not problems:
         found = contract.value_problems(image.sample())

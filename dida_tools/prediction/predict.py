@@ -259,12 +259,13 @@ class _Work:
     def _read_whole(self, job: Job) -> tuple[Tensor, np.ndarray, Grid | None]:
         with ImageReader(*job.inputs) as image:
             pixels, grid = image.read(Window(0, 0, *image.shape[:2])), image.grid
-        problems = self.contract.problems(pixels)
+            contract = self.contract.for_nodata(image.nodata)
+        problems = contract.problems(pixels)
         if self.check_values and not problems:
-            problems = self.contract.value_problems(pixels)
+            problems = contract.value_problems(pixels)
         if problems:
             raise DataError(problems)
-        inputs, valid = self.contract.prepare(pixels)
+        inputs, valid = contract.prepare(pixels)
         return inputs, valid.numpy(), grid
 
     def _write_whole(self, job: Job, about: dict[str, Any], band: Band, grid: Grid | None) -> None:
@@ -274,8 +275,9 @@ class _Work:
 
     def _do_large(self, job: Job, about: dict[str, Any], advance: Callable[[int], None]) -> None:
         with ImageReader(*job.inputs) as image:
+            contract = self.contract.for_nodata(image.nodata)
             if self.check_values:
-                problems = self.contract.value_problems(image.sample())
+                problems = contract.value_problems(image.sample())
                 if problems:
                     raise DataError(problems)
             height, width = image.shape[:2]
@@ -287,7 +289,7 @@ class _Work:
                     advance(first_row * width)
                 if first_row < height:
                     previous: Future | None = None
-                    for band in predict_bands(self.predictor, image, self.contract, self.tiling, first_row):
+                    for band in predict_bands(self.predictor, image, contract, self.tiling, first_row):
                         if previous is not None:
                             previous.result()
                         previous = self.writer.submit(self._write, files, band)
@@ -308,7 +310,7 @@ class _Work:
             file.write(values[max(0, file.num_rows - band.top) :])  # one of several may be further than the others
 
     def _finish(self, about: dict[str, Any], files: list[GrowingFile], grid: Grid | None) -> None:
-        has_nodata = self.contract.nodata is not None
+        has_nodata = self.contract.nodata is not None or (grid is not None and grid.nodata is not None)
         for kind, file in zip(self.kinds, files, strict=True):
             file.finish(grid, style_of(kind, self.contract, has_nodata, self.dtype))
             event = {"event": "prediction", "output": file.path.name, "bytes": file.path.stat().st_size}

@@ -130,6 +130,16 @@ def test_a_raster_becomes_a_cloud_optimised_one_on_its_grid(tmp_path, config):
     )
 
 
+@pytest.mark.parametrize("size", [(30, 30), (90, 70)])
+def test_a_file_that_states_another_nodata_value_than_the_training_data_is_believed(tmp_path, config, size):
+    image = reflectance(*size)
+    image[5:15] = 65535
+    (file,) = predict(config | {"FILES": write_raster(tmp_path / "scene.tif", image, nodata=65535)})
+    with rasterio.open(file) as raster:
+        assert raster.nodata == 255
+        assert np.array_equal(raster.read(1) == 255, (image == 65535).all(-1))
+
+
 def test_every_kind_of_output_in_floats_and_in_bytes(tmp_path, config):
     image = reflectance(90, 70)
     image[:10] = 0

@@ -4,7 +4,7 @@ later is read, scaled and normalised in the same way, or refused.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,10 @@ class DataContract:
                 "or train with data that have it"
             )
         return problems
+
+    def for_nodata(self, nodata: float | None) -> "DataContract":
+        """The contract for a file that states its nodata value, which counts more than that of the training data."""
+        return self if nodata is None else replace(self, nodata=nodata)
 
     def constant_channels(self) -> str:
         """Names the channels that were constant in the training data, or ""."""

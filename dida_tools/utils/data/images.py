@@ -119,6 +119,7 @@ class Grid(NamedTuple):
 
     crs: str  # as WKT, or ""
     transform: tuple[float, ...] | None  # GDAL's six numbers
+    nodata: float | None = None
 
 
 class ImageReader:
@@ -172,7 +173,7 @@ class ImageReader:
             return None
         raster = self._sources[0]
         transform = None if raster.transform.is_identity else tuple(map(float, raster.transform.to_gdal()))
-        return Grid(raster.crs.to_wkt() if raster.crs else "", transform)
+        return Grid(raster.crs.to_wkt() if raster.crs else "", transform, raster.nodata)
 
     def read(self, window: Window) -> np.ndarray:
         """
