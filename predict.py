@@ -64,13 +64,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--augment", choices=AUGMENTATIONS, help="average over flips (4 x the time), or all (8 x)")
     parser.add_argument("--device", help="auto, cpu, cuda, mps")
     parser.add_argument("--precision", help="auto, fp32, bf16, fp16")
+    parser.add_argument("--masks", metavar="DIR", help="masks of the images, to tell what the maps are worth")
     parser.add_argument("--no-check", action="store_true", help="predict images whose values are unlike the training's")
 
 
 def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keys of a predict_config that were given as options."""
     config = {"FILES": arguments.images, "OUT_DIR": arguments.out_dir}
-    named = ("bands", "output", "output_dtype", "prefix", "suffix", "tile", "overlap", "batch_size", "augment")
+    named = ("bands", "output", "output_dtype", "prefix", "suffix", "tile", "overlap", "batch_size", "augment", "masks")
     options = {name: getattr(arguments, name) for name in (*named, "device", "precision")}
     options["format"] = f".{arguments.format}" if arguments.format else None
     options["check_values"] = False if arguments.no_check else None

@@ -24,6 +24,11 @@ class Job:
     outputs: tuple[Path, ...]  # one for each kind
 
     @property
+    def stem(self) -> str:
+        """The image's name without ending."""
+        return self.inputs[0].stem if len(self.inputs) == 1 else self.inputs[0].resolve().parent.name
+
+    @property
     def name(self) -> str:
         """For messages."""
         return str(self.inputs[0] if len(self.inputs) == 1 else self.inputs[0].parent)

@@ -28,12 +28,13 @@ from ..utils.data.contract import DataContract, default_scale
 from ..utils.data.images import DataError, Grid, ImageReader, Window
 from ..utils.logging.journal import Journal, read_journal
 from ..utils.logging.runs import find_run, read_run_config
-from ..utils.path import create_dirs
+from ..utils.path import create_dirs, write_atomic
 from ..utils.signals import raise_if_stop_requested, stop_on_signals
 from ..utils.weights import weights_digest
 from .jobs import Job, check_jobs, find_inputs, plan
 from .outputs import DTYPES, KINDS, GrowingFile, make_output, style_of
 from .predictor import AUGMENTATIONS, Predictor, load_predictor
+from .score import find_masks, score_maps
 from .windows import Band, Tiling, predict_bands
 
 DEFAULTS: dict[str, Any] = {
@@ -51,9 +52,13 @@ DEFAULTS: dict[str, Any] = {
     "BATCH_SIZE": 4,
     "AUGMENT": "none",
     "CHECK_VALUES": True,
+    "MASKS": None,  # folder of masks with the images' names: what the maps are worth goes into SCORES
+    "MASK_VALUES": None,  # of the masks, as in a training config
+    "IGNORE_INDEX": 255,
 }
 REQUIRED = ("MODEL", "WEIGHTS", "FILES", "OUT_DIR")
 LEDGER = "predictions.jsonl"
+SCORES = "scores.json"
 
 Sample = tuple[Job, Tensor, np.ndarray, Grid | None]  # an image of one window: inputs, where there is data, its grid
 
@@ -78,6 +83,7 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     """
     config = _complete(predict_config)
     kinds = [config["OUTPUT"]] if isinstance(config["OUTPUT"], str) else list(config["OUTPUT"])
+    kinds += ["probabilities"] if config["MASKS"] is not None and "probabilities" not in kinds else []
     options = {"device": config["DEVICE"], "precision": config["PRECISION"], "augment": config["AUGMENT"]}
     if "LOCAL_RANK" in os.environ and options["device"] == "auto" and torch.cuda.is_available():
         options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -88,6 +94,7 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     jobs = plan(inputs, kinds, predictor.contract, config)
     jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
     sizes = check_jobs(jobs, predictor.contract, config["CHECK_VALUES"])
+    masks = find_masks([job.stem for job in jobs], config["MASKS"]) if config["MASKS"] is not None else []
     with stop_on_signals(), ExitStack() as stack:
         if any(file.suffix.lower() in (".tif", ".tiff") for job in jobs for file in (*job.inputs, *job.outputs)):
             import rasterio  # imported where used: the file formats of most projects do not need it
@@ -96,6 +103,10 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
         work = _Work(predictor, kinds, config)
         stack.callback(work.close)
         work.do(jobs, sizes)
+    if masks:
+        maps = [job.outputs[kinds.index("probabilities")] for job in jobs]
+        scores = score_maps(maps, masks, predictor.contract, config["IGNORE_INDEX"], config["MASK_VALUES"])
+        _report(scores.results(predictor.contract.class_names), Path(config["OUT_DIR"]))
     return [output for job in jobs for output in job.outputs]
 
 
@@ -112,12 +123,21 @@ def predict_run(
     return predict(run_config(name, global_config) | {"FILES": files, "OUT_DIR": out_dir} | options)
 
 
+def _report(results: dict[str, float], out_dir: Path) -> None:
+    rank = os.environ.get("RANK", "0")  # of several processes, each scores its own images
+    file = out_dir / (SCORES if rank == "0" else f"scores.{rank}.json")
+    write_atomic(file, lambda stream: stream.write(json.dumps(results, indent=2).encode()))
+    shown = ", ".join(f"{name} {results[name]:.4f}" for name in ("f1", "iou", "accuracy", "average_precision", "ece"))
+    print(f"{shown}; all of it: {file}")
+
+
 def run_config(name: str, global_config: dict[str, str] = default_global_config) -> dict[str, Any]:
-    """MODEL, MODEL_CONFIG and WEIGHTS of a tracked run, for a predict_config."""
+    """What a predict_config takes of a tracked run."""
     name = find_run(global_config, name, with_weights=True)
-    config = read_run_config(Path(global_config["LOG_DIR"]) / name, keys=("MODEL", "MODEL_CONFIG"))
+    keys = ("MODEL", "MODEL_CONFIG", "MASK_VALUES", "IGNORE_INDEX")
+    config = read_run_config(Path(global_config["LOG_DIR"]) / name, keys=keys)
     weights = Path(global_config["WEIGHT_DIR"]) / name / "best.pt"
-    return {"MODEL": config["MODEL"], "MODEL_CONFIG": config["MODEL_CONFIG"], "WEIGHTS": weights}
+    return {key: config[key] for key in keys if key in config} | {"WEIGHTS": weights}
 
 
 # ---------------------------------------------------------------------------------------------------- before the start

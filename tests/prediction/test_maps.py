@@ -224,6 +224,39 @@ def test_bands_that_are_missing_or_of_another_grid_are_told(tmp_path, config):
         predict(config | {"FILES": tmp_path / "scene", "BANDS": ["B0*", "B1*", "B2*"]})
 
 
+# -------------------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_with_masks_the_maps_are_scored_as_scikit_learn_does(tmp_path, config, capsys, dtype):
+    from sklearn.metrics import f1_score
+
+    (tmp_path / "masks").mkdir()
+    truths, guesses = [], []
+    for number, size in enumerate([(300, 40), (20, 20)]):
+        image = reflectance(*size, seed=number)
+        image[5:9] = 0
+        mask = np.random.default_rng(number).integers(0, 3, size).astype(np.uint8)
+        mask[:, :3] = 255
+        mask[mask == 2] = 77
+        np.save(tmp_path / f"{number}.npy", image)
+        np.save(tmp_path / "masks" / f"{number}.npy", mask)
+        counts = (mask != 255) & (image != 0).any(-1)
+        truths.append(np.where(mask == 77, 2, mask)[counts])
+        guesses.append(expected(config, image).argmax(0)[counts])
+    settings = config | {"FILES": str(tmp_path / "[01].npy"), "MASKS": tmp_path / "masks", "MASK_VALUES": {77: 2}}
+    predict(settings | {"OUTPUT_DTYPE": dtype})
+    results = json.loads((config["OUT_DIR"] / "scores.json").read_text())
+    truth, guess = np.concatenate(truths), np.concatenate(guesses)
+    exact = f1_score(truth, guess, average=None)
+    found = [results[f"f1.{name}"] for name in CONTRACT.class_names]
+    np.testing.assert_allclose(found, exact, atol=1e-6 if dtype == "float32" else 0.02)
+    assert f"f1 {results['f1']:.4f}" in capsys.readouterr().out
+    (tmp_path / "masks" / "1.npy").unlink()
+    with pytest.raises(DataError, match="there is no mask called 1"):
+        predict(settings)
+
+
 # -------------------------------------------------------------------------------------------------------- the contract
 
 
