@@ -29,43 +29,43 @@ esac
 # The parts of conda, mamba and micromamba that the Makefile uses, as each documents them: what is not known is refused,
 # what is asked for without *_ALWAYS_YES is not done.
 CONDA = """
-tool=$(basename "$0"); root=$HOME/$tool
+tool=$(basename "$0"); place=$HOME/$tool
 echo "$tool $*" >> "$LOG"
 case "$1 $2" in
     "env list")
-        envs=$(ls -d "$root/envs"/* 2>/dev/null)
+        envs=$(ls -d "$place/envs"/* 2>/dev/null)
         if [ "$3" = --json ]; then
             case $tool in micromamba) in="    " ;; *) in="  " ;; esac
-            printf '{\\n%s"envs": [\\n%s%s"%s"' "$in" "$in" "$in" "$root"
+            printf '{\\n%s"envs": [\\n%s%s"%s"' "$in" "$in" "$in" "$place"
             for env in $envs; do printf ',\\n%s%s"%s"' "$in" "$in" "$env"; done
             printf '\\n%s]' "$in"
             if [ $tool = conda ]; then  # newer ones say more of each
-                printf ',\\n  "envs_details": {\\n    "%s": {\\n      "name": "base"\\n    }' "$root"
+                printf ',\\n  "envs_details": {\\n    "%s": {\\n      "name": "base"\\n    }' "$place"
                 for env in $envs; do printf ',\\n    "%s": {\\n      "name": "%s"\\n    }' "$env" "${env##*/}"; done
                 printf '\\n  }'
             fi
             printf '\\n}\\n'
         elif [ $tool = conda ]; then
-            printf '# conda environments:\\n#\\nbase                  *  %s\\n' "$root"
+            printf '# conda environments:\\n#\\nbase                  *  %s\\n' "$place"
             for env in $envs; do printf '%-24s %s\\n' "${env##*/}" "$env"; done
         else
-            printf '  Name        Active  Path\\n------------------\\n  base        *       %s\\n' "$root"
+            printf '  Name        Active  Path\\n------------------\\n  base        *       %s\\n' "$place"
             for env in $envs; do printf '  %-20s%s\\n' "${env##*/}" "$env"; done
         fi ;;
     "env create")
         [ $# = 4 ] && [ "$3" = -f ] || exit 2
         name=$(sed -n 's/^name: //p' "$4")
-        [ ! -e "$root/envs/$name" ] || { echo "prefix already exists"; exit 1; }
+        [ ! -e "$place/envs/$name" ] || { echo "prefix already exists"; exit 1; }
         [ $tool = conda ] || [ "$MAMBA_ALWAYS_YES" = true ] || { echo "Confirm changes: [Y/n] Aborted."; exit 1; }
-        mkdir -p "$root/envs/$name/bin"; cp "$HOME/bin/python3" "$root/envs/$name/bin/python" ;;
+        mkdir -p "$place/envs/$name/bin"; cp "$HOME/bin/python3" "$place/envs/$name/bin/python" ;;
     "env update")
         [ $# = 6 ] && [ "$3" = -n ] && [ "$5" = -f ] || { echo "unrecognized arguments"; exit 2; }
         [ $tool = conda ] || [ "$MAMBA_ALWAYS_YES" = true ] || { echo "Confirm changes: [Y/n] Aborted."; exit 1; }
-        [ -d "$root/envs/$4" ] && [ -f "$6" ] || exit 1 ;;
+        [ -d "$place/envs/$4" ] && [ -f "$6" ] || exit 1 ;;
     "env remove")
         [ $# = 4 ] && [ "$3" = -n ] || exit 2
         [ "$CONDA_ALWAYS_YES$MAMBA_ALWAYS_YES" = truetrue ] || { echo "Proceed ([y]/n)? Aborted."; exit 1; }
-        rm -r "$root/envs/$4" ;;
+        rm -r "$place/envs/$4" ;;
     *) exit 2 ;;
 esac
 """
