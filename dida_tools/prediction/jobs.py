@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..config.capture import ConfigError
 from ..utils.data.contract import DataContract
 from ..utils.data.images import ENDINGS, DataError, ImageReader, list_images
 
@@ -78,6 +79,7 @@ def plan(
     The outputs of each image: its name with prefix and suffix, never that of an image.
 
     :param config: PREFIX, SUFFIX, FORMAT, OUTPUT_DTYPE and OUT_DIR of a predict_config
+    :raises ConfigError: if FORMAT cannot hold an output
     :raises DataError: if an output would overwrite an image or another output
     """
     jobs = []
@@ -89,6 +91,13 @@ def plan(
         }
         names = [f"{config['PREFIX']}{stem}{config['SUFFIX']}{parts[kind]}{endings[kind]}" for kind in kinds]
         jobs.append(Job(files, tuple(Path(config["OUT_DIR"]) / name for name in names)))
+    too_much = [
+        f"FORMAT is '.png', which cannot hold {kind}: choose .npy or .tif, or leave it out"
+        for kind in kinds
+        if config["FORMAT"] == ".png" and _ending(Path("map.png"), kind, contract, config["OUTPUT_DTYPE"]) != ".png"
+    ]
+    if too_much:
+        raise ConfigError(too_much)
     images = {file.resolve() for files in inputs for file in files}
     outputs = [output for job in jobs for output in job.outputs]
     problems = [

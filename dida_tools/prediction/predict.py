@@ -90,6 +90,8 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     predictor = load_predictor(
         config["WEIGHTS"], config["MODEL"], config["MODEL_CONFIG"], lambda: _suggested_contract(config), **options
     )
+    if config["MASKS"] is not None and predictor.contract.task == "values":
+        raise ConfigError(["MASKS is given, but the model predicts values, not classes: leave it out"])
     inputs = find_inputs(config["FILES"], config["BANDS"])
     jobs = plan(inputs, kinds, predictor.contract, config)
     jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]

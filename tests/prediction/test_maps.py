@@ -18,6 +18,7 @@ from PIL import Image
 from rasterio.transform import from_origin
 from torch import nn
 
+from dida_tools.config.capture import ConfigError
 from dida_tools.prediction import load_predictor, predict, predict_array
 from dida_tools.prediction.outputs import KINDS
 from dida_tools.utils.data.contract import PALETTE, DataContract
@@ -222,6 +223,25 @@ def test_bands_that_are_missing_or_of_another_grid_are_told(tmp_path, config):
         DataError, match=r"B2.tif: it has 20 x 20 pixels in uint16, B0.tif has 40 x 40 .* onto one grid"
     ):
         predict(config | {"FILES": tmp_path / "scene", "BANDS": ["B0*", "B1*", "B2*"]})
+
+
+def test_a_format_that_cannot_hold_an_output_is_refused_before_anything_is_written(tmp_path, config):
+    np.save(tmp_path / "scene.npy", reflectance(20, 20))
+    with pytest.raises(ConfigError, match="which cannot hold probabilities: choose .npy or .tif"):
+        predict(config | {"FILES": tmp_path / "scene.npy", "FORMAT": ".png", "OUTPUT": ["classes", "probabilities"]})
+    assert not config["OUT_DIR"].exists()
+    (file,) = predict(config | {"FILES": tmp_path / "scene.npy", "FORMAT": ".png"})
+    assert np.asarray(Image.open(file)).shape == (20, 20)
+
+
+def test_masks_are_refused_where_values_are_predicted(tmp_path, config):
+    import dataclasses
+
+    contract = dataclasses.replace(CONTRACT, task="values")
+    save_weights(config["WEIGHTS"], {"model": Net().state_dict(), "contract": contract.to_dict()})
+    np.save(tmp_path / "scene.npy", reflectance(20, 20))
+    with pytest.raises(ConfigError, match="the model predicts values, not classes"):
+        predict(config | {"FILES": tmp_path / "scene.npy", "MASKS": tmp_path})
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
