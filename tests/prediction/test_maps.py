@@ -227,7 +227,7 @@ def test_bands_that_are_missing_or_of_another_grid_are_told(tmp_path, config):
 
 def test_a_format_that_cannot_hold_an_output_is_refused_before_anything_is_written(tmp_path, config):
     np.save(tmp_path / "scene.npy", reflectance(20, 20))
-    with pytest.raises(ConfigError, match="which cannot hold probabilities: choose .npy or .tif"):
+    with pytest.raises(ConfigError, match=r"which cannot hold probabilities: choose \.npy or \.tif"):
         predict(config | {"FILES": tmp_path / "scene.npy", "FORMAT": ".png", "OUTPUT": ["classes", "probabilities"]})
     assert not config["OUT_DIR"].exists()
     (file,) = predict(config | {"FILES": tmp_path / "scene.npy", "FORMAT": ".png"})
