@@ -19,8 +19,8 @@ from ..config.errors import UserError
 from ..utils.logging.csv import write_log
 from ..utils.logging.journal import Event, Journal, read_journal
 from ..utils.logging.rows import fold, refresh_log, row_of
-from ..utils.logging.runs import is_in_training, read_record, run_names, write_record
-from ..utils.name import make_unique_dir, safe_name
+from ..utils.logging.runs import claim_run_dir, is_in_training, read_record, run_names, write_record
+from ..utils.name import safe_name
 from ..utils.path import shown, write_atomic
 from .tensorboard import Board
 
@@ -76,17 +76,10 @@ class Record:
         self.goes_on = resume is not None
         if resume is None:
             wanted = f"{safe_name(config['DATE'])}_{safe_name(captured['config']['SESSION_NAME'])}"
-            self.name = make_unique_dir(log_root, wanted)
+            self.name, self._lock = claim_run_dir(log_root, wanted)
         else:
-            self.name = resume
-            if self.name not in run_names(log_root):
-                raise ConfigError([f"RESUME is {self.name!r}: there is no such run in {log_root}."])
+            self.name, self._lock = resume, _lock_run(log_root, resume)
         self.log_dir, self.weight_dir = log_root / self.name, weight_root / self.name
-        self._lock = FileLock(self.log_dir / ".lock", timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise UserError(f"the run {self.name} is being trained by another process: wait, or end it.") from error
         try:
             for folder in (self.log_dir, self.weight_dir):
                 for file in folder.glob(".*.tmp"):  # what a process that was killed was writing
@@ -258,6 +251,18 @@ class Record:
         if refused:
             weights = shown(self.weight_dir / "best.pt")
             raise ConfigError([*refused, f"Start a new run, if you like from its weights: INIT_WEIGHTS={weights}."])
+
+
+def _lock_run(log_root: Path, name: str) -> FileLock:
+    """Locks a run to go on with."""
+    if name not in run_names(log_root):
+        raise ConfigError([f"RESUME is {name!r}: there is no such run in {log_root}."])
+    lock = FileLock(log_root / name / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"the run {name} is being trained by another process: wait, or end it.") from error
+    return lock
 
 
 class Silent:

@@ -21,6 +21,7 @@ from dida_tools.config.errors import UserError
 from dida_tools.config.keys import complete
 from dida_tools.search import study as study_module
 from dida_tools.search.space import choice, log_uniform, uniform
+from dida_tools.training import record as record_module
 from dida_tools.training import run as run_module
 from dida_tools.training.run import Pruned
 from dida_tools.utils.logging import read_log
@@ -219,6 +220,28 @@ def test_a_trial_whose_process_dies_again_and_again_is_given_up(new_search, toy_
     assert first.user_attrs["error"] == "its process died 5 times after no checkpoint, 0 epochs"
 
 
+@pytest.mark.parametrize("moment", ["claim_run_dir", "Journal", "write_record", "write_row"])
+def test_a_trial_that_is_killed_while_its_run_begins_is_begun_again(
+    new_search, train_with, fork, global_config, monkeypatch, moment
+):
+    place = record_module.Record if moment == "write_row" else record_module
+    original = getattr(place, moment)
+
+    def killed_after(*arguments):
+        original(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(place, moment, killed_after)
+    child = fork(lambda: new_search(SPACE).work(train_with(), 1))
+    assert child.wait() and child.code == -signal.SIGKILL
+    monkeypatch.setattr(place, moment, original)
+    search = new_search(SPACE)
+    search.work(train_with(), 1)
+    (trial,) = search.trials()
+    assert trial.state == TrialState.COMPLETE, trial.user_attrs
+    assert [(row["NAME"], row["STATUS"]) for row in rows_of(global_config)] == [(trial.user_attrs["run"], "finished")]
+
+
 def test_a_signal_ends_after_saving_and_counts_as_no_death(new_search, train_with, toy_train, global_config):
     def train(config):
         watch = config["AFTER_EPOCH"]
@@ -283,7 +306,12 @@ class Storm:
         child = self.fork(lambda: self.work(num_trials, file))
         self.folders.update(folders)
         assert child.wait(600) and child.code == 0
+        self.assert_complete(self.search(file), num_trials)
         return found(self.search(file)), (time.monotonic() - start) / num_trials
+
+    def assert_complete(self, search, num_trials: int) -> None:
+        errors = [trial.user_attrs.get("error") for trial in search.trials()]
+        assert [trial.state for trial in search.trials()] == [TrialState.COMPLETE] * num_trials, errors
 
     def rage(self, num_trials: int, num_kills: int, num_workers: int, seconds: float) -> int:
         """Returns how many kills there were, until all trials were done."""
@@ -299,8 +327,8 @@ class Storm:
                 kills += workers[number].code == -signal.SIGKILL
                 workers[number] = self.fork(lambda: self.work(num_trials))
         assert [worker.code for worker in workers] == [0] * num_workers, (self.tmp_path / "output.txt").read_text()
+        self.assert_complete(self.search(), num_trials)
         stored = {trial.number: trial for trial in self.search().trials()}
-        assert {trial.state for trial in stored.values()} == {TrialState.COMPLETE} and len(stored) == num_trials
         for line in self.notes.read_text().splitlines():
             number, value = line.split()
             assert repr(stored[int(number)].value) == value, f"trial {number} was told and is lost"

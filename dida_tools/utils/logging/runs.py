@@ -1,6 +1,7 @@
 """Contains how tracked runs are found again, with their configs."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -56,8 +57,36 @@ def find_run(
 
 def run_names(log_dir: str | os.PathLike) -> list[str]:
     """The names of all runs, also of one whose config.json was lost."""
-    files = [*Path(log_dir).glob("*/config.json"), *Path(log_dir).glob("*/journal.jsonl")]
-    return sorted({file.parent.name for file in files})
+    journals = [file for file in Path(log_dir).glob("*/journal.jsonl") if file.stat().st_size > 0]
+    return sorted({file.parent.name for file in [*Path(log_dir).glob("*/config.json"), *journals]})
+
+
+def claim_run_dir(log_dir: str | os.PathLike, name: str) -> tuple[str, FileLock]:
+    """
+    Makes the folder of a new run and locks it: ``log_dir/name``, or ``name-2``, ``name-3``, ... where that is taken. A
+    folder that a process has left empty, since it was killed before its run began, is not taken.
+
+    :return: the name that it got, and the lock, which is held
+    """
+    Path(log_dir).mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        unique = name if number == 1 else f"{name}-{number}"
+        folder = Path(log_dir) / unique
+        lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            folder.mkdir(exist_ok=True)
+            lock.acquire()
+        except (FileExistsError, Timeout):  # a file has the name, or another process
+            continue
+        if all(_is_left_over(file) for file in folder.iterdir()):
+            return unique, lock
+        lock.release()
+    raise AssertionError("not reached")
+
+
+def _is_left_over(file: Path) -> bool:
+    """Whether it may lie in a folder before there is a run in it."""
+    return file.name == ".lock" or file.suffix == ".tmp" or (file.name == "journal.jsonl" and not file.stat().st_size)
 
 
 def is_in_training(run_dir: str | os.PathLike) -> bool:

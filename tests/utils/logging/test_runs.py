@@ -1,5 +1,8 @@
 import math
 import os
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from dida_tools.config.capture import ConfigError, capture
 from dida_tools.config.errors import UserError
 from dida_tools.models.unet import UNET
 from dida_tools.utils.logging.csv import write_log
-from dida_tools.utils.logging.runs import find_run, read_run_config, write_record
+from dida_tools.utils.logging.runs import claim_run_dir, find_run, read_run_config, run_names, write_record
 from dida_tools.utils.loss import f1, smooth_dice_loss
 
 NAMES = [
@@ -231,3 +234,78 @@ def test_a_config_that_is_cut_off_is_refused(log_dir: Path, length: int) -> None
 def test_a_missing_config_is_refused_with_its_path(log_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json is damaged or missing .*No such file"):
         read_run_config(log_dir / "not-a-run")
+
+
+# ------------------------------------------------------------------------------------------------- the folder of a run
+
+
+def claim(log_dir: Path) -> str:
+    """Takes the name run, or the next that is free, and begins a run there."""
+    name, lock = claim_run_dir(log_dir, "run")
+    (log_dir / name / "config.json").touch()
+    lock.release()
+    return name
+
+
+def test_runs_of_one_name_are_numbered(tmp_path: Path) -> None:
+    parent = tmp_path / "new" / "logs"
+    assert [claim(parent) for _ in range(3)] == ["run", "run-2", "run-3"]
+    assert sorted(path.name for path in parent.iterdir()) == ["run", "run-2", "run-3"]
+
+
+def test_a_file_takes_the_name_too(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    assert claim(tmp_path) == "run-2"
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+def test_gaps_are_filled_without_touching_what_is_there(tmp_path: Path) -> None:
+    for name in ("run", "run-3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("kept")
+    assert [claim(tmp_path) for _ in range(2)] == ["run-2", "run-4"]
+    assert (tmp_path / "run-3" / "weights").read_text() == "kept"
+
+
+def test_a_folder_in_which_no_run_has_begun_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("journal.jsonl", ".config.json.123.tmp", ".lock"):  # what a kill may leave
+        (tmp_path / "run" / name).touch()
+    assert run_names(tmp_path) == []
+    name, lock = claim_run_dir(tmp_path, "run")
+    assert name == "run"
+    assert claim_run_dir(tmp_path, "run")[0] == "run-2"  # it is locked
+    lock.release()
+    (tmp_path / "run" / "journal.jsonl").write_text("an event")
+    assert run_names(tmp_path) == ["run"]
+    assert claim_run_dir(tmp_path, "run")[0] == "run-2"
+
+
+def test_a_parent_that_is_a_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(FileExistsError):
+        claim_run_dir(tmp_path / "logs", "run")
+
+
+def test_threads_get_different_folders(tmp_path: Path) -> None:
+    start = threading.Barrier(8)
+
+    def take(_: int) -> list[str]:
+        start.wait()
+        return [claim(tmp_path) for _ in range(8)]
+
+    with ThreadPoolExecutor(8) as pool:
+        names = [name for taken in pool.map(take, range(8)) for name in taken]
+    assert len(set(names)) == 64
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_processes_get_different_folders(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(3, mp_context=get_context("fork")) as pool:
+        names = list(pool.map(claim_many, [tmp_path] * 3))
+    assert len({name for taken in names for name in taken}) == 30
+
+
+def claim_many(log_dir: Path) -> list[str]:
+    return [claim(log_dir) for _ in range(10)]
