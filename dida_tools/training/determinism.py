@@ -8,8 +8,10 @@ in every routine.
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -182,8 +184,17 @@ class Loader(DataLoader):
 
 def _init_worker(users: Callable[[int], None] | None, number: int) -> None:
     ignore_signals()
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
     if users is not None:
         users(number)
+
+
+def _end_with_main_process() -> None:
+    """PyTorch looks for that too, but never ends a worker that was only starting when its main process was killed."""
+    main_process = multiprocessing.parent_process()
+    if main_process is not None:
+        main_process.join()
+        os._exit(1)
 
 
 @contextlib.contextmanager

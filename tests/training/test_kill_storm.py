@@ -1,6 +1,7 @@
 """Trainings that are killed at random moments, again and again, end as if nothing had happened, and lose nothing."""
 
 import io
+import os
 import pkgutil
 import random
 import signal
@@ -156,6 +157,38 @@ def test_loader_workers_do_not_outlive_a_killed_training_nor_keep_it_from_going_
     while storm.survivors() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert storm.survivors() == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_workers_that_were_only_starting_do_not_outlive_it_either(new_training):
+    training = new_training(DATA_LOADER_CONFIG={"batch_size": 1, "shuffle": True, "num_workers": 2})
+    started = training.root / "started"
+
+    def setup() -> None:
+        from torch.utils.data._utils import worker
+
+        original, main_process = worker._generate_state, os.getpid()
+
+        def wait_for_its_end(*arguments: Any) -> Any:
+            started.touch()
+            while os.getppid() == main_process:
+                time.sleep(0.01)
+            return original(*arguments)
+
+        worker._generate_state = wait_for_its_end
+
+    child = training.start(setup=setup)
+    deadline = time.monotonic() + 60
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert training.processes_of({child.pid})[1:], "no worker was started"
+    child.kill()
+    deadline = time.monotonic() + WORKERS_END_WITHIN_SECONDS
+    while (left := training.processes_of({child.pid})) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for line in left:
+        os.kill(int(line.split()[0]), signal.SIGKILL)
+    assert left == []
 
 
 # ----------------------------------------------------------------------------------- would it notice if there were one?
