@@ -1,5 +1,6 @@
 """Fixtures for all tests: a small data set that can be learned, and a config that learns it in a second."""
 
+import functools
 import os
 import threading
 from pathlib import Path
@@ -7,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tqdm import tqdm
 
 from dida_tools.config.config import make_global_config
 from dida_tools.models import UNET
+from dida_tools.training import environment
+from dida_tools.training import run as run_module
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.transforms import STANDARD
 from dida_tools.utils.loss import f1, multi_class_dice_ce_sum, precision, recall
@@ -18,6 +22,9 @@ from dida_tools.utils.loss import f1, multi_class_dice_ce_sum, precision, recall
 # Two test processes with two threads each would wait for one another most of the time.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test fails because of the time that something takes.
+settings.register_profile("without-deadline", deadline=None)
+settings.load_profile("without-deadline")
 # tqdm's lock is shared with forked processes: one that is killed while it writes a line would keep it for ever, and
 # this process and all others that it forks would wait for it.
 if hasattr(os, "register_at_fork"):
@@ -34,6 +41,13 @@ def pytest_configure(config: pytest.Config) -> None:
         # Folders of the user's own must not get what tests write.
         for name in ("ROOT_PATH", "LOG_DIR", "WEIGHT_DIR", "DATA_DIR"):
             os.environ.pop(name, None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folders whose modules take long come first, so that no test process waits for another at the end."""
+    tests, first = Path(__file__).parent, ("training", "scripts", "search", "prediction", "test_models")
+    order = {folder: number for number, folder in enumerate(first)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(tests).parts[0], len(first)))
 
 
 def write_pairs(
@@ -91,6 +105,18 @@ def datasets(pairs_dir: Path) -> tuple[NpyDataset, NpyDataset]:
 def global_config(tmp_path: Path) -> dict[str, str]:
     """All folders below the test's own."""
     return make_global_config(tmp_path / "project")
+
+
+@functools.cache
+def describe_environment_once(*arguments: object) -> dict:
+    return environment.describe_environment(*arguments)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small trainings without what takes most of their time: picture and list of packages, tested elsewhere."""
+    monkeypatch.setattr(run_module, "save_picture", lambda path, *_: path.write_bytes(b"picture"))
+    monkeypatch.setattr(run_module, "describe_environment", describe_environment_once)
 
 
 @pytest.fixture

@@ -178,8 +178,8 @@ def save_picture(
 
     figure = Figure(figsize=(12, 3.6 + 3.0 * len(panels)), layout="constrained")
     figure.suptitle(title)
-    top, *rows = figure.subfigures(1 + len(panels), 1, height_ratios=[3.4] + [3.0] * len(panels), squeeze=False)[:, 0]
-    axes = top.subplots(1, 3)
+    grid = figure.add_gridspec(1 + len(panels), 3, height_ratios=[3.4] + [3.0] * len(panels))
+    axes = [figure.add_subplot(grid[0, column]) for column in range(3)]
     epochs = [event["epoch"] for event in history]
     for key, label in (("train.loss", "training"), ("validation.loss", "validation")):
         if any(key in event for event in history):
@@ -197,19 +197,25 @@ def save_picture(
     if names:
         axes[1].legend()
     for axis in axes[:2]:
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _draw_counts(axes[2], counts, class_names)
-    for row, panel in zip(rows, panels, strict=True):
-        cells = row.subplots(1, 4)
-        pictures = (panel.image, panel.target, panel.prediction, panel.errors)
-        for cell, picture, text in zip(cells, pictures, (panel.name, "target", "prediction", "errors"), strict=True):
-            cell.set_axis_off()
-            if picture is not None:
-                cell.imshow(picture, interpolation="nearest")
-                cell.set_title(text, fontsize=9)
+    for row, panel in enumerate(panels, 1):
+        _draw_panel(figure.add_subplot(grid[row, :]), panel)
     if panels and class_names:
         _draw_legend(figure, class_names)
     figure.savefig(path, dpi=90, format="png")
+
+
+def _draw_panel(axis: Any, panel: Panel) -> None:
+    """Four pictures side by side, as one: axes of their own for each would take most of the time."""
+    size = panel.image.shape[:2]
+    gap, blank = np.full((size[0], max(1, size[1] // 24), 3), 255, np.uint8), np.full((*size, 3), 255, np.uint8)
+    pictures = [panel.image, panel.target, panel.prediction, blank if panel.errors is None else panel.errors]
+    axis.imshow(np.hstack([part for picture in pictures for part in (picture, gap)][:-1]), interpolation="nearest")
+    for number, text in enumerate((panel.name, "target", "prediction", "" if panel.errors is None else "errors")):
+        centre = number * (size[1] + gap.shape[1]) + size[1] / 2
+        axis.annotate(text, (centre, -0.5), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=9)
+    axis.set_axis_off()
 
 
 def _draw_legend(figure: Any, class_names: Any) -> None:

@@ -24,14 +24,10 @@ from dida_tools.utils.logging import read_log
 from dida_tools.utils.loss import dice_bce_sum, f1, masked_dice_bce_sum, masked_f1
 from dida_tools.utils.weights import load_weights
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 CLASSES, LABELS = DataContract(1, task="multi-class"), DataContract(1, task="multi-label")
 FITTED = ("validation.temperature", "validation.threshold")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(run_module, "save_picture", lambda path, *_: path.write_bytes(b""))
-    monkeypatch.setattr(run_module, "describe_environment", lambda *_: {})
 
 
 # ---------------------------------------------------------------------------------------------------- the temperature

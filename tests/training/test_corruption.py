@@ -20,6 +20,8 @@ from dida_tools.utils.logging.journal import Event, Journal, read_journal
 from dida_tools.utils.logging.rows import rebuild_log
 from dida_tools.utils.logging.runs import read_record, read_run_config
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 NUM_DAMAGES = 2000
 NUM_DAMAGES_OF_TABLES = 50
 NUM_DAMAGES_OF_CACHES = 200

@@ -25,7 +25,6 @@ from torch.utils.data import Dataset
 from dida_tools import training
 from dida_tools.config.capture import difference
 from dida_tools.config.config import make_global_config
-from dida_tools.training import environment, run
 from dida_tools.training.run import NonFiniteLoss, Result
 from dida_tools.utils.logging import read_log
 from dida_tools.utils.logging.journal import read_journal
@@ -33,10 +32,11 @@ from dida_tools.utils.loss import accuracy, f1, multi_class_dice_ce_sum, precisi
 from dida_tools.utils.torchutils import set_seed
 from dida_tools.utils.weights import load_weights, weights_digest
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 ROUTINES = [module.name for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")]
 FIRST = "pytorch_training" if "pytorch_training" in ROUTINES else ROUTINES[0]
 OTHERS = [name for name in ROUTINES if name != FIRST]
-describe_environment = functools.cache(environment.describe_environment)
 # What the clock, the process and the routine's own name put into otherwise equal events, rows and states.
 OWN = {"time", "seconds", "pid", "ROUTINE_NAME", "PID", "STARTED", "HEARTBEAT", "SECONDS"}
 
@@ -48,13 +48,6 @@ def load(name: str) -> ModuleType:
         if (error.name or "").startswith(training.__name__.partition(".")[0]):
             raise
         pytest.skip(f"{name} needs {error.name}, which is not installed")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Without what takes most of a small run's time, and is made from what is compared here."""
-    monkeypatch.setattr(run, "save_picture", lambda path, *_: path.write_bytes(b""))
-    monkeypatch.setattr(run, "describe_environment", describe_environment)
 
 
 # -------------------------------------------------------------------------------------------------- other kinds of data

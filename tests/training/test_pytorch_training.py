@@ -30,6 +30,8 @@ from dida_tools.utils.loss import accuracy, f1, multi_class_dice_ce_sum, smooth_
 from dida_tools.utils.torchutils import load_model, set_seed
 from dida_tools.utils.weights import load_weights, save_weights, weights_digest
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def last_state(result) -> dict:
     return load_weights(result.weights["last"])
@@ -459,7 +461,8 @@ def test_a_regression_whose_first_target_is_zero_is_no_classification(tiny_confi
 # ----------------------------------------------------------------------------------------------------- what it leaves
 
 
-def test_config_files_row_and_result_agree(datasets, tiny_config, global_config, capsys):
+def test_config_files_row_and_result_agree(datasets, tiny_config, global_config, capsys, monkeypatch):
+    monkeypatch.undo()  # with a picture and the list of packages
     before = copy.deepcopy(capture(tiny_config))
     result = train(*datasets, tiny_config, global_config)
     assert capture(tiny_config) == before

@@ -20,6 +20,8 @@ from dida_tools.utils.data.build import build_datasets
 from dida_tools.utils.logging import read_log
 from dida_tools.utils.logging.runs import read_run_config
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["EPOCHS=2", "MODEL_CONFIG.bulk_ch=8", "MODEL_CONFIG.n_recursions=1", "DEVICE=cpu", "PRECISION=fp32"]
 

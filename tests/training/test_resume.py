@@ -1,6 +1,5 @@
 """A run that was interrupted ends as the run that was not: weights, results, journal, TensorBoard, row."""
 
-import functools
 import importlib
 import pkgutil
 import shutil
@@ -24,16 +23,16 @@ from dida_tools.config.capture import ConfigError
 from dida_tools.config.config import make_global_config
 from dida_tools.config.errors import UserError
 from dida_tools.models import UNET
-from dida_tools.training import environment, run
 from dida_tools.training.checkpoint import checkpoint_files
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.logging import read_log
 from dida_tools.utils.logging.journal import read_journal
 from dida_tools.utils.weights import load_weights
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 ROUTINES = [module.name for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")]
 FIRST = "pytorch_training" if "pytorch_training" in ROUTINES else ROUTINES[0]
-describe_environment = functools.cache(environment.describe_environment)
 # What the clock and the process put into otherwise equal events, rows and states.
 OWN = {"time", "seconds", "pid", "PID", "STARTED", "HEARTBEAT", "SECONDS"}
 UNET_CONFIG = {"ch_in": 3, "ch_out": 3, "bulk_ch": 4, "n_recursions": 1, "dropout": 0.1}
@@ -95,10 +94,7 @@ def train_first() -> Callable[..., Any]:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Without what takes most of a small run's time, and has no part in going on."""
-    monkeypatch.setattr(run, "save_picture", lambda path, *_: path.write_bytes(b""))
-    monkeypatch.setattr(run, "describe_environment", describe_environment)
+def no_interruption():
     Interrupted.interrupt_at, Interrupted.forwards, Interrupted.look = None, 0, None
 
 

@@ -37,7 +37,10 @@ from dida_tools.utils.logging import read_log
 from dida_tools.utils.logging.journal import read_journal
 from dida_tools.utils.signals import EXIT_CODE, Preempted, stop_requested
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="signals of POSIX"),
+    pytest.mark.usefixtures("quick"),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUTINES = [one.name[:-9] for one in pkgutil.iter_modules(training.__path__) if one.name.endswith("_training")]
@@ -69,13 +72,6 @@ def load(routine: str) -> ModuleType:
         if (error.name or "").startswith("dida_tools"):
             raise
         pytest.skip(f"{error.name} is not installed")
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out what takes longer than these trainings, also in processes that are forked."""
-    monkeypatch.setattr(run_module, "save_picture", lambda *_: None)
-    monkeypatch.setattr(run_module, "describe_environment", lambda *_: {})
 
 
 def handlers() -> list:
