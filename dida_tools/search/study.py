@@ -272,8 +272,18 @@ class Search:
     # --------------------------------------------------------------------------------------------------------- results
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """The trials in these states, or all; to be read only."""
-        return self.study.get_trials(deepcopy=False, states=states or None)
+        """
+        The trials in these states, or all; to be read only.
+
+        :raises UserError: if the storage cannot be reached
+        """
+        try:
+            return self.study.get_trials(deepcopy=False, states=states or None)
+        except Exception as error:  # each database has errors of its own
+            reason = " ".join(Redactor().text(f"{type(error).__name__}: {error}").split())[:300]
+            raise UserError(
+                f"the storage cannot be reached ({reason}): what was done is saved there; the same command goes on."
+            ) from error
 
     def best_trials(self) -> list[FrozenTrial]:
         """The trials that were trained to their end, the best first."""

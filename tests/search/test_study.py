@@ -413,6 +413,15 @@ def test_the_best_config_is_saved_and_comes_back_with_its_objects(new_search, to
     assert (saved["trial"], saved["value"], saved["run"]) == (best.number, best.value, best.user_attrs["run"])
 
 
+def test_a_storage_that_is_lost_meanwhile_is_said(new_search, toy_train, tmp_path):
+    file = tmp_path / "study.db"
+    search = new_search(storage=f"sqlite:///{file}")
+    search.work(toy_train, 1)
+    file.write_bytes(b"no database any more" * 1000)
+    with pytest.raises(UserError, match="the storage cannot be reached .*: what was done is saved"):
+        search.trials()
+
+
 def test_a_name_that_is_none_for_a_folder_is_refused(tiny_config, global_config):
     from dida_tools.search.space import Space
     from dida_tools.search.study import Search
