@@ -26,7 +26,7 @@ from ..config.errors import UserError
 from ..config.keys import UNRECORDED, complete
 from ..utils.data.contract import DataContract
 from ..utils.data.images import DataError
-from ..utils.loss import is_multi_class
+from ..utils.loss import is_multi_class, unmask
 from ..utils.name import date_now
 from ..utils.redact import Redactor
 from ..utils.torchutils import fill_model, set_seed
@@ -145,7 +145,8 @@ def prepare(
     if hasattr(train_set, "contract"):
         contract = train_set.contract(config["NORMALISE"], cache_file)
     else:
-        contract = _contract_of_foreign(train_set, model)
+        is_masked = any(getattr(metric, "masked", False) for metric in config["METRICS"].values())
+        contract = _contract_of_foreign(train_set, model, is_masked)
     contract = replace(contract, outputs=num_outputs or 1)
     if contract.constant_channels():
         warnings.warn(
@@ -315,15 +316,24 @@ def _hashes(given: dict[str, Any], init_weights: Any) -> dict[str, dict[str, Any
     return hashes
 
 
-def _contract_of_foreign(dataset: Any, model: nn.Module) -> DataContract:
+def _contract_of_foreign(dataset: Any, model: nn.Module, is_masked: bool) -> DataContract:
     """Foreign data sets give what the model should see: no scaling, no normalisation."""
     inputs, targets = default_collate([dataset[0]])
     with torch.no_grad():
         predictions = model(inputs)
+
+    def bare(targets: Tensor) -> Tensor:
+        """Without a usability mask, and 0 where it is 0: anything may stand there."""
+        if not is_masked:
+            return targets
+        targets, usable = unmask(predictions, targets)
+        return targets * (usable > 0).reshape(len(usable), *[1] * (targets.ndim - usable.ndim), *usable.shape[1:])
+
+    targets = bare(targets)
     if is_multi_class(predictions, targets) and not targets.is_floating_point():
         task = "multi-class"
     else:
-        some = [torch.as_tensor(dataset[index][1]) for index in range(min(16, len(dataset)))]
+        some = [bare(torch.as_tensor(dataset[index][1])[None]) for index in range(min(16, len(dataset)))]
         is_mask = targets.ndim > 2 or not targets.is_floating_point()
         is_binary = all(bool(((target == 0) | (target == 1)).all()) for target in some)
         task = "multi-label" if is_mask and is_binary else "values"

@@ -418,7 +418,7 @@ def test_a_storage_that_is_lost_meanwhile_is_said(new_search, toy_train, tmp_pat
     search = new_search(storage=f"sqlite:///{file}")
     search.work(toy_train, 1)
     file.write_bytes(b"no database any more" * 1000)
-    with pytest.raises(UserError, match="the storage cannot be reached .*: what was done is saved"):
+    with pytest.raises(UserError, match=r"the storage cannot be reached .*: what was done is saved"):
         search.trials()
 
 

@@ -26,7 +26,15 @@ from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.data.images import DataError
 from dida_tools.utils.logging import read_log
 from dida_tools.utils.logging.journal import read_journal
-from dida_tools.utils.loss import accuracy, f1, multi_class_dice_ce_sum, smooth_dice_loss
+from dida_tools.utils.loss import (
+    accuracy,
+    f1,
+    masked_dice_bce_sum,
+    masked_f1,
+    masked_multi_class_dice_ce_sum,
+    multi_class_dice_ce_sum,
+    smooth_dice_loss,
+)
 from dida_tools.utils.torchutils import load_model, set_seed
 from dida_tools.utils.weights import load_weights, save_weights, weights_digest
 
@@ -437,6 +445,21 @@ def test_images_with_plain_numbers_as_labels_train(tiny_config, global_config):
     result = train(LabelledImages(40, 0), LabelledImages(20, 1), tiny_config, global_config)
     assert result.metrics["test.accuracy"] == 1.0
     assert load_weights(result.weights["best"])["contract"]["task"] == "multi-class"
+
+
+@pytest.mark.parametrize(
+    ("loss", "channels", "task"),
+    [(masked_multi_class_dice_ce_sum, 2, "multi-class"), (masked_dice_bce_sum, 4, "multi-label")],
+)
+def test_the_task_of_masked_targets_is_that_of_what_is_under_the_mask(tiny_config, global_config, loss, channels, task):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 2 if task == "multi-label" else 3, (8, channels, 16, 16), generator=generator)
+    targets[:, 0] = 1  # all usable
+    targets[:, 0, :4], targets[:, 1:, :4] = 0, 77  # but these, where anything may stand
+    train_set = TensorDataset(torch.rand(8, 3, 16, 16, generator=generator), targets)
+    tiny_config |= {"LOSS": loss, "METRICS": {"f1": masked_f1}}
+    result = train(train_set, train_set, tiny_config, global_config)
+    assert load_weights(result.weights["best"])["contract"]["task"] == task
 
 
 def test_data_that_the_config_does_not_name_is_not_recorded_under_its_name(tiny_config, global_config):
