@@ -48,7 +48,8 @@ def environment(**variables: str) -> dict[str, str]:
     author = {f"GIT_{who}_{what}": "me@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     # The settings of whoever runs the tests do not count.
     author |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "OMP_NUM_THREADS": "1"}
-    return {key: value for key, value in os.environ.items() if key not in hidden} | author | variables
+    kept = {name: text for name, text in os.environ.items() if name not in hidden and not name.startswith("PYTEST_")}
+    return kept | author | variables
 
 
 def run(folder: Path, *command: object, code: int = 0, **variables: str) -> str:
