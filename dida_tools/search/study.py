@@ -25,7 +25,7 @@ from ..config.errors import UserError
 from ..config.keys import complete
 from ..training.checkpoint import checkpoint_files
 from ..training.run import Pruned, Result, Run
-from ..utils.logging.runs import run_names
+from ..utils.logging.runs import remove_unbegun, run_names
 from ..utils.name import date_now, safe_name
 from ..utils.path import write_atomic
 from ..utils.redact import Redactor
@@ -201,6 +201,7 @@ class Search:
         """Trains a trial as a run of its own, or goes on with it. Whatever fails is the end of the trial alone."""
         trial, number = claimed.trial, claimed.trial.number
         name = self._run_name(claimed.date, number)
+        remove_unbegun(self.log_dir / name)  # nobody else has this trial
         config = with_values(self.config, claimed.values) | {
             "DATE": claimed.date,
             "SESSION_NAME": f"{self.name}-{number}",

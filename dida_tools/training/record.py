@@ -19,8 +19,8 @@ from ..config.errors import UserError
 from ..utils.logging.csv import write_log
 from ..utils.logging.journal import Event, Journal, read_journal
 from ..utils.logging.rows import fold, refresh_log, row_of
-from ..utils.logging.runs import claim_run_dir, is_in_training, read_record, run_names, write_record
-from ..utils.name import safe_name
+from ..utils.logging.runs import is_in_training, read_record, run_names, write_record
+from ..utils.name import make_unique_dir, safe_name
 from ..utils.path import shown, write_atomic
 from .tensorboard import Board
 
@@ -45,6 +45,7 @@ _FREE_TO_CHANGE = (
 _CHANGE_IS_SAID = ("DATASET", "DEVICE", "PRECISION", "CHANNELS_LAST", "METRICS", "MASK_VALUES")
 # What has no influence on the weights.
 _HARMLESS = tuple(key for key in _FREE_TO_CHANGE if key not in ("EPOCHS", "PATIENCE"))
+_SECONDS_FOR_A_LOOK = 2.0  # another process may just be looking whether the run is being trained
 # What makes the same run started again, for RESUME=auto.
 _NAMES_IT = ("SESSION_NAME", "EPOCHS", "DATASET")
 
@@ -72,14 +73,21 @@ class Record:
         self.log_file = log_root / config["LOGFILE"]
         resume = config["RESUME"]
         if resume == "auto":
-            resume = find_unfinished(log_root, captured)
+            resume = find_unfinished(log_root, captured, say)
         self.goes_on = resume is not None
         if resume is None:
             wanted = f"{safe_name(config['DATE'])}_{safe_name(captured['config']['SESSION_NAME'])}"
-            self.name, self._lock = claim_run_dir(log_root, wanted)
+            self.name = make_unique_dir(log_root, wanted)
         else:
-            self.name, self._lock = resume, _lock_run(log_root, resume)
+            self.name = resume
+            if self.name not in run_names(log_root):
+                raise ConfigError([f"RESUME is {self.name!r}: there is no such run in {log_root}."])
         self.log_dir, self.weight_dir = log_root / self.name, weight_root / self.name
+        self._lock = FileLock(self.log_dir / ".lock", timeout=_SECONDS_FOR_A_LOOK)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise UserError(f"the run {self.name} is being trained by another process: wait, or end it.") from error
         try:
             for folder in (self.log_dir, self.weight_dir):
                 for file in folder.glob(".*.tmp"):  # what a process that was killed was writing
@@ -253,18 +261,6 @@ class Record:
             raise ConfigError([*refused, f"Start a new run, if you like from its weights: INIT_WEIGHTS={weights}."])
 
 
-def _lock_run(log_root: Path, name: str) -> FileLock:
-    """Locks a run to go on with."""
-    if name not in run_names(log_root):
-        raise ConfigError([f"RESUME is {name!r}: there is no such run in {log_root}."])
-    lock = FileLock(log_root / name / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"the run {name} is being trained by another process: wait, or end it.") from error
-    return lock
-
-
 class Silent:
     """Stands in for what only the main process does: every method is there and does nothing."""
 
@@ -272,19 +268,23 @@ class Silent:
         return lambda *_, **__: None
 
 
-def find_unfinished(log_root: Path, captured: dict[str, Any]) -> str | None:
+def find_unfinished(log_root: Path, captured: dict[str, Any], say: Callable[[str], None] = print) -> str | None:
     """The newest run of this config that was not finished and is not being trained, or None."""
     found: dict[str, float] = {}
+    free = tuple(key for key in (*_FREE_TO_CHANGE, *_CHANGE_IS_SAID) if key not in _NAMES_IT)
     for name in run_names(log_root):
         events = read_journal(log_root / name / "journal.jsonl")
-        if row_of(events).get("STATUS") == "finished" or is_in_training(log_root / name):
+        if row_of(events).get("STATUS") == "finished":
             continue
         try:
             stored = read_record(log_root / name, lambda text: None)
         except ConfigError:
             continue
-        free = tuple(key for key in (*_FREE_TO_CHANGE, *_CHANGE_IS_SAID) if key not in _NAMES_IT)
-        if all(key.startswith(free) for key in difference(_bare(stored), captured)):
+        if not all(key.startswith(free) for key in difference(_bare(stored), captured)):
+            continue
+        if is_in_training(log_root / name):
+            say(f"{name}, of the same config, is being trained by another process.")
+        else:
             found[name] = events[0]["time"] if events else 0.0
     return max(found, key=lambda name: found[name]) if found else None
 

@@ -1,8 +1,10 @@
-"""Contains how runs are named: DATE_SESSION_NAME, safe as a file name."""
+"""Contains how runs are named: DATE_SESSION_NAME, safe as a file name, and used only once."""
 
+import os
 import re
 import unicodedata
 from datetime import datetime
+from pathlib import Path
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10))}
 
@@ -24,3 +26,20 @@ def safe_name(text: str, max_length: int = 100) -> str:
 def date_now() -> str:
     """Date and time as the first part of a run's name, local time, to the second."""
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def make_unique_dir(parent: str | os.PathLike, name: str) -> str:
+    """
+    Makes the folder ``parent/name``, or ``name-2``, ``name-3``, ... where that is taken, also by another process.
+
+    :return: the name that it got
+    """
+    Path(parent).mkdir(parents=True, exist_ok=True)
+    number, unique = 1, name
+    while True:
+        try:
+            (Path(parent) / unique).mkdir()
+            return unique
+        except FileExistsError:
+            number += 1
+            unique = f"{name}-{number}"

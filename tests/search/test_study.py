@@ -220,7 +220,7 @@ def test_a_trial_whose_process_dies_again_and_again_is_given_up(new_search, toy_
     assert first.user_attrs["error"] == "its process died 5 times after no checkpoint, 0 epochs"
 
 
-@pytest.mark.parametrize("moment", ["claim_run_dir", "Journal", "write_record", "write_row"])
+@pytest.mark.parametrize("moment", ["make_unique_dir", "Journal", "write_record", "write_row"])
 def test_a_trial_that_is_killed_while_its_run_begins_is_begun_again(
     new_search, train_with, fork, global_config, monkeypatch, moment
 ):

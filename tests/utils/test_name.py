@@ -1,11 +1,15 @@
 import re
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import datetime, timedelta
+from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dida_tools.utils.name import date_now, safe_name
+from dida_tools.utils.name import date_now, make_unique_dir, safe_name
 
 RESERVED = ["con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))]
 TEXTS = st.one_of(
@@ -77,3 +81,48 @@ def test_date_is_now_to_the_second() -> None:
 def test_date_is_a_safe_name_and_sorts_by_time() -> None:
     text = date_now()
     assert safe_name(text) == text and text <= date_now()
+
+
+def test_unique_folders_are_numbered(tmp_path: Path) -> None:
+    parent = tmp_path / "new" / "logs"
+    assert [make_unique_dir(parent, "run") for _ in range(3)] == ["run", "run-2", "run-3"]
+    assert sorted(path.name for path in parent.iterdir() if path.is_dir()) == ["run", "run-2", "run-3"]
+
+
+def test_a_file_takes_the_name_too(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    assert make_unique_dir(str(tmp_path), "run") == "run-2"
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+def test_gaps_are_filled_without_touching_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run-3").mkdir()
+    (tmp_path / "run-3" / "weights").write_text("kept")
+    assert [make_unique_dir(tmp_path, "run") for _ in range(2)] == ["run-2", "run-4"]
+    assert (tmp_path / "run-3" / "weights").read_text() == "kept"
+
+
+def test_parent_that_is_a_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(FileExistsError):
+        make_unique_dir(tmp_path / "logs", "run")
+
+
+def test_threads_get_different_folders(tmp_path: Path) -> None:
+    start = threading.Barrier(16)
+
+    def take(_: int) -> list[str]:
+        start.wait()
+        return [make_unique_dir(tmp_path, "run") for _ in range(8)]
+
+    with ThreadPoolExecutor(16) as pool:
+        names = [name for taken in pool.map(take, range(16)) for name in taken]
+    assert len(set(names)) == 128
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+
+
+def test_processes_get_different_folders(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
+        names = list(pool.map(make_unique_dir, [tmp_path] * 100, ["run"] * 100))
+    assert set(names) == {"run", *(f"run-{number}" for number in range(2, 101))}

@@ -1,10 +1,11 @@
 """Contains how tracked runs are found again, with their configs."""
 
+import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from ...config.errors import UserError
 from ..path import write_atomic
 from .csv import read_log
 from .journal import read_journal
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def find_run(
@@ -57,46 +63,48 @@ def find_run(
 
 def run_names(log_dir: str | os.PathLike) -> list[str]:
     """The names of all runs, also of one whose config.json was lost."""
-    journals = [file for file in Path(log_dir).glob("*/journal.jsonl") if file.stat().st_size > 0]
-    return sorted({file.parent.name for file in [*Path(log_dir).glob("*/config.json"), *journals]})
+    names = {file.parent.name for file in Path(log_dir).glob("*/config.json")}
+    for journal in Path(log_dir).glob("*/journal.jsonl"):
+        with contextlib.suppress(FileNotFoundError):  # it has just been removed
+            if journal.stat().st_size > 0:
+                names.add(journal.parent.name)
+    return sorted(name for name in names if not name.startswith("."))
 
 
-def claim_run_dir(log_dir: str | os.PathLike, name: str) -> tuple[str, FileLock]:
+def remove_unbegun(run_dir: str | os.PathLike) -> None:
     """
-    Makes the folder of a new run and locks it: ``log_dir/name``, or ``name-2``, ``name-3``, ... where that is taken. A
-    folder that a process has left empty, since it was killed before its run began, is not taken.
-
-    :return: the name that it got, and the lock, which is held
+    Removes the folder of a run that a process has left empty, since it was killed before the run began. To be called
+    only where no other process may be about to begin it.
     """
-    Path(log_dir).mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        unique = name if number == 1 else f"{name}-{number}"
-        folder = Path(log_dir) / unique
-        lock = FileLock(folder / ".lock", timeout=0)
-        try:
-            folder.mkdir(exist_ok=True)
-            lock.acquire()
-        except (FileExistsError, Timeout):  # a file has the name, or another process
-            continue
-        if all(_is_left_over(file) for file in folder.iterdir()):
-            return unique, lock
-        lock.release()
-    raise AssertionError("not reached")
-
-
-def _is_left_over(file: Path) -> bool:
-    """Whether it may lie in a folder before there is a run in it."""
-    return file.name == ".lock" or file.suffix == ".tmp" or (file.name == "journal.jsonl" and not file.stat().st_size)
+    folder = Path(run_dir)
+    if folder.is_dir() and folder.name not in run_names(folder.parent):
+        for file in folder.iterdir():
+            if file.name not in (".lock", "journal.jsonl") and file.suffix != ".tmp":
+                return  # somebody else's
+        shutil.rmtree(folder)
 
 
 def is_in_training(run_dir: str | os.PathLike) -> bool:
-    """Whether a process holds the lock of a run."""
-    lock = FileLock(Path(run_dir) / ".lock", timeout=0)
+    """Whether a process holds the lock of a run. Nothing is written, and two that look do not see one another."""
+    file = Path(run_dir) / ".lock"
+    if fcntl is None:
+        lock = FileLock(file, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return True
+        lock.release()
+        return False
     try:
-        lock.acquire()
-    except Timeout:
+        handle = os.open(file, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    lock.release()
+    finally:
+        os.close(handle)
     return False
 
 

@@ -1,19 +1,27 @@
 import math
 import os
 import threading
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from dida_tools.config.capture import ConfigError, capture
 from dida_tools.config.errors import UserError
 from dida_tools.models.unet import UNET
 from dida_tools.utils.logging.csv import write_log
-from dida_tools.utils.logging.runs import claim_run_dir, find_run, read_run_config, run_names, write_record
+from dida_tools.utils.logging.runs import (
+    find_run,
+    is_in_training,
+    read_run_config,
+    remove_unbegun,
+    run_names,
+    write_record,
+)
 from dida_tools.utils.loss import f1, smooth_dice_loss
 
 NAMES = [
@@ -239,73 +247,51 @@ def test_a_missing_config_is_refused_with_its_path(log_dir: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the folder of a run
 
 
-def claim(log_dir: Path) -> str:
-    """Takes the name run, or the next that is free, and begins a run there."""
-    name, lock = claim_run_dir(log_dir, "run")
-    (log_dir / name / "config.json").touch()
-    lock.release()
-    return name
-
-
-def test_runs_of_one_name_are_numbered(tmp_path: Path) -> None:
-    parent = tmp_path / "new" / "logs"
-    assert [claim(parent) for _ in range(3)] == ["run", "run-2", "run-3"]
-    assert sorted(path.name for path in parent.iterdir()) == ["run", "run-2", "run-3"]
-
-
-def test_a_file_takes_the_name_too(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("a file")
-    assert claim(tmp_path) == "run-2"
-    assert (tmp_path / "run").read_text() == "a file"
-
-
-def test_gaps_are_filled_without_touching_what_is_there(tmp_path: Path) -> None:
-    for name in ("run", "run-3"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "weights").write_text("kept")
-    assert [claim(tmp_path) for _ in range(2)] == ["run-2", "run-4"]
-    assert (tmp_path / "run-3" / "weights").read_text() == "kept"
-
-
-def test_a_folder_in_which_no_run_has_begun_is_not_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [(), (".lock",), (".lock", "journal.jsonl", ".config.json.123.tmp")])
+def test_a_folder_in_which_no_run_has_begun_is_none_and_can_be_removed(tmp_path: Path, left: tuple[str, ...]) -> None:
     (tmp_path / "run").mkdir()
-    for name in ("journal.jsonl", ".config.json.123.tmp", ".lock"):  # what a kill may leave
+    for name in left:
         (tmp_path / "run" / name).touch()
     assert run_names(tmp_path) == []
-    name, lock = claim_run_dir(tmp_path, "run")
-    assert name == "run"
-    assert claim_run_dir(tmp_path, "run")[0] == "run-2"  # it is locked
-    lock.release()
-    (tmp_path / "run" / "journal.jsonl").write_text("an event")
-    assert run_names(tmp_path) == ["run"]
-    assert claim_run_dir(tmp_path, "run")[0] == "run-2"
+    remove_unbegun(tmp_path / "run")
+    remove_unbegun(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_parent_that_is_a_file_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "logs").write_text("")
-    with pytest.raises(FileExistsError):
-        claim_run_dir(tmp_path / "logs", "run")
+@pytest.mark.parametrize("file", ["config.json", "journal.jsonl", "notes.txt"])
+def test_a_folder_that_holds_anything_is_not_removed(tmp_path: Path, file: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / file).write_text("something")
+    assert run_names(tmp_path) == ([] if file == "notes.txt" else ["run"])
+    remove_unbegun(tmp_path / "run")
+    assert (tmp_path / "run" / file).read_text() == "something"
 
 
-def test_threads_get_different_folders(tmp_path: Path) -> None:
-    start = threading.Barrier(8)
-
-    def take(_: int) -> list[str]:
-        start.wait()
-        return [claim(tmp_path) for _ in range(8)]
-
-    with ThreadPoolExecutor(8) as pool:
-        names = [name for taken in pool.map(take, range(8)) for name in taken]
-    assert len(set(names)) == 64
-    assert {path.name for path in tmp_path.iterdir()} == set(names)
+def test_what_is_being_removed_is_no_run(log_dir: Path) -> None:
+    os.replace(log_dir / NAMES[-1], log_dir / f".deleted-{NAMES[-1]}")
+    assert run_names(log_dir) == NAMES[:-1]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_processes_get_different_folders(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(3, mp_context=get_context("fork")) as pool:
-        names = list(pool.map(claim_many, [tmp_path] * 3))
-    assert len({name for taken in names for name in taken}) == 30
+def test_looking_whether_a_run_is_trained_writes_nothing_and_keeps_nobody_away(log_dir: Path) -> None:
+    folder = log_dir / NAMES[0]
+    assert not is_in_training(folder) and not (folder / ".lock").exists()
+    lock = FileLock(folder / ".lock", timeout=0)
+    stop = threading.Event()
+    seen: list[bool] = []
 
+    def look() -> None:
+        while not stop.is_set():
+            seen.append(is_in_training(folder))
 
-def claim_many(log_dir: Path) -> list[str]:
-    return [claim(log_dir) for _ in range(10)]
+    (folder / ".lock").touch()
+    with ThreadPoolExecutor(4) as pool:
+        lookers = [pool.submit(look) for _ in range(4)]
+        while len(seen) < 2000:
+            time.sleep(0.01)
+        stop.set()
+    for looker in lookers:
+        looker.result()
+    assert set(seen) == {False}  # those that look do not see one another
+    with lock:
+        assert is_in_training(folder)
+    assert not is_in_training(folder)
