@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..utils.weights import WeightsError, find_damage, load_weights, save_weights
+from ..utils.weights import UnreadableWeights, WeightsError, find_damage, load_weights, save_weights
 
 GENERATIONS = 2
 
@@ -40,7 +40,7 @@ def save_checkpoint(folder: str | os.PathLike, step: int, state: dict[str, Any])
         raise WeightsError(f"{file}: {problem} right after it was written. Is the disk in order?")
     files = checkpoint_files(folder)
     place = files.index(file)
-    damaged = [later for later in files[:place] if find_damage(later)]
+    damaged = [later for later in files[:place] if _is_damaged(later)]
     for old in [*damaged, *files[place + GENERATIONS :]]:
         old.unlink(missing_ok=True)
     return file
@@ -52,11 +52,22 @@ def load_checkpoint(folder: str | os.PathLike, say: Callable[[str], None] = prin
 
     :param say: gets a sentence about each one that is damaged
     :return: None where there is none
+    :raises UnreadableWeights: if there may be one, but the disk or network fails: the run must not start again then
     """
-    files = checkpoint_files(folder)
+    files, unreadable = checkpoint_files(folder), None
     for file in files:
         try:
             return load_weights(file)
         except WeightsError as error:
+            unreadable = error if isinstance(error, UnreadableWeights) else unreadable
             say(f"{error} {'There is none before it.' if file == files[-1] else 'The one before is used.'}")
+    if unreadable is not None:
+        raise UnreadableWeights(f"{unreadable} Look after the disk, and try again; or remove the file to start again.")
     return None
+
+
+def _is_damaged(file: Path) -> bool:
+    try:
+        return find_damage(file) is not None
+    except OSError:  # that is no reason to remove it
+        return False

@@ -5,6 +5,7 @@ A file is what torch.save writes (a zip archive, tensors and plain data only), w
 archive's comment. Any PyTorch can load it; ours notices a single flipped bit, which torch.load and safetensors do not.
 """
 
+import errno
 import hashlib
 import os
 import pickle
@@ -26,6 +27,10 @@ _IS_FOLDER = 0x10
 
 class WeightsError(UserError):
     """A weights file that is missing, damaged, of another model, or not to be written since nobody could read it."""
+
+
+class UnreadableWeights(WeightsError):
+    """A weights file that cannot be read now, by an error of the disk or network; it may be whole."""
 
 
 def save_weights(path: str | os.PathLike, state: dict[str, Any]) -> None:
@@ -68,22 +73,26 @@ def load_weights(path: str | os.PathLike, device: str | torch.device = "cpu") ->
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such weights file.")
-    problem = find_damage(path)
+    try:
+        problem = find_damage(path)
+    except OSError as error:
+        raise UnreadableWeights(f"{path}: cannot be read ({error.strerror or error}).") from error
     if problem:
         raise WeightsError(f"{path}: {problem}.")
     return _read(path, str(path), device)
 
 
 def find_damage(path: str | os.PathLike) -> str | None:
-    """What is wrong with the bytes of a weights file, or None."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _COMMENT_BYTES))
-            end = file.read()
-            return _digest_problem(file, size, end) if end.startswith(_PREFIX) else _archive_problem(file, end)
-    except Exception as error:  # whatever damage, of the file or of the disk, leads to
-        return f"the file is damaged or no weights file ({error})"
+    """
+    What is wrong with the bytes of a weights file, or None.
+
+    :raises OSError: if it cannot be read, which says nothing of its bytes
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _COMMENT_BYTES))
+        end = file.read()
+        return _digest_problem(file, size, end) if end.startswith(_PREFIX) else _archive_problem(file, end)
 
 
 def _digest_problem(file: BinaryIO, size: int, comment: bytes) -> str | None:
@@ -101,10 +110,15 @@ def _archive_problem(file: BinaryIO, end: bytes) -> str | None:
     end = end[-_END_BYTES:]
     if not (end.startswith(_END) and end.endswith(b"\0\0")):
         return "the file is damaged or no weights file: it does not end as one"
-    with zipfile.ZipFile(file) as archive:
-        damaged = archive.testzip()
-        # PyTorch reads nothing of what is marked as a folder, and takes what lies in the memory.
-        damaged = damaged or next((part.filename for part in archive.filelist if part.external_attr & _IS_FOLDER), None)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            # PyTorch reads nothing of what is marked as a folder, and takes what lies in the memory.
+            folders = (part.filename for part in archive.filelist if part.external_attr & _IS_FOLDER)
+            damaged = archive.testzip() or next(folders, None)
+    except Exception as error:  # whatever damage leads to
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of a place before the file's start
+            raise
+        return f"the file is damaged or no weights file ({error})"
     return None if damaged is None else f"the file is damaged: {damaged} is not what was written"
 
 

@@ -1,3 +1,5 @@
+import errno
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,8 @@ import pytest
 import torch
 
 from dida_tools.training.checkpoint import GENERATIONS, checkpoint_files, load_checkpoint, save_checkpoint
-from dida_tools.utils.weights import WeightsError
+from dida_tools.utils import weights
+from dida_tools.utils.weights import UnreadableWeights, WeightsError
 
 
 def state(step: int) -> dict[str, Any]:
@@ -144,6 +147,43 @@ def test_starting_again_after_all_were_damaged_keeps_what_is_new(tmp_path: Path)
         damage(file)
     save(tmp_path, 10)
     assert steps(tmp_path) == [10] and loaded(tmp_path) == (10, [])
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of files whose reading fails, as on a network drive that is gone for a moment."""
+    names: set[str] = set()
+
+    def read(path: Any, mode: str = "r") -> Any:
+        if Path(path).name in names and "r" in mode:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return open(path, mode)
+
+    monkeypatch.setattr(weights, "open", read, raising=False)
+    return names
+
+
+def test_one_that_cannot_be_read_now_is_not_used_and_not_removed(tmp_path: Path, unreadable: set[str]) -> None:
+    save(tmp_path, 100, 200)
+    unreadable.add("last-00000200.pt")
+    step, said = loaded(tmp_path)
+    assert step == 100 and "cannot be read" in said[0] and "The one before is used" in said[0]
+    save(tmp_path, 150)
+    unreadable.clear()
+    assert steps(tmp_path) == [200, 150, 100] and loaded(tmp_path) == (200, [])
+
+
+def test_where_none_can_be_read_now_the_run_does_not_start_again(tmp_path: Path, unreadable: set[str]) -> None:
+    save(tmp_path, 100, 200)
+    unreadable |= {"last-00000100.pt", "last-00000200.pt"}
+    with pytest.raises(UnreadableWeights, match="Look after the disk, and try again"):
+        loaded(tmp_path)
+    damage(tmp_path / "last-00000200.pt")
+    unreadable.remove("last-00000200.pt")
+    with pytest.raises(UnreadableWeights, match="last-00000100"):
+        loaded(tmp_path)
+    unreadable.clear()
+    assert loaded(tmp_path)[0] == 100
 
 
 def test_whole_ones_of_later_steps_are_not_removed(tmp_path: Path) -> None:
