@@ -14,6 +14,7 @@ scripts. To go on with a run, to do it again, or to predict with it: see train.p
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -21,13 +22,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from dida_tools.config.config import global_config
 from dida_tools.config.errors import UserError
 from dida_tools.training.checkpoint import checkpoint_files
 from dida_tools.utils.logging import read_log
 from dida_tools.utils.logging.csv import remove_rows
 from dida_tools.utils.logging.rows import rebuild_log, refresh_log
-from dida_tools.utils.logging.runs import find_run, is_in_training, run_names
+from dida_tools.utils.logging.runs import find_run, run_names
 
 LOG_DIR, WEIGHT_DIR = Path(global_config["LOG_DIR"]), Path(global_config["WEIGHT_DIR"])
 STATE = ("NAME", "STATUS", "EPOCH", "BEST_EPOCH", "SECONDS")
@@ -163,29 +166,38 @@ def delete_runs(arguments: argparse.Namespace) -> int:
     for name in arguments.names:
         if name not in known:
             raise UserError(f"no run is called {name!r}: delete wants whole names, as list shows them.")
-        if is_in_training(LOG_DIR / name) if (LOG_DIR / name).is_dir() else False:
-            raise UserError(f"{name} is being trained: end it first.")
-    for name in arguments.names:
-        folders = [folder for folder in (LOG_DIR / name, WEIGHT_DIR / name) if folder.is_dir()]
-        size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()) / 1e6
-        print(f"{name}: {', '.join(map(str, folders)) or 'its row'} ({size:.1f} MB)")
-    if not arguments.yes:
-        try:
-            answer = input("Remove for good? [y/N] ")
-        except EOFError:
-            answer = ""
-        if answer.strip().lower() not in ("y", "yes"):
+    with contextlib.ExitStack() as locks:  # nobody goes on with them while the question stands
+        for name in arguments.names:
+            if (LOG_DIR / name).is_dir():
+                try:
+                    locks.enter_context(FileLock(LOG_DIR / name / ".lock", timeout=1))
+                except Timeout as error:
+                    raise UserError(f"{name} is being trained: end it first.") from error
+        for name in arguments.names:
+            folders = [folder for folder in (LOG_DIR / name, WEIGHT_DIR / name) if folder.is_dir()]
+            size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()) / 1e6
+            print(f"{name}: {', '.join(map(str, folders)) or 'its row'} ({size:.1f} MB)")
+        if not arguments.yes and not is_confirmed():
             print("Nothing was removed.")
             return 1
     for name in arguments.names:
         for folder in (WEIGHT_DIR / name, LOG_DIR / name):
+            hidden = folder.with_name(f".deleted-{name}")  # at once: half a run is none
+            if hidden.is_dir():  # of a deletion that was killed
+                shutil.rmtree(hidden)
             if folder.is_dir():
-                hidden = folder.with_name(f".deleted-{name}")  # at once: half a run is none
-                shutil.rmtree(hidden, ignore_errors=True)
                 os.replace(folder, hidden)
                 shutil.rmtree(hidden)
     remove_rows(LOG_DIR / arguments.logfile, arguments.names)
     return 0
+
+
+def is_confirmed() -> bool:
+    """Asks."""
+    try:
+        return input("Remove for good? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def rebuild(arguments: argparse.Namespace) -> int:

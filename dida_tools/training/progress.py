@@ -1,5 +1,6 @@
 """Contains what people read while a run trains: a bar, a line for each epoch, and what was reached at the end."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -86,5 +87,6 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """Prints a line without tearing the bar."""
-    tqdm.write(text)
+    """Prints a line without tearing the bar; where that fails, as on a full disk, training goes on without it."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text)

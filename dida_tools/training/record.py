@@ -104,7 +104,6 @@ class Record:
         if self.journal.num_damaged:
             say(f"{self.journal.path}: {self.journal.num_damaged} damaged lines are left out.")
         self._row = row_of(self.journal.events)
-        self._written: dict[str, Any] = {}
         self._last_row = time.monotonic()
         self._pending: list[Event] = []  # what a full disk did not take yet
         self.board: Any = Silent()
@@ -194,15 +193,12 @@ class Record:
         self.board.write_hparams(flatten(self._captured), tags, step)
 
     def write_row(self, older_than_seconds: float = 0) -> None:
-        """Writes what has changed in the tracker's row, if the last time was that long ago."""
+        """Writes the tracker's row, if the last time was that long ago: all of it, since it may be lost there."""
         if time.monotonic() - self._last_row < older_than_seconds:
             return
         self._last_row = time.monotonic()
-        missing = object()
-        changed = {key: value for key, value in self._row.items() if self._written.get(key, missing) != value}
         try:
-            write_log(self.log_file, {"NAME": self.name} | changed)
-            self._written = dict(self._row)
+            write_log(self.log_file, {"NAME": self.name} | self._row)
         except (OSError, TimeoutError) as error:
             self._say(
                 f"The tracker's row could not be written ({error}); it is in the journal, and will be merged later."

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dida_tools.config.config import global_config, make_global_config
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.logging import read_log
+from dida_tools.utils.logging.runs import is_in_training
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +38,9 @@ def trained(tmp_path_factory, pairs_dir) -> tuple[Path, list[str]]:
     return folder, names
 
 
-def run(folder: Path, *arguments: str, columns: int = 120, given: str = "") -> subprocess.CompletedProcess:
+def run(
+    folder: Path, *arguments: str, columns: int = 120, given: str | io.StringIO = ""
+) -> subprocess.CompletedProcess:
     """Runs the script as Python would, but in this process, where everything is imported already."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -44,7 +48,7 @@ def run(folder: Path, *arguments: str, columns: int = 120, given: str = "") -> s
             patch.setitem(global_config, key, value)
         patch.setenv("COLUMNS", str(columns))
         patch.setattr(sys, "argv", ["runs.py", *arguments])
-        patch.setattr(sys, "stdin", io.StringIO(given))
+        patch.setattr(sys, "stdin", io.StringIO(given) if isinstance(given, str) else given)
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / "runs.py"), run_name="__main__")
     return subprocess.CompletedProcess(arguments, ended.value.code or 0, out.getvalue(), err.getvalue())
@@ -141,7 +145,18 @@ def test_deleting_asks_and_removes_everything(trained):
         assert all(place.is_dir() for place in places)
     with FileLock(places[0] / ".lock"):
         assert "is being trained" in run(folder, "delete", names[2], "--yes").stderr
+    seen = []
+
+    class Asked(io.StringIO):
+        def readline(self, *_) -> str:
+            seen.append(is_in_training(places[0]))
+            return "n\n"
+
+    assert run(folder, "delete", names[2], given=Asked()).returncode == 1
+    assert seen == [True]  # nobody goes on with it while the question stands
+    os.replace(places[1], places[1].with_name(f".deleted-{names[2]}"))  # as a deletion that was killed leaves it
     assert run(folder, "delete", names[2], given="y\n").returncode == 0
+    assert not any(file.name.startswith(".deleted") for place in places for file in place.parent.iterdir())
     assert not any(place.exists() for place in places)
     assert [row["NAME"] for row in read_log(folder / "logs" / "experiments.csv")] == names[:2]
     assert sorted(entry.name for entry in (folder / "logs").iterdir() if entry.is_dir()) == sorted(names[:2])

@@ -1,9 +1,11 @@
 """The raw routine: it trains what it is told, evaluates honestly, and leaves what it promises."""
 
 import copy
+import io
 import itertools
 import json
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -513,6 +515,17 @@ def test_config_files_row_and_result_agree(datasets, tiny_config, global_config,
     for text in (result.name, "best.pt", "experiments.csv", "picture.png", "run_prediction.py"):
         assert text in printed
     assert (result.log_dir / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_lines_that_cannot_be_printed_end_no_training(datasets, tiny_config, global_config, monkeypatch):
+    with open("/dev/full", "wb", buffering=0) as file:  # as a job's output on a disk that is full
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, write_through=True))
+        with pytest.raises(OSError):
+            print("anything")
+        train(*datasets, tiny_config, global_config)
+        monkeypatch.undo()
+    assert the_row(global_config)["STATUS"] == "finished"
 
 
 def test_two_runs_within_a_second_get_two_names(datasets, tiny_config, global_config):

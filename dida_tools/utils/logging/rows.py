@@ -73,7 +73,7 @@ def refresh_log(log_dir: str | os.PathLike, logfile: str = "experiments.csv") ->
     journals of runs that seem to be running, or that were written to after their row.
     """
     file = Path(log_dir) / logfile
-    known = {row[KEY]: row for row in read_log(file)}
+    known = {row.get(KEY): row for row in read_log(file)}
     for name in run_names(log_dir):
         row, journal = known.get(name, {}), Path(log_dir) / name / "journal.jsonl"
         if row.get("STATUS") != "running" and not _is_newer(journal, row.get("HEARTBEAT")):
@@ -85,9 +85,11 @@ def refresh_log(log_dir: str | os.PathLike, logfile: str = "experiments.csv") ->
 
 def _current_row(run_dir: Path) -> dict[str, Any]:
     """A run's row by its journal; one that is running, but not being trained, was killed."""
-    row = row_of(read_journal(run_dir / "journal.jsonl"))
-    if row.get("STATUS") != "running" or is_in_training(run_dir):
-        return row
+    before, row = None, row_of(read_journal(run_dir / "journal.jsonl"))
+    while row != before:  # it may have ended, or gone on, between the journal and the lock
+        if row.get("STATUS") != "running" or is_in_training(run_dir):
+            return row
+        before, row = row, row_of(read_journal(run_dir / "journal.jsonl"))
     if row["HOST"] != socket.gethostname() and time.time() - _seconds(row["HEARTBEAT"]) < _SECONDS_TO_BELIEVE_OTHERS:
         return row  # not every network drive knows the locks of other machines
     return row | {"STATUS": "killed"}

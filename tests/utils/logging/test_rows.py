@@ -13,6 +13,7 @@ from filelock import FileLock
 from dida_tools.config.capture import capture
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.logging import read_frame, read_log, write_log
+from dida_tools.utils.logging import rows as rows_module
 from dida_tools.utils.logging.csv import remove_rows
 from dida_tools.utils.logging.journal import Journal
 from dida_tools.utils.logging.rows import rebuild_log, refresh_log
@@ -21,6 +22,17 @@ from dida_tools.utils.logging.runs import run_names
 
 def log_of(global_config: dict) -> Path:
     return Path(global_config["LOG_DIR"]) / "experiments.csv"
+
+
+def begin(run_dir: Path, host: str = socket.gethostname(), seconds_ago: float = 0) -> Journal:
+    """What a run writes first."""
+    run_dir.mkdir()
+    journal = Journal(run_dir / "journal.jsonl")
+    event = {"event": "start", "name": run_dir.name, "host": host, "pid": 1, "epoch": 0}
+    event |= {"best_epoch": None, "device": "cpu", "precision": "fp32", "not_rerunnable": ""}
+    event |= {"time": time.time() - seconds_ago}
+    journal.write(event | capture({"LOGFILE": "experiments.csv", "MONITOR": "max f1"}))
+    return journal
 
 
 def fork_training(datasets, config: dict, global_config: dict) -> int:
@@ -77,14 +89,46 @@ def test_a_killed_run_that_goes_on_is_running_and_then_finished(datasets, tiny_c
 
 @pytest.mark.parametrize(("age_seconds", "expected"), [(60, "running"), (2 * 3600, "killed")])
 def test_a_run_of_another_machine_is_believed_for_an_hour(tmp_path, age_seconds, expected):
-    (tmp_path / "run").mkdir()
-    journal = Journal(tmp_path / "run" / "journal.jsonl")
-    event = {"event": "start", "name": "run", "host": "elsewhere", "pid": 1, "epoch": 0, "best_epoch": None}
-    event |= {"device": "cpu", "precision": "fp32", "not_rerunnable": "", "time": time.time() - age_seconds}
-    journal.write(event | capture({"LOGFILE": "experiments.csv"}))
-    journal.close()
+    begin(tmp_path / "run", host="elsewhere", seconds_ago=age_seconds).close()
     refresh_log(tmp_path)
     assert [row["STATUS"] for row in read_log(tmp_path / "experiments.csv")] == [expected]
+
+
+def test_a_run_that_ends_while_it_is_looked_at_is_not_called_killed(tmp_path, monkeypatch):
+    journal = begin(tmp_path / "run")
+    lock = FileLock(tmp_path / "run" / ".lock")
+    lock.acquire()
+    look = rows_module.is_in_training
+
+    def look_late(run_dir):  # after its journal was read, the run writes its end and releases its lock
+        if lock.is_locked:
+            journal.write({"event": "test", "seconds": 1.0, "digest": "d", "test.f1": 0.5, "time": time.time()})
+            lock.release()
+        return look(run_dir)
+
+    monkeypatch.setattr(rows_module, "is_in_training", look_late)
+    refresh_log(tmp_path)
+    assert [row["STATUS"] for row in read_log(tmp_path / "experiments.csv")] == ["finished"]
+
+
+def test_a_file_without_the_column_of_names_ends_no_training(tmp_path):
+    begin(tmp_path / "run").close()
+    (tmp_path / "experiments.csv").write_text("NAME;STATUS\nother;finished\n")  # as some spreadsheets save it
+    refresh_log(tmp_path)
+    assert [row.get("NAME") for row in read_log(tmp_path / "experiments.csv")] == [None, "run"]
+
+
+def test_a_row_that_is_lost_meanwhile_comes_back_whole(datasets, tiny_config, global_config):
+    log = log_of(global_config)
+
+    def lose(run) -> bool:
+        remove_rows(log, [run.name])
+        return False
+
+    result = train(*datasets, tiny_config | {"AFTER_EPOCH": lose}, global_config)
+    (row,) = read_log(log)
+    assert (row["NAME"], row["STATUS"], row["MONITOR"]) == (result.name, "finished", "max f1")
+    assert row["STARTED"] and row["MODEL_CONFIG.bulk_ch"] == 4
 
 
 def test_while_the_file_cannot_be_written_training_goes_on_and_the_row_is_merged_later(
