@@ -133,6 +133,19 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def refuse_disagreement(facts: dict[str, Any]) -> None:
+    """
+    Compares what each process was given, before any of them trains with it: machines may have other files.
+
+    :raises UserError: in all processes, naming what differs
+    """
+    main, *others = gather(facts)
+    for number, other in enumerate(others, 1):
+        names = [name for name in {**main, **other} if main.get(name) != other.get(name)]
+        if names:
+            raise UserError(f"process {number} was given another {', '.join(names)} than process 0: give all the same.")
+
+
 def sum_up(values: Sequence[float]) -> list[float]:
     """Each of these numbers, summed over all processes in float64."""
     if num_processes() == 1:

@@ -8,6 +8,7 @@ What is written while it trains is in record.py, what is printed in progress.py.
 import contextlib
 import copy
 import gc
+import hashlib
 import math
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.capture import flatten
 from ..config.config import CODE_PATH
 from ..config.errors import UserError
 from ..utils.logging.journal import read_journal
@@ -29,7 +31,7 @@ from ..utils.weights import load_weights, save_weights, weights_digest
 from .calibration import calibrate, describe_fit
 from .checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from .determinism import deterministic_algorithms
-from .distributed import is_main, num_processes, on_main, sum_up, sync_buffers
+from .distributed import is_main, num_processes, on_main, refuse_disagreement, sum_up, sync_buffers
 from .environment import describe_environment
 from .evaluation import evaluate
 from .notification import Notification
@@ -121,6 +123,7 @@ class Run:
         if self.config["NOTIFY"] is not None and is_main():
             self.notification = Notification(preparation)
         try:
+            refuse_disagreement(_given(preparation))
             self.name, stored = on_main(self._open)
             self.log_dir = Path(global_config["LOG_DIR"]) / self.name
             self.weight_dir = Path(global_config["WEIGHT_DIR"]) / self.name
@@ -556,6 +559,18 @@ def start_run(preparation: Preparation, global_config: dict[str, str]) -> Iterat
             raise told from error
         finally:
             run.close()
+
+
+def _given(preparation: Preparation) -> dict[str, Any]:
+    """What all processes must agree in; folders and devices may have other names on other machines."""
+    config = flatten(preparation.record["config"] | {key: preparation.config[key] for key in ("RESUME", "RERUN_OF")})
+    ignored = ("DATE", "DEVICE", "DATASET_CONFIG", "INIT_WEIGHTS", "NOTIFY", "LOGFILE")
+    files = [(name, fact["sha256"]) for name, fact in sorted(preparation.data_hashes.items())]
+    return {key: value for key, value in config.items() if not key.startswith(ignored)} | {
+        "data (its files differ)": hashlib.sha256(repr(files).encode()).hexdigest(),
+        "data contract": preparation.contract.to_dict(),
+        "number of batches": preparation.train_batches.num_batches,
+    }
 
 
 def _explained(error: BaseException, preparation: Preparation) -> BaseException:

@@ -11,6 +11,7 @@ import itertools
 import os
 import pkgutil
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,6 +323,24 @@ def twice(routine: str, pairs: Path, folder: Path) -> None:
     with quick():
         digests = [load(routine).train(*datasets, config, make_global_config(folder)).digest for _ in range(2)]
     torch.save(digests, folder / f"digests-{os.environ['RANK']}.pt")
+
+
+def unlike(routine: str, pairs: Path, folder: Path) -> None:
+    """Trainings whose second process was given something else: a rate, a file."""
+    torch.set_num_threads(1)
+    rank, own = int(os.environ["RANK"]), folder / f"machine-{os.environ['RANK']}"
+    shutil.copytree(pairs, own)
+    told = []
+    for changes in ({"lr": 1e-2 * (1 + rank)}, {"momentum": 0.5}):
+        config = exact_config() | {"EPOCHS": 1, "OPTIMIZER": torch.optim.SGD}
+        config["OPTIMIZER_CONFIG"] = {"lr": 1e-2} | changes
+        with quick(), pytest.raises(UserError) as refused:
+            load(routine).train(*make_datasets(own, 4), config, make_global_config(folder / "project"))
+        told.append(str(refused.value))
+        if rank == 1:
+            for kind in "xy":
+                min((own / "train" / kind).iterdir()).unlink()
+    (folder / f"told-{rank}").write_text("\n".join(told))
 
 
 def on_gpus(routine: str, pairs: Path, folder: Path) -> None:
@@ -802,6 +821,18 @@ def test_routines_for_one_process_refuse_several_in_a_sentence(pairs_dir, tmp_pa
 
 
 @needs_processes
+def test_processes_that_were_given_something_else_are_refused_before_they_train(pairs_dir, tmp_path):
+    process = start("unlike", DISTRIBUTED[0], pairs_dir, tmp_path)
+    told = end(process)
+    assert process.returncode == 0, told
+    for rank in range(2):
+        rate, files = (tmp_path / f"told-{rank}").read_text().splitlines()
+        assert rate == "process 1 was given another OPTIMIZER_CONFIG.lr than process 0: give all the same."
+        assert "data (its files differ)" in files and "OPTIMIZER_CONFIG" not in files
+    assert not list(tmp_path.glob("project/*/*/config.json"))  # nothing was begun
+
+
+@needs_processes
 @pytest.mark.slow
 @pytest.mark.parametrize("routine", DISTRIBUTED)
 def test_they_can_train_again(routine, pairs_dir, tmp_path):
@@ -836,4 +867,6 @@ if __name__ == "__main__":
     elif job == "commands":
         commands(*map(Path, paths))
     else:
-        {"session": session, "twice": twice, "on_gpus": on_gpus}[job](paths[0], Path(paths[1]), Path(paths[2]))
+        {"session": session, "twice": twice, "unlike": unlike, "on_gpus": on_gpus}[job](
+            paths[0], Path(paths[1]), Path(paths[2])
+        )
