@@ -8,14 +8,17 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 
+from ..config.errors import UserError
 from ..utils.data.contract import DataContract
 from ..utils.data.images import Grid
 from ..utils.path import create_dirs, sync_dir, write_atomic
@@ -67,16 +70,43 @@ def _entropy(probabilities: np.ndarray, multi_class: bool) -> np.ndarray:
     return (terms(probabilities) + terms(1 - probabilities)) / np.float32(np.log(2))
 
 
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """
+    Keeps other processes from writing a file, until this one has ended, however it ends.
+
+    :param path: the file, in a folder that is there
+    :raises UserError: if another process writes it
+    """
+    lock_file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(lock_file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{path.parent}: another prediction is writing {path.name} there: wait until it has ended, or give another "
+            "OUT_DIR."
+        ) from error
+    try:
+        yield
+    finally:
+        # Removed while it is held: whoever has opened it by then is refused, since FileLock sees that it is gone.
+        with contextlib.suppress(OSError):  # Windows removes no open file: FileLock does, once it is closed
+            lock_file.unlink()
+        lock.release()
+
+
 class GrowingFile:
     """An image file that is written from top to bottom, and appears under its name when it is whole."""
 
     def __init__(self, path: Path, size: tuple[int, int], about: dict[str, Any]) -> None:
         """
-        Begins a file, or goes on with one.
+        Begins a file, or goes on with one. No other process can until it is closed.
 
         :param path: the file; its ending decides on the format: .npy, .png, .tif or .tiff
         :param size: (H, W)
         :param about: all that the content depends on, as plain data: one with other rows is begun anew
+        :raises UserError: if another process writes it
         """
         self.path, self.size, self.num_rows = path, size, 0
         self._about = json.dumps(about, sort_keys=True)
@@ -85,6 +115,8 @@ class GrowingFile:
         self._checksum = 0
         self._file: Any = None  # stays open between writes
         self._header_bytes = 0
+        self._until_closed = contextlib.ExitStack()
+        self._until_closed.enter_context(only_writer(path))
         with contextlib.suppress(OSError, ValueError, KeyError):  # what is damaged is begun anew
             state = json.loads(self._state.read_bytes())
             if state["about"] == self._about and self._matches(state):
@@ -158,9 +190,10 @@ class GrowingFile:
         shutil.rmtree(self._folder)
 
     def close(self) -> None:
-        """Leaves the file as it is, to go on later."""
+        """Leaves the file as it is, whole or to go on later."""
         if self._file is not None:
             self._file.close()
+        self._until_closed.close()
 
 
 def _write_picture(path: Path, values: np.ndarray, colors: Any) -> None:

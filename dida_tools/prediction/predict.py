@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ..utils.path import create_dirs, write_atomic
 from ..utils.signals import raise_if_stop_requested, stop_on_signals
 from ..utils.weights import weights_digest
 from .jobs import Job, check_jobs, find_inputs, plan
-from .outputs import DTYPES, KINDS, GrowingFile, make_output, style_of
+from .outputs import DTYPES, KINDS, GrowingFile, make_output, only_writer, style_of
 from .predictor import AUGMENTATIONS, Predictor, load_predictor
 from .score import find_masks, score_maps
 from .windows import Band, Tiling, predict_bands
@@ -71,14 +71,16 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     Predicts images of any size with a trained model.
 
     The images are read, scaled and normalised as in training, by the data contract in the weights file. What an earlier
-    call with the same weights and settings has finished is not done again, and an image that it left unfinished is gone
-    on with; LEDGER in OUT_DIR tells what was made of what. Several processes of torchrun share the images.
+    call with the same weights and settings has finished is not done again unless it was changed since, and an image
+    that it left unfinished is gone on with; LEDGER in OUT_DIR tells what was made of what. Several processes of
+    torchrun share the images.
 
     :param predict_config: MODEL (class), WEIGHTS (file), FILES (images, folders, or patterns such as ``in/*.tif``),
         OUT_DIR, and what DEFAULTS has
     :return: the outputs of all images of this process
     :raises ConfigError, DataError, WeightsError: for what cannot be used, before anything is written; for an image that
         turns out to be unusable later, after all others are done
+    :raises UserError: if another call is writing into OUT_DIR
     :raises Preempted: if a signal has asked to end; what is written is whole
     """
     config = _complete(predict_config)
@@ -97,18 +99,20 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
     sizes = check_jobs(jobs, predictor.contract, config["CHECK_VALUES"])
     masks = find_masks([job.stem for job in jobs], config["MASKS"]) if config["MASKS"] is not None else []
-    with stop_on_signals(), ExitStack() as stack:
-        if any(file.suffix.lower() in (".tif", ".tiff") for job in jobs for file in (*job.inputs, *job.outputs)):
-            import rasterio  # imported where used: the file formats of most projects do not need it
+    create_dirs(config["OUT_DIR"])
+    with only_writer(_ledger_of(config)):
+        with stop_on_signals(), ExitStack() as stack:
+            if any(file.suffix.lower() in (".tif", ".tiff") for job in jobs for file in (*job.inputs, *job.outputs)):
+                import rasterio  # imported where used: the file formats of most projects do not need it
 
-            stack.enter_context(rasterio.Env(GDAL_CACHEMAX=_RASTER_CACHE_BYTES))
-        work = _Work(predictor, kinds, config)
-        stack.callback(work.close)
-        work.do(jobs, sizes)
-    if masks:
-        maps = [job.outputs[kinds.index("probabilities")] for job in jobs]
-        scores = score_maps(maps, masks, predictor.contract, config["IGNORE_INDEX"], config["MASK_VALUES"])
-        _report(scores.results(predictor.contract.class_names), Path(config["OUT_DIR"]))
+                stack.enter_context(rasterio.Env(GDAL_CACHEMAX=_RASTER_CACHE_BYTES))
+            work = _Work(predictor, kinds, config)
+            stack.callback(work.close)
+            work.do(jobs, sizes)
+        if masks:
+            maps = [job.outputs[kinds.index("probabilities")] for job in jobs]
+            scores = score_maps(maps, masks, predictor.contract, config["IGNORE_INDEX"], config["MASK_VALUES"])
+            _report(scores.results(predictor.contract.class_names), Path(config["OUT_DIR"]))
     return [output for job in jobs for output in job.outputs]
 
 
@@ -143,6 +147,12 @@ def run_config(name: str, global_config: dict[str, str] = default_global_config)
 
 
 # ---------------------------------------------------------------------------------------------------- before the start
+
+
+def _ledger_of(config: dict[str, Any]) -> Path:
+    """Where this process notes what it has done: of several, each has a file of its own."""
+    rank = os.environ.get("RANK", "0")
+    return Path(config["OUT_DIR"]) / (LEDGER if rank == "0" else f"{Path(LEDGER).stem}.{rank}.jsonl")
 
 
 def _complete(given: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +197,6 @@ class _Work:
         self.dtype, self.check_values = config["OUTPUT_DTYPE"], config["CHECK_VALUES"]
         tile = config["TILE"] or max(_SMALLEST_TILE, self.contract.tile_size or 0)
         self.tiling = Tiling(tile, config["OVERLAP"], config["BATCH_SIZE"])
-        self.out_dir = Path(config["OUT_DIR"])
         self.settings = capture(
             {key: config[key] for key in ("MODEL", "MODEL_CONFIG", "OUTPUT", "OUTPUT_DTYPE", "OVERLAP", "BATCH_SIZE")}
             | {"AUGMENT": config["AUGMENT"], "PRECISION": predictor.precision, "TILE": tile},
@@ -196,11 +205,11 @@ class _Work:
             "WEIGHTS": weights_digest(predictor.model.state_dict()),
             "CONTRACT": self.contract.to_dict(),
         }  # fmt: skip
-        rank = os.environ.get("RANK", "0")
-        create_dirs(self.out_dir)
-        earlier = [event for file in sorted(self.out_dir.glob(f"{Path(LEDGER).stem}*")) for event in read_journal(file)]
-        self.done = {event["output"]: event for event in earlier if event["event"] == "prediction"}
-        self.ledger = Journal(self.out_dir / (LEDGER if rank == "0" else f"{Path(LEDGER).stem}.{rank}.jsonl"))
+        ledger = _ledger_of(config)
+        events = [event for file in ledger.parent.glob(f"{Path(LEDGER).stem}*.jsonl") for event in read_journal(file)]
+        earlier = sorted((event for event in events if event["event"] == "prediction"), key=lambda event: event["time"])
+        self.done = {event["output"]: event for event in earlier}  # the last one, whoever noted it
+        self.ledger = Journal(ledger)
         self.settings_digest = _digest(self.settings)
         if self.settings_digest not in [event.get("settings_digest") for event in self.ledger.events]:
             self.ledger.write({"event": "settings", "settings_digest": self.settings_digest} | self.settings)
@@ -291,9 +300,9 @@ class _Work:
         return inputs, valid.numpy(), grid
 
     def _write_whole(self, job: Job, about: dict[str, Any], band: Band, grid: Grid | None) -> None:
-        files = self._open_outputs(job, about, band.valid.shape)
-        self._write(files, band)
-        self._finish(about, files, grid)
+        with self._open_outputs(job, about, band.valid.shape) as files:
+            self._write(files, band)
+            self._finish(about, files, grid)
 
     def _do_large(self, job: Job, about: dict[str, Any], advance: Callable[[int], None]) -> None:
         with ImageReader(*job.inputs) as image:
@@ -303,8 +312,7 @@ class _Work:
                 if problems:
                     raise DataError(problems)
             height, width = image.shape[:2]
-            files = self._open_outputs(job, about, (height, width))
-            try:
+            with self._open_outputs(job, about, (height, width)) as files:
                 first_row = min(file.num_rows for file in files)
                 if first_row:
                     print(f"{job.name}: goes on at row {first_row} of {height}.")
@@ -319,12 +327,13 @@ class _Work:
                     assert previous is not None
                     previous.result()
                 self._finish(about, files, image.grid)
-            finally:
-                for file in files:
-                    file.close()
 
-    def _open_outputs(self, job: Job, about: dict[str, Any], size: tuple[int, ...]) -> list[GrowingFile]:
-        return [GrowingFile(output, (size[0], size[1]), about) for output in job.outputs]
+    @staticmethod
+    @contextmanager
+    def _open_outputs(job: Job, about: dict[str, Any], size: tuple[int, ...]) -> Iterator[list[GrowingFile]]:
+        with ExitStack() as stack:
+            whole = (size[0], size[1])
+            yield [stack.enter_context(closing(GrowingFile(output, whole, about))) for output in job.outputs]
 
     def _write(self, files: list[GrowingFile], band: Band) -> None:
         for kind, file in zip(self.kinds, files, strict=True):
@@ -335,7 +344,7 @@ class _Work:
         has_nodata = self.contract.nodata is not None or (grid is not None and grid.nodata is not None)
         for kind, file in zip(self.kinds, files, strict=True):
             file.finish(grid, style_of(kind, self.contract, has_nodata, self.dtype))
-            event = {"event": "prediction", "output": file.path.name, "bytes": file.path.stat().st_size}
+            event = {"event": "prediction", "output": file.path.name} | _state_of(file.path)
             self.ledger.write(event | {"time": time.time(), "kind": kind, "digest": _digest(about)} | about)
 
     def _guarded(self, job: Job, do: Callable[[], Any]) -> Any:
@@ -355,9 +364,15 @@ class _Work:
         digest = _digest(about)
         events = [self.done.get(output.name, {}) for output in job.outputs]
         return all(
-            event.get("digest") == digest and output.is_file() and output.stat().st_size == event["bytes"]
+            event.get("digest") == digest and output.is_file() and event.items() >= _state_of(output).items()
             for event, output in zip(events, job.outputs, strict=True)
         )
+
+
+def _state_of(output: Path) -> dict[str, int]:
+    """Tells an output from one that was written later, which may well have the same size."""
+    state = output.stat()
+    return {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
 
 
 def _batches(samples: Iterable[Sample], batch_size: int) -> Iterator[list[Sample]]:

@@ -19,10 +19,12 @@ from rasterio.transform import from_origin
 from torch import nn
 
 from dida_tools.config.capture import ConfigError
+from dida_tools.config.errors import UserError
 from dida_tools.prediction import load_predictor, predict, predict_array
 from dida_tools.prediction.outputs import KINDS
 from dida_tools.utils.data.contract import PALETTE, DataContract
 from dida_tools.utils.data.images import DataError
+from dida_tools.utils.logging.journal import Journal, read_journal
 from dida_tools.utils.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -358,6 +360,68 @@ def test_what_is_done_is_not_done_again_unless_something_has_changed(tmp_path, c
     assert lines[-1]["inputs"][0][0].endswith("2.npy") and lines[-1]["output"] == "2.npy"
 
 
+@pytest.fixture
+def two_models(tmp_path, config, monkeypatch) -> Any:
+    """Gives a function that predicts two images by model A or B; it returns how many, and whose maps there are."""
+    images, maps = [reflectance(20, 20, number) for number in range(2)], {}
+    for number, image in enumerate(images):
+        np.save(tmp_path / f"{number}.npy", image)
+    for seed, name in enumerate("AB"):
+        torch.manual_seed(seed)
+        save_weights(tmp_path / name, {"model": {f"layer.{key}": value for key, value in nn.Conv2d(
+            4, 3, 5).state_dict().items()}, "contract": CONTRACT.to_dict()})  # fmt: skip
+        of_model = config | {"WEIGHTS": tmp_path / name}
+        maps |= {(number, expected(of_model, image).argmax(0).tobytes()): name for number, image in enumerate(images)}
+    assert len(maps) == 4
+
+    def predict_both(name: str, num_processes: int = 1) -> tuple[int, str]:
+        Net.calls = 0
+        for rank in range(num_processes):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", str(num_processes))
+            files = [tmp_path / f"{number}.npy" for number in range(2)]
+            predict(config | {"WEIGHTS": tmp_path / name, "FILES": files, "BATCH_SIZE": 1})
+        found = [np.load(config["OUT_DIR"] / f"{number}.npy").astype(np.int64) for number in range(2)]
+        return Net.calls, "".join(maps[number, array.tobytes()] for number, array in enumerate(found))
+
+    return predict_both
+
+
+def test_maps_of_another_model_are_not_taken_for_done_whichever_process_made_them(two_models):
+    assert two_models("A") == (2, "AA")
+    assert two_models("B", num_processes=2) == (2, "BB")
+    assert two_models("B") == (0, "BB")
+    assert two_models("A") == (2, "AA")
+    assert two_models("A", num_processes=2) == (0, "AA")
+
+
+def test_a_map_that_was_written_but_not_noted_is_not_taken_for_an_earlier_one(two_models, monkeypatch):
+    assert two_models("A") == (2, "AA")
+    original = Journal.write
+
+    def write(self: Journal, event: dict[str, Any]) -> bool:
+        if event["event"] == "prediction":
+            raise KeyboardInterrupt  # where a kill can come, too
+        return original(self, event)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "write", write)
+        two_models("B")
+    assert two_models("A") == (1, "AA")
+
+
+def test_maps_of_which_an_older_ledger_tells_too_little_are_made_again(two_models, config):
+    assert two_models("A") == (2, "AA")
+    events = read_journal(config["OUT_DIR"] / "predictions.jsonl")
+    (config["OUT_DIR"] / "predictions.jsonl").unlink()
+    ledger = Journal(config["OUT_DIR"] / "predictions.jsonl")
+    for event in events:
+        ledger.write({key: value for key, value in event.items() if key != "mtime_ns"})
+    ledger.close()
+    assert two_models("A") == (2, "AA")
+    assert two_models("A") == (0, "AA")
+
+
 def test_what_a_picture_shows_has_the_colours_of_the_classes(tmp_path, config):
     contract = DataContract(3, dtype="uint8", outputs=3, class_colors=((1, 2, 3), (4, 5, 6), (7, 8, 9)))
     save_weights(config["WEIGHTS"], {"model": Net(3).state_dict(), "contract": contract.to_dict()})
@@ -424,6 +488,35 @@ def rows_of(states: list[Path]) -> int:
         return min(json.loads(state.read_bytes())["rows"] for state in states)
     except FileNotFoundError:
         return 0
+
+
+def test_another_prediction_into_the_same_folder_is_refused_and_disturbs_nothing(tmp_path, config, monkeypatch):
+    images = [reflectance(200, 40, number) for number in range(2)]
+    files = [tmp_path / f"{number}.npy" for number in range(2)]
+    for file, image in zip(files, images, strict=True):
+        np.save(file, image)
+    first = run(config, files, seconds=0.05)
+    try:
+        while rows_of([config["OUT_DIR"] / ".0.npy.unfinished" / "state.json"]) < 60:
+            assert first.poll() is None
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)
+        with pytest.raises(UserError, match=r"out: another prediction is writing predictions\.jsonl there: wait until"):
+            predict(config | {"FILES": files, "OVERLAP": 0.5})
+        # One of several processes notes what it does in another file, but the image is the same.
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError, match=r"out: another prediction is writing 0\.npy there: wait until"):
+            predict(config | {"FILES": files[::-1], "OVERLAP": 0.5})
+        first.send_signal(signal.SIGCONT)
+        first.wait()
+    finally:
+        first.kill()
+        first.communicate()
+    assert first.returncode == 0
+    for file, image in zip(files, images, strict=True):
+        assert np.array_equal(np.load(config["OUT_DIR"] / file.name), expected(config, image).argmax(0))
+    assert not list(config["OUT_DIR"].glob(".*"))
 
 
 def test_rows_that_were_damaged_are_not_gone_on_with(tmp_path, config):
