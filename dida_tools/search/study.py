@@ -33,6 +33,7 @@ from ..utils.signals import Preempted, raise_if_stop_requested, stop_on_signals
 from .space import Space, with_values
 from .storage import open_storage
 
+SEARCH_PID = "SEARCH_PID"  # in the environment of a worker: the process that has started it
 _MOST_STARTS = 5  # of a trial, without a checkpoint in between
 # What may differ between the workers of a search, or from one day to the next.
 _FREE_TO_CHANGE = (
@@ -149,7 +150,7 @@ class Search:
         Trains, until the study has this many trials and none is left behind by a process that was killed.
 
         :param train: does a run; its config is the only argument
-        :raises Preempted: if a signal has asked to end; the trial will be continued
+        :raises Preempted: if a signal has asked to end, or if the search has ended; the trial will be continued
         """
         with stop_on_signals():
             while (claimed := self.claim(num_trials)) is not None:
@@ -160,7 +161,12 @@ class Search:
                 raise_if_stop_requested()
 
     def claim(self, num_trials: int) -> Claimed | None:
-        """The next trial: one that was killed, else a new one, else None. Nobody waits for longer than that takes."""
+        """
+        The next trial: one that was killed, else a new one, else None. Nobody waits for longer than that takes.
+
+        :raises Preempted: if the search that has started this process has ended
+        """
+        _raise_if_search_ended()
         with FileLock(self.folder / ".claim.lock"):
             place = self._place()
             for frozen in self.trials(TrialState.RUNNING):
@@ -231,11 +237,8 @@ class Search:
         self.study.tell(trial, state=TrialState.FAIL)
 
     def _watch(self, trial: optuna.Trial) -> Callable[[Run], bool]:
-        parent = os.getppid()
-
         def after_epoch(run: Run) -> bool:
-            if os.getppid() != parent:
-                raise Preempted("the search has ended")
+            _raise_if_search_ended()
             try:
                 known = self.storage.get_trial(trial._trial_id).intermediate_values
                 for epoch, event in sorted(run.history.items()):  # with those from before an interruption
@@ -322,3 +325,9 @@ class Search:
         file, text = self.folder / "best_config.json", json.dumps(self.best_record(), indent=2)
         write_atomic(file, lambda stream: stream.write(text.encode()))
         return file
+
+
+def _raise_if_search_ended() -> None:
+    """A worker whose search was killed would train on for nobody; it has no terminal, and no signal reaches it."""
+    if os.environ.get(SEARCH_PID, str(os.getppid())) != str(os.getppid()):
+        raise Preempted("the search has ended")

@@ -265,6 +265,50 @@ def test_a_signal_ends_after_saving_and_counts_as_no_death(new_search, train_wit
     assert [(row["STATUS"], row["EPOCH"]) for row in rows] == [("finished", 3)]
 
 
+@pytest.mark.parametrize("moment", ["import", "epoch", "end"])
+def test_a_worker_ends_with_its_search_whenever_that_is_killed(new_search, toy_train, fork, wait_for, tmp_path, moment):
+    def reach(name: str) -> None:
+        if name == moment:
+            (tmp_path / "reached").touch()
+            wait_for((tmp_path / "killed").exists)
+
+    def train(config):
+        watch = config["AFTER_EPOCH"]
+
+        def after_epoch(run) -> bool:
+            reach("epoch")
+            return watch(run)
+
+        result = toy_train(config | {"AFTER_EPOCH": after_epoch})
+        reach("end")
+        return result
+
+    def work() -> None:
+        try:
+            reach("import")
+            new_search().work(train, 3)
+        except Preempted as error:
+            (tmp_path / "told").write_text(str(error))
+        finally:
+            (tmp_path / "ended").touch()
+
+    def start() -> None:
+        os.environ[study_module.SEARCH_PID] = str(os.getpid())  # as Workers does
+        if os.fork() == 0:
+            work()
+            os._exit(0)
+        signal.pause()
+
+    parent = fork(start)
+    wait_for((tmp_path / "reached").exists)
+    parent.kill()
+    (tmp_path / "killed").touch()
+    wait_for((tmp_path / "ended").exists)
+    assert (tmp_path / "told").read_text() == "the search has ended"
+    states = {"import": [], "epoch": ["RUNNING"], "end": ["COMPLETE"]}
+    assert [trial.state.name for trial in new_search().trials()] == states[moment]
+
+
 class Storm:
     """Searches whose workers are killed at random moments, and one that nobody disturbs."""
 
