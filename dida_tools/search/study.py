@@ -5,6 +5,7 @@ A trial belongs to the worker that holds its lock. The kernel ends the lock with
 running in the storage, but not locked, was killed: whoever looks for work next goes on with it, from its checkpoint.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
@@ -24,7 +26,8 @@ from ..config.capture import capture, difference, restore
 from ..config.errors import UserError
 from ..config.keys import complete
 from ..training.checkpoint import checkpoint_files
-from ..training.run import Pruned, Result, Run
+from ..training.preparation import is_out_of_memory
+from ..training.run import NonFiniteLoss, OutOfMemory, Pruned, Result, Run
 from ..utils.logging.runs import run_names
 from ..utils.name import date_now, safe_name
 from ..utils.path import write_atomic
@@ -35,6 +38,7 @@ from .storage import open_storage
 
 SEARCH_PID = "SEARCH_PID"  # in the environment of a worker: the process that has started it
 _MOST_STARTS = 5  # of a trial, without a checkpoint in between
+_MOST_FAILURES = 3  # of trials in a row, in one process
 # What may differ between the workers of a search, or from one day to the next.
 _FREE_TO_CHANGE = (
     *("DATE", "DEVICE", "LOGFILE", "NOTIFY", "__COMMENT", "CHECKPOINT_SECONDS", "STUDY", "TRIAL"),
@@ -151,14 +155,22 @@ class Search:
 
         :param train: does a run; its config is the only argument
         :raises Preempted: if a signal has asked to end, or if the search has ended; the trial will be continued
+        :raises UserError: if this machine cannot train it, or if one after the other fails
         """
+        failures = 0
         with stop_on_signals():
             while (claimed := self.claim(num_trials)) is not None:
                 try:
-                    self._train(claimed, train)
+                    reason = self._train(claimed, train)
                 finally:
                     claimed.lock.release()
                 raise_if_stop_requested()
+                failures = failures + 1 if reason is not None else 0
+                if failures >= _MOST_FAILURES:
+                    raise UserError(
+                        f"{failures} trials in a row have failed, the last with {reason}: mend that, then give the "
+                        "same command."
+                    )
 
     def claim(self, num_trials: int) -> Claimed | None:
         """
@@ -193,7 +205,7 @@ class Search:
         progress = f"{files[0].name if files else 'no checkpoint'}, {len(frozen.intermediate_values)} epochs"
         if starts.count(progress) >= _MOST_STARTS:
             self.storage.set_trial_user_attr(
-                trial_id, "error", f"its process died {_MOST_STARTS} times after {progress}"
+                trial_id, "error", f"its process ended {_MOST_STARTS} times after {progress}"
             )
             self.study.tell(number, state=TrialState.FAIL)
             lock.release()
@@ -203,8 +215,13 @@ class Search:
         trial = optuna.Trial(self.study, trial_id)
         return Claimed(trial, date, self.space.suggest(trial), lock)
 
-    def _train(self, claimed: Claimed, train: Train) -> None:
-        """Trains a trial as a run of its own, or goes on with it. Whatever fails is the end of the trial alone."""
+    def _train(self, claimed: Claimed, train: Train) -> str | None:
+        """
+        Trains a trial as a run of its own, or goes on with it. What fails by its values is the end of the trial alone.
+
+        :return: why it failed, where others may fail for that, too
+        :raises UserError: if the machine is at fault; the trial stays as it is, for another try
+        """
         trial, number = claimed.trial, claimed.trial.number
         name = self._run_name(claimed.date, number)
         config = with_values(self.config, claimed.values) | {
@@ -223,16 +240,24 @@ class Search:
             trial.set_user_attr("starts", trial.user_attrs["starts"][:-1])  # no death
             raise
         except Exception as error:  # whatever a trial raises, the next one may do well
-            self._fail(trial, Redactor(config=config).text(f"{type(error).__name__}: {error}"))
+            reason = Redactor(config=config).text(f"{type(error).__name__}: {error}")
+            reason = " ".join(reason.split())[:500].rstrip(".")
+            if _is_of_machine(error):
+                raise UserError(
+                    f"trial {number} cannot be trained on this machine ({reason}): mend that, then give the same "
+                    "command, which goes on with it."
+                ) from error
+            self._fail(trial, reason)
+            return None if _is_of_values(error) else reason
         else:
             if value is None or not math.isfinite(value):
                 self._fail(trial, f"{self.goal} was {value} in all epochs")
             else:
                 self.study.tell(trial, value)
+        return None
 
     def _fail(self, trial: optuna.Trial, reason: str) -> None:
-        reason = " ".join(reason.split())[:500]
-        print(f"Trial {trial.number} failed: {reason}", flush=True)
+        _say(f"Trial {trial.number} failed: {reason}")
         trial.set_user_attr("error", reason)
         self.study.tell(trial, state=TrialState.FAIL)
 
@@ -248,7 +273,7 @@ class Search:
                 return self.pruning and not is_last and trial.should_prune()
             except Exception as error:  # each database has errors of its own; the next epoch reports this one, too
                 reason = Redactor().text(f"{type(error).__name__}: {error}")[:300]
-                print(f"Trial {trial.number}: the storage cannot be reached ({reason}); training goes on.", flush=True)
+                _say(f"Trial {trial.number}: the storage cannot be reached ({reason}); training goes on.")
                 return False
 
         return after_epoch
@@ -327,7 +352,24 @@ class Search:
         return file
 
 
+def _is_of_machine(error: Exception) -> bool:
+    """Whether the next trial would fail as well: a full disk, a folder that is gone, a GPU that is lost."""
+    if isinstance(error, torch.AcceleratorError):  # this process cannot use the GPU any more
+        return "out of memory" not in str(error)
+    return isinstance(error, OSError) or isinstance(error.__cause__, OSError)
+
+
+def _is_of_values(error: Exception) -> bool:
+    """Whether a trial fails by what it has tried: a rate too high, a model too large. The next one may do well."""
+    return isinstance(error, NonFiniteLoss | OutOfMemory) or is_out_of_memory(error)
+
+
 def _raise_if_search_ended() -> None:
     """A worker whose search was killed would train on for nobody; it has no terminal, and no signal reaches it."""
     if os.environ.get(SEARCH_PID, str(os.getppid())) != str(os.getppid()):
         raise Preempted("the search has ended")
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # of a full disk, where a log file is; nothing depends on it
+        print(text, flush=True)
