@@ -5,6 +5,7 @@ A trial belongs to the worker that holds its lock. The kernel ends the lock with
 running in the storage, but not locked, was killed: whoever looks for work next goes on with it, from its checkpoint.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
@@ -24,7 +26,8 @@ from ..config.capture import capture, difference, restore
 from ..config.errors import UserError
 from ..config.keys import complete
 from ..training.checkpoint import checkpoint_files
-from ..training.run import Pruned, Result, Run
+from ..training.preparation import is_out_of_memory
+from ..training.run import NonFiniteLoss, OutOfMemory, Pruned, Result, Run
 from ..utils.logging.runs import remove_unbegun, run_names
 from ..utils.name import date_now, safe_name
 from ..utils.path import write_atomic
@@ -33,7 +36,9 @@ from ..utils.signals import Preempted, raise_if_stop_requested, stop_on_signals
 from .space import Space, with_values
 from .storage import open_storage
 
+SEARCH_PID = "SEARCH_PID"  # in the environment of a worker: the process that has started it
 _MOST_STARTS = 5  # of a trial, without a checkpoint in between
+_MOST_FAILURES = 3  # of trials in a row, in one process
 # What may differ between the workers of a search, or from one day to the next.
 _FREE_TO_CHANGE = (
     *("DATE", "DEVICE", "LOGFILE", "NOTIFY", "__COMMENT", "CHECKPOINT_SECONDS", "STUDY", "TRIAL"),
@@ -149,18 +154,31 @@ class Search:
         Trains, until the study has this many trials and none is left behind by a process that was killed.
 
         :param train: does a run; its config is the only argument
-        :raises Preempted: if a signal has asked to end; the trial will be continued
+        :raises Preempted: if a signal has asked to end, or if the search has ended; the trial will be continued
+        :raises UserError: if this machine cannot train it, or if one after the other fails
         """
+        failures = 0
         with stop_on_signals():
             while (claimed := self.claim(num_trials)) is not None:
                 try:
-                    self._train(claimed, train)
+                    reason = self._train(claimed, train)
                 finally:
                     claimed.lock.release()
                 raise_if_stop_requested()
+                failures = failures + 1 if reason is not None else 0
+                if failures >= _MOST_FAILURES:
+                    raise UserError(
+                        f"{failures} trials in a row have failed, the last with {reason}: mend that, then give the "
+                        "same command."
+                    )
 
     def claim(self, num_trials: int) -> Claimed | None:
-        """The next trial: one that was killed, else a new one, else None. Nobody waits for longer than that takes."""
+        """
+        The next trial: one that was killed, else a new one, else None. Nobody waits for longer than that takes.
+
+        :raises Preempted: if the search that has started this process has ended
+        """
+        _raise_if_search_ended()
         with FileLock(self.folder / ".claim.lock"):
             place = self._place()
             for frozen in self.trials(TrialState.RUNNING):
@@ -187,7 +205,7 @@ class Search:
         progress = f"{files[0].name if files else 'no checkpoint'}, {len(frozen.intermediate_values)} epochs"
         if starts.count(progress) >= _MOST_STARTS:
             self.storage.set_trial_user_attr(
-                trial_id, "error", f"its process died {_MOST_STARTS} times after {progress}"
+                trial_id, "error", f"its process ended {_MOST_STARTS} times after {progress}"
             )
             self.study.tell(number, state=TrialState.FAIL)
             lock.release()
@@ -197,8 +215,13 @@ class Search:
         trial = optuna.Trial(self.study, trial_id)
         return Claimed(trial, date, self.space.suggest(trial), lock)
 
-    def _train(self, claimed: Claimed, train: Train) -> None:
-        """Trains a trial as a run of its own, or goes on with it. Whatever fails is the end of the trial alone."""
+    def _train(self, claimed: Claimed, train: Train) -> str | None:
+        """
+        Trains a trial as a run of its own, or goes on with it. What fails by its values is the end of the trial alone.
+
+        :return: why it failed, where others may fail for that, too
+        :raises UserError: if the machine is at fault; the trial stays as it is, for another try
+        """
         trial, number = claimed.trial, claimed.trial.number
         name = self._run_name(claimed.date, number)
         remove_unbegun(self.log_dir / name)  # nobody else has this trial
@@ -218,25 +241,30 @@ class Search:
             trial.set_user_attr("starts", trial.user_attrs["starts"][:-1])  # no death
             raise
         except Exception as error:  # whatever a trial raises, the next one may do well
-            self._fail(trial, Redactor(config=config).text(f"{type(error).__name__}: {error}"))
+            reason = Redactor(config=config).text(f"{type(error).__name__}: {error}")
+            reason = " ".join(reason.split())[:500].rstrip(".")
+            if _is_of_machine(error):
+                raise UserError(
+                    f"trial {number} cannot be trained on this machine ({reason}): mend that, then give the same "
+                    "command, which goes on with it."
+                ) from error
+            self._fail(trial, reason)
+            return None if _is_of_values(error) else reason
         else:
             if value is None or not math.isfinite(value):
                 self._fail(trial, f"{self.goal} was {value} in all epochs")
             else:
                 self.study.tell(trial, value)
+        return None
 
     def _fail(self, trial: optuna.Trial, reason: str) -> None:
-        reason = " ".join(reason.split())[:500]
-        print(f"Trial {trial.number} failed: {reason}", flush=True)
+        _say(f"Trial {trial.number} failed: {reason}")
         trial.set_user_attr("error", reason)
         self.study.tell(trial, state=TrialState.FAIL)
 
     def _watch(self, trial: optuna.Trial) -> Callable[[Run], bool]:
-        parent = os.getppid()
-
         def after_epoch(run: Run) -> bool:
-            if os.getppid() != parent:
-                raise Preempted("the search has ended")
+            _raise_if_search_ended()
             try:
                 known = self.storage.get_trial(trial._trial_id).intermediate_values
                 for epoch, event in sorted(run.history.items()):  # with those from before an interruption
@@ -246,7 +274,7 @@ class Search:
                 return self.pruning and not is_last and trial.should_prune()
             except Exception as error:  # each database has errors of its own; the next epoch reports this one, too
                 reason = Redactor().text(f"{type(error).__name__}: {error}")[:300]
-                print(f"Trial {trial.number}: the storage cannot be reached ({reason}); training goes on.", flush=True)
+                _say(f"Trial {trial.number}: the storage cannot be reached ({reason}); training goes on.")
                 return False
 
         return after_epoch
@@ -323,3 +351,26 @@ class Search:
         file, text = self.folder / "best_config.json", json.dumps(self.best_record(), indent=2)
         write_atomic(file, lambda stream: stream.write(text.encode()))
         return file
+
+
+def _is_of_machine(error: Exception) -> bool:
+    """Whether the next trial would fail as well: a full disk, a folder that is gone, a GPU that is lost."""
+    if isinstance(error, torch.AcceleratorError):  # this process cannot use the GPU any more
+        return "out of memory" not in str(error)
+    return isinstance(error, OSError) or isinstance(error.__cause__, OSError)
+
+
+def _is_of_values(error: Exception) -> bool:
+    """Whether a trial fails by what it has tried: a rate too high, a model too large. The next one may do well."""
+    return isinstance(error, NonFiniteLoss | OutOfMemory) or is_out_of_memory(error)
+
+
+def _raise_if_search_ended() -> None:
+    """A worker whose search was killed would train on for nobody; it has no terminal, and no signal reaches it."""
+    if os.environ.get(SEARCH_PID, str(os.getppid())) != str(os.getppid()):
+        raise Preempted("the search has ended")
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # of a full disk, where a log file is; nothing depends on it
+        print(text, flush=True)

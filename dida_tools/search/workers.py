@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ..config.errors import UserError
 from ..utils.path import shown
 from ..utils.signals import Preempted, stop_on_signals, stop_requested
-from .study import Search
+from .study import SEARCH_PID, Search
 
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -27,19 +27,26 @@ class Workers:
 
     def __init__(self, command: Sequence[str], number: int, folder: Path) -> None:
         """
-        Starts them.
-
         :param command: what a worker runs; its number is added
         :param folder: gets what they print
         """
         self._command, self._folder, self._number = list(command), folder, number
         self._processes: dict[int, subprocess.Popen] = {}
         self._is_stopping, self._deaths, self._progress = False, 0, 0
-        for worker in range(number):
+
+    def start(self) -> None:
+        """
+        Starts them. Ctrl-C does not reach them: whoever starts them stops them, see watch.
+
+        :raises OSError: if one cannot be started; those before it are
+        """
+        for worker in range(self._number):
             self._start(worker)
 
     def _start(self, worker: int) -> None:
         environment, gpus = dict(os.environ), torch.cuda.device_count()
+        if os.name == "posix":  # elsewhere the interpreter may have a launcher in between
+            environment[SEARCH_PID] = str(os.getpid())
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._number)))
         if gpus > 1:
             known = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -99,7 +106,7 @@ class Workers:
 
 def watch(search: Search, workers: Workers, num_trials: int) -> None:
     """
-    Shows the search until all workers have ended.
+    Starts the workers, and shows the search until all have ended; whatever goes wrong here, none is left.
 
     :raises Preempted: if a signal has asked to end, when the workers have saved
     :raises KeyboardInterrupt: if Ctrl-C was pressed twice
@@ -108,6 +115,7 @@ def watch(search: Search, workers: Workers, num_trials: int) -> None:
     with stop_on_signals():
         is_stopping = False
         try:
+            workers.start()
             while workers.look(board.update()):
                 if stop_requested() and not is_stopping:
                     is_stopping = True

@@ -1,11 +1,14 @@
 """A search: its trials are ordinary runs, and nothing that happens to one of them is the end of the others."""
 
+import errno
 import importlib
+import io
 import json
 import os
 import pkgutil
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from dida_tools.search import study as study_module
 from dida_tools.search.space import choice, log_uniform, uniform
 from dida_tools.training import record as record_module
 from dida_tools.training import run as run_module
-from dida_tools.training.run import Pruned
+from dida_tools.training.run import NonFiniteLoss, OutOfMemory, Pruned
 from dida_tools.utils.logging import read_log
 from dida_tools.utils.logging.journal import read_journal
 from dida_tools.utils.logging.runs import read_run_config, run_names
@@ -132,6 +135,111 @@ def test_a_failed_trial_does_not_end_the_search(new_search, toy_train, capsys):
     assert "very-secret" not in capsys.readouterr().out
 
 
+def failing(toy_train, errors: list):
+    """Trains with the toy what does not fail; None: it does not."""
+
+    def train(config):
+        error = errors[config["TRIAL"]]
+        if error is not None:
+            raise error
+        return toy_train(config)
+
+    return train
+
+
+def full_disk() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def caused_by_full_disk() -> Exception:
+    error = UserError("a.png: cannot be read")
+    error.__cause__ = full_disk()
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [full_disk(), caused_by_full_disk(), torch.AcceleratorError("CUDA error: the device is gone")],
+    ids=["disk", "cause", "gpu"],
+)
+def test_what_is_the_fault_of_the_machine_is_not_that_of_the_trial(new_search, toy_train, error):
+    search = new_search()
+    for _ in range(2):  # nor that of the next one
+        with pytest.raises(UserError, match=r"trial 1 cannot be trained on this machine \(.*: mend that"):
+            search.work(failing(toy_train, [None, error, None]), 3)
+        assert [trial.state.name for trial in search.trials()] == ["COMPLETE", "RUNNING"]
+    search.work(toy_train, 3)
+    assert [trial.state.name for trial in search.trials()] == ["COMPLETE"] * 3
+    for _ in range(5):
+        with pytest.raises(UserError, match="trial 3"):
+            search.work(failing(toy_train, [None, None, None, error, None]), 5)
+    search.work(toy_train, 5)  # it is not tried for ever
+    assert [trial.state.name for trial in search.trials()][3:] == ["FAIL", "COMPLETE"]
+
+
+def test_a_run_that_a_full_disk_has_ended_is_gone_on_with(new_search, train_with, global_config):
+    def train(config):
+        watch = config["AFTER_EPOCH"]
+
+        def after_epoch(run) -> bool:
+            if run.state.epoch == 2:
+                raise full_disk()
+            return watch(run)
+
+        return train_with()(config | {"AFTER_EPOCH": after_epoch})
+
+    search = new_search(SPACE, EPOCHS=3, CHECKPOINT_SECONDS=0)
+    with pytest.raises(UserError, match="No space left"):
+        search.work(train, 1)
+    assert [(row["STATUS"], row["EPOCH"]) for row in rows_of(global_config)] == [("failed", 2)]
+    search.work(train_with(), 1)
+    (trial,) = search.trials()
+    assert (trial.state, list(trial.intermediate_values)) == (TrialState.COMPLETE, [1, 2, 3])
+    assert trial.user_attrs["starts"][1].startswith("last-")
+    assert [(row["STATUS"], row["EPOCH"]) for row in rows_of(global_config)] == [("finished", 3)]
+
+
+def test_a_worker_whose_trials_all_fail_ends_before_they_are_used_up(new_search, toy_train):
+    wrong = RuntimeError("the driver is\nwrong")
+    search = new_search()
+    with pytest.raises(UserError, match=r"3 trials in a row .* with RuntimeError: the driver is wrong: mend that"):
+        search.work(failing(toy_train, [None, wrong, wrong, None, wrong, Pruned(), wrong, wrong, wrong, None]), 10)
+    states = ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "FAIL", "PRUNED", "FAIL", "FAIL", "FAIL"]
+    assert [trial.state.name for trial in search.trials()] == states
+    search.work(toy_train, 10)
+    assert search.trials()[9].state == TrialState.COMPLETE
+
+
+@pytest.mark.parametrize(
+    "error", [NonFiniteLoss("it is nan"), OutOfMemory("too large"), torch.OutOfMemoryError("too large")]
+)
+def test_trials_with_bad_values_are_no_reason_to_end(new_search, toy_train, error):
+    search = new_search()
+    search.work(failing(toy_train, [error] * 5 + [None]), 6)
+    assert [trial.state.name for trial in search.trials()] == ["FAIL"] * 5 + ["COMPLETE"]
+
+
+class FullDisk(io.StringIO):
+    """A log file there."""
+
+    def write(self, text: str) -> int:
+        raise full_disk()
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_search(new_search, toy_train, monkeypatch):
+    def train(config):
+        if config["TRIAL"] == 0:
+            raise RuntimeError("out of luck")
+        with monkeypatch.context() as patch:
+            patch.setattr(search.storage, "get_trial", lambda *_: 1 / 0)  # what is told meanwhile, too
+            return toy_train(config)
+
+    search = new_search()
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    search.work(train, 2)
+    assert [trial.state.name for trial in search.trials()] == ["FAIL", "COMPLETE"]
+
+
 @pytest.mark.parametrize(("monitor", "better"), [("max f1", max), ("min f1", min)])
 def test_monitor_decides_what_is_best(new_search, toy_train, monitor, better):
     search = new_search(MONITOR=monitor)
@@ -217,7 +325,7 @@ def test_a_trial_whose_process_dies_again_and_again_is_given_up(new_search, toy_
     search.work(toy_train, 2)
     first, second = search.trials()
     assert (first.state, second.state) == (TrialState.FAIL, TrialState.COMPLETE)
-    assert first.user_attrs["error"] == "its process died 5 times after no checkpoint, 0 epochs"
+    assert first.user_attrs["error"] == "its process ended 5 times after no checkpoint, 0 epochs"
 
 
 @pytest.mark.parametrize("moment", ["make_unique_dir", "Journal", "write_record", "write_row"])
@@ -263,6 +371,50 @@ def test_a_signal_ends_after_saving_and_counts_as_no_death(new_search, train_wit
     assert search.trials()[0].state == TrialState.COMPLETE
     rows = rows_of(global_config)
     assert [(row["STATUS"], row["EPOCH"]) for row in rows] == [("finished", 3)]
+
+
+@pytest.mark.parametrize("moment", ["import", "epoch", "end"])
+def test_a_worker_ends_with_its_search_whenever_that_is_killed(new_search, toy_train, fork, wait_for, tmp_path, moment):
+    def reach(name: str) -> None:
+        if name == moment:
+            (tmp_path / "reached").touch()
+            wait_for((tmp_path / "killed").exists)
+
+    def train(config):
+        watch = config["AFTER_EPOCH"]
+
+        def after_epoch(run) -> bool:
+            reach("epoch")
+            return watch(run)
+
+        result = toy_train(config | {"AFTER_EPOCH": after_epoch})
+        reach("end")
+        return result
+
+    def work() -> None:
+        try:
+            reach("import")
+            new_search().work(train, 3)
+        except Preempted as error:
+            (tmp_path / "told").write_text(str(error))
+        finally:
+            (tmp_path / "ended").touch()
+
+    def start() -> None:
+        os.environ[study_module.SEARCH_PID] = str(os.getpid())  # as Workers does
+        if os.fork() == 0:
+            work()
+            os._exit(0)
+        signal.pause()
+
+    parent = fork(start)
+    wait_for((tmp_path / "reached").exists)
+    parent.kill()
+    (tmp_path / "killed").touch()
+    wait_for((tmp_path / "ended").exists)
+    assert (tmp_path / "told").read_text() == "the search has ended"
+    states = {"import": [], "epoch": ["RUNNING"], "end": ["COMPLETE"]}
+    assert [trial.state.name for trial in new_search().trials()] == states[moment]
 
 
 class Storm:

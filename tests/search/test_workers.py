@@ -2,15 +2,23 @@
 
 import io
 import os
+import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import optuna
 import pytest
 
 from dida_tools.config.errors import UserError
 from dida_tools.search.pictures import find_importance, save_pictures
-from dida_tools.search.workers import Board, Workers, duration
+from dida_tools.search.workers import Board, Workers, duration, watch
+from dida_tools.utils.signals import Preempted
+
+WAITS = (
+    "signal.signal(signal.SIGTERM, lambda *_: (print('asked', flush=True), sys.exit(75)))\n"
+    "print('ready', flush=True)\ntime.sleep(100)"
+)
 
 
 def command(code: str) -> list[str]:
@@ -18,16 +26,19 @@ def command(code: str) -> list[str]:
 
 
 def run_out(workers: Workers) -> None:
+    workers.start()
     while workers.look(0):
         time.sleep(0.02)
 
 
-def test_each_worker_gets_its_number_its_threads_and_a_log(tmp_path, monkeypatch):
+def test_each_worker_gets_its_number_its_threads_its_search_and_a_log(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    workers = Workers(command("print(sys.argv[1], os.environ['OMP_NUM_THREADS'])"), 3, tmp_path)
+    code = "print(sys.argv[1], os.environ['OMP_NUM_THREADS'], os.environ['SEARCH_PID'])"
+    workers = Workers(command(code), 3, tmp_path)
     run_out(workers)
-    assert [workers.log(worker).read_text().split() for worker in range(3)] == [[str(n), "4"] for n in range(3)]
+    told = [workers.log(worker).read_text().split() for worker in range(3)]
+    assert told == [[str(worker), "4", str(os.getpid())] for worker in range(3)]
 
 
 def test_a_killed_worker_is_started_again(tmp_path):
@@ -45,16 +56,48 @@ def test_a_worker_that_fails_or_dies_for_ever_is_told_with_its_last_words(tmp_pa
 
 
 def test_workers_are_asked_to_end_once(tmp_path, wait_for):
-    code = (
-        "signal.signal(signal.SIGTERM, lambda *_: (print('asked', flush=True), sys.exit(75)))\n"
-        "print('ready', flush=True)\ntime.sleep(100)"
-    )
-    workers = Workers(command(code), 2, tmp_path)
+    workers = Workers(command(WAITS), 2, tmp_path)
+    workers.start()
     for worker in range(2):
         wait_for(lambda worker=worker: "ready" in workers.log(worker).read_text())
     workers.stop()
-    run_out(workers)
+    workers.wait()
+    assert not workers.look(0)
     assert [workers.log(worker).read_text() for worker in range(2)] == ["ready\nasked\n"] * 2
+
+
+@pytest.mark.parametrize("trouble", ["start", "signal", "storage"])
+def test_no_worker_is_left_by_what_goes_wrong_while_they_are_started(
+    new_search, tmp_path, wait_for, monkeypatch, trouble
+):
+    search, workers = new_search(), Workers(command(WAITS), 2, tmp_path)
+    log, trials = workers.log, search.trials
+
+    def log_of(worker: int):
+        if worker == 1:
+            wait_for(lambda: "ready" in log(0).read_text())
+            if trouble == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if trouble == "storage":
+                monkeypatch.setattr(search, "trials", lambda *_: 1 / 0)
+        return tmp_path if worker == 1 and trouble == "start" else log(worker)
+
+    monkeypatch.setattr(workers, "log", log_of)
+    error = {"start": IsADirectoryError, "signal": Preempted, "storage": ZeroDivisionError}[trouble]
+    with pytest.raises(error):
+        watch(search, workers, 2)
+    assert log(0).read_text() == "ready\nasked\n"
+    assert trials() == []
+
+
+def test_no_worker_is_started_where_the_storage_cannot_be_reached(tmp_path):
+    def trials(*_):
+        raise UserError("the storage cannot be reached")
+
+    workers = Workers(command(WAITS), 1, tmp_path)
+    with pytest.raises(UserError, match="cannot be reached"):
+        watch(SimpleNamespace(trials=trials, name="toy"), workers, 1)
+    assert not workers.log(0).exists()
 
 
 class Terminal(io.StringIO):
