@@ -79,7 +79,12 @@ def main() -> int:
     try:
         if arguments.command != "rebuild" and LOG_DIR.is_dir():
             refresh_log(LOG_DIR, arguments.logfile)
-        return arguments.call(arguments)
+        code = arguments.call(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read it has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

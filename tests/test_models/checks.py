@@ -293,9 +293,12 @@ def test_better_than_the_baselines(subject: Subject, show: Show) -> None:
     pytest.importorskip("sklearn", reason="the baselines need scikit-learn")
     model, (trees, trivial) = subject.quality_on_all(), _baselines(subject)
     recorded = [subject.recorded.get(f"f1.{name}") if model.name == "F1" else None for name in subject.class_names]
-    columns = [subject.class_names, model.per_class(), recorded, trees.per_class(), trivial.per_class()]
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    rows.append(["mean", model.mean(), subject.recorded.get("f1"), trees.mean(), trivial.mean()])
+    recorded.append(subject.recorded.get("f1"))
+    if len(subject.class_names) == 2 and recorded[1] is None:  # what is called f1 is then that of the second
+        recorded[1:] = [recorded[2], None]
+    columns = [[*model.per_class(), model.mean()], recorded]
+    columns += [[*baseline.per_class(), baseline.mean()] for baseline in (trees, trivial)]
+    rows = [list(row) for row in zip([*subject.class_names, "mean"], *columns, strict=True)]
     header = ["", "model", "recorded", "by pixel", "trivial"]
     show(table(f"Quality on all {len(subject.data.test_set)} test samples: {model.name}", header, rows))
     worse, bound = [], subject.bounds["baselines"]
