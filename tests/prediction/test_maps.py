@@ -449,7 +449,7 @@ predict({{**{config | {"MODEL": None, "FILES": files}!r}, "MODEL": Net, "MODEL_C
     return subprocess.Popen([sys.executable, "-c", code], env=os.environ | keep, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("ending", ["npy", "tif"])
+@pytest.mark.parametrize("ending", [pytest.param("npy", marks=pytest.mark.slow), "tif"])  # the same code grows both
 def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(tmp_path, config, ending):
     image = reflectance(400, 60)
     image[100:130] = 0

@@ -222,7 +222,7 @@ print(package.__file__, package.__version__, "dida_tools" in sys.modules)
 @pytest.mark.parametrize("made", ["without-pytorch", pytest.param("least", marks=pytest.mark.slow)], indirect=True)
 def test_a_part_of_its_tests_passes_here(made):
     folder, _, _, _ = made
-    tests = ["tests/scripts/test_environments.py", "tests/training/test_pictures.py", "tests/utils/test_name.py"]
+    tests = ["tests/training/test_pictures.py", "tests/utils/test_name.py", "tests/config/test_device.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
     assert " passed" in run(folder, *command)
 

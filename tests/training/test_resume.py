@@ -253,15 +253,20 @@ def assert_each_copy_ends_as_the_whole(train, sets, config: dict, copies: list, 
         assert [row["STATUS"] for row in rows_of(make_global_config(folder))] == ["finished"]
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_ended_at_any_moment_it_goes_on_from_there_and_ends_the_same(train, long_training, tmp_path, workers):
+@pytest.mark.parametrize(
+    ("workers", "every"),
+    # By default, each moment of one routine, and every third one of those that share its code for it.
+    [(0, 3), pytest.param(0, 1, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)],
+)
+def test_ended_at_any_moment_it_goes_on_from_there_and_ends_the_same(train, long_training, tmp_path, workers, every):
     sets, config = long_training
     config["DATA_LOADER_CONFIG"]["num_workers"] = workers
     copies = train_with_copies(train, sets, config, tmp_path)
     # Before the first step, and after each one; after an epoch's last one, its results and what follows on them, too;
     # at the end, also what is fitted.
     assert Counter(step for step, _ in copies) == Counter([*range(37), 12, 12, 24, 24, 36, 36, 36])
-    assert_each_copy_ends_as_the_whole(train, sets, config, copies, tmp_path)
+    every = 1 if train.__module__.endswith(FIRST) else every
+    assert_each_copy_ends_as_the_whole(train, sets, config, copies[::every], tmp_path)
 
 
 def test_a_few_of_these_moments_with_workers(train, long_training, tmp_path):
