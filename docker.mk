@@ -5,7 +5,7 @@ IMAGE = dida-tools
 # Which trained run goes into an image, or predicts.
 RUN ?=
 # Which image runs: train, predict, or the one with the run.
-TAG ?= $(if $(RUN),$(RUN),train)
+IMAGE_TAG ?= $(if $(RUN),$(RUN),train)
 # What a model or routine needs besides: make docker-build PACKAGES="monai pytorch-ignite".
 PACKAGES ?=
 BASE_IMAGE ?=
@@ -32,4 +32,4 @@ docker-run: MOUNTED = $(if $(RUN),data predictions,data logs predictions weights
 docker-run:  ## train in the image; ARGS="EPOCHS=3"; predict with RUN=NAME ARGS="-i data/new -o predictions"
 	@mkdir -p $(MOUNTED)
 	$(DOCKER) run --rm $$(test -t 0 && echo --interactive --tty) --user "$$(id -u):$$(id -g)" $(GPUS) --shm-size 2g \
-		$(foreach folder,$(MOUNTED),--volume "$(CURDIR)/$(folder):/project/$(folder)") $(IMAGE):$(TAG) $(ARGS)
+		$(foreach folder,$(MOUNTED),--volume "$(CURDIR)/$(folder):/project/$(folder)") $(IMAGE):$(IMAGE_TAG) $(ARGS)

@@ -113,6 +113,13 @@ def test_help_is_the_default_and_shows_all_targets(project):
     assert sorted(re.findall(r"^  make (\S+) +\S", printed, re.MULTILINE)) == sorted(PHONY)
 
 
+@pytest.mark.parametrize("target", ["template-diff", "template-update"])
+def test_a_version_of_the_template_is_asked_for_only_if_told(project, target):
+    command = f"tools/template.py {target.partition('-')[2]}"
+    assert [line.split(maxsplit=1)[1] for line in project.make("-n", target)[1].splitlines()][0].strip() == command
+    assert f"{command} v1.2.0" in project.make("-n", target, "TAG=v1.2.0")[1]
+
+
 @pytest.mark.parametrize("env", ["venv", "conda"])
 @pytest.mark.parametrize("target", PHONY)
 def test_every_target_is_understood(project, target, env):
