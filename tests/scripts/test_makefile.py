@@ -116,7 +116,7 @@ def test_help_is_the_default_and_shows_all_targets(project):
 @pytest.mark.parametrize("target", ["template-diff", "template-update"])
 def test_a_version_of_the_template_is_asked_for_only_if_told(project, target):
     command = f"tools/template.py {target.partition('-')[2]}"
-    assert [line.split(maxsplit=1)[1] for line in project.make("-n", target)[1].splitlines()][0].strip() == command
+    assert next(line.split(maxsplit=1)[1] for line in project.make("-n", target)[1].splitlines()).strip() == command
     assert f"{command} v1.2.0" in project.make("-n", target, "TAG=v1.2.0")[1]
 
 
