@@ -145,8 +145,7 @@ def prepare(
     if hasattr(train_set, "contract"):
         contract = train_set.contract(config["NORMALISE"], cache_file)
     else:
-        is_masked = any(getattr(metric, "masked", False) for metric in config["METRICS"].values())
-        contract = _contract_of_foreign(train_set, model, is_masked)
+        contract = _contract_of_foreign(train_set, model, config["METRICS"])
     contract = replace(contract, outputs=num_outputs or 1)
     if contract.constant_channels():
         warnings.warn(
@@ -316,8 +315,9 @@ def _hashes(given: dict[str, Any], init_weights: Any) -> dict[str, dict[str, Any
     return hashes
 
 
-def _contract_of_foreign(dataset: Any, model: nn.Module, is_masked: bool) -> DataContract:
+def _contract_of_foreign(dataset: Any, model: nn.Module, metrics: dict[str, Any]) -> DataContract:
     """Foreign data sets give what the model should see: no scaling, no normalisation."""
+    is_masked = any(getattr(metric, "masked", False) for metric in metrics.values())
     inputs, targets = default_collate([dataset[0]])
     with torch.no_grad():
         predictions = model(inputs)
