@@ -139,7 +139,7 @@ def refuse_disagreement(facts: dict[str, Any]) -> None:
 
     :raises UserError: in all processes, naming what differs
     """
-    main, *others = gather(facts)
+    main, *others = gather({name: repr(value) for name, value in facts.items()})  # as text, NaN equals NaN
     for number, other in enumerate(others, 1):
         names = [name for name in {**main, **other} if main.get(name) != other.get(name)]
         if names:

@@ -327,7 +327,7 @@ def _contract_of_foreign(dataset: Any, model: nn.Module, metrics: dict[str, Any]
         if not is_masked:
             return targets
         targets, usable = unmask(predictions, targets)
-        return targets * (usable > 0).reshape(len(usable), *[1] * (targets.ndim - usable.ndim), *usable.shape[1:])
+        return targets.masked_fill((usable if targets.ndim == usable.ndim else usable[:, None]) == 0, 0)
 
     targets = bare(targets)
     if is_multi_class(predictions, targets) and not targets.is_floating_point():

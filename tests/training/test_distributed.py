@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import itertools
 import os
+import pickle
 import pkgutil
 import re
 import shutil
@@ -818,6 +819,16 @@ def test_routines_for_one_process_refuse_several_in_a_sentence(pairs_dir, tmp_pa
     assert "Traceback" not in told
     assert [(tmp_path / f"codes-{rank}").read_text() for rank in range(2)] == ["1 " * len(ALONE)] * 2
     assert {path.name.split(".json")[0] for path in project.rglob("*") if path.is_file()} <= {"data_facts"}
+
+
+def test_what_is_not_a_number_is_no_disagreement(monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, pickle.loads(pickle.dumps(value))])
+    distributed.refuse_disagreement({"data contract": {"nodata": float("nan")}, "lr": 0.1})
+    others = iter([0.1, 0.2])
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, value | {"lr": repr(next(others))}])
+    distributed.refuse_disagreement({"lr": 0.1})
+    with pytest.raises(UserError, match="process 1 was given another lr than process 0"):
+        distributed.refuse_disagreement({"lr": 0.1})
 
 
 @needs_processes
