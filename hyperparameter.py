@@ -50,12 +50,18 @@ _NUM_SHOWN = 5
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the config, such as EPOCHS=3")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="values of the config, such as EPOCHS=3"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train/{x,y} and test/{x,y}")
     parser.add_argument("--routine", choices=ROUTINES, help=f"what trains (default: {DEFAULT_ROUTINE})")
     parser.add_argument("--variant", default="small", metavar="NAME", help="variant of its config, or full")
-    parser.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all, earlier ones too (20)")
+    parser.add_argument(
+        "--trials", type=int, default=20, metavar="N", help="trials in all, earlier ones too (20)"
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine (1)")
     parser.add_argument(
         "--storage",
@@ -63,8 +69,12 @@ def main() -> int:
         metavar="URL",
         help="of a database, or a journal file (default: OPTUNA_STORAGE, else one in LOG_DIR/search/STUDY)",
     )
-    parser.add_argument("--study", default="search", metavar="NAME", help="name of the search (default: search)")
-    parser.add_argument("--no-pruning", action="store_true", help="train trials to their end that do not look well")
+    parser.add_argument(
+        "--study", default="search", metavar="NAME", help="name of the search (default: search)"
+    )
+    parser.add_argument(
+        "--no-pruning", action="store_true", help="train trials to their end that do not look well"
+    )
     parser.add_argument("--train-best", action="store_true", help="train the best config of the search")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # how the search starts its own
     parser.add_argument("-w", action="store_true", help="suppress warnings")
@@ -103,7 +113,7 @@ def search(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     space = Space(search_space)
 
     def datasets(config: dict[str, Any]) -> tuple[Any, Any, Any]:
-        # <- your data here: any data sets of (input, target) pairs
+        # <- your data here: any datasets of (input, target) pairs
         return build_datasets(config)
 
     if arguments.worker is not None:
@@ -124,7 +134,9 @@ def search(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     given = (train_dataset, test_dataset, rehearsed, global_config, validation_dataset, routine.__name__)
     preparation = prepare(*given)
     if preparation.validation_set is None:
-        raise UserError("there is no validation set, so no trial is better than another: set VALIDATION_FRACTION=0.2.")
+        raise UserError(
+            "there is no validation set, so no trial is better than another: set VALIDATION_FRACTION=0.2."
+        )
     record = preparation.record
     place = capture({key: first[key] for key in ("DEVICE", "PRECISION") if key in first})["config"]
     record["config"] = record["config"] | place
@@ -168,7 +180,9 @@ def found_best(found: Any, arguments: argparse.Namespace) -> int:
 
 def train_best(arguments: argparse.Namespace) -> int:
     """Trains the best config, as train.py would; goes on with that where it was interrupted."""
-    config = open_search(arguments, Space(search_space), load_routine(DEFAULT_ROUTINE).train_config).best_config()
+    config = open_search(
+        arguments, Space(search_space), load_routine(DEFAULT_ROUTINE).train_config
+    ).best_config()
     problems: list[str] = []
     config = override(config, arguments.overrides, problems)
     check(config, problems)

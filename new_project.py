@@ -52,21 +52,34 @@ PARTS = {
     ),
     "slurm": Part("`slurm/`: a job for a cluster", ("slurm/*", "tests/scripts/test_slurm.py")),
     "docker": Part(
-        "`Dockerfile`: a container", ("Dockerfile", ".dockerignore", "docker.mk", "tests/scripts/test_docker.py")
+        "`Dockerfile`: a container",
+        ("Dockerfile", ".dockerignore", "docker.mk", "tests/scripts/test_docker.py"),
     ),
-    "docs": Part("`docs/`: documentation, built by `make doc`", ("docs/*", "tests/scripts/test_docs.py"), ("doc",)),
+    "docs": Part(
+        "`docs/`: documentation, built by `make doc`", ("docs/*", "tests/scripts/test_docs.py"), ("doc",)
+    ),
     "benchmarks": Part("`benchmarks/`: measuring speed", ("benchmarks/*", "tests/benchmarks/*")),
 }
 ROUTINE_FILES = ("PACKAGE/training/{}_training.py", "tests/training/test_{}_training.py")
 # What is about the template itself.
-TEMPLATE_FILES = ("README.md", "CHANGELOG.md", "UPGRADING.md", "new_project.py", "tests/scripts/test_new_project.py")
+TEMPLATE_FILES = (
+    "README.md",
+    "CHANGELOG.md",
+    "UPGRADING.md",
+    "new_project.py",
+    "tests/scripts/test_new_project.py",
+)
 CONDA_NAMES = {"pytorch-ignite": "ignite"}  # where dev.yml has another name than pyproject.toml
 
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the new project's folder, which is not there yet or is empty")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, help="the new project's folder, which is not there yet or is empty"
+    )
     parser.add_argument("--name", help="the new package's name (default: that of the folder)")
     parser.add_argument("--routines", metavar="A,B", help=f"of {', '.join(routines_of(ROOT))} (default: all)")
     parser.add_argument("--without", metavar="A,B", default="", help=f"of {', '.join(PARTS)}")
@@ -88,13 +101,21 @@ def main() -> int:
     routines = chosen("--routines", arguments.routines, routines_of(ROOT)) if arguments.routines else None
     without = chosen("--without", arguments.without, PARTS)
     if try_git("var", "GIT_COMMITTER_IDENT", folder=ROOT).returncode:
-        refuse('git does not know who you are: git config --global user.name "..." and user.email, then again.')
+        refuse(
+            'git does not know who you are: git config --global user.name "..." and user.email, then again.'
+        )
     if git("status", "--porcelain", "--untracked-files=no", folder=ROOT):
         print("The template has changes that are not committed: they are left out.", file=sys.stderr)
     command = shlex.join(["python", Path(__file__).name, *sys.argv[1:]])
     make_files(arguments.folder, make_record(template_place(), command, name, routines, without))
     git("init", "--quiet", folder=arguments.folder)
-    git("reset", "--quiet", "--hard", commit_folder(arguments.folder, arguments.folder), folder=arguments.folder)
+    git(
+        "reset",
+        "--quiet",
+        "--hard",
+        commit_folder(arguments.folder, arguments.folder),
+        folder=arguments.folder,
+    )
     print(
         f"{arguments.folder} holds the project {name}, in its first commit. Next: cd {arguments.folder} && make train"
     )
@@ -232,15 +253,23 @@ def leave_out(folder: Path, dropped: set[str], package: str) -> None:
 
     unneeded = {CONDA_NAMES.get(name, name) for name in before - requirements(text)}
     lines = (folder / "dev.yml").read_text().splitlines(keepends=True)
-    wanted = [line for line in lines if not (line.startswith("  - ") and requirement_name(line[4:]) in unneeded)]
+    wanted = [
+        line for line in lines if not (line.startswith("  - ") and requirement_name(line[4:]) in unneeded)
+    ]
     (folder / "dev.yml").write_text("".join(wanted))
 
     # A rule of the Makefile goes from its target to an empty line.
-    names = "|".join([names, *(target for name in sorted(dropped & PARTS.keys()) for target in PARTS[name].targets)])
-    text = re.sub(rf"^(?:{names})(?:-[a-z-]+)?:(?:.+\n)+\n?", "", (folder / "Makefile").read_text(), flags=re.MULTILINE)
+    names = "|".join(
+        [names, *(target for name in sorted(dropped & PARTS.keys()) for target in PARTS[name].targets)]
+    )
+    text = re.sub(
+        rf"^(?:{names})(?:-[a-z-]+)?:(?:.+\n)+\n?", "", (folder / "Makefile").read_text(), flags=re.MULTILINE
+    )
     lines = text.splitlines(keepends=True)
     phony = re.compile(rf" (?:{names})(?:-[a-z-]+)?(?=\s)")
-    (folder / "Makefile").write_text("".join(phony.sub("", x) if x.startswith(".PHONY:") else x for x in lines))
+    (folder / "Makefile").write_text(
+        "".join(phony.sub("", x) if x.startswith(".PHONY:") else x for x in lines)
+    )
 
 
 def fnmatch_any(files: list[str], patterns: list[str]) -> bool:
@@ -264,11 +293,15 @@ def rename(folder: Path, old: str, new: str) -> None:
     """Renames the package folder, and its name in every file: crop_yield, crop-yield and "crop yield"."""
     (folder / old).rename(folder / new)
     first, *others = old.split("_")
-    pattern = re.compile(rf"{first}([_-]|\s+)" + r"(?:[_-]|\s+)".join(others), re.IGNORECASE)  # a line may end there
+    pattern = re.compile(
+        rf"{first}([_-]|\s+)" + r"(?:[_-]|\s+)".join(others), re.IGNORECASE
+    )  # a line may end there
 
     def renamed(match: re.Match) -> str:
         between = match[1]
-        text = new.replace("_", between, 1).replace("_", " ") if between.isspace() else new.replace("_", between)
+        text = (
+            new.replace("_", between, 1).replace("_", " ") if between.isspace() else new.replace("_", between)
+        )
         return text.upper() if match[0].isupper() else text.capitalize() if match[0][0].isupper() else text
 
     for file in folder.rglob("*"):
@@ -290,10 +323,17 @@ def set_own_texts(folder: Path, record: dict[str, Any]) -> None:
         for file in folder.glob("tests/**/*.py"):
             replace(file, r"\bpytorch_training\b", f"{routines[0]}_training")
     files = [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
-    parts = {part.about: [pattern.replace("PACKAGE", name) for pattern in part.files] for part in PARTS.values()}
-    there = [about.replace("PACKAGE", name) for about, patterns in parts.items() if fnmatch_any(files, patterns)]
+    parts = {
+        part.about: [pattern.replace("PACKAGE", name) for pattern in part.files] for part in PARTS.values()
+    }
+    there = [
+        about.replace("PACKAGE", name) for about, patterns in parts.items() if fnmatch_any(files, patterns)
+    ]
     readme = README.format(
-        title=spoken, name=name, routines=", ".join(routines), parts="".join(f"- {about}\n" for about in there)
+        title=spoken,
+        name=name,
+        routines=", ".join(routines),
+        parts="".join(f"- {about}\n" for about in there),
     )
     (folder / "README.md").write_text(readme)
     (folder / RECORD).write_text(json.dumps(record, indent=4) + "\n")

@@ -28,7 +28,13 @@ from dida_tools.utils.signals import EXIT_CODE, Preempted
 
 predict_config = {
     "MODEL": UNET,  # <- your model here
-    "MODEL_CONFIG": {"ch_in": 12, "ch_out": 5, "bulk_ch": 16, "n_recursions": 3, "norm": partial(GroupNorm, 8)},
+    "MODEL_CONFIG": {
+        "ch_in": 12,
+        "ch_out": 5,
+        "bulk_ch": 16,
+        "n_recursions": 3,
+        "norm": partial(GroupNorm, 8),
+    },
     "WEIGHTS": "weights/model.pt",  # <- your weights here
     "DEVICE": "auto",
     "OUTPUT": "classes",  # or probabilities, confidence, entropy; or several: ["classes", "confidence"]
@@ -40,9 +46,13 @@ predict_config = {
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_options(parser)
-    parser.add_argument("--weights", metavar="FILE", type=Path, help="another weights file than that of the config")
+    parser.add_argument(
+        "--weights", metavar="FILE", type=Path, help="another weights file than that of the config"
+    )
     arguments = parser.parse_args()
     given = {} if arguments.weights is None else {"WEIGHTS": arguments.weights}
     return report(lambda: predict(predict_config | config_of(arguments) | given), arguments.out_dir)
@@ -50,28 +60,53 @@ def main() -> int:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what is predicted, and how; those that are left out stay as the config has them."""
-    parser.add_argument("-i", "--images", nargs="+", required=True, metavar="IMAGE", help="files, folders or patterns")
+    parser.add_argument(
+        "-i", "--images", nargs="+", required=True, metavar="IMAGE", help="files, folders or patterns"
+    )
     parser.add_argument("-o", "--out-dir", required=True, metavar="DIR", help="where the predictions go")
-    parser.add_argument("--bands", nargs="+", metavar="PATTERN", help="files of a folder that are one image's channels")
+    parser.add_argument(
+        "--bands", nargs="+", metavar="PATTERN", help="files of a folder that are one image's channels"
+    )
     parser.add_argument("--output", nargs="+", choices=KINDS, metavar="KIND", help=f"{', '.join(KINDS)}")
-    parser.add_argument("--output-dtype", choices=DTYPES, help="of all but classes; uint8: 0 to 254 instead of 0 to 1")
-    parser.add_argument("--format", choices=("npy", "png", "tif"), help="of the outputs (default: that of the image)")
+    parser.add_argument(
+        "--output-dtype", choices=DTYPES, help="of all but classes; uint8: 0 to 254 instead of 0 to 1"
+    )
+    parser.add_argument(
+        "--format", choices=("npy", "png", "tif"), help="of the outputs (default: that of the image)"
+    )
     parser.add_argument("--prefix", help="put before the names of the images")
     parser.add_argument("--suffix", help="put after the names of the images")
     parser.add_argument("--tile", type=int, metavar="PIXELS", help="edge of the windows")
-    parser.add_argument("--overlap", type=float, metavar="PART", help="part of a window that the next one shares")
+    parser.add_argument(
+        "--overlap", type=float, metavar="PART", help="part of a window that the next one shares"
+    )
     parser.add_argument("--batch-size", type=int, metavar="NUMBER", help="windows that are computed at once")
-    parser.add_argument("--augment", choices=AUGMENTATIONS, help="average over flips (4 x the time), or all (8 x)")
+    parser.add_argument(
+        "--augment", choices=AUGMENTATIONS, help="average over flips (4 x the time), or all (8 x)"
+    )
     parser.add_argument("--device", help="auto, cpu, cuda, mps")
     parser.add_argument("--precision", help="auto, fp32, bf16, fp16")
     parser.add_argument("--masks", metavar="DIR", help="masks of the images, to tell what the maps are worth")
-    parser.add_argument("--no-check", action="store_true", help="predict images whose values are unlike the training's")
+    parser.add_argument(
+        "--no-check", action="store_true", help="predict images whose values are unlike the training's"
+    )
 
 
 def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keys of a predict_config that were given as options."""
     config = {"FILES": arguments.images, "OUT_DIR": arguments.out_dir}
-    named = ("bands", "output", "output_dtype", "prefix", "suffix", "tile", "overlap", "batch_size", "augment", "masks")
+    named = (
+        "bands",
+        "output",
+        "output_dtype",
+        "prefix",
+        "suffix",
+        "tile",
+        "overlap",
+        "batch_size",
+        "augment",
+        "masks",
+    )
     options = {name: getattr(arguments, name) for name in (*named, "device", "precision")}
     options["format"] = f".{arguments.format}" if arguments.format else None
     options["check_values"] = False if arguments.no_check else None

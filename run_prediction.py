@@ -16,8 +16,12 @@ from predict import add_options, config_of, report
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", metavar="NAME", help="the run: its name or part of it, latest, best, or best:METRIC")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "name", metavar="NAME", help="the run: its name or part of it, latest, best, or best:METRIC"
+    )
     add_options(parser)
     arguments = parser.parse_args()
     options = config_of(arguments)

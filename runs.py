@@ -35,13 +35,27 @@ from dida_tools.utils.logging.runs import find_run, run_names
 LOG_DIR, WEIGHT_DIR = Path(global_config["LOG_DIR"]), Path(global_config["WEIGHT_DIR"])
 STATE = ("NAME", "STATUS", "EPOCH", "BEST_EPOCH", "SECONDS")
 # What a table of all runs need not show: it differs for every run, or says where and when.
-UNINTERESTING = ("NAME", "STARTED", "HEARTBEAT", "DATE", "PID", "HOST", "SECONDS", "LOGFILE", "WEIGHTS_DIGEST")
+UNINTERESTING = (
+    "NAME",
+    "STARTED",
+    "HEARTBEAT",
+    "DATE",
+    "PID",
+    "HOST",
+    "SECONDS",
+    "LOGFILE",
+    "WEIGHTS_DIGEST",
+)
 
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--logfile", default="experiments.csv", help="the tracker's file (default: experiments.csv)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--logfile", default="experiments.csv", help="the tracker's file (default: experiments.csv)"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     one = commands.add_parser("list", help="all runs in a table")
@@ -64,7 +78,9 @@ def main() -> int:
 
     one = commands.add_parser("weights", help="path of a run's weights")
     one.add_argument("name", metavar="NAME")
-    one.add_argument("--last", action="store_true", help="of the newest training state instead of the best weights")
+    one.add_argument(
+        "--last", action="store_true", help="of the newest training state instead of the best weights"
+    )
     one.set_defaults(call=show_weights)
 
     one = commands.add_parser("delete", help="removes runs")
@@ -138,16 +154,22 @@ def show_run(arguments: argparse.Namespace) -> int:
 
 def compare_runs(arguments: argparse.Namespace) -> int:
     """What differs between runs, a line for each key."""
-    rows = [row_named(find_run(global_config, name, arguments.logfile), arguments) for name in arguments.names]
+    rows = [
+        row_named(find_run(global_config, name, arguments.logfile), arguments) for name in arguments.names
+    ]
     keys = dict.fromkeys(key for row in rows for key in row)
     compared = {key: [row.get(key) for row in rows] for key in keys if key not in UNINTERESTING}
     if not arguments.all:
-        compared = {key: values for key, values in compared.items() if any(value != values[0] for value in values)}
+        compared = {
+            key: values for key, values in compared.items() if any(value != values[0] for value in values)
+        }
     if arguments.json:
         print(json.dumps({"runs": [row["NAME"] for row in rows], "values": compared}, indent=2))
         return 0
     ordered = sorted(compared, key=is_result)
-    print_table([["", *(row["NAME"] for row in rows)], *([key, *map(text_of, compared[key])] for key in ordered)])
+    print_table(
+        [["", *(row["NAME"] for row in rows)], *([key, *map(text_of, compared[key])] for key in ordered)]
+    )
     digests = [row.get("WEIGHTS_DIGEST") for row in rows]
     if digests[0] is not None and len(set(digests)) == 1:
         print("The weights are identical, bit for bit.")
@@ -180,7 +202,10 @@ def delete_runs(arguments: argparse.Namespace) -> int:
                     raise UserError(f"{name} is being trained: end it first.") from error
         for name in arguments.names:
             folders = [folder for folder in (LOG_DIR / name, WEIGHT_DIR / name) if folder.is_dir()]
-            size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()) / 1e6
+            size = (
+                sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+                / 1e6
+            )
             print(f"{name}: {', '.join(map(str, folders)) or 'its row'} ({size:.1f} MB)")
         if not arguments.yes and not is_confirmed():
             print("Nothing was removed.")
@@ -222,7 +247,9 @@ def row_named(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The row of a run."""
     rows = [row for row in read_rows(arguments) if row["NAME"] == name]
     if not rows:
-        raise UserError(f"{name} has no row in {LOG_DIR / arguments.logfile}: python runs.py rebuild makes one.")
+        raise UserError(
+            f"{name} has no row in {LOG_DIR / arguments.logfile}: python runs.py rebuild makes one."
+        )
     return rows[0]
 
 
@@ -235,7 +262,9 @@ def monitored(row: dict[str, Any]) -> str:
 def sorted_rows(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     """The rows that have a number under this key, the best last."""
     if not any(key in row for row in rows):
-        raise UserError(f"there is no column {key!r}; there are {', '.join(k for k in rows[-1] if is_result(k))}.")
+        raise UserError(
+            f"there is no column {key!r}; there are {', '.join(k for k in rows[-1] if is_result(k))}."
+        )
     numbers = [row for row in rows if isinstance(row.get(key), int | float) and row[key] == row[key]]
     is_loss = key.rpartition(".")[2] == "loss" or any(
         row.get("MONITOR") == f"min {key.partition('.')[2]}" for row in rows
@@ -262,7 +291,11 @@ def print_table(lines: list[list[str]]) -> None:
     while sum(widths) > room and max(widths) > 6:
         widths[widths.index(max(widths))] -= 1
     for line in lines:
-        print("  ".join(cut(cell, width).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(
+            "  ".join(
+                cut(cell, width).ljust(width) for cell, width in zip(line, widths, strict=True)
+            ).rstrip()
+        )
 
 
 def cut(text: str, width: int) -> str:

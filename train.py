@@ -33,8 +33,12 @@ from dida_tools.utils.signals import EXIT_CODE, Preempted
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the config, such as EPOCHS=3")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="values of the config, such as EPOCHS=3"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train/{x,y} and test/{x,y}")
     parser.add_argument(
         "--routine", choices=ROUTINES, help=f"what trains (default: what the run had, else {DEFAULT_ROUTINE})"
@@ -43,8 +47,12 @@ def main() -> int:
         "--variant", default="small", metavar="NAME", help="variant of its config, or full (default: small)"
     )
     parser.add_argument("--resume", metavar="NAME", help="run to go on with: a name, latest, or auto")
-    parser.add_argument("--rerun", metavar="NAME", help="run to do again and compare with: a name, or its row's number")
-    parser.add_argument("--smtp", metavar="ADDRESS", help="mail about start and end; server: dida_tools/utils/notify")
+    parser.add_argument(
+        "--rerun", metavar="NAME", help="run to do again and compare with: a name, or its row's number"
+    )
+    parser.add_argument(
+        "--smtp", metavar="ADDRESS", help="mail about start and end; server: dida_tools/utils/notify"
+    )
     parser.add_argument("-w", action="store_true", help="suppress warnings")
     arguments = parser.parse_intermixed_args()
     if arguments.w:
@@ -73,7 +81,9 @@ def main() -> int:
                 config = routine.VARIANTS[arguments.variant](config)
             if arguments.data:
                 override(config, arguments.overrides)  # typos are told before the data is read
-                config = use_folder(config, arguments.data, Path(global_config["LOG_DIR"]) / "data_facts.json")
+                config = use_folder(
+                    config, arguments.data, Path(global_config["LOG_DIR"]) / "data_facts.json"
+                )
             config = config | {"RESUME": arguments.resume}
         if arguments.smtp:
             config = config | {"NOTIFY": arguments.smtp}
@@ -81,7 +91,7 @@ def main() -> int:
         config = override(config, arguments.overrides, problems)
         check(config, problems)
 
-        # <- your data here: any two data sets of (input, target) pairs
+        # <- your data here: any two datasets of (input, target) pairs
         train_dataset, test_dataset, validation_dataset = build_datasets(config)
 
         result = routine.train(train_dataset, test_dataset, config, global_config, validation_dataset)

@@ -49,7 +49,12 @@ def make_image(path: Path, height: int, size: int) -> None:
     from rasterio.transform import from_origin
 
     profile = {"driver": "GTiff", "dtype": "uint16", "count": CHANNELS, "tiled": True, "bigtiff": "yes"}
-    profile |= {"crs": "EPSG:32633", "transform": from_origin(0, 0, 10, 10), "compress": "deflate", "zlevel": 1}
+    profile |= {
+        "crs": "EPSG:32633",
+        "transform": from_origin(0, 0, 10, 10),
+        "compress": "deflate",
+        "zlevel": 1,
+    }
     with rasterio.open(path, "w", height=height, width=size, **profile) as raster:
         for top in range(0, height, 256):
             rows = tile[: height - top]
@@ -64,7 +69,12 @@ def ours(path: Path, classes: int, folder: Path) -> None:
 
     contract = DataContract(CHANNELS, dtype="uint16", scale=1e-4, outputs=classes)
     save_weights(folder / "net.pt", {"model": Net(classes).state_dict(), "contract": contract.to_dict()})
-    config = {"MODEL": Net, "MODEL_CONFIG": {"classes": classes}, "WEIGHTS": folder / "net.pt", "FILES": [path]}
+    config = {
+        "MODEL": Net,
+        "MODEL_CONFIG": {"classes": classes},
+        "WEIGHTS": folder / "net.pt",
+        "FILES": [path],
+    }
     config |= {"OUT_DIR": folder / "out", "TILE": TILE, "OVERLAP": 0.5, "DEVICE": "cpu", "PRECISION": "fp32"}
     predict(config)
 
@@ -75,7 +85,9 @@ def monai(path: Path, classes: int, folder: Path) -> None:
 
     model = Net(classes)
     with torch.no_grad():
-        image = torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.load(path, mmap_mode="r"), -1, 0)).astype("f4"))
+        image = torch.from_numpy(
+            np.ascontiguousarray(np.moveaxis(np.load(path, mmap_mode="r"), -1, 0)).astype("f4")
+        )
         image = image.mul_(1e-4)[None]
         options = {"overlap": 0.5, "mode": "gaussian", "progress": False}
         answer = sliding_window_inference(image, (TILE, TILE), 4, lambda x: model(x).softmax(1), **options)
@@ -107,7 +119,9 @@ def resident(key: str = "VmRSS") -> int:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=8192)
     parser.add_argument("--height", type=int, help="default: square; memory does not depend on it")
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 10])

@@ -44,7 +44,10 @@ def modules_of(name: str) -> list[str]:
     spec = importlib.util.find_spec(f"dida_tools.{name}")
     if spec is None or not spec.origin:
         return []
-    return [spec.name, *sorted(one.name for one in pkgutil.walk_packages([Path(spec.origin).parent], f"{spec.name}."))]
+    return [
+        spec.name,
+        *sorted(one.name for one in pkgutil.walk_packages([Path(spec.origin).parent], f"{spec.name}.")),
+    ]
 
 
 def api_of(name: str) -> str:

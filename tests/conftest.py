@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a small data set that can be learned, and a config that learns it in a second."""
+"""Fixtures for all tests: a small dataset that can be learned, and a config that learns it in a second."""
 
 import functools
 import os
@@ -121,7 +121,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny_config() -> dict:
-    """A U-Net of a few thousand parameters: 4 batches an epoch with the data sets above."""
+    """A U-Net of a few thousand parameters: 4 batches an epoch with the datasets above."""
     return {
         "SESSION_NAME": "tiny",
         "MODEL": UNET,

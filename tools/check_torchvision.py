@@ -15,7 +15,12 @@ def main() -> None:
     """Tries the import in a process of its own."""
     if importlib.util.find_spec("torchvision") is None:
         return
-    if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, check=False).returncode == 0:
+    if (
+        subprocess.run(
+            [sys.executable, "-c", "import torchvision"], capture_output=True, check=False
+        ).returncode
+        == 0
+    ):
         return
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
     subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)

@@ -15,9 +15,13 @@ image = image[:, :, None] if image.ndim == 2 else image
 found, known = (image.dtype.name, image.shape[2]), (contract["dtype"], contract["channels"])
 if found != known:
     sys.exit(f"{source}: its dtype and channels are {found}, those of the model {known}")
-probabilities = session.run(None, {"image": np.moveaxis(image, -1, 0)[None].astype(np.float32)})[0][0]  # (K, H, W)
+probabilities = session.run(None, {"image": np.moveaxis(image, -1, 0)[None].astype(np.float32)})[0][
+    0
+]  # (K, H, W)
 if contract["task"] == "multi-class":
     probabilities = probabilities.argmax(0).astype(np.uint8)
 elif contract["task"] == "multi-label":
-    probabilities = (probabilities >= np.reshape(contract["threshold"], (-1, 1, 1)).astype(np.float32)).astype(np.uint8)
+    probabilities = (
+        probabilities >= np.reshape(contract["threshold"], (-1, 1, 1)).astype(np.float32)
+    ).astype(np.uint8)
 np.save(target, probabilities)

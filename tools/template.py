@@ -33,12 +33,16 @@ TREE = "Template-Tree"  # the line in a commit's message that tells what the tem
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=("diff", "update"))
     parser.add_argument(
         "version", nargs="?", help="a tag, branch or commit of the template (default: its newest version)"
     )
-    parser.add_argument("--template", metavar="PATH", help="folder or URL of the template (default: the recorded one)")
+    parser.add_argument(
+        "--template", metavar="PATH", help="folder or URL of the template (default: the recorded one)"
+    )
     arguments = parser.parse_args()
     if not (ROOT / RECORD).is_file():
         refuse(
@@ -54,7 +58,9 @@ def main() -> int:
             versions = ", ".join(git("tag", "--sort=version:refname", folder=template).split())
             refuse(f"The template has no version {version!r}: it has {versions or 'no tags'}.")
         if not try_git("merge-base", "--is-ancestor", commit, record["commit"], folder=template).returncode:
-            print(f"This project has what is in version {version} of the template already (commit {commit[:10]}).")
+            print(
+                f"This project has what is in version {version} of the template already (commit {commit[:10]})."
+            )
             return 0
         base = find_rendered(record)
         joined = base is not None
@@ -94,11 +100,15 @@ def try_git(*arguments: str | Path, folder: Path = ROOT, **variables: str) -> su
     """Runs a git command that may fail."""
     # What a hook or another git command sets would have git work elsewhere.
     ours = {
-        key: value for key, value in os.environ.items() if key not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
     }
     command = ["git", "-c", "core.quotePath=false", *map(str, arguments)]
     try:
-        return subprocess.run(command, cwd=folder, env=ours | variables, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=folder, env=ours | variables, capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:
         refuse("There is no git: install it.")
 
@@ -115,7 +125,9 @@ def clone(template: str, folder: Path) -> Path:
 def commit_of(template: Path, version: str) -> str | None:
     """The commit of a tag, of a branch or of a shortened commit."""
     names = (version, f"origin/{version}")
-    answers = (try_git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", folder=template) for name in names)
+    answers = (
+        try_git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", folder=template) for name in names
+    )
     return next((answer.stdout.strip() for answer in answers if not answer.returncode), None)
 
 

@@ -50,7 +50,9 @@ class ConfigError(UserError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
-        listed = problems[0] if len(problems) == 1 else "\n" + "\n".join(f"  - {problem}" for problem in problems)
+        listed = (
+            problems[0] if len(problems) == 1 else "\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
         super().__init__(f"the config has {len(problems)} problem{'s' * (len(problems) > 1)}: {listed}")
 
 
@@ -94,7 +96,9 @@ def find_problems(config: dict[str, Any]) -> list[str]:
 
 def _unknown(key: Any) -> str:
     near = difflib.get_close_matches(str(key).upper(), KEYS, n=1)
-    return f"{key} is no key of a config: " + (f"did you mean {near[0]}?" if near else f"see {PACKAGE}/config/keys.py.")
+    return f"{key} is no key of a config: " + (
+        f"did you mean {near[0]}?" if near else f"see {PACKAGE}/config/keys.py."
+    )
 
 
 def _argument_problems(config: dict[str, Any], unsound: set[str]) -> list[str]:
@@ -108,19 +112,27 @@ def _argument_problems(config: dict[str, Any], unsound: set[str]) -> list[str]:
     )
     batch_size = config["DATA_LOADER_CONFIG"].get("batch_size", 1)
     if batch_size is None or (isinstance(batch_size, int) and batch_size < 1):
-        problems.append(f"DATA_LOADER_CONFIG.batch_size is {batch_size!r}: it must be a whole number of at least 1.")
+        problems.append(
+            f"DATA_LOADER_CONFIG.batch_size is {batch_size!r}: it must be a whole number of at least 1."
+        )
     for part, arguments in (config["DATASET_CONFIG"] or {}).items():
         if part not in ("train", "test", "validation") or not isinstance(arguments, dict):
-            problems.append(f"DATASET_CONFIG.{part} must be one of train, test, validation, and a dict of arguments.")
+            problems.append(
+                f"DATASET_CONFIG.{part} must be one of train, test, validation, and a dict of arguments."
+            )
         elif config["DATASET"] is not None:
             problems += _call_problems(config["DATASET"], arguments, f"DATASET_CONFIG.{part}", "DATASET")
     follows_results = issubclass(config["SCHEDULER"] or object, torch.optim.lr_scheduler.ReduceLROnPlateau)
     if follows_results and config["SCHEDULER_STEP"] != "epoch":
-        problems.append("SCHEDULER is ReduceLROnPlateau, which follows results of epochs: set SCHEDULER_STEP=epoch.")
+        problems.append(
+            "SCHEDULER is ReduceLROnPlateau, which follows results of epochs: set SCHEDULER_STEP=epoch."
+        )
     goal = config["MONITOR"].split()[1]
     results = ["loss", *config["METRICS"]]
     if "METRICS" not in unsound and goal.partition(".")[0].removesuffix("_sample_mean") not in results:
-        problems.append(f"MONITOR is {config['MONITOR']!r}: {goal} is not among the results ({', '.join(results)}).")
+        problems.append(
+            f"MONITOR is {config['MONITOR']!r}: {goal} is not among the results ({', '.join(results)})."
+        )
     return problems
 
 
@@ -135,7 +147,9 @@ def _call_problems(target: Any, arguments: dict[str, Any], path: str, name: str)
         if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     }
     called = getattr(target, "__name__", repr(target))
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    takes_any = any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values()
+    )
     filled_in = _FILLED_IN.get(name, ())
     if name == "LOSS" and not isinstance(target, type):
         filled_in = tuple(signature.parameters)[:2]  # the prediction and the target
@@ -157,7 +171,9 @@ def _call_problems(target: Any, arguments: dict[str, Any], path: str, name: str)
         given = given or (name == "SCHEDULER" and argument in _FILLED_IN_WHERE_MISSING)
         if parameter.default is parameter.empty and not given:
             problems.append(f"{path}.{argument} is missing: {called} needs it.")
-    function = inspect.unwrap(inspect.getattr_static(target, "__init__") if isinstance(target, type) else target)
+    function = inspect.unwrap(
+        inspect.getattr_static(target, "__init__") if isinstance(target, type) else target
+    )
     names = getattr(function, "__globals__", {})
     hints = {argument: _hint(parameters[argument].annotation, names) for argument in known}
     return problems + _type_problems(hints, known, path)
@@ -175,7 +191,9 @@ def _type_problems(hints: dict[str, Any], arguments: dict[str, Any], path: str) 
     problems = []
     for argument, value in arguments.items():
         plain = _plain_types(hints[argument])
-        if (plain and not isinstance(value, plain)) or (bool not in plain and plain and isinstance(value, bool)):
+        if (plain and not isinstance(value, plain)) or (
+            bool not in plain and plain and isinstance(value, bool)
+        ):
             names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in plain)
             problems.append(f"{path}.{argument} is {_short(value)}: it must be {names}.")
     return problems
@@ -251,12 +269,16 @@ def _encode(value: Any, path: str, problems: list[str], above: tuple[int, ...] =
     if type(value) is list:
         return [_encode(item, f"{path}[{index}]", problems, above) for index, item in enumerate(value)]
     if type(value) is tuple:
-        return {"@tuple": [_encode(item, f"{path}[{index}]", problems, above) for index, item in enumerate(value)]}
+        return {
+            "@tuple": [_encode(item, f"{path}[{index}]", problems, above) for index, item in enumerate(value)]
+        }
     if type(value) is dict:
         if all(type(key) is str and not key.startswith("@") for key in value):
             return {key: _encode(item, _join(path, key), problems, above) for key, item in value.items()}
         pairs = [(key, item, _join(path, str(key))) for key, item in value.items()]
-        return {"@dict": [[_encode(k, p, problems, above), _encode(v, p, problems, above)] for k, v, p in pairs]}
+        return {
+            "@dict": [[_encode(k, p, problems, above), _encode(v, p, problems, above)] for k, v, p in pairs]
+        }
     if isinstance(value, torch.device):
         return {"@device": str(value)}
     if isinstance(value, torch.dtype):
@@ -265,7 +287,9 @@ def _encode(value: Any, path: str, problems: list[str], above: tuple[int, ...] =
         return {"@path": str(value)}
     if type(value) is functools.partial:
         parts = {"@partial": value.func, "args": list(value.args), "kwargs": dict(value.keywords)}
-        return {key: _encode(part, f"{path}.{key.strip('@')}", problems, above) for key, part in parts.items()}
+        return {
+            key: _encode(part, f"{path}.{key.strip('@')}", problems, above) for key, part in parts.items()
+        }
     try:
         return {"@module" if isinstance(value, ModuleType) else "@ref": name_of(value)}
     except ReferenceProblem as problem:
@@ -292,16 +316,23 @@ def _decode(value: Any, path: str, roots: tuple[str, ...], problems: list[str]) 
     return None
 
 
-def _decode_tagged(tag: str, value: dict[str, Any], path: str, roots: tuple[str, ...], problems: list[str]) -> Any:
+def _decode_tagged(
+    tag: str, value: dict[str, Any], path: str, roots: tuple[str, ...], problems: list[str]
+) -> Any:
     content = value[tag]
     if set(value) != ({"@partial", "args", "kwargs"} if tag == "@partial" else {tag}):
         raise ValueError("it has other keys")
     if tag in ("@tuple", "@dict"):
-        if not isinstance(content, list) or (tag == "@dict" and not all(isinstance(pair, list) for pair in content)):
+        if not isinstance(content, list) or (
+            tag == "@dict" and not all(isinstance(pair, list) for pair in content)
+        ):
             raise ValueError("it must hold a list")
         if tag == "@tuple":
             return tuple(_decode(content, path, roots, problems))
-        return {_decode(k, path, roots, problems): _decode(v, _join(path, str(k)), roots, problems) for k, v in content}
+        return {
+            _decode(k, path, roots, problems): _decode(v, _join(path, str(k)), roots, problems)
+            for k, v in content
+        }
     if tag == "@partial":
         function = _decode(content, path, roots, problems)
         arguments = _decode(value["args"], path, roots, problems)
@@ -362,7 +393,9 @@ def _join(path: str, key: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- override
 
 
-def override(config: dict[str, Any], overrides: Sequence[str], problems: list[str] | None = None) -> dict[str, Any]:
+def override(
+    config: dict[str, Any], overrides: Sequence[str], problems: list[str] | None = None
+) -> dict[str, Any]:
     """
     A copy of a config with values from the command line: ``EPOCHS=3 MODEL_CONFIG.dropout=0.1 OPTIMIZER=AdamW``.
 
@@ -377,7 +410,9 @@ def override(config: dict[str, Any], overrides: Sequence[str], problems: list[st
         dotted, equals, value = text.partition("=")
         keys = dotted.split(".")
         if not equals or not all(keys):
-            found.append(f"{text!r} is no override: write KEY=VALUE, such as EPOCHS=3 or MODEL_CONFIG.dropout=0.1.")
+            found.append(
+                f"{text!r} is no override: write KEY=VALUE, such as EPOCHS=3 or MODEL_CONFIG.dropout=0.1."
+            )
             continue
         if keys[0] not in KEYS:
             found.append(_unknown(keys[0]))

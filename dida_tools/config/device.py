@@ -22,10 +22,16 @@ def get_device(requested: str | torch.device | None = None) -> torch.device:
     except (RuntimeError, TypeError):
         raise UserError(f"DEVICE is {requested!r}: choose one of auto, cpu, cuda, cuda:0, mps.") from None
     if device.type == "cuda" and not cuda:
-        reason = "this PyTorch is a build without CUDA" if torch.version.cuda is None else "no usable GPU was found"
+        reason = (
+            "this PyTorch is a build without CUDA"
+            if torch.version.cuda is None
+            else "no usable GPU was found"
+        )
         raise UserError(f"DEVICE is '{device}' but {reason}: use DEVICE=auto (best available) or DEVICE=cpu.")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise UserError(f"DEVICE is '{device}' but there are {torch.cuda.device_count()} GPUs: count from cuda:0.")
+        raise UserError(
+            f"DEVICE is '{device}' but there are {torch.cuda.device_count()} GPUs: count from cuda:0."
+        )
     if device.type == "mps" and not mps:
         raise UserError("DEVICE is 'mps' but this machine has no Apple GPU: use DEVICE=auto or DEVICE=cpu.")
     return device
@@ -50,13 +56,17 @@ def get_precision(device: torch.device, requested: str | None = None) -> str:
     if requested not in PRECISIONS:
         raise UserError(f"PRECISION is {requested!r}: choose one of auto, {', '.join(PRECISIONS)}.")
     if requested == "fp16" and device.type != "cuda":
-        raise UserError(f"PRECISION is 'fp16' but the device is '{device}': fp16 is for GPUs, use bf16 or fp32.")
+        raise UserError(
+            f"PRECISION is 'fp16' but the device is '{device}': fp16 is for GPUs, use bf16 or fp32."
+        )
     return requested
 
 
 def _cpu_has_bf16() -> bool:
     # torch has no public question for this; a build that lacks the private ones computes in float32.
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    checks = (
+        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
     return any(check() for check in checks if check is not None)
 
 

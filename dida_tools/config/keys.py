@@ -49,9 +49,7 @@ def _subclass(base: type, name: str) -> Test:
         if isinstance(value, type):
             return None if issubclass(value, base) else f"must be a class derived from {name}"
         if isinstance(value, base):
-            return (
-                f"must be the class {type(value).__name__}, not an instance of it (its arguments go into the _CONFIG)"
-            )
+            return f"must be the class {type(value).__name__}, not an instance of it (its arguments go into the _CONFIG)"
         return f"must be a class derived from {name}"
 
     return check
@@ -64,7 +62,9 @@ def _number(low: float, high: float = float("inf"), whole: bool = False, open_lo
     )
 
     def check(value: Any) -> str | None:
-        fits = _is_number(value, whole) and (low < value if open_low else low <= value) and value < high  # NaN never is
+        fits = (
+            _is_number(value, whole) and (low < value if open_low else low <= value) and value < high
+        )  # NaN never is
         return None if fits else f"must be {kind} {bounds}"
 
     return check
@@ -89,7 +89,9 @@ def _metrics(value: Any) -> str | None:
         return "must be a dict of name: function"
     if "loss" in value:
         return "must not call a metric 'loss': that is the mean of LOSS"
-    wrong = [str(name) for name, function in value.items() if not isinstance(name, str) or not callable(function)]
+    wrong = [
+        str(name) for name, function in value.items() if not isinstance(name, str) or not callable(function)
+    ]
     return f"must be a dict of name: function, which {', '.join(wrong)} is not" if wrong else None
 
 
@@ -102,12 +104,20 @@ def _kwargs(value: Any) -> str | None:
 
 def _monitor(value: Any) -> str | None:
     words = value.split() if isinstance(value, str) else []
-    return None if len(words) == 2 and words[0] in ("min", "max") else "must be 'min NAME' or 'max NAME', like 'max f1'"
+    return (
+        None
+        if len(words) == 2 and words[0] in ("min", "max")
+        else "must be 'min NAME' or 'max NAME', like 'max f1'"
+    )
 
 
 def _device(value: Any) -> str | None:
     try:
-        if isinstance(value, torch.device) or value == "auto" or (isinstance(value, str) and torch.device(value)):
+        if (
+            isinstance(value, torch.device)
+            or value == "auto"
+            or (isinstance(value, str) and torch.device(value))
+        ):
             return None
     except RuntimeError:
         pass
@@ -116,7 +126,7 @@ def _device(value: Any) -> str | None:
 
 def _dataset(value: Any) -> str | None:
     gives_samples = isinstance(value, type) and (hasattr(value, "__getitem__") or hasattr(value, "__iter__"))
-    return None if gives_samples else "must be the class of a data set"
+    return None if gives_samples else "must be the class of a dataset"
 
 
 def _mask_values(value: Any) -> str | None:
@@ -129,7 +139,11 @@ def _mask_values(value: Any) -> str | None:
 
 def _addresses(value: Any) -> str | None:
     listed = [value] if isinstance(value, str) else value
-    fits = isinstance(listed, list | tuple) and listed and all(isinstance(one, str) and "@" in one for one in listed)
+    fits = (
+        isinstance(listed, list | tuple)
+        and listed
+        and all(isinstance(one, str) and "@" in one for one in listed)
+    )
     return None if fits else "must be an e-mail address or a list of them"
 
 
@@ -148,33 +162,53 @@ KEYS = {
     "MODEL_CONFIG": Key({}, _kwargs, "its arguments"),
     "INIT_WEIGHTS": Key(None, _optional(_file), "weights file to start from"),
     # the data
-    "DATASET": Key(None, _optional(_dataset), "class of the data sets; the package's own enter themselves"),
-    "DATASET_CONFIG": Key(None, _optional(_kwargs), "{'train': {...}, 'test': {...}}: the arguments of each data set"),
+    "DATASET": Key(None, _optional(_dataset), "class of the datasets; the package's own enter themselves"),
+    "DATASET_CONFIG": Key(
+        None, _optional(_kwargs), "{'train': {...}, 'test': {...}}: the arguments of each dataset"
+    ),
     "DATA_LOADER_CONFIG": Key({"batch_size": 8, "shuffle": True}, _kwargs, "arguments of torch's DataLoader"),
-    "VALIDATION_FRACTION": Key(0.2, _number(0, 1), "part of the training set kept for MONITOR; 0: select nothing"),
-    "MASK_VALUES": Key(None, _optional(_mask_values), "class number of each value in the masks, such as {255: 1}"),
+    "VALIDATION_FRACTION": Key(
+        0.2, _number(0, 1), "part of the training set kept for MONITOR; 0: select nothing"
+    ),
+    "MASK_VALUES": Key(
+        None, _optional(_mask_values), "class number of each value in the masks, such as {255: 1}"
+    ),
     "IGNORE_INDEX": Key(255, _number(-(2**31), whole=True), "target value of pixels that count nowhere"),
-    "NORMALISE": Key(True, _flag, "fit mean and deviation of each channel on the training set, and apply them"),
-    # the optimisation
+    "NORMALISE": Key(
+        True, _flag, "fit mean and deviation of each channel on the training set, and apply them"
+    ),
+    # the optimization
     "EPOCHS": Key(REQUIRED, _number(1, whole=True), "passes over the training set"),
     "LOSS": Key(REQUIRED, _callable, "function of (prediction, target), or class of such a module"),
     "LOSS_CONFIG": Key({}, _kwargs, "its further arguments"),
-    "OPTIMIZER": Key(REQUIRED, _subclass(torch.optim.Optimizer, "torch.optim.Optimizer"), "class of the optimizer"),
+    "OPTIMIZER": Key(
+        REQUIRED, _subclass(torch.optim.Optimizer, "torch.optim.Optimizer"), "class of the optimizer"
+    ),
     "OPTIMIZER_CONFIG": Key({}, _kwargs, "its arguments"),
     "SCHEDULER": Key(
-        None, _optional(_subclass(torch.optim.lr_scheduler.LRScheduler, "an LRScheduler")), "class of the schedule"
+        None,
+        _optional(_subclass(torch.optim.lr_scheduler.LRScheduler, "an LRScheduler")),
+        "class of the schedule",
     ),
-    "SCHEDULER_CONFIG": Key({}, _kwargs, "its arguments; total_steps, T_max and max_lr are filled in where missing"),
-    "SCHEDULER_STEP": Key("step", _choice("step", "epoch"), "when the schedule steps: every optimizer step or epoch"),
+    "SCHEDULER_CONFIG": Key(
+        {}, _kwargs, "its arguments; total_steps, T_max and max_lr are filled in where missing"
+    ),
+    "SCHEDULER_STEP": Key(
+        "step", _choice("step", "epoch"), "when the schedule steps: every optimizer step or epoch"
+    ),
     "ACCUMULATE": Key(1, _number(1, whole=True), "batches whose gradients make one optimizer step"),
     "CLIP_NORM": Key(None, _optional(_number(0, open_low=True)), "largest norm of the gradient"),
     "EMA": Key(
-        None, _optional(_number(0, 1, open_low=True)), "decay of a moving average of the weights, such as 0.999"
+        None,
+        _optional(_number(0, 1, open_low=True)),
+        "decay of a moving average of the weights, such as 0.999",
     ),
     # evaluation and selection
     "METRICS": Key({}, _metrics, "functions of (prediction, target) by name"),
     "MONITOR": Key("min loss", _monitor, "which validation result selects the best weights"),
-    "PATIENCE": Key(None, _optional(_number(1, whole=True)), "epochs without improvement before training stops"),
+    "PATIENCE": Key(
+        None, _optional(_number(1, whole=True)), "epochs without improvement before training stops"
+    ),
     # the machine
     "SEED": Key(0, _number(0, 2**63, whole=True), "start of all randomness"),
     "DEVICE": Key("auto", _optional(_device), "auto, cpu, cuda, mps"),
@@ -183,12 +217,20 @@ KEYS = {
     # the record
     "LOGFILE": Key("experiments.csv", _text, "name of the tracker's file in LOG_DIR"),
     "CHECKPOINT_SECONDS": Key(300, _number(0), "time between checkpoints; there is always one at the end"),
-    "RESUME": Key(None, _optional(_text), "name of a run to go on with (more EPOCHS prolong a finished one), or auto"),
-    "NOTIFY": Key(None, _optional(_addresses), "e-mail address, or a list, told of start and end; see utils/notify"),
+    "RESUME": Key(
+        None, _optional(_text), "name of a run to go on with (more EPOCHS prolong a finished one), or auto"
+    ),
+    "NOTIFY": Key(
+        None, _optional(_addresses), "e-mail address, or a list, told of start and end; see utils/notify"
+    ),
     "RERUN_OF": Key(None, _optional(_text), "name of the run that this one repeats, to be compared with"),
-    "STUDY": Key(None, _optional(_text), "name of the search that this run is a trial of; see hyperparameter.py"),
+    "STUDY": Key(
+        None, _optional(_text), "name of the search that this run is a trial of; see hyperparameter.py"
+    ),
     "TRIAL": Key(None, _optional(_number(0, whole=True)), "its number there"),
-    "AFTER_EPOCH": Key(None, _optional(_callable), "called with the run after each epoch; True ends it as pruned"),
+    "AFTER_EPOCH": Key(
+        None, _optional(_callable), "called with the run after each epoch; True ends it as pruned"
+    ),
     "REQUIRE_RERUNNABLE": Key(
         True, _flag, "False trains with lambdas and notebook objects too, which no record can hold"
     ),
@@ -201,7 +243,9 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     known = {key: config.get(key, entry.default) for key, entry in KEYS.items()}
     completed = copy_config({key: value for key, value in known.items() if value is not REQUIRED} | config)
     if isinstance(completed["METRICS"], dict):
-        completed["METRICS"] = {name: _bare_metric(name, metric) for name, metric in completed["METRICS"].items()}
+        completed["METRICS"] = {
+            name: _bare_metric(name, metric) for name, metric in completed["METRICS"].items()
+        }
     return completed
 
 
@@ -209,7 +253,9 @@ def _bare_metric(name: str, metric: Any) -> Any:
     """The function in ignite's Loss(function), as older configs have it: a config holds functions, not instances."""
     if not (type(metric).__module__.startswith("ignite.") and hasattr(metric, "_loss_fn")):
         return metric
-    warnings.warn(f"METRICS.{name}: the function in ignite's Loss(...) is taken; write it without Loss.", stacklevel=4)
+    warnings.warn(
+        f"METRICS.{name}: the function in ignite's Loss(...) is taken; write it without Loss.", stacklevel=4
+    )
     return metric._loss_fn
 
 

@@ -22,14 +22,17 @@ from .config import CODE_PATH, global_config
 
 PACKAGE = __name__.partition(".")[0]
 
-# Libraries, or parts of them, whose models, losses, metrics and data sets may be restored from a record. Other parts of
+# Libraries, or parts of them, whose models, losses, metrics and datasets may be restored from a record. Other parts of
 # these download files, write logs, or evaluate text.  # <- your libraries here
 ALLOWED_ROOTS = (
     "torchmetrics",
     *(f"torchvision.{part}" for part in ("models", "ops", "transforms")),
     *(f"timm.{part}" for part in ("layers", "loss", "optim")),
     *(f"segmentation_models_pytorch.{part}" for part in ("decoders", "losses", "metrics")),
-    *(f"monai.{part}" for part in ("losses", "metrics", "networks.blocks", "networks.layers", "networks.nets")),
+    *(
+        f"monai.{part}"
+        for part in ("losses", "metrics", "networks.blocks", "networks.layers", "networks.nets")
+    ),
 )
 
 # Old names of what was renamed or moved, so that old records can still be read.  # <- your renamed objects here
@@ -63,7 +66,7 @@ _MACHINERY = tuple(
         "utils.weights",
     )
 )
-_ONLY = "records may name models, losses, metrics, data sets, optimizers and tensor functions only"
+_ONLY = "records may name models, losses, metrics, datasets, optimizers and tensor functions only"
 
 
 class ReferenceProblem(ValueError):
@@ -94,7 +97,9 @@ def name_of(obj: Any) -> str:
         # The public name outlives the private module; and torch.relu calls itself torch:_VariableFunctionsClass.relu.
         places = [(place, obj.__name__) for place in _TORCH_HOMES] + places
         # Some names lie: logsigmoid calls itself log_sigmoid.
-        places += [("torch.nn.functional", alias) for alias, found in vars(functional).items() if found is obj]
+        places += [
+            ("torch.nn.functional", alias) for alias, found in vars(functional).items() if found is obj
+        ]
     refusal = None
     for place, name in places:
         try:
@@ -118,7 +123,9 @@ def name_of(obj: Any) -> str:
         raise ReferenceProblem(f"{qualname} is defined inside a function: move it to the top of a module")
     if isinstance(obj, MethodType) or isinstance(getattr(obj, "__self__", None), type):
         raise ReferenceProblem(f"{qualname} is a bound method: give a function at the top of a module")
-    raise ReferenceProblem(f"{module}.{qualname} is not found under its own name: define it at the top of a module")
+    raise ReferenceProblem(
+        f"{module}.{qualname} is not found under its own name: define it at the top of a module"
+    )
 
 
 def resolve(name: str, roots: Iterable[str] = ()) -> Any:
@@ -134,9 +141,13 @@ def resolve(name: str, roots: Iterable[str] = ()) -> Any:
         place = PACKAGE + place
     roots = (*ALLOWED_ROOTS, *roots)
     if not qualname and not is_project_module(place):
-        raise ReferenceProblem(f"{name!r} is outside of what may be restored: only the project's own modules may")
+        raise ReferenceProblem(
+            f"{name!r} is outside of what may be restored: only the project's own modules may"
+        )
     if any(part.startswith("_") for part in qualname.split(".")):
-        raise ReferenceProblem(f"{name!r} is outside of what may be restored: it is private, so give it another name")
+        raise ReferenceProblem(
+            f"{name!r} is outside of what may be restored: it is private, so give it another name"
+        )
     if not _may_import(place, roots):
         raise ReferenceProblem(f"{name!r} is outside of what may be restored{_extend(place)}")
     try:
@@ -173,11 +184,17 @@ def is_project_module(place: str) -> bool:
             return True  # importing it will say that it is not found
         imported = spec.origin
     # The file may merely bear the name of a library that is imported in its place.
-    return imported is not None and any(Path(imported).is_file() and file.samefile(imported) for file in files)
+    return imported is not None and any(
+        Path(imported).is_file() and file.samefile(imported) for file in files
+    )
 
 
 def _may_import(place: str, roots: tuple[str, ...]) -> bool:
-    return place in ("torch", "builtins") or _within(place, (*_TORCH_MODULES, *roots)) or is_project_module(place)
+    return (
+        place in ("torch", "builtins")
+        or _within(place, (*_TORCH_MODULES, *roots))
+        or is_project_module(place)
+    )
 
 
 def _is_harmless(obj: Any, roots: tuple[str, ...]) -> bool:
@@ -185,7 +202,9 @@ def _is_harmless(obj: Any, roots: tuple[str, ...]) -> bool:
     place = getattr(obj, "__module__", None)
     if not isinstance(place, str) or not callable(obj):
         return False
-    is_own_loss = place.endswith("_training") and getattr(obj, "__name__", "train") != "train"  # <- in a routine's file
+    is_own_loss = (
+        place.endswith("_training") and getattr(obj, "__name__", "train") != "train"
+    )  # <- in a routine's file
     if _within(place, _MACHINERY) and not is_own_loss:
         return False
     if is_project_module(_script_name() if place == "__main__" else place) or _within(place, roots):
@@ -214,9 +233,7 @@ def _is_known(root: str) -> bool:
 def _extend(place: str) -> str:
     root = place.partition(".")[0]
     if root == PACKAGE:
-        return (
-            ": it belongs to what runs the project, so define what a config names elsewhere, such as in utils/loss.py"
-        )
+        return ": it belongs to what runs the project, so define what a config names elsewhere, such as in utils/loss.py"
     if _is_known(root):
         return f": {_ONLY}"
     return f": if you trust '{root}', add it to ALLOWED_ROOTS in {PACKAGE}/config/references.py"

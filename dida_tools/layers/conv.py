@@ -1,8 +1,8 @@
 """
-Contains convolution layers: convolution, normalisation, activation, dropout, in this order.
+Contains convolution layers: convolution, normalization, activation, dropout, in this order.
 
-Normalising before the activation lets deployment tools fold it into the convolution. A layer that normalises has no
-bias: the normalisation would subtract it again, and it would never get a gradient.
+Normalizing before the activation lets deployment tools fold it into the convolution. A layer that normalizes has no
+bias: the normalization would subtract it again, and it would never get a gradient.
 """
 
 from collections.abc import Callable
@@ -31,11 +31,13 @@ class ConvLayer(nn.Module):
         :param stride: step of the kernel in pixels
         :param dropout: probability that a whole channel is zeroed in training
         :param activ: class of the activation
-        :param norm: what makes the normalisation for a number of channels (``partial(nn.GroupNorm, 8)`` works), or None
+        :param norm: what makes the normalization for a number of channels (``partial(nn.GroupNorm, 8)`` works), or None
         """
         super().__init__()
         if k_size % 2 == 0:
-            raise ValueError(f"k_size is {k_size}: choose an odd one, an even kernel cannot keep height and width.")
+            raise ValueError(
+                f"k_size is {k_size}: choose an odd one, an even kernel cannot keep height and width."
+            )
         self.conv = nn.Conv2d(ch_in, ch_out, k_size, stride, padding=k_size // 2, bias=norm is None)
         self.norm = nn.Identity() if norm is None else norm(ch_out)
         self.activ = activ()
@@ -73,7 +75,7 @@ class DeconvLayer(nn.Module):
     """
     A sub-pixel convolution (https://arxiv.org/abs/1609.05158) that doubles height and width.
 
-    It starts as nearest-neighbour upsampling (ICNR, https://arxiv.org/abs/1707.02937), so without a checkerboard.
+    It starts as nearest-neighbor upsampling (ICNR, https://arxiv.org/abs/1707.02937), so without a checkerboard.
     """
 
     def __init__(
@@ -88,17 +90,19 @@ class DeconvLayer(nn.Module):
         """See ConvLayer."""
         super().__init__()
         if k_size % 2 == 0:
-            raise ValueError(f"k_size is {k_size}: choose an odd one, an even kernel cannot keep height and width.")
+            raise ValueError(
+                f"k_size is {k_size}: choose an odd one, an even kernel cannot keep height and width."
+            )
         self.conv = nn.Conv2d(ch_in, 4 * ch_out, k_size, padding=k_size // 2, bias=norm is None)
         self.shuffle = nn.PixelShuffle(2)
         # After the shuffle, the four pixels of a cell share one scale and one shift.
         self.norm = nn.Identity() if norm is None else norm(ch_out)
         self.activ = activ()
         self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
-        self._initialise_icnr()
+        self._initialize_icnr()
 
     @torch.no_grad()
-    def _initialise_icnr(self) -> None:
+    def _initialize_icnr(self) -> None:
         for parameter in self.conv.parameters():
             parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
 

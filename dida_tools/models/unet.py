@@ -30,14 +30,20 @@ class UNETRecursion(nn.Module):
         super().__init__()
         style: dict[str, Any] = {"activ": activ, "norm": norm}
         self.down = nn.MaxPool2d(2) if use_pooling else ConvLayer(ch, ch, stride=2, **style)
-        self.encode = nn.Sequential(ConvLayer(ch, 2 * ch, **style), ConvLayer(2 * ch, 2 * ch, dropout=dropout, **style))
+        self.encode = nn.Sequential(
+            ConvLayer(ch, 2 * ch, **style), ConvLayer(2 * ch, 2 * ch, dropout=dropout, **style)
+        )
         self.deeper = (
             UNETRecursion(2 * ch, n_recursions - 1, use_shuffle, dropout, activ, use_pooling, norm)
             if n_recursions > 1
             else nn.Identity()
         )
-        self.up = DeconvLayer(2 * ch, ch, k_size=1, **style) if use_shuffle else TransConvLayer(2 * ch, ch, **style)
-        self.decode = nn.Sequential(ConvLayer(2 * ch, ch, **style), ConvLayer(ch, ch, dropout=dropout, **style))
+        self.up = (
+            DeconvLayer(2 * ch, ch, k_size=1, **style) if use_shuffle else TransConvLayer(2 * ch, ch, **style)
+        )
+        self.decode = nn.Sequential(
+            ConvLayer(2 * ch, ch, **style), ConvLayer(ch, ch, dropout=dropout, **style)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ch, H, W) to (N, ch, H, W), H and W divisible by 2 ** n_recursions."""
@@ -75,7 +81,7 @@ class UNET(nn.Module):
         :param dropout: probability that a channel is zeroed in training, after every pair of convolutions but the first
         :param activ: class of the activation
         :param use_pooling: downsample with max pooling, otherwise with strided convolutions
-        :param norm: what makes the normalisation for a number of channels, or None
+        :param norm: what makes the normalization for a number of channels, or None
         :raises ValueError: if n_recursions is below 1
         """
         super().__init__()

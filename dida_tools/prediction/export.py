@@ -6,7 +6,7 @@ Exports a trained model: one file that takes images as they stand in their files
 The ending decides: .onnx for onnxruntime and others, .pt2 for torch.export.load, .safetensors for the weights alone.
 
 onnx and pt2 take values as they stand in the files, as float32 (N, C, H, W): whoever calls them casts integers. That is
-exact up to 2 ** 24; of uint32, int32, float64, what float32 cannot hold is lost. Scaling, normalisation, nodata to 0,
+exact up to 2 ** 24; of uint32, int32, float64, what float32 cannot hold is lost. Scaling, normalization, nodata to 0,
 temperature and softmax or sigmoid are inside; what comes out is (N, K, H, W). Nothing is refused: unlike in prediction,
 NaN in gives NaN out. Data contract, class names, thresholds and the digest of the weights are in the file's metadata.
 What was written is read again and compared with PyTorch, at several sizes and batches, before it gets its name.
@@ -37,9 +37,7 @@ from ..utils.path import shown, write_atomic
 from ..utils.torchutils import load_model
 from ..utils.weights import load_weights, weights_digest
 
-TOLERANCE = (
-    1e-4  # largest difference from PyTorch: of probabilities, and of a regression's values in parts of the largest
-)
+TOLERANCE = 1e-4  # largest difference from PyTorch: of probabilities, and of a regression's values in parts of the largest
 METADATA_FILE = "contract.json"  # of a .pt2, see torch.export.load(extra_files)
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64)  # that image edges may have to be of: tried in this order
 
@@ -80,7 +78,9 @@ class RawModel(nn.Module):
         return self.contract.probabilities(self.model(values))
 
 
-def export_onnx(model: nn.Module, contract: DataContract, path: str | Path, notes: Notes | None = None) -> float:
+def export_onnx(
+    model: nn.Module, contract: DataContract, path: str | Path, notes: Notes | None = None
+) -> float:
     """
     Writes a model as ONNX, with dynamic batch, height and width.
 
@@ -104,14 +104,18 @@ def export_onnx(model: nn.Module, contract: DataContract, path: str | Path, note
     try:
         content = proto.SerializeToString()
     except Exception as error:  # of protobuf, whose errors are many
-        raise ExportError(f"{path}: the model cannot be written as one ONNX file (2 GB at most): {error}.") from error
+        raise ExportError(
+            f"{path}: the model cannot be written as one ONNX file (2 GB at most): {error}."
+        ) from error
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     difference = _check(raw, lambda image: session.run(None, {"image": image})[0], multiple, 1, path)
     write_atomic(path, lambda file: file.write(content))
     return difference
 
 
-def export_program(model: nn.Module, contract: DataContract, path: str | Path, notes: Notes | None = None) -> float:
+def export_program(
+    model: nn.Module, contract: DataContract, path: str | Path, notes: Notes | None = None
+) -> float:
     """
     Writes a model as what torch.export.load reads; as export_onnx otherwise.
 
@@ -132,7 +136,9 @@ def export_program(model: nn.Module, contract: DataContract, path: str | Path, n
     return difference
 
 
-def export_safetensors(model: nn.Module, contract: DataContract, path: str | Path, notes: Notes | None = None) -> float:
+def export_safetensors(
+    model: nn.Module, contract: DataContract, path: str | Path, notes: Notes | None = None
+) -> float:
     """
     Writes the weights alone, for publishing, with the contract as metadata; as export_onnx otherwise.
 
@@ -156,7 +162,9 @@ KINDS: dict[str, Callable[..., float]] = {
 }
 
 
-def export_run(global_config: dict[str, str], wanted: str, path: str | Path, kind: str | None = None) -> float:
+def export_run(
+    global_config: dict[str, str], wanted: str, path: str | Path, kind: str | None = None
+) -> float:
     """
     Exports the best weights of a tracked run.
 
@@ -170,12 +178,17 @@ def export_run(global_config: dict[str, str], wanted: str, path: str | Path, kin
             f"{path}: its ending is none of {', '.join('.' + name for name in KINDS)}: change it, or --to."
         )
     name = find_run(global_config, wanted, with_weights=True)
-    run_dir, weights = Path(global_config["LOG_DIR"]) / name, Path(global_config["WEIGHT_DIR"]) / name / "best.pt"
+    run_dir, weights = (
+        Path(global_config["LOG_DIR"]) / name,
+        Path(global_config["WEIGHT_DIR"]) / name / "best.pt",
+    )
     config, record = read_run_config(run_dir), read_record(run_dir)["config"]
     model = load_model(weights, config["MODEL"], config["MODEL_CONFIG"])
     stored = load_weights(weights)
     if "contract" not in stored:
-        raise ExportError(f"{weights}: holds no data contract: its data set has none, so raw images cannot be scaled.")
+        raise ExportError(
+            f"{weights}: holds no data contract: its dataset has none, so raw images cannot be scaled."
+        )
     notes = {"run": name} | {key.lower(): json.dumps(record[key]) for key in ("MODEL", "MODEL_CONFIG")}
     return KINDS[kind](model, DataContract.from_dict(stored["contract"]), path, notes)
 
@@ -210,7 +223,9 @@ def _metadata(raw: RawModel, multiple: int | None, smallest: int | None) -> Note
     }
     if multiple is not None:
         metadata["input"] = f"float32 (N, {contract.channels}, H, W), values as in the {contract.dtype} files"
-        metadata["sizes"] = f"edges of {smallest} pixels or more" + f", multiples of {multiple}" * (multiple > 1)
+        metadata["sizes"] = f"edges of {smallest} pixels or more" + f", multiples of {multiple}" * (
+            multiple > 1
+        )
     return metadata
 
 
@@ -244,7 +259,9 @@ def _example(raw: RawModel) -> tuple[int, Tensor]:
             return multiple, example
         except Exception as error:  # whatever the model raises
             reason = " ".join(str(error).split())[:300]
-    raise ExportError(f"{type(raw.model).__name__}: fails for images of {_MULTIPLES[-1]} x n pixels: {reason}")
+    raise ExportError(
+        f"{type(raw.model).__name__}: fails for images of {_MULTIPLES[-1]} x n pixels: {reason}"
+    )
 
 
 def _smallest_edge(program: torch.export.ExportedProgram, channels: int, multiple: int) -> int:
@@ -292,7 +309,9 @@ def _check(raw: RawModel, run: Runner, multiple: int, smallest: int, path: str |
 def _images(contract: DataContract, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
     """Random images (N, H, W, C) with values as in the files; some pixels hold no data."""
     dtype = np.dtype(contract.dtype)
-    low, high = (0.0, 1.0) if dtype.kind == "f" else (0, 1 if dtype.kind == "b" else min(np.iinfo(dtype).max, 2**16))
+    low, high = (
+        (0.0, 1.0) if dtype.kind == "f" else (0, 1 if dtype.kind == "b" else min(np.iinfo(dtype).max, 2**16))
+    )
     if contract.mean:
         mean, std = (np.asarray(values) / contract.scale for values in (contract.mean, contract.std))
         values = generator.normal(mean, std, shape)
@@ -321,7 +340,9 @@ def _quiet() -> Iterator[None]:
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", metavar="NAME", help="the run: its name or part of it, latest, or best")
     parser.add_argument("-o", "--out", required=True, metavar="FILE", help="the file to be written")
     parser.add_argument("--to", choices=KINDS, help="the format (default: by the ending of FILE)")

@@ -46,14 +46,18 @@ def find_inputs(paths: Any, bands: Any = None) -> list[tuple[Path, ...]]:
     found: list[tuple[Path, ...]] = []
     problems = []
     for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
-        matches = sorted(glob.glob(str(path))) if glob.has_magic(str(path)) and not Path(path).exists() else [path]
+        matches = (
+            sorted(glob.glob(str(path))) if glob.has_magic(str(path)) and not Path(path).exists() else [path]
+        )
         if not matches:
             problems.append(f"{path}: nothing matches this pattern")
         for one in map(Path, matches):
             if bands is not None and one.is_dir():
                 of_band = {band: sorted(one.glob(band)) for band in bands}
                 wrong = {band: len(files) for band, files in of_band.items() if len(files) != 1}
-                problems += [f"{one}: {number} files match {band}, it has to be one" for band, number in wrong.items()]
+                problems += [
+                    f"{one}: {number} files match {band}, it has to be one" for band, number in wrong.items()
+                ]
                 found += [] if wrong else [tuple(files[0] for files in of_band.values())]
             elif bands is not None:
                 problems.append(f"{one}: with BANDS, an image is a folder that holds a file for each")
@@ -87,14 +91,16 @@ def plan(
         stem = files[0].stem if len(files) == 1 else files[0].resolve().parent.name
         parts = {kind: f"_{kind}" if len(kinds) > 1 else "" for kind in kinds}
         endings = {
-            kind: config["FORMAT"] or _ending(files[0], kind, contract, config["OUTPUT_DTYPE"]) for kind in kinds
+            kind: config["FORMAT"] or _ending(files[0], kind, contract, config["OUTPUT_DTYPE"])
+            for kind in kinds
         }
         names = [f"{config['PREFIX']}{stem}{config['SUFFIX']}{parts[kind]}{endings[kind]}" for kind in kinds]
         jobs.append(Job(files, tuple(Path(config["OUT_DIR"]) / name for name in names)))
     too_much = [
         f"FORMAT is '.png', which cannot hold {kind}: choose .npy or .tif, or leave it out"
         for kind in kinds
-        if config["FORMAT"] == ".png" and _ending(Path("map.png"), kind, contract, config["OUTPUT_DTYPE"]) != ".png"
+        if config["FORMAT"] == ".png"
+        and _ending(Path("map.png"), kind, contract, config["OUTPUT_DTYPE"]) != ".png"
     ]
     if too_much:
         raise ConfigError(too_much)
@@ -105,7 +111,11 @@ def plan(
         for output in outputs
         if output.resolve() in images
     ]
-    twice = {output for output in outputs if outputs.count(output) > 1} if len(set(outputs)) < len(outputs) else set()
+    twice = (
+        {output for output in outputs if outputs.count(output) > 1}
+        if len(set(outputs)) < len(outputs)
+        else set()
+    )
     problems += [f"{output}: several inputs would be written to this file" for output in sorted(twice)]
     if problems:
         raise DataError(problems)

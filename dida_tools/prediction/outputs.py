@@ -148,7 +148,12 @@ class GrowingFile:
         if self.num_rows < self.size[0]:
             self._file.flush()
             os.fsync(self._file.fileno())
-            state = {"about": self._about, "rows": self.num_rows, "checksum": self._checksum, "end": self._file.tell()}
+            state = {
+                "about": self._about,
+                "rows": self.num_rows,
+                "checksum": self._checksum,
+                "end": self._file.tell(),
+            }
             write_atomic(self._state, lambda file: file.write(json.dumps(state).encode()))
 
     def _open(self, values: np.ndarray) -> None:
@@ -162,7 +167,11 @@ class GrowingFile:
         self._state.unlink(missing_ok=True)
         self._file = open(self._rows, "w+b")  # noqa: SIM115  # pylint: disable=consider-using-with
         shape = self.size if values.shape[2] == 1 else (*self.size, values.shape[2])
-        description = {"descr": np.lib.format.dtype_to_descr(values.dtype), "fortran_order": False, "shape": shape}
+        description = {
+            "descr": np.lib.format.dtype_to_descr(values.dtype),
+            "fortran_order": False,
+            "shape": shape,
+        }
         np.lib.format.write_array_header_1_0(self._file, description)
         self._header_bytes = self._file.tell()
 
@@ -200,7 +209,7 @@ def _write_picture(path: Path, values: np.ndarray, colors: Any) -> None:
     picture = Image.fromarray(np.asarray(values))
     if colors:
         picture = picture.convert("P") if picture.mode != "P" else picture
-        picture.putpalette(_all_colors(colors).tobytes())  # the numbers stay, and are shown in colours
+        picture.putpalette(_all_colors(colors).tobytes())  # the numbers stay, and are shown in colors
     write_atomic(path, lambda file: picture.save(file, format="png"))
 
 
@@ -210,8 +219,10 @@ def _all_colors(colors: Any) -> np.ndarray:
     return table
 
 
-def _write_raster(path: Path, rows: Path, header_bytes: int, grid: Grid | None, style: dict[str, Any]) -> None:
-    """Makes a cloud-optimised GeoTIFF: tiles, compressed, with overviews."""
+def _write_raster(
+    path: Path, rows: Path, header_bytes: int, grid: Grid | None, style: dict[str, Any]
+) -> None:
+    """Makes a cloud-optimized GeoTIFF: tiles, compressed, with overviews."""
     import rasterio  # imported where used: other formats do not need it
     import rasterio.shutil
 
@@ -230,7 +241,9 @@ def _write_raster(path: Path, rows: Path, header_bytes: int, grid: Grid | None, 
     sync_dir(path.parent)
 
 
-def _describe(rows: Path, values: np.ndarray, header_bytes: int, grid: Grid | None, style: dict[str, Any]) -> str:
+def _describe(
+    rows: Path, values: np.ndarray, header_bytes: int, grid: Grid | None, style: dict[str, Any]
+) -> str:
     """The rows on the disk as GDAL's virtual raster."""
     height, width = values.shape[:2]
     num_bands = 1 if values.ndim == 2 else values.shape[2]
@@ -240,7 +253,9 @@ def _describe(rows: Path, values: np.ndarray, header_bytes: int, grid: Grid | No
         parts.append(f"<SRS>{escape(grid.crs)}</SRS>")
     if grid is not None and grid.transform is not None:
         parts.append(f"<GeoTransform>{', '.join(map(repr, grid.transform))}</GeoTransform>")
-    tags = [f"<MDI key={quoteattr(key)}>{escape(str(tag))}</MDI>" for key, tag in style.get("tags", {}).items()]
+    tags = [
+        f"<MDI key={quoteattr(key)}>{escape(str(tag))}</MDI>" for key, tag in style.get("tags", {}).items()
+    ]
     parts += ["<Metadata>", *tags, "</Metadata>"]
     names = style.get("names") or [""] * num_bands
     for band in range(num_bands):
@@ -252,7 +267,9 @@ def _describe(rows: Path, values: np.ndarray, header_bytes: int, grid: Grid | No
         if "scale" in style:
             parts.append(f"<Scale>{style['scale']!r}</Scale>")
         if style.get("colors"):
-            colors = [f'<Entry c1="{r}" c2="{g}" c3="{b}" c4="255"/>' for r, g, b in _all_colors(style["colors"])]
+            colors = [
+                f'<Entry c1="{r}" c2="{g}" c3="{b}" c4="255"/>' for r, g, b in _all_colors(style["colors"])
+            ]
             parts += ["<ColorInterp>Palette</ColorInterp><ColorTable>", *colors, "</ColorTable>"]
         parts.append(f'<SourceFilename relativeToVRT="1">{escape(rows.name)}</SourceFilename>')
         parts.append(f"<ImageOffset>{header_bytes + band * item}</ImageOffset><ByteOrder>LSB</ByteOrder>")
@@ -269,7 +286,9 @@ def style_of(kind: str, contract: DataContract, has_nodata: bool, dtype: str) ->
     style: dict[str, Any] = {"nodata": (NODATA if is_uint8 else "nan") if has_nodata else None}
     style["tags"] = {"OUTPUT": "values" if contract.task == "values" else kind}
     if contract.class_names:
-        style["tags"]["CLASSES"] = ", ".join(f"{number}: {name}" for number, name in enumerate(contract.class_names))
+        style["tags"]["CLASSES"] = ", ".join(
+            f"{number}: {name}" for number, name in enumerate(contract.class_names)
+        )
     if is_classes and single:
         style["colors"] = contract.colors()
     if not single and len(contract.class_names) == contract.outputs:

@@ -60,7 +60,9 @@ REQUIRED = ("MODEL", "WEIGHTS", "FILES", "OUT_DIR")
 LEDGER = "predictions.jsonl"
 SCORES = "scores.json"
 
-Sample = tuple[Job, Tensor, np.ndarray, Grid | None]  # an image of one window: inputs, where there is data, its grid
+Sample = tuple[
+    Job, Tensor, np.ndarray, Grid | None
+]  # an image of one window: inputs, where there is data, its grid
 
 _SMALLEST_TILE = 256
 _RASTER_CACHE_BYTES = 64 * 2**20  # GDAL would take a part of the machine's memory
@@ -70,7 +72,7 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     """
     Predicts images of any size with a trained model.
 
-    The images are read, scaled and normalised as in training, by the data contract in the weights file. What an earlier
+    The images are read, scaled and normalized as in training, by the data contract in the weights file. What an earlier
     call with the same weights and settings has finished is not done again unless it was changed since, and an image
     that it left unfinished is gone on with; LEDGER in OUT_DIR tells what was made of what. Several processes of
     torchrun share the images.
@@ -90,7 +92,11 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     if "LOCAL_RANK" in os.environ and options["device"] == "auto" and torch.cuda.is_available():
         options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     predictor = load_predictor(
-        config["WEIGHTS"], config["MODEL"], config["MODEL_CONFIG"], lambda: _suggested_contract(config), **options
+        config["WEIGHTS"],
+        config["MODEL"],
+        config["MODEL_CONFIG"],
+        lambda: _suggested_contract(config),
+        **options,
     )
     if config["MASKS"] is not None and predictor.contract.task == "values":
         raise ConfigError(["MASKS is given, but the model predicts values, not classes: leave it out"])
@@ -102,7 +108,11 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     create_dirs(config["OUT_DIR"])
     with only_writer(_ledger_of(config)):
         with stop_on_signals(), ExitStack() as stack:
-            if any(file.suffix.lower() in (".tif", ".tiff") for job in jobs for file in (*job.inputs, *job.outputs)):
+            if any(
+                file.suffix.lower() in (".tif", ".tiff")
+                for job in jobs
+                for file in (*job.inputs, *job.outputs)
+            ):
                 import rasterio  # imported where used: the file formats of most projects do not need it
 
                 stack.enter_context(rasterio.Env(GDAL_CACHEMAX=_RASTER_CACHE_BYTES))
@@ -111,7 +121,9 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
             work.do(jobs, sizes)
         if masks:
             maps = [job.outputs[kinds.index("probabilities")] for job in jobs]
-            scores = score_maps(maps, masks, predictor.contract, config["IGNORE_INDEX"], config["MASK_VALUES"])
+            scores = score_maps(
+                maps, masks, predictor.contract, config["IGNORE_INDEX"], config["MASK_VALUES"]
+            )
             _report(scores.results(predictor.contract.class_names), Path(config["OUT_DIR"]))
     return [output for job in jobs for output in job.outputs]
 
@@ -133,7 +145,9 @@ def _report(results: dict[str, float], out_dir: Path) -> None:
     rank = os.environ.get("RANK", "0")  # of several processes, each scores its own images
     file = out_dir / (SCORES if rank == "0" else f"scores.{rank}.json")
     write_atomic(file, lambda stream: stream.write(json.dumps(results, indent=2).encode()))
-    shown = ", ".join(f"{name} {results[name]:.4f}" for name in ("f1", "iou", "accuracy", "average_precision", "ece"))
+    shown = ", ".join(
+        f"{name} {results[name]:.4f}" for name in ("f1", "iou", "accuracy", "average_precision", "ece")
+    )
     print(f"{shown}; all of it: {file}")
 
 
@@ -160,7 +174,11 @@ def _complete(given: dict[str, Any]) -> dict[str, Any]:
     problems += [f"{key} is missing" for key in REQUIRED if given.get(key) is None]
     config = DEFAULTS | given
     kinds = [config["OUTPUT"]] if isinstance(config["OUTPUT"], str) else config["OUTPUT"]
-    choices = {"OUTPUT_DTYPE": DTYPES, "AUGMENT": tuple(AUGMENTATIONS), "FORMAT": (None, ".npy", ".png", ".tif")}
+    choices = {
+        "OUTPUT_DTYPE": DTYPES,
+        "AUGMENT": tuple(AUGMENTATIONS),
+        "FORMAT": (None, ".npy", ".png", ".tif"),
+    }
     asked = [("OUTPUT", kind, KINDS) for kind in kinds] + [
         (key, config[key], allowed) for key, allowed in choices.items()
     ]
@@ -206,8 +224,14 @@ class _Work:
             "CONTRACT": self.contract.to_dict(),
         }  # fmt: skip
         ledger = _ledger_of(config)
-        events = [event for file in ledger.parent.glob(f"{Path(LEDGER).stem}*.jsonl") for event in read_journal(file)]
-        earlier = sorted((event for event in events if event["event"] == "prediction"), key=lambda event: event["time"])
+        events = [
+            event
+            for file in ledger.parent.glob(f"{Path(LEDGER).stem}*.jsonl")
+            for event in read_journal(file)
+        ]
+        earlier = sorted(
+            (event for event in events if event["event"] == "prediction"), key=lambda event: event["time"]
+        )
         self.done = {event["output"]: event for event in earlier}  # the last one, whoever noted it
         self.ledger = Journal(ledger)
         self.settings_digest = _digest(self.settings)
@@ -232,7 +256,9 @@ class _Work:
         abouts = {job: self._about(job) for job in jobs}
         to_do = [job for job in jobs if not self._is_done(job, abouts[job])]
         if len(to_do) < len(jobs):
-            print(f"{len(jobs) - len(to_do)} of {len(jobs)} images were predicted before, with the same settings.")
+            print(
+                f"{len(jobs) - len(to_do)} of {len(jobs)} images were predicted before, with the same settings."
+            )
         started, num_pixels = time.monotonic(), 0
         form = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]"
         total = sum(height * width for height, width in (sizes[job] for job in to_do)) / 1e6
@@ -251,7 +277,9 @@ class _Work:
                     self._guarded(job, functools.partial(self._do_large, job, abouts[job], advance))
         seconds = time.monotonic() - started
         if num_pixels:
-            print(f"{num_pixels / 1e6:.1f} MP in {seconds:.1f} s: {num_pixels / 1e6 / max(seconds, 1e-9):.2f} MP/s.")
+            print(
+                f"{num_pixels / 1e6:.1f} MP in {seconds:.1f} s: {num_pixels / 1e6 / max(seconds, 1e-9):.2f} MP/s."
+            )
         if self.predictor.num_pixels:
             print(
                 f"Augmentation took {len(self.predictor.views)} forward passes instead of 1, and gave another class to "
@@ -338,7 +366,9 @@ class _Work:
     def _write(self, files: list[GrowingFile], band: Band) -> None:
         for kind, file in zip(self.kinds, files, strict=True):
             values = make_output(kind, band, self.contract, self.dtype)
-            file.write(values[max(0, file.num_rows - band.top) :])  # one of several may be further than the others
+            file.write(
+                values[max(0, file.num_rows - band.top) :]
+            )  # one of several may be further than the others
 
     def _finish(self, about: dict[str, Any], files: list[GrowingFile], grid: Grid | None) -> None:
         has_nodata = self.contract.nodata is not None or (grid is not None and grid.nodata is not None)

@@ -102,17 +102,21 @@ def load_predictor(
     elif suggest is not None:
         contract = suggest()
     else:
-        raise WeightsError(f"{weights}: holds no data contract, which says how images are read: give suggest.")
+        raise WeightsError(
+            f"{weights}: holds no data contract, which says how images are read: give suggest."
+        )
     model = model_class(**(model_config or {}))
     fill_model(model, model_state(stored), str(weights))
     return Predictor(model, contract, **options)
 
 
-def predict_array(predictor: Predictor, image: np.ndarray, tile: int = 512, overlap: float = 0.25) -> np.ndarray:
+def predict_array(
+    predictor: Predictor, image: np.ndarray, tile: int = 512, overlap: float = 0.25
+) -> np.ndarray:
     """
     Predicts one image that is in the memory, as in a notebook.
 
-    :param image: (H, W, C) as its file has it: neither scaled nor normalised
+    :param image: (H, W, C) as its file has it: neither scaled nor normalized
     :return: (K, H, W) probabilities in float32; NaN where there is no data
     :raises DataError: if it is not as the contract says
     """
@@ -122,7 +126,9 @@ def predict_array(predictor: Predictor, image: np.ndarray, tile: int = 512, over
         raise DataError(problems)
     tiling = Tiling(tile, overlap, batch_size=4)
     bands = predict_bands(predictor, _InMemory(image), predictor.contract, tiling)
-    return np.concatenate([np.where(band.valid, band.probabilities, np.float32(np.nan)) for band in bands], axis=1)
+    return np.concatenate(
+        [np.where(band.valid, band.probabilities, np.float32(np.nan)) for band in bands], axis=1
+    )
 
 
 class _InMemory:

@@ -53,13 +53,17 @@ def score_maps(
                 window = Window(top, 0, min(_ROWS, height - top), width)
                 values = predicted.read(window)
                 missing = (values == 255 if values.dtype == np.uint8 else np.isnan(values)).all(-1)
-                p = np.clip(values / 254 if values.dtype == np.uint8 else values.astype(np.float64), 1e-12, 1 - 1e-12)
+                p = np.clip(
+                    values / 254 if values.dtype == np.uint8 else values.astype(np.float64), 1e-12, 1 - 1e-12
+                )
                 logits = np.log(p) if multi_class else np.log(p / (1 - p))
                 targets = map_values(mask.read(window), mask_values)
                 targets = targets.astype(np.int64 if multi_class else np.float32)
                 targets[missing] = ignore_index
                 try:
-                    scores.update(_batch(np.where(missing[..., None], 0, logits)).float(), _batch(targets, multi_class))
+                    scores.update(
+                        _batch(np.where(missing[..., None], 0, logits)).float(), _batch(targets, multi_class)
+                    )
                 except ValueError as error:
                     raise DataError([f"{mask_file}: {error}"]) from error
     return scores

@@ -20,7 +20,9 @@ from ..utils.data.facts import has_data
 from ..utils.data.images import DataError, Window
 from ..utils.signals import raise_if_stop_requested
 
-PredictBatch = Callable[[Tensor], np.ndarray]  # (N, C, H, W) prepared inputs to (N, K, H, W) probabilities in float32
+PredictBatch = Callable[
+    [Tensor], np.ndarray
+]  # (N, C, H, W) prepared inputs to (N, K, H, W) probabilities in float32
 
 _READ_ROWS = 64  # at least, so that files whose blocks are single rows are not read row by row
 _MOST_READ_ROWS = 1024  # some files are one block
@@ -94,7 +96,9 @@ def predict_bands(
     """
     height, width, _ = image.shape
     size = (min(tiling.tile, height), min(tiling.tile, width))
-    tops, lefts = (window_starts(one, edge, tiling.overlap) for one, edge in zip((height, width), size, strict=True))
+    tops, lefts = (
+        window_starts(one, edge, tiling.overlap) for one, edge in zip((height, width), size, strict=True)
+    )
     weights = blending_weights(*size)
     num_batches = -(-len(lefts) // tiling.batch_size)
     batch_size = -(-len(lefts) // num_batches)  # the same for all, so that no window is computed for nothing
@@ -122,7 +126,9 @@ def predict_bands(
                 array[..., size[0] - done :, :] = 0
 
 
-def _in_batches(predict_batch: PredictBatch, inputs: Iterable[Tensor], batch_size: int) -> Iterator[np.ndarray]:
+def _in_batches(
+    predict_batch: PredictBatch, inputs: Iterable[Tensor], batch_size: int
+) -> Iterator[np.ndarray]:
     """The answers to windows; all batches have one shape."""
     rest = iter(inputs)
     while batch := list(itertools.islice(rest, batch_size)):
@@ -134,7 +140,9 @@ def _in_batches(predict_batch: PredictBatch, inputs: Iterable[Tensor], batch_siz
 class _RowBuffer:
     """Gives strips of an image that overlap, and reads every row once, the next ones ahead of time."""
 
-    def __init__(self, image: Image, contract: DataContract, pool: ThreadPoolExecutor, first_row: int) -> None:
+    def __init__(
+        self, image: Image, contract: DataContract, pool: ThreadPoolExecutor, first_row: int
+    ) -> None:
         self._image, self._contract, self._pool = image, contract, pool
         self._rows_at_once = min(max(_READ_ROWS, getattr(image, "block_rows", 1)), _MOST_READ_ROWS)
         self._top = self._read_to = first_row - first_row % self._rows_at_once
@@ -147,10 +155,15 @@ class _RowBuffer:
             part = self._read(self._read_to) if self._ahead is None else self._ahead.result()
             self._parts.append(part)
             self._read_to += len(part[0])
-            self._ahead = self._pool.submit(self._read, self._read_to) if self._read_to < self._image.shape[0] else None
+            self._ahead = (
+                self._pool.submit(self._read, self._read_to) if self._read_to < self._image.shape[0] else None
+            )
         if len(self._parts) > 1:
             self._parts = [
-                (np.concatenate([part[0] for part in self._parts]), np.concatenate([part[1] for part in self._parts]))
+                (
+                    np.concatenate([part[0] for part in self._parts]),
+                    np.concatenate([part[1] for part in self._parts]),
+                )
             ]
         pixels, valid = (array[top - self._top :] for array in self._parts[0])
         self._parts, self._top = [(pixels, valid)], top

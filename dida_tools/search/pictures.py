@@ -67,7 +67,9 @@ def _draw_history(
             axis.scatter(numbers, values, marker=_MARKS[name], label=name, s=24)
     found = np.array([trial.value for trial in complete])
     so_far = (np.maximum if best.value == found.max() else np.minimum).accumulate(found)
-    axis.step([trial.number for trial in complete], so_far, where="post", label="best so far", color="tab:red")
+    axis.step(
+        [trial.number for trial in complete], so_far, where="post", label="best so far", color="tab:red"
+    )
     axis.set(title=f"best {goal} {best.value:.4f}, in trial {best.number}", xlabel="trial", ylabel=goal)
     axis.legend()
 

@@ -15,8 +15,25 @@ from ..config.keys import KEYS, complete, copy_config
 
 # What all trials must have in common, so that they can be compared, or what names and records them.
 _COMMON = (
-    *("MONITOR", "METRICS", "VALIDATION_FRACTION", "MASK_VALUES", "IGNORE_INDEX", "DATASET_CONFIG.validation"),
-    *("DATE", "SESSION_NAME", "ROUTINE_NAME", "RESUME", "RERUN_OF", "STUDY", "TRIAL", "AFTER_EPOCH", "LOGFILE"),
+    *(
+        "MONITOR",
+        "METRICS",
+        "VALIDATION_FRACTION",
+        "MASK_VALUES",
+        "IGNORE_INDEX",
+        "DATASET_CONFIG.validation",
+    ),
+    *(
+        "DATE",
+        "SESSION_NAME",
+        "ROUTINE_NAME",
+        "RESUME",
+        "RERUN_OF",
+        "STUDY",
+        "TRIAL",
+        "AFTER_EPOCH",
+        "LOGFILE",
+    ),
 )
 
 
@@ -47,7 +64,9 @@ class Choice:
         self.ends, self.labels = options, [_label(option) for option in options]
         if not options or len(set(self.labels)) < len(options):
             shown = ", ".join(map(str, self.labels)) or "nothing"
-            raise UserError(f"the search space has a choice of {shown}: give at least one option, and each one once.")
+            raise UserError(
+                f"the search space has a choice of {shown}: give at least one option, and each one once."
+            )
 
     def __repr__(self) -> str:
         return f"Choice({', '.join(map(str, self.labels))})"
@@ -108,11 +127,15 @@ class Space:
             elif any(f"{key}.".startswith(f"{common}.") for common in _COMMON):
                 problems.append(f"{key} cannot be searched: it must be the same for all trials.")
             elif first in ("LOSS", "LOSS_CONFIG") and goal == "loss":
-                problems.append(f"{key} cannot be searched while MONITOR is {config['MONITOR']!r}: monitor a metric.")
+                problems.append(
+                    f"{key} cannot be searched while MONITOR is {config['MONITOR']!r}: monitor a metric."
+                )
             elif first not in KEYS:
                 problems += find_problems({first: None})[:1]
         if not self._parts:
-            problems.append("the search space is empty: write into search_space, at the top of hyperparameter.py.")
+            problems.append(
+                "the search space is empty: write into search_space, at the top of hyperparameter.py."
+            )
         if not problems:
             for values in self._pairs():
                 candidate = copy_config(config)

@@ -28,7 +28,11 @@ class KernelLock:
         self._lock.acquire()
         try:
             with open(self._path, "r+b") as file:
-                is_torn = file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+                is_torn = (
+                    file.seek(0, os.SEEK_END) > 0
+                    and file.seek(-1, os.SEEK_END) >= 0
+                    and file.read(1) != b"\n"
+                )
                 if is_torn:
                     file.seek(0)
                     file.truncate(file.read().rfind(b"\n") + 1)

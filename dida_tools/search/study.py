@@ -62,7 +62,9 @@ class Sampler(optuna.samplers.BaseSampler):
         """Draws what belongs together."""
         return self._fresh(trial, "").sample_relative(study, trial, search_space)
 
-    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, *arguments: Any) -> Any:
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, *arguments: Any
+    ) -> Any:
         """Draws one value."""
         return self._fresh(trial, param_name).sample_independent(study, trial, param_name, *arguments)
 
@@ -137,7 +139,9 @@ class Search:
             self.study.set_user_attr("config", now)
             return
         changed = [f"the space of {key}" for key in {**known["space"], **self.space.text()}]
-        changed = [text for text in changed if known["space"].get(text[13:]) != self.space.text().get(text[13:])]
+        changed = [
+            text for text in changed if known["space"].get(text[13:]) != self.space.text().get(text[13:])
+        ]
         for key, (before, after) in difference(known["config"], now).items():
             if not changed and not key.startswith(_FREE_TO_CHANGE):
                 changed.append(f"{key} (was {before}, is {after})")
@@ -272,7 +276,9 @@ class Search:
                         trial.report(event[f"validation.{run.monitored}"], epoch)
                 is_last = run.state.stopped or run.state.epoch >= run.config["EPOCHS"]
                 return self.pruning and not is_last and trial.should_prune()
-            except Exception as error:  # each database has errors of its own; the next epoch reports this one, too
+            except (
+                Exception
+            ) as error:  # each database has errors of its own; the next epoch reports this one, too
                 reason = Redactor().text(f"{type(error).__name__}: {error}")[:300]
                 _say(f"Trial {trial.number}: the storage cannot be reached ({reason}); training goes on.")
                 return False

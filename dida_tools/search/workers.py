@@ -195,7 +195,9 @@ def describe(trial: FrozenTrial, goal: str) -> str:
 
 def values_of(trial: FrozenTrial) -> str:
     """What a trial has tried, by the last parts of the names."""
-    texts = {key: f"{value:.3g}" if isinstance(value, float) else str(value) for key, value in trial.params.items()}
+    texts = {
+        key: f"{value:.3g}" if isinstance(value, float) else str(value) for key, value in trial.params.items()
+    }
     return ", ".join(f"{key.rpartition('.')[2]}={text.rpartition(':')[2]}" for key, text in texts.items())
 
 

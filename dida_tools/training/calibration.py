@@ -23,7 +23,7 @@ _MOST = 2.0**15
 
 class Likelihoods:
     """
-    Accumulates the negative log-likelihood of a data set at each of several temperatures.
+    Accumulates the negative log-likelihood of a dataset at each of several temperatures.
 
     :param contract: of the data
     :param ignore_index: target value of pixels that do not count
@@ -53,7 +53,9 @@ class Likelihoods:
             if is_multi_class(predictions, targets):
                 loss = functional.nll_loss(logits.log_softmax(1), targets.long(), reduction="none")
             else:
-                loss = functional.binary_cross_entropy_with_logits(logits, targets.to(logits), reduction="none")
+                loss = functional.binary_cross_entropy_with_logits(
+                    logits, targets.to(logits), reduction="none"
+                )
             units = (loss.nan_to_num(_MOST).clamp(max=_MOST) / _UNIT).long()
             sums.append(units.masked_fill(~keep, 0).sum())
         self.sums = [total + part for total, part in zip(self.sums, torch.stack(sums).tolist(), strict=True)]
@@ -112,6 +114,8 @@ def describe_fit(contract: DataContract) -> dict[str, float]:
         thresholds = contract.threshold
         if isinstance(thresholds, float | int):
             return results | {"threshold": float(thresholds)}
-        names = contract.class_names if len(contract.class_names) == len(thresholds) else range(len(thresholds))
+        names = (
+            contract.class_names if len(contract.class_names) == len(thresholds) else range(len(thresholds))
+        )
         results |= {f"threshold.{name}": value for name, value in zip(names, thresholds, strict=True)}
     return results

@@ -62,7 +62,9 @@ def load_checkpoint(folder: str | os.PathLike, say: Callable[[str], None] = prin
             unreadable = error if isinstance(error, UnreadableWeights) else unreadable
             say(f"{error} {'There is none before it.' if file == files[-1] else 'The one before is used.'}")
     if unreadable is not None:
-        raise UnreadableWeights(f"{unreadable} Look after the disk, and try again; or remove the file to start again.")
+        raise UnreadableWeights(
+            f"{unreadable} Look after the disk, and try again; or remove the file to start again."
+        )
     return None
 
 

@@ -56,13 +56,15 @@ def seed_sample(seed: int, epoch: int, index: int) -> None:
 
 
 def _seed_cpu(number: int) -> None:
-    torch.default_generator.manual_seed(number)  # torch.manual_seed also visits every device: 100 times slower
+    torch.default_generator.manual_seed(
+        number
+    )  # torch.manual_seed also visits every device: 100 times slower
     np.random.seed(number % 2**32)
     random.seed(number)
 
 
 class Samples(Dataset):
-    """A data set whose samples are asked for by (epoch, index), and then always the same."""
+    """A dataset whose samples are asked for by (epoch, index), and then always the same."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
@@ -153,7 +155,9 @@ class EvaluationBatches(Sampler):
             cut = (indices[start : start + size] for start in range(0, len(indices), size))
             self.batches += [[(0, index) for index in part] for part in cut]
         parts = [self.batches[part::num_processes] for part in range(num_processes)]
-        self.order = [index for part in parts for batch in part for _, index in batch]  # of all processes, one by one
+        self.order = [
+            index for part in parts for batch in part for _, index in batch
+        ]  # of all processes, one by one
         self.batches = parts[rank]
 
     def __len__(self) -> int:
@@ -166,7 +170,9 @@ class EvaluationBatches(Sampler):
 class Loader(DataLoader):
     """A DataLoader whose workers take no signals, and end when they are told to."""
 
-    def __init__(self, dataset: Any, worker_init_fn: Callable[[int], None] | None = None, **options: Any) -> None:
+    def __init__(
+        self, dataset: Any, worker_init_fn: Callable[[int], None] | None = None, **options: Any
+    ) -> None:
         super().__init__(dataset, worker_init_fn=functools.partial(_init_worker, worker_init_fn), **options)
         self._latest: Any = None
 
@@ -203,7 +209,9 @@ def deterministic_algorithms(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product is computed
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # read when the first matrix product is computed
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     was_warning = torch.is_deterministic_algorithms_warn_only_enabled()
     was_benchmark = torch.backends.cudnn.benchmark

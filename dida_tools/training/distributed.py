@@ -43,7 +43,8 @@ class _Joined:
 
 @contextlib.contextmanager
 def join_processes(
-    join: Callable[[str], object] = dist.init_process_group, leave: Callable[[], object] = dist.destroy_process_group
+    join: Callable[[str], object] = dist.init_process_group,
+    leave: Callable[[], object] = dist.destroy_process_group,
 ) -> Iterator[None]:
     """
     Joins this process with the others that torchrun has started, in the way of PyTorch or of a framework on top of it.
@@ -89,10 +90,14 @@ def own_device(device: torch.device) -> torch.device:
     if num_processes() == 1 or not torch.cuda.is_available():
         return device
     if device.type != "cuda":
-        raise UserError(f"DEVICE is {device}, but several processes take the GPUs: hide them, CUDA_VISIBLE_DEVICES=''.")
+        raise UserError(
+            f"DEVICE is {device}, but several processes take the GPUs: hide them, CUDA_VISIBLE_DEVICES=''."
+        )
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= num_gpus:
-        raise UserError(f"torchrun has started more processes than there are GPUs ({num_gpus}): use --nproc-per-node.")
+        raise UserError(
+            f"torchrun has started more processes than there are GPUs ({num_gpus}): use --nproc-per-node."
+        )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -143,7 +148,9 @@ def refuse_disagreement(facts: dict[str, Any]) -> None:
     for number, other in enumerate(others, 1):
         names = [name for name in {**main, **other} if main.get(name) != other.get(name)]
         if names:
-            raise UserError(f"process {number} was given another {', '.join(names)} than process 0: give all the same.")
+            raise UserError(
+                f"process {number} was given another {', '.join(names)} than process 0: give all the same."
+            )
 
 
 def sum_up(values: Sequence[float]) -> list[float]:

@@ -24,7 +24,9 @@ def describe_environment(root_path: str | os.PathLike, device: torch.device) -> 
     :param device: the run's device
     """
     versions = {
-        dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions() if dist.metadata["Name"]
+        dist.metadata["Name"]: dist.version
+        for dist in importlib.metadata.distributions()
+        if dist.metadata["Name"]
     }
     diff = _git(root_path, "diff", "HEAD") or ""
     return {
@@ -33,7 +35,9 @@ def describe_environment(root_path: str | os.PathLike, device: torch.device) -> 
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device_name": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or "cpu",
         "git_commit": _git(root_path, "rev-parse", "HEAD"),
         "git_changed_files": (_git(root_path, "status", "--porcelain") or "").splitlines(),
         "git_diff": diff[:_MAX_DIFF_CHARACTERS] + ("\n(cut off)" if len(diff) > _MAX_DIFF_CHARACTERS else ""),
@@ -71,7 +75,12 @@ def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _git(folder: str | os.PathLike, *arguments: str) -> str | None:
     try:
         answer = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, timeout=10, check=True, stdin=subprocess.DEVNULL
+            ["git", *arguments],
+            cwd=folder,
+            capture_output=True,
+            timeout=10,
+            check=True,
+            stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.SubprocessError):
         return None

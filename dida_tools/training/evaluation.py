@@ -1,4 +1,4 @@
-"""Contains evaluation: one result for a data set, the same for every batch size, order and number of processes."""
+"""Contains evaluation: one result for a dataset, the same for every batch size, order and number of processes."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ _MORE = ("average_precision", "ece", "ignored_pixels")
 
 
 class Accumulator(Protocol):
-    """What takes a data set batch by batch; each process brings its part, and results are those of all."""
+    """What takes a dataset batch by batch; each process brings its part, and results are those of all."""
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """Adds a batch."""
@@ -31,7 +31,7 @@ class Accumulator(Protocol):
 
 class Evaluation:
     """
-    Accumulates the loss and the metrics of a data set.
+    Accumulates the loss and the metrics of a dataset.
 
     Metrics that carry a count form (those of loss.py) are computed once from the counts of all pixels, which scores
     holds. The loss, and any other function, is the mean over samples; its name ends in _sample_mean then.
@@ -49,7 +49,9 @@ class Evaluation:
         :param contract: whether to tell, besides the metrics, how far probabilities can be trusted and what is ignored;
             all is counted with its threshold and temperature, then, as in prediction. None: with 0.5 and 1
         """
-        self.counted: dict[str, Any] = {key: one for key, one in metrics.items() if hasattr(one, "from_counts")}
+        self.counted: dict[str, Any] = {
+            key: one for key, one in metrics.items() if hasattr(one, "from_counts")
+        }
         self.averaged = {"loss": loss_function} | {
             f"{key}_sample_mean": one for key, one in metrics.items() if key not in self.counted
         }
@@ -57,7 +59,9 @@ class Evaluation:
         self.num_samples = 0
         self.is_masked = any(metric.masked for metric in self.counted.values())
         self.scores: Scores | None = None  # of classes, once there are any
-        self.sample_losses: list[float] = []  # of each sample in the order they came in; NaN where no pixel counts
+        self.sample_losses: list[
+            float
+        ] = []  # of each sample in the order they came in; NaN where no pixel counts
         self._contract = contract
         self._values: dict[str, list[float]] = {name: [] for name in self.averaged}
 
@@ -68,7 +72,9 @@ class Evaluation:
         :param predictions: (N, C, ...) logits in float32
         :param targets: by the convention of loss.py
         """
-        if self.counted or (self._contract is not None and holds_classes(predictions, targets, self._contract)):
+        if self.counted or (
+            self._contract is not None and holds_classes(predictions, targets, self._contract)
+        ):
             bare, valid = unmask(predictions, targets) if self.is_masked else (targets, None)
             if self.scores is None:
                 how = self._contract or DataContract(1)
@@ -98,12 +104,16 @@ class Evaluation:
         return results if self.scores is None else results | self._counted_results(self.scores)
 
     def _counted_results(self, scores: Scores) -> dict[str, float]:
-        has_classes = len(scores.confusion) > 2 or not scores.multi_class  # of two, the summary is that of class 1
+        has_classes = (
+            len(scores.confusion) > 2 or not scores.multi_class
+        )  # of two, the summary is that of class 1
         results: dict[str, float] = {}
         if self._contract is not None:
             every = scores.results(self.class_names)
             results = {key: value for key, value in every.items() if key.partition(".")[0] in _MORE}
-            results = results if has_classes else {key: value for key, value in results.items() if "." not in key}
+            results = (
+                results if has_classes else {key: value for key, value in results.items() if "." not in key}
+            )
         for name, metric in self.counted.items():
             results[name] = metric.from_counts(scores.confusion).item()
             if has_classes:
@@ -183,7 +193,7 @@ def evaluate(
     channels_last: bool = True,
 ) -> dict[str, float]:
     """
-    Evaluates a model on a data set. The mode that the model was in is restored.
+    Evaluates a model on a dataset. The mode that the model was in is restored.
 
     :param batches: (inputs, targets); of several processes, each brings its own part
     :param evaluation: an empty one, which holds the counts afterwards

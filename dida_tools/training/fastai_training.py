@@ -39,9 +39,11 @@ train_config: dict[str, Any] = {
         "n_recursions": 5,
         "dropout": 0.2,
         "activ": ELU,
-        "norm": partial(GroupNorm, 8),  # unlike BatchNorm, the same in training and evaluation, for any batch size
+        "norm": partial(
+            GroupNorm, 8
+        ),  # unlike BatchNorm, the same in training and evaluation, for any batch size
     },
-    "DATASET": SceneDataset,  # <- your data here: NpyDataset, or any data set of (input, target) pairs
+    "DATASET": SceneDataset,  # <- your data here: NpyDataset, or any dataset of (input, target) pairs
     "DATASET_CONFIG": {
         "train": {"part": "train", "crop": 128, "crops_per_image": 4, "foreground": 0.3, "augment": STANDARD},
         "test": {"part": "test"},
@@ -74,7 +76,9 @@ def small(config: dict[str, Any] = train_config) -> dict[str, Any]:
     return config
 
 
-VARIANTS = {"small": small}  # <- your variants here: functions that take a config, change some keys, and return it
+VARIANTS = {
+    "small": small
+}  # <- your variants here: functions that take a config, change some keys, and return it
 
 
 class Forward(nn.Module):
@@ -181,7 +185,9 @@ def train(
     :raises ConfigError, DataError: before anything is written, with all problems
     """
     refuse_several("fastai")
-    preparation = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
+    preparation = prepare(
+        train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__
+    )
     config, optimizer = preparation.config, preparation.optimizer
 
     with start_run(preparation, global_config) as run:

@@ -36,9 +36,11 @@ train_config: dict[str, Any] = {
         "n_recursions": 5,
         "dropout": 0.2,
         "activ": ELU,
-        "norm": partial(GroupNorm, 8),  # unlike BatchNorm, the same in training and evaluation, for any batch size
+        "norm": partial(
+            GroupNorm, 8
+        ),  # unlike BatchNorm, the same in training and evaluation, for any batch size
     },
-    "DATASET": SceneDataset,  # <- your data here: NpyDataset, or any data set of (input, target) pairs
+    "DATASET": SceneDataset,  # <- your data here: NpyDataset, or any dataset of (input, target) pairs
     "DATASET_CONFIG": {
         "train": {"part": "train", "crop": 128, "crops_per_image": 4, "foreground": 0.3, "augment": STANDARD},
         "test": {"part": "test"},
@@ -71,7 +73,9 @@ def small(config: dict[str, Any] = train_config) -> dict[str, Any]:
     return config
 
 
-VARIANTS = {"small": small}  # <- your variants here: functions that take a config, change some keys, and return it
+VARIANTS = {
+    "small": small
+}  # <- your variants here: functions that take a config, change some keys, and return it
 
 
 class StepEvents(EventEnum):
@@ -98,7 +102,9 @@ def train(
     :param validation_dataset: what MONITOR selects by; None takes VALIDATION_FRACTION of the training set
     :raises ConfigError, DataError: before anything is written, with all problems
     """
-    preparation = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
+    preparation = prepare(
+        train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__
+    )
     config, device = preparation.config, preparation.device
     optimizer, scheduler = preparation.optimizer, preparation.scheduler
     loss_function, scaler, ema = preparation.loss_function, preparation.scaler, preparation.ema
@@ -171,6 +177,8 @@ def train(
             end_epoch()
         if state.epoch < config["EPOCHS"] and not state.stopped:
             length, max_epochs = preparation.train_batches.num_batches, config["EPOCHS"]
-            trainer.load_state_dict({"iteration": run.batch_number, "epoch_length": length, "max_epochs": max_epochs})
+            trainer.load_state_dict(
+                {"iteration": run.batch_number, "epoch_length": length, "max_epochs": max_epochs}
+            )
             trainer.run(run.batches)
         return run.finish()

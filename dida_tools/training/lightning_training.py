@@ -41,9 +41,11 @@ train_config: dict[str, Any] = {
         "n_recursions": 5,
         "dropout": 0.2,
         "activ": ELU,
-        "norm": partial(GroupNorm, 8),  # unlike BatchNorm, the same in training and evaluation, for any batch size
+        "norm": partial(
+            GroupNorm, 8
+        ),  # unlike BatchNorm, the same in training and evaluation, for any batch size
     },
-    "DATASET": SceneDataset,  # <- your data here: NpyDataset, or any data set of (input, target) pairs
+    "DATASET": SceneDataset,  # <- your data here: NpyDataset, or any dataset of (input, target) pairs
     "DATASET_CONFIG": {
         "train": {"part": "train", "crop": 128, "crops_per_image": 4, "foreground": 0.3, "augment": STANDARD},
         "test": {"part": "test"},
@@ -76,7 +78,9 @@ def small(config: dict[str, Any] = train_config) -> dict[str, Any]:
     return config
 
 
-VARIANTS = {"small": small}  # <- your variants here: functions that take a config, change some keys, and return it
+VARIANTS = {
+    "small": small
+}  # <- your variants here: functions that take a config, change some keys, and return it
 
 
 class Training(LightningModule):
@@ -84,7 +88,12 @@ class Training(LightningModule):
 
     def __init__(self, preparation: Preparation, run: Run) -> None:
         super().__init__()
-        self.model, self.preparation, self.run, self.config = preparation.model, preparation, run, preparation.config
+        self.model, self.preparation, self.run, self.config = (
+            preparation.model,
+            preparation,
+            run,
+            preparation.config,
+        )
         # Lightning's own way would divide the loss by ACCUMULATE also where an epoch's last step has fewer batches.
         self.automatic_optimization = False
         self.evaluation: Evaluation = preparation.new_evaluation()
@@ -172,7 +181,9 @@ def train(
     :raises ConfigError, DataError: before anything is written, with all problems
     """
     refuse_several("lightning")
-    preparation = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
+    preparation = prepare(
+        train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__
+    )
     config, device = preparation.config, preparation.device
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the run says on what it trains
 

@@ -31,14 +31,17 @@ class Notification:
         preparation, state = self._preparation, run.state
         place = f"on {preparation.device}, {preparation.precision}"
         since = f", after epoch {state.epoch}, step {state.step}" if state.step else ""
-        text = f"{run.name} trains for {preparation.config['EPOCHS']} epochs {place}{since}.\nLog: {run.log_dir}"
+        text = (
+            f"{run.name} trains for {preparation.config['EPOCHS']} epochs {place}{since}.\nLog: {run.log_dir}"
+        )
         self._notifier.notify(text, subject=f"started: {run.name}")
 
     def finished(self, run: Any, result: Any) -> None:
         """The run has ended as it should."""
         metrics = {name: value for name, value in result.metrics.items() if name.count(".") == 1}
         results = [
-            f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4f}" for name, value in metrics.items()
+            f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4f}"
+            for name, value in metrics.items()
         ]
         lines = [
             f"{run.name}: {result.state.epoch} epochs in {self._duration()}; best epoch {result.state.best_epoch}",
@@ -51,7 +54,10 @@ class Notification:
     def ended(self, run: Any, status: str, error: BaseException) -> None:
         """The run has ended otherwise: failed, preempted, interrupted."""
         state = run.state
-        lines = [f"{run.name}: {status} after epoch {state.epoch}, step {state.step}, {self._duration()}.", str(error)]
+        lines = [
+            f"{run.name}: {status} after epoch {state.epoch}, step {state.step}, {self._duration()}.",
+            str(error),
+        ]
         if status == "failed":
             lines += ["", "".join(traceback.format_exception(error))[-_MAX_TRACEBACK_CHARACTERS:]]
         lines.append(f"To go on: python train.py --resume {run.name}")
@@ -63,7 +69,11 @@ class Notification:
 
     def _duration(self) -> str:
         minutes, seconds = divmod(round(time.monotonic() - self._started), 60)
-        return f"{minutes // 60} h {minutes % 60} min {seconds} s" if minutes >= 60 else f"{minutes} min {seconds} s"
+        return (
+            f"{minutes // 60} h {minutes % 60} min {seconds} s"
+            if minutes >= 60
+            else f"{minutes} min {seconds} s"
+        )
 
     def _curves(self, run: Any) -> bytes | None:
         history = [run.history[epoch] for epoch in sorted(run.history)]

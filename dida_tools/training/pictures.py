@@ -17,7 +17,7 @@ from ..utils.torchutils import evaluation_mode
 from .evaluation import to_device
 
 PALETTE = np.array(_PALETTE, np.uint8)
-IGNORED_COLOUR = (0, 0, 0)
+IGNORED_COLOR = (0, 0, 0)
 _MAX_PIXELS = 512
 
 
@@ -48,9 +48,9 @@ def make_panels(
     samples: dict[int, str] | None = None,
 ) -> list[Panel]:
     """
-    Pictures of samples. None where a data set does not hold images with masks.
+    Pictures of samples. None where a dataset does not hold images with masks.
 
-    :param samples: what to call each one; None: four, spread over the data set
+    :param samples: what to call each one; None: four, spread over the dataset
     """
     panels: list[Panel] = []
     name_of = getattr(dataset, "sample_name", str)
@@ -67,12 +67,16 @@ def make_panels(
             if not inputs.shape[-2:] == targets.shape[-2:] == logits.shape[-2:]:
                 return []
             target = targets[0]
-            target = target if target.ndim == 2 or contract.task != "multi-class" else target[-1]  # masked targets
+            target = (
+                target if target.ndim == 2 or contract.task != "multi-class" else target[-1]
+            )  # masked targets
             panels.append(_panel(title, inputs[0], target, logits.float().cpu(), contract, ignore_index))
     return panels
 
 
-def choose_samples(dataset: Any, order: list[int], losses: list[float], seed: int, number: int = 2) -> dict[int, str]:
+def choose_samples(
+    dataset: Any, order: list[int], losses: list[float], seed: int, number: int = 2
+) -> dict[int, str]:
     """
     The samples with the highest and the lowest loss, and some others by chance, for make_panels.
 
@@ -87,7 +91,9 @@ def choose_samples(dataset: Any, order: list[int], losses: list[float], seed: in
     rest = sorted(set(ranked) - {index for kind in kinds.values() for index in kind})
     kinds["random"] = np.random.default_rng(seed).permutation(rest)[:number].tolist()
     return {
-        index: f"{kind}: {name_of(index)}, loss {loss_of[index]:.3f}" for kind, some in kinds.items() for index in some
+        index: f"{kind}: {name_of(index)}, loss {loss_of[index]:.3f}"
+        for kind, some in kinds.items()
+        for index in some
     }
 
 
@@ -96,13 +102,13 @@ def _panel(
 ) -> Panel:
     cut = (slice(0, _MAX_PIXELS), slice(0, _MAX_PIXELS))
     image = inputs.numpy()
-    if len(contract.mean):  # as it was, so that colours are natural
+    if len(contract.mean):  # as it was, so that colors are natural
         image = image * np.asarray(contract.std)[:, None, None] + np.asarray(contract.mean)[:, None, None]
     image = to_rgb(image, contract.channel_names)[cut]
     outputs = contract.probabilities(logits)
     if contract.task == "values":
         low, high = float(target[-1].min()), float(target[-1].max())
-        shown = [_grey(values[-1].numpy(), low, high)[cut] for values in (target, outputs[0])]
+        shown = [_gray(values[-1].numpy(), low, high)[cut] for values in (target, outputs[0])]
         return Panel(name, image, shown[0], shown[1], errors=None)
     predicted = contract.classes(outputs)[0].numpy()
     truth = target.numpy()
@@ -115,7 +121,7 @@ def _panel(
         truth = np.where(ignored, ignore_index, truth)
     wrong = (truth != predicted) & (truth != ignore_index)
     errors = np.repeat((wrong * np.uint8(255))[..., None], 3, -1)
-    return Panel(name, image, to_colours(truth, ignore_index)[cut], to_colours(predicted)[cut], errors[cut])
+    return Panel(name, image, to_colors(truth, ignore_index)[cut], to_colors(predicted)[cut], errors[cut])
 
 
 def _highest_label(labels: np.ndarray) -> np.ndarray:
@@ -143,15 +149,15 @@ def to_rgb(image: np.ndarray, channel_names: Any = ()) -> np.ndarray:
     return np.moveaxis((stretched * 255).astype(np.uint8), 0, -1)
 
 
-def to_colours(classes: np.ndarray, ignore_index: int | None = None) -> np.ndarray:
-    """Class numbers (H, W) as colours (H, W, 3) uint8."""
-    colours = PALETTE[classes.astype(np.int64) % len(PALETTE)]
+def to_colors(classes: np.ndarray, ignore_index: int | None = None) -> np.ndarray:
+    """Class numbers (H, W) as colors (H, W, 3) uint8."""
+    colors = PALETTE[classes.astype(np.int64) % len(PALETTE)]
     if ignore_index is not None:
-        colours[classes == ignore_index] = IGNORED_COLOUR
-    return colours
+        colors[classes == ignore_index] = IGNORED_COLOR
+    return colors
 
 
-def _grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
+def _gray(values: np.ndarray, low: float, high: float) -> np.ndarray:
     scaled = np.clip((values - low) / max(high - low, 1e-6), 0, 1) * 255
     return np.repeat(scaled.astype(np.uint8)[..., None], 3, -1)
 
@@ -187,12 +193,16 @@ def save_picture(
     axes[0].set(title="loss", xlabel="epoch")
     axes[0].legend()
     skipped = ("validation.loss",)
-    names = sorted({key for event in history for key in event if key.startswith("validation.") and key not in skipped})
+    names = sorted(
+        {key for event in history for key in event if key.startswith("validation.") and key not in skipped}
+    )
     names = [name for name in names if name.count(".") == 1] or names
     for name in names:
         is_goal = name == f"validation.{monitor}"
         values = [event.get(name, np.nan) for event in history]
-        axes[1].plot(epochs, values, label=name.partition(".")[2], marker=".", linewidth=2.5 if is_goal else 1)
+        axes[1].plot(
+            epochs, values, label=name.partition(".")[2], marker=".", linewidth=2.5 if is_goal else 1
+        )
     axes[1].set(title="validation", xlabel="epoch")
     if names:
         axes[1].legend()
@@ -209,20 +219,31 @@ def save_picture(
 def _draw_panel(axis: Any, panel: Panel) -> None:
     """Four pictures side by side, as one: axes of their own for each would take most of the time."""
     size = panel.image.shape[:2]
-    gap, blank = np.full((size[0], max(1, size[1] // 24), 3), 255, np.uint8), np.full((*size, 3), 255, np.uint8)
+    gap, blank = (
+        np.full((size[0], max(1, size[1] // 24), 3), 255, np.uint8),
+        np.full((*size, 3), 255, np.uint8),
+    )
     pictures = [panel.image, panel.target, panel.prediction, blank if panel.errors is None else panel.errors]
-    axis.imshow(np.hstack([part for picture in pictures for part in (picture, gap)][:-1]), interpolation="nearest")
-    for number, text in enumerate((panel.name, "target", "prediction", "" if panel.errors is None else "errors")):
-        centre = number * (size[1] + gap.shape[1]) + size[1] / 2
-        axis.annotate(text, (centre, -0.5), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=9)
+    axis.imshow(
+        np.hstack([part for picture in pictures for part in (picture, gap)][:-1]), interpolation="nearest"
+    )
+    for number, text in enumerate(
+        (panel.name, "target", "prediction", "" if panel.errors is None else "errors")
+    ):
+        center = number * (size[1] + gap.shape[1]) + size[1] / 2
+        axis.annotate(
+            text, (center, -0.5), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=9
+        )
     axis.set_axis_off()
 
 
 def _draw_legend(figure: Any, class_names: Any) -> None:
     from matplotlib.patches import Patch
 
-    colours = [PALETTE[number % len(PALETTE)] / 255 for number in range(len(class_names))]
-    handles = [Patch(facecolor=c, edgecolor="grey", label=name) for c, name in zip(colours, class_names, strict=True)]
+    colors = [PALETTE[number % len(PALETTE)] / 255 for number in range(len(class_names))]
+    handles = [
+        Patch(facecolor=c, edgecolor="gray", label=name) for c, name in zip(colors, class_names, strict=True)
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)))
 
 
@@ -235,7 +256,9 @@ def _draw_counts(axis: Any, counts: Tensor | None, class_names: Any) -> None:
     axis.imshow(parts.numpy(), cmap="Blues", vmin=0, vmax=1)
     named = counts.ndim == 2 and len(class_names) == len(matrix)
     names = (
-        list(class_names) if named else (["no", "yes"] if counts.ndim == 3 else [str(i) for i in range(len(matrix))])
+        list(class_names)
+        if named
+        else (["no", "yes"] if counts.ndim == 3 else [str(i) for i in range(len(matrix))])
     )
     axis.set(title="test set: part of each class", xlabel="prediction", ylabel="target")
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
@@ -244,5 +267,5 @@ def _draw_counts(axis: Any, counts: Tensor | None, class_names: Any) -> None:
         for row in range(len(names)):
             for column in range(len(names)):
                 part = parts[row, column].item()
-                colour = "white" if part > 0.5 else "black"
-                axis.text(column, row, f"{part:.2f}", ha="center", va="center", fontsize=8, color=colour)
+                color = "white" if part > 0.5 else "black"
+                axis.text(column, row, f"{part:.2f}", ha="center", va="center", fontsize=8, color=color)

@@ -38,7 +38,7 @@ from .evaluation import Evaluation, evaluate
 
 @dataclass
 class Preparation:
-    """Everything that a routine trains with. Evaluation data sets are None where there are none."""
+    """Everything that a routine trains with. Evaluation datasets are None where there are none."""
 
     config: dict[str, Any]
     record: dict[str, Any]  # the captured config
@@ -59,7 +59,9 @@ class Preparation:
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None
     loss_function: Callable[[Tensor, Tensor], Tensor]
-    data_hashes: dict[str, dict[str, Any]]  # size and SHA-256 of each file of the data, where the data set tells
+    data_hashes: dict[
+        str, dict[str, Any]
+    ]  # size and SHA-256 of each file of the data, where the dataset tells
     redactor: Redactor  # keeps secrets out of what is written
 
     @property
@@ -93,7 +95,9 @@ class Preparation:
     def new_evaluation(self, contract: DataContract | None = None) -> Evaluation:
         """An empty evaluation by the config; with the contract that predictions are made with, see there."""
         config, class_names = self.config, self.contract.class_names
-        return Evaluation(config["METRICS"], self.loss_function, config["IGNORE_INDEX"], class_names, contract)
+        return Evaluation(
+            config["METRICS"], self.loss_function, config["IGNORE_INDEX"], class_names, contract
+        )
 
 
 def prepare(
@@ -210,12 +214,16 @@ def _without_secrets(value: Any, redactor: Redactor, path: str) -> Any:
         return [_without_secrets(item, redactor, path) for item in value]
     if isinstance(value, dict):
         return {
-            key: one if key in ("@ref", "@module") else _without_secrets(one, redactor, f"{path}.{key}".strip("."))
+            key: one
+            if key in ("@ref", "@module")
+            else _without_secrets(one, redactor, f"{path}.{key}".strip("."))
             for key, one in value.items()
         }
     redacted = redactor.data(value, path.rpartition(".")[2])
     return (
-        redacted if redacted == value or path in ("SESSION_NAME", "__COMMENT") else {"@unrecorded": "it holds a secret"}
+        redacted
+        if redacted == value or path in ("SESSION_NAME", "__COMMENT")
+        else {"@unrecorded": "it holds a secret"}
     )
 
 
@@ -248,7 +256,7 @@ def _disagreements(config: dict[str, Any], given: dict[str, Any]) -> list[str]:
 
 
 def _enter_data(config: dict[str, Any], given: dict[str, Any]) -> str:
-    """Enters the data sets into the config. Returns why the record cannot name them, or ""."""
+    """Enters the datasets into the config. Returns why the record cannot name them, or ""."""
     kinds = {type(dataset) for dataset in given.values()}
     if len(kinds) == 1 and all(hasattr(dataset, "arguments") for dataset in given.values()):
         config["DATASET"] = kinds.pop()
@@ -257,7 +265,7 @@ def _enter_data(config: dict[str, Any], given: dict[str, Any]) -> str:
     if kinds == {config["DATASET"]} and config["DATASET_CONFIG"] is not None:
         return ""
     config["DATASET"] = config["DATASET_CONFIG"] = None  # what the config names is not what was given
-    return "the data sets are not named: set DATASET to their class, and DATASET_CONFIG to their arguments"
+    return "the datasets are not named: set DATASET to their class, and DATASET_CONFIG to their arguments"
 
 
 def _data_problems(given: dict[str, Any], num_classes: int | None, cache_file: Path) -> list[str]:
@@ -284,7 +292,9 @@ def _split(given: dict[str, Any], config: dict[str, Any]) -> tuple[Any, Any, Any
         else:
             order = np.random.default_rng(config["SEED"]).permutation(len(train))
             number = min(max(1, round(fraction * len(train))), len(train) - 1)
-            train, validation = (Subset(train, sorted(part.tolist())) for part in (order[number:], order[:number]))
+            train, validation = (
+                Subset(train, sorted(part.tolist())) for part in (order[number:], order[:number])
+            )
     return train, _for_evaluation(validation), _for_evaluation(test)
 
 
@@ -316,7 +326,7 @@ def _hashes(given: dict[str, Any], init_weights: Any) -> dict[str, dict[str, Any
 
 
 def _contract_of_foreign(dataset: Any, model: nn.Module, metrics: dict[str, Any]) -> DataContract:
-    """Foreign data sets give what the model should see: no scaling, no normalisation."""
+    """Foreign datasets give what the model should see: no scaling, no normalization."""
     is_masked = any(getattr(metric, "masked", False) for metric in metrics.values())
     inputs, targets = default_collate([dataset[0]])
     with torch.no_grad():
@@ -382,7 +392,9 @@ def _build_model(config: dict[str, Any], dataset: Any) -> tuple[nn.Module | None
     if config["INIT_WEIGHTS"] is not None:
         try:
             fill_model(
-                model, model_state(load_weights(config["INIT_WEIGHTS"])), f"INIT_WEIGHTS {config['INIT_WEIGHTS']}"
+                model,
+                model_state(load_weights(config["INIT_WEIGHTS"])),
+                f"INIT_WEIGHTS {config['INIT_WEIGHTS']}",
             )
         except ValueError as error:
             return None, None, [str(error)]
@@ -390,8 +402,12 @@ def _build_model(config: dict[str, Any], dataset: Any) -> tuple[nn.Module | None
         inputs, _ = default_collate([dataset[0]])
     except DataError:
         return model, None, []  # the check of the data will say so
-    except Exception as error:  # whatever the user's data set raises
-        return None, None, [f"the first training sample cannot be read as a pair of tensors (input, target): {error}"]
+    except Exception as error:  # whatever the user's dataset raises
+        return (
+            None,
+            None,
+            [f"the first training sample cannot be read as a pair of tensors (input, target): {error}"],
+        )
     ch_in = config["MODEL_CONFIG"].get("ch_in")
     if ch_in is not None and inputs.ndim == 4 and inputs.shape[1] != ch_in:
         return None, None, [f"MODEL_CONFIG.ch_in is {ch_in}, but the images have {inputs.shape[1]} channels."]
@@ -410,7 +426,9 @@ def _build_model(config: dict[str, Any], dataset: Any) -> tuple[nn.Module | None
         return (
             None,
             None,
-            [f"MODEL {name} returns a {type(predictions).__name__}: wrap it in a class that returns a tensor."],
+            [
+                f"MODEL {name} returns a {type(predictions).__name__}: wrap it in a class that returns a tensor."
+            ],
         )
     return model, predictions.shape[1] if predictions.ndim > 1 else None, []
 
@@ -418,7 +436,9 @@ def _build_model(config: dict[str, Any], dataset: Any) -> tuple[nn.Module | None
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is one of the many that mean it."""
     is_cpu = any(text in str(error) for text in ("can't allocate memory", "not enough memory"))
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and is_cpu)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and is_cpu
+    )
 
 
 def _rehearse(
@@ -435,11 +455,17 @@ def _rehearse(
         for with_contract in (contract, None):  # as the test set will be evaluated, and the validation set
             about = (config["IGNORE_INDEX"], contract.class_names, with_contract)
             evaluation = Evaluation(config["METRICS"], loss_function, *about)
-            results = evaluate(model.to(device), [default_collate([dataset[0]])], evaluation, device, "fp32", False)
+            results = evaluate(
+                model.to(device), [default_collate([dataset[0]])], evaluation, device, "fp32", False
+            )
     except Exception as error:  # whatever the user's functions raise
         if is_out_of_memory(error):
-            raise UserError(f"the memory of {device} does not suffice for a single sample: {error}") from error
-        raise ConfigError([f"LOSS or METRICS do not fit the model's output and the target: {error}"]) from error
+            raise UserError(
+                f"the memory of {device} does not suffice for a single sample: {error}"
+            ) from error
+        raise ConfigError(
+            [f"LOSS or METRICS do not fit the model's output and the target: {error}"]
+        ) from error
     goal = config["MONITOR"].split()[1]
     if goal not in results and f"{goal}_sample_mean" not in results:
         raise ConfigError(
@@ -466,7 +492,9 @@ def _made(key: str, make: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever the user's class raises
-        raise ConfigError([f"{key} cannot be built with {key}_CONFIG: {' '.join(str(error).split())}"]) from error
+        raise ConfigError(
+            [f"{key} cannot be built with {key}_CONFIG: {' '.join(str(error).split())}"]
+        ) from error
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -23,14 +23,20 @@ class Progress:
         self._latest: float | None = None
         model = preparation.model
         million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        sets = {"train": preparation.train_set, "validate": preparation.validation_set, "test": preparation.test_set}
+        sets = {
+            "train": preparation.train_set,
+            "validate": preparation.validation_set,
+            "test": preparation.test_set,
+        }
         sizes = ", ".join(f"{part} {len(dataset)}" for part, dataset in sets.items() if dataset is not None)
         place = f"{preparation.device}, {preparation.precision}"
         say(f"{name}: {type(model).__name__}, {million:.2f} million parameters, on {place}; samples: {sizes}")
         batches = preparation.train_batches
         samples = min(batches.num_samples, batches.num_batches * batches.batch_size)
         total, done = self._config["EPOCHS"] * samples, state.epoch * samples + state.num_samples
-        self._bar = tqdm(total=total, initial=done, unit=" images", disable=None, leave=False, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total, initial=done, unit=" images", disable=None, leave=False, dynamic_ncols=True
+        )
 
     def batch(self, state: "State", num_samples: int) -> None:
         """Moves the bar."""
@@ -38,7 +44,9 @@ class Progress:
         values = {"loss": f"{state.loss_sum / max(1, state.num_samples):.4f}"}
         if self._latest is not None:
             values[self._monitored] = f"{self._latest:.4f}"
-        self._bar.set_postfix({"epoch": f"{state.epoch + 1}/{self._config['EPOCHS']}"} | values, refresh=False)
+        self._bar.set_postfix(
+            {"epoch": f"{state.epoch + 1}/{self._config['EPOCHS']}"} | values, refresh=False
+        )
 
     def epoch(self, state: "State", train_loss: float, results: dict[str, float], improved: bool) -> None:
         """A line about an epoch."""
@@ -46,7 +54,8 @@ class Progress:
         main_results = {name: value for name, value in results.items() if "." not in name}
         parts = [f"epoch {state.epoch:>3}/{self._config['EPOCHS']}", f"train loss {train_loss:.4f}"]
         parts += [
-            f"{'validation ' if name == 'loss' else ''}{name} {value:.4f}" for name, value in main_results.items()
+            f"{'validation ' if name == 'loss' else ''}{name} {value:.4f}"
+            for name, value in main_results.items()
         ]
         say("  ".join(parts) + ("  best" if improved and results else ""))
         if state.stopped:
@@ -59,7 +68,9 @@ class Progress:
         probabilities = {"average precision": "test.average_precision", "calibration error": "test.ece"}
         probabilities |= {one: f"validation.{one}" for one in ("temperature", "threshold")}
         sure = [f"{name} {metrics.pop(key):.4f}" for name, key in probabilities.items() if key in metrics]
-        results = {key: one for key, one in metrics.items() if key.startswith("test.") and key.count(".") == 1}
+        results = {
+            key: one for key, one in metrics.items() if key.startswith("test.") and key.count(".") == 1
+        }
         reached = ", ".join(f"{key[5:]} {value:.4f}" for key, value in results.items()) or "(there is none)"
         reached += f"; {ignored:,} pixels are ignored" if ignored else ""
         python = shown(sys.executable) if not os.path.relpath(sys.executable).startswith("..") else "python"

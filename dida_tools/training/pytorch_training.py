@@ -34,9 +34,11 @@ train_config: dict[str, Any] = {
         "n_recursions": 5,
         "dropout": 0.2,
         "activ": ELU,
-        "norm": partial(GroupNorm, 8),  # unlike BatchNorm, the same in training and evaluation, for any batch size
+        "norm": partial(
+            GroupNorm, 8
+        ),  # unlike BatchNorm, the same in training and evaluation, for any batch size
     },
-    "DATASET": SceneDataset,  # <- your data here: NpyDataset, or any data set of (input, target) pairs
+    "DATASET": SceneDataset,  # <- your data here: NpyDataset, or any dataset of (input, target) pairs
     "DATASET_CONFIG": {
         "train": {"part": "train", "crop": 128, "crops_per_image": 4, "foreground": 0.3, "augment": STANDARD},
         "test": {"part": "test"},
@@ -69,7 +71,9 @@ def small(config: dict[str, Any] = train_config) -> dict[str, Any]:
     return config
 
 
-VARIANTS = {"small": small}  # <- your variants here: functions that take a config, change some keys, and return it
+VARIANTS = {
+    "small": small
+}  # <- your variants here: functions that take a config, change some keys, and return it
 
 
 @join_processes()  # those that torchrun has started
@@ -90,7 +94,9 @@ def train(
     :param validation_dataset: what MONITOR selects by; None takes VALIDATION_FRACTION of the training set
     :raises ConfigError, DataError: before anything is written, with all problems
     """
-    preparation = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
+    preparation = prepare(
+        train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__
+    )
     config, device = preparation.config, preparation.device
     optimizer, scheduler = preparation.optimizer, preparation.scheduler
     loss_function, scaler, ema = preparation.loss_function, preparation.scaler, preparation.ema

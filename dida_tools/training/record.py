@@ -87,7 +87,9 @@ class Record:
         try:
             self._lock.acquire()
         except Timeout as error:
-            raise UserError(f"the run {self.name} is being trained by another process: wait, or end it.") from error
+            raise UserError(
+                f"the run {self.name} is being trained by another process: wait, or end it."
+            ) from error
         try:
             for folder in (self.log_dir, self.weight_dir):
                 for file in folder.glob(".*.tmp"):  # what a process that was killed was writing
@@ -122,13 +124,22 @@ class Record:
     def changes_on_the_way(self, start: Event) -> list[str]:
         """Why a run that goes on now cannot be done again in one piece."""
         starts = [event for event in self.journal.events if event["event"] == "start"]
-        changed = {key for event in starts for key in ("device", "precision", "processes") if event[key] != start[key]}
+        changed = {
+            key
+            for event in starts
+            for key in ("device", "precision", "processes")
+            if event[key] != start[key]
+        }
         config = self._captured["config"]
         length_counts = config.get("SCHEDULER") or config.get("PATIENCE")
         harmless = _HARMLESS if length_counts else (*_HARMLESS, "EPOCHS")
         for event in starts:
-            changed |= {key for key in difference(_bare(event), self._captured) if not key.startswith(harmless)}
-        return [f"it was interrupted and went on with another {', '.join(sorted(changed))}"] if changed else []
+            changed |= {
+                key for key in difference(_bare(event), self._captured) if not key.startswith(harmless)
+            }
+        return (
+            [f"it was interrupted and went on with another {', '.join(sorted(changed))}"] if changed else []
+        )
 
     def open_tensorboard(self, step: int, is_end_of_epoch: bool) -> None:
         """
@@ -235,7 +246,9 @@ class Record:
                 self._write_pending()
             if self._pending:
                 events = ", ".join(sorted({event["event"] for event in self._pending}))
-                self._say(f"{self.journal.path}: the last {len(self._pending)} events ({events}) are not in it.")
+                self._say(
+                    f"{self.journal.path}: the last {len(self._pending)} events ({events}) are not in it."
+                )
             self.journal.close()
         except OSError as error:
             self._say(f"{self.log_dir}: the last lines may not be on the disk ({error}).")
@@ -247,14 +260,18 @@ class Record:
         if not self.goes_on:
             return
         refused = []
-        for key, (before, now) in difference(_bare(read_record(self.log_dir, self._say)), self._captured).items():
+        for key, (before, now) in difference(
+            _bare(read_record(self.log_dir, self._say)), self._captured
+        ).items():
             if key.startswith(_CHANGE_IS_SAID):
                 self._say(f"{self.name} goes on with another {key}: {before} before, {now} now.")
             elif not key.startswith(_FREE_TO_CHANGE):
                 refused.append(f"{key} was {before} and is now {now}: that would be another training.")
         if refused:
             weights = shown(self.weight_dir / "best.pt")
-            raise ConfigError([*refused, f"Start a new run, if you like from its weights: INIT_WEIGHTS={weights}."])
+            raise ConfigError(
+                [*refused, f"Start a new run, if you like from its weights: INIT_WEIGHTS={weights}."]
+            )
 
 
 class Silent:
@@ -264,7 +281,9 @@ class Silent:
         return lambda *_, **__: None
 
 
-def find_unfinished(log_root: Path, captured: dict[str, Any], say: Callable[[str], None] = print) -> str | None:
+def find_unfinished(
+    log_root: Path, captured: dict[str, Any], say: Callable[[str], None] = print
+) -> str | None:
     """The newest run of this config that was not finished and is not being trained, or None."""
     found: dict[str, float] = {}
     free = tuple(key for key in (*_FREE_TO_CHANGE, *_CHANGE_IS_SAID) if key not in _NAMES_IT)

@@ -20,7 +20,9 @@ def find_end(run_dir: Path) -> Event:
     """
     ends = [event for event in read_journal(run_dir / "journal.jsonl") if event["event"] == "test"]
     if not ends:
-        raise UserError(f"{run_dir.name} was not trained to its end: finish it first, with --resume {run_dir.name}.")
+        raise UserError(
+            f"{run_dir.name} was not trained to its end: finish it first, with --resume {run_dir.name}."
+        )
     return ends[-1]
 
 
@@ -45,10 +47,15 @@ def compare_runs(run_dir: Path, events: list[Event], digest: str) -> tuple[bool,
     """
     if find_end(run_dir)["digest"] == digest:
         return True, f"identical: the weights are those of {run_dir.name}, bit for bit ({digest[:16]}...)"
-    first = {event["step"]: event for event in read_journal(run_dir / "journal.jsonl") if event["event"] == "step"}
+    first = {
+        event["step"]: event for event in read_journal(run_dir / "journal.jsonl") if event["event"] == "step"
+    }
     for event in events:
         before = first.get(event.get("step", -1), event)
         if event["event"] == "step" and event["loss"] != before["loss"]:
             where = f"first in step {event['step']}: loss {before['loss']!r} then, {event['loss']!r} now"
             return False, f"not identical: {run_dir.name} had other weights; the losses differ {where}"
-    return False, f"not identical: {run_dir.name} had other weights, although the losses of all steps are the same"
+    return (
+        False,
+        f"not identical: {run_dir.name} had other weights, although the losses of all steps are the same",
+    )

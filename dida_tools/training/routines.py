@@ -10,7 +10,9 @@ from typing import Any
 from ..config.errors import UserError
 
 _HERE = Path(__file__).parent
-ROUTINES = [module.name[:-9] for module in pkgutil.iter_modules([str(_HERE)]) if module.name.endswith("_training")]
+ROUTINES = [
+    module.name[:-9] for module in pkgutil.iter_modules([str(_HERE)]) if module.name.endswith("_training")
+]
 DEFAULT_ROUTINE = "pytorch" if "pytorch" in ROUTINES else ROUTINES[0]
 
 

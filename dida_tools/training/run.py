@@ -150,7 +150,11 @@ class Run:
         What the next batch's loss counts in its optimizer step: 1 / ACCUMULATE, or more at the epoch's end, where there
         are fewer batches; in each of several processes, whose gradients are averaged, by its part of the samples.
         """
-        batches, batch, accumulate = self.preparation.train_batches, self.state.batch, self.config["ACCUMULATE"]
+        batches, batch, accumulate = (
+            self.preparation.train_batches,
+            self.state.batch,
+            self.config["ACCUMULATE"],
+        )
         share = batches.own_size(batch) * batches.num_processes / batches.size(batch)
         return share / min(accumulate, batches.num_batches - (batch - batch % accumulate))
 
@@ -219,9 +223,13 @@ class Run:
             self._save_best_if_possible()
         else:
             state.bad_epochs += 1
-            state.stopped = self.config["PATIENCE"] is not None and state.bad_epochs >= self.config["PATIENCE"]
+            state.stopped = (
+                self.config["PATIENCE"] is not None and state.bad_epochs >= self.config["PATIENCE"]
+            )
         train_loss = state.loss_sum / max(1, state.num_samples)
-        values = {"train.loss": train_loss} | {f"validation.{name}": result for name, result in results.items()}
+        values = {"train.loss": train_loss} | {
+            f"validation.{name}": result for name, result in results.items()
+        }
         event = {"event": "epoch", "epoch": state.epoch, "step": state.step, "best": improved} | values
         event["seconds"] = round(time.monotonic() - self._started, 2)
         self.history[state.epoch] = event
@@ -323,7 +331,9 @@ class Run:
                 order: Any = preparation.test_loader.batch_sampler
                 losses, seed = evaluation.sample_losses, self.config["SEED"]
                 panels = self._panels(choose_samples(preparation.test_set, order.order, losses, seed))
-        self.record.write_scalars({name.replace(".", "/"): value for name, value in about_fit.items()}, state.step)
+        self.record.write_scalars(
+            {name.replace(".", "/"): value for name, value in about_fit.items()}, state.step
+        )
         self.record.write_results(metrics, state.step)
         picture = self.log_dir / "picture.png"
         history = [self.history[epoch] for epoch in sorted(self.history)]
@@ -371,7 +381,9 @@ class Run:
         create_dirs(self.weight_dir)
         ran_on = {"device": str(preparation.device), "precision": preparation.precision}
         redactor = preparation.redactor
-        environment = describe_environment(CODE_PATH, preparation.device) | {"data": preparation.data_hashes} | ran_on
+        environment = (
+            describe_environment(CODE_PATH, preparation.device) | {"data": preparation.data_hashes} | ran_on
+        )
         environment = redactor.data(environment) | {"arguments": redactor.arguments(sys.argv)}
         start = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch} | ran_on
         start["processes"] = num_processes()
@@ -445,7 +457,9 @@ class Run:
             return self.state.best_epoch is None  # there is always something to predict with
         if self.state.best is None or math.isnan(self.state.best):
             return True
-        return value > self.state.best if self.config["MONITOR"].startswith("max") else value < self.state.best
+        return (
+            value > self.state.best if self.config["MONITOR"].startswith("max") else value < self.state.best
+        )
 
     def _save_best(self) -> None:
         """Writes the best weights, if they are not on the disk yet."""
@@ -459,7 +473,9 @@ class Run:
         except OSError as error:
             self._best = copy.deepcopy(self._best)  # the model will go on changing
             why = error.strerror or error
-            self._say(f"The best weights could not be saved ({why}): they are kept, and written when they can be.")
+            self._say(
+                f"The best weights could not be saved ({why}): they are kept, and written when they can be."
+            )
 
     def _weights_and_contract(self) -> dict[str, Any]:
         model = self.preparation.evaluated_model()
@@ -563,7 +579,9 @@ def start_run(preparation: Preparation, global_config: dict[str, str]) -> Iterat
 
 def _given(preparation: Preparation) -> dict[str, Any]:
     """What all processes must agree in; folders and devices may have other names on other machines."""
-    config = flatten(preparation.record["config"] | {key: preparation.config[key] for key in ("RESUME", "RERUN_OF")})
+    config = flatten(
+        preparation.record["config"] | {key: preparation.config[key] for key in ("RESUME", "RERUN_OF")}
+    )
     ignored = ("DATE", "DEVICE", "DATASET_CONFIG", "INIT_WEIGHTS", "NOTIFY", "LOGFILE")
     files = [(name, fact["sha256"]) for name, fact in sorted(preparation.data_hashes.items())]
     return {key: value for key, value in config.items() if not key.startswith(ignored)} | {
@@ -586,7 +604,9 @@ def _explained(error: BaseException, preparation: Preparation) -> BaseException:
     gc.collect()
     if preparation.device.type == "cuda":
         torch.cuda.empty_cache()
-    smaller = f"DATA_LOADER_CONFIG.batch_size={max(1, size // 2)} ACCUMULATE={2 * preparation.config['ACCUMULATE']}"
+    smaller = (
+        f"DATA_LOADER_CONFIG.batch_size={max(1, size // 2)} ACCUMULATE={2 * preparation.config['ACCUMULATE']}"
+    )
     return OutOfMemory(
         f"the memory of {preparation.device} does not suffice for batch_size={size}: try {smaller}, a smaller crop, or "
         "PRECISION=bf16."

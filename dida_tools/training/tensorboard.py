@@ -24,7 +24,9 @@ class Board:
         :param purge_step: what older files of the folder have from this step on does not count
         """
         self._folder, self._say = str(folder), say
-        self._last_step = self._safe_step = (purge_step or 1) - 1  # what was written, and what is surely on the disk
+        self._last_step = self._safe_step = (
+            purge_step or 1
+        ) - 1  # what was written, and what is surely on the disk
         self._writer: Any = self._open(purge_step)
 
     def write_event(self, event: Event) -> None:
@@ -120,5 +122,7 @@ def scalars_of(event: Event) -> dict[str, float]:
     """The numbers of a step's or epoch's event by TensorBoard's tags."""
     if event["event"] == "step":
         return {f"train/{name}": event[name] for name in ("loss", "learning_rate")}
-    validation = {key.replace(".", "/"): value for key, value in event.items() if key.startswith("validation.")}
+    validation = {
+        key.replace(".", "/"): value for key, value in event.items() if key.startswith("validation.")
+    }
     return {"train/epoch_loss": event["train.loss"]} | validation

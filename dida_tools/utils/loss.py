@@ -19,7 +19,7 @@ Losses are computed in float32 whatever comes in, so extreme logits in fp16 or b
 are the mean over samples and classes, and with ``batch=True`` (in classification always) the mean over classes of the
 whole batch as one image, which is steadier where classes are missing in many samples, but depends on the batch size.
 
-A metric is computed from counts over all pixels. ``f1.from_counts`` gives it from the counts of a whole data set:
+A metric is computed from counts over all pixels. ``f1.from_counts`` gives it from the counts of a whole dataset:
 unlike a mean over batches, this does not depend on the batch size.
 """
 
@@ -93,7 +93,9 @@ def dice_bce_sum(
     dice = smooth_dice_loss(pred, target, smooth, class_weights, pixel_weights, ignore_index, batch)
     target, weights = _binary(pred, target, pixel_weights, ignore_index)
     weights = weights * _per_class(class_weights, pred)
-    cross_entropy = functional.binary_cross_entropy_with_logits(pred.float(), target, weights, reduction="sum")
+    cross_entropy = functional.binary_cross_entropy_with_logits(
+        pred.float(), target, weights, reduction="sum"
+    )
     return dice_weight * dice + (1 - dice_weight) * cross_entropy / weights.sum().clamp(min=1e-6)
 
 
@@ -128,7 +130,9 @@ def multi_class_dice_ce_sum(
     batch: bool = False,
 ) -> Tensor:
     """dice_weight of multi_class_smooth_dice_loss, and the rest of cross-entropy."""
-    dice = multi_class_smooth_dice_loss(pred, target, smooth, class_weights, pixel_weights, ignore_index, batch)
+    dice = multi_class_smooth_dice_loss(
+        pred, target, smooth, class_weights, pixel_weights, ignore_index, batch
+    )
     target, weights = _multi_class(pred, target, pixel_weights, ignore_index)
     if class_weights is not None:
         weights = weights * _per_class(class_weights, pred).flatten()[target]
@@ -193,11 +197,15 @@ def _per_class(class_weights: ClassWeights, pred: Tensor) -> Tensor:
         return torch.ones(shape, device=pred.device)
     weights = torch.as_tensor(class_weights, dtype=torch.float32, device=pred.device)
     if weights.numel() != pred.shape[1]:
-        raise ValueError(f"there are {weights.numel()} class_weights, but the prediction has {pred.shape[1]} classes.")
+        raise ValueError(
+            f"there are {weights.numel()} class_weights, but the prediction has {pred.shape[1]} classes."
+        )
     return weights.reshape(shape)
 
 
-def _binary(pred: Tensor, target: Tensor, pixel_weights: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _binary(
+    pred: Tensor, target: Tensor, pixel_weights: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
     """The target in float, 0 where it does not count, and the weights, both (N, C, ...)."""
     check_shapes(pred, target, multi_class=False)
     weights = (target != ignore_index).float()
@@ -243,9 +251,13 @@ def check_shapes(pred: Tensor, target: Tensor, multi_class: bool | None = None) 
     if multi_class and pred.shape[1] < 2:
         raise ValueError(f"{shapes}: with one channel, the target has the shape of the prediction.")
     if multi_class and target.shape != without_channels:
-        raise ValueError(f"{shapes}: a multi-class target holds class numbers in the shape {without_channels}.")
+        raise ValueError(
+            f"{shapes}: a multi-class target holds class numbers in the shape {without_channels}."
+        )
     if multi_class and target.is_floating_point():
-        raise ValueError(f"the multi-class target is {target.dtype}: class numbers are integers, such as torch.int64.")
+        raise ValueError(
+            f"the multi-class target is {target.dtype}: class numbers are integers, such as torch.int64."
+        )
     if not multi_class and target.shape != pred.shape:
         raise ValueError(f"{shapes}: a binary or multi-label target has the shape of the prediction.")
 
@@ -281,7 +293,9 @@ def unmask(pred: Tensor, target: Tensor, multi_class: bool | None = None) -> tup
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 
-def counting(pred: Tensor, target: Tensor, valid: Tensor | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def counting(
+    pred: Tensor, target: Tensor, valid: Tensor | None = None, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
     """
     Which pixels count: those that are not to be ignored, and that are valid.
 
@@ -306,7 +320,7 @@ def count(
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """
-    Counts hits and errors. Counts of batches add up to those of the data set.
+    Counts hits and errors. Counts of batches add up to those of the dataset.
 
     :param pred: (N, C, ...) logits
     :param target: by the convention above
@@ -366,7 +380,7 @@ def hits_and_errors(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return hits, counts.sum(0) - hits, counts.sum(1) - hits
 
 
-def summarise(per_class: Tensor, counts: Tensor) -> Tensor:
+def summarize(per_class: Tensor, counts: Tensor) -> Tensor:
     """
     One number from the values of the classes, as scikit-learn's default: with two classes that exclude each other, the
     value of class 1; otherwise the mean over the classes, without those that are NaN (that occur nowhere).
@@ -424,20 +438,22 @@ def count_metric(per_class: Callable[[Tensor], Tensor], name: str, masked: bool 
     :param masked: whether the first target channel is the usability mask
     """
 
-    def metric(pred: Tensor, target: Tensor, threshold: float = 0.5, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    def metric(
+        pred: Tensor, target: Tensor, threshold: float = 0.5, ignore_index: int = IGNORE_INDEX
+    ) -> Tensor:
         valid = None
         if masked:
             target, valid = unmask(pred, target)
         return from_counts(count(pred, target, valid, threshold, ignore_index))
 
     def from_counts(counts: Tensor) -> Tensor:
-        return summarise(per_class(counts), counts)
+        return summarize(per_class(counts), counts)
 
     metric.__name__ = metric.__qualname__ = name
-    metric.__module__ = per_class.__module__  # your own, defined in your module, is found there under its name
-    metric.__doc__ = (
-        f"{per_class.__doc__} This is their summary: see summarise. Logits and targets as in all of this module."
-    )
+    metric.__module__ = (
+        per_class.__module__
+    )  # your own, defined in your module, is found there under its name
+    metric.__doc__ = f"{per_class.__doc__} This is their summary: see summarize. Logits and targets as in all of this module."
     metric.from_counts = from_counts  # type: ignore[attr-defined]
     metric.per_class = per_class  # type: ignore[attr-defined]
     metric.masked = masked  # type: ignore[attr-defined]

@@ -6,7 +6,13 @@ import unicodedata
 from datetime import datetime
 from pathlib import Path
 
-_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10))}
+_RESERVED = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10)),
+}
 
 
 def safe_name(text: str, max_length: int = 100) -> str:

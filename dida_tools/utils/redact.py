@@ -42,7 +42,10 @@ class Redactor:
     """Takes secrets out of texts and plain data."""
 
     def __init__(
-        self, environment: Mapping[str, str] = os.environ, arguments: Sequence[str] | None = None, config: Any = None
+        self,
+        environment: Mapping[str, str] = os.environ,
+        arguments: Sequence[str] | None = None,
+        config: Any = None,
     ) -> None:
         """
         :param environment: variables; those with a secret's name are secrets
@@ -69,7 +72,8 @@ class Redactor:
         """The same for strings in dicts and lists; what has a secret's name is left out."""
         if isinstance(value, dict):
             return {
-                self.text(key) if isinstance(key, str) else key: self.data(one, str(key)) for key, one in value.items()
+                self.text(key) if isinstance(key, str) else key: self.data(one, str(key))
+                for key, one in value.items()
             }
         if isinstance(value, list | tuple):
             return type(value)(self.data(item, name) for item in value)

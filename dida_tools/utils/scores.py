@@ -21,18 +21,25 @@ from .loss import (
     precise,
     precision_per_class,
     recall_per_class,
-    summarise,
+    summarize,
 )
 
-NUM_BINS = 2048  # a power of two: whether a probability reaches the edge of a bin is the same in floating point
+NUM_BINS = (
+    2048  # a power of two: whether a probability reaches the edge of a bin is the same in floating point
+)
 CALIBRATION_BINS = 16
 
-_METRICS = {"iou": iou_per_class, "f1": f1_per_class, "precision": precision_per_class, "recall": recall_per_class}
+_METRICS = {
+    "iou": iou_per_class,
+    "f1": f1_per_class,
+    "precision": precision_per_class,
+    "recall": recall_per_class,
+}
 
 
 class Scores:
     """
-    Counts of a data set, and every metric that follows from them.
+    Counts of a dataset, and every metric that follows from them.
 
     The rules, for all metrics: pixels whose target is ignore_index, or that are not valid, count nowhere but in
     num_ignored. A class that is neither in the target nor predicted is NaN, and left out of means; one that is
@@ -89,7 +96,9 @@ class Scores:
         logits = logits.float() / self.temperature
         confusion = count(logits, targets, valid, self.threshold, self.ignore_index).cpu()
         if confusion.shape != self.confusion.shape:
-            raise ValueError(f"these scores are {self._about()}; the prediction has the shape {tuple(logits.shape)}.")
+            raise ValueError(
+                f"these scores are {self._about()}; the prediction has the shape {tuple(logits.shape)}."
+            )
         keep = counting(logits, targets, valid, self.ignore_index)
         self.confusion += confusion
         self.num_ignored += keep.numel() - int(keep.sum())
@@ -110,7 +119,7 @@ class Scores:
         self.histograms += _histogram(places, probabilities, every, classes * 2).reshape(classes, 2, NUM_BINS)
 
     def __add__(self, other: "Scores") -> "Scores":
-        """The scores of both data sets together."""
+        """The scores of both datasets together."""
         if self._about() != other._about():
             raise ValueError(f"scores of {self._about()} and {other._about()} cannot be added.")
         total = copy.copy(self)
@@ -130,7 +139,7 @@ class Scores:
         """
         Every metric by its name.
 
-        "f1" is the summary that the metric f1 gives (loss.summarise), "f1_macro" the mean over the classes, "f1_micro"
+        "f1" is the summary that the metric f1 gives (loss.summarize), "f1_macro" the mean over the classes, "f1_micro"
         that of all classes' hits and errors together, "f1.NAME" that of a class; and so for the others. Macro and micro
         average precision are those of scikit-learn. Micro precision, recall and F1 of classes that exclude each other
         are the accuracy: look at macro.
@@ -143,9 +152,9 @@ class Scores:
         per_class["average_precision"] = self.average_precision()
         micro["average_precision"] = _average_precision(self.histograms.sum(0))
         accuracies = accuracy_per_class(self.confusion)
-        results: dict[str, float] = {"accuracy": summarise(accuracies, self.confusion).item()}
+        results: dict[str, float] = {"accuracy": summarize(accuracies, self.confusion).item()}
         for name, values in per_class.items():
-            results[name] = summarise(values, self.confusion).item()
+            results[name] = summarize(values, self.confusion).item()
             results |= {f"{name}_macro": values.nanmean().item(), f"{name}_micro": micro[name]}
         for name, values in (per_class | {"accuracy": accuracies}).items():
             results |= self.by_class(name, values, class_names)
@@ -156,7 +165,9 @@ class Scores:
         """Values of the classes (C,) as "name.class"; nothing for a single one."""
         classes = len(values)
         names = class_names if len(class_names) == classes else range(classes)
-        return {f"{name}.{one}": v for one, v in zip(names, values.tolist(), strict=True)} if classes > 1 else {}
+        return (
+            {f"{name}.{one}": v for one, v in zip(names, values.tolist(), strict=True)} if classes > 1 else {}
+        )
 
     def average_precision(self) -> Tensor:
         """(C,) float64: sum over thresholds of precision times the recall gained, each class against the rest."""
@@ -196,8 +207,8 @@ class Scores:
         the distance between a class's probability and how often it is there.
         """
         histograms = self.certainties.unsqueeze(0) if self.multi_class else self.histograms
-        centres = (torch.arange(NUM_BINS, dtype=torch.float64) + 0.5) / NUM_BINS
-        gaps = histograms[:, 1] - histograms.sum(1) * centres
+        centers = (torch.arange(NUM_BINS, dtype=torch.float64) + 0.5) / NUM_BINS
+        gaps = histograms[:, 1] - histograms.sum(1) * centers
         gaps = gaps.reshape(len(histograms), CALIBRATION_BINS, -1).sum(-1).abs().sum(-1)
         return (gaps / histograms.sum((1, 2))).nanmean().item()  # 0 / 0 is NaN
 

@@ -48,7 +48,10 @@ def raise_if_stop_requested() -> None:
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[None]:
     """Has the signals set the flag, and everything as it was before at the end. Outside of the main thread: nothing."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is _set_flag:
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is _set_flag
+    ):
         yield
         return
     before = {signum: signal.getsignal(signum) for signum in _SIGNALS}

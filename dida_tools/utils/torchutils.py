@@ -57,7 +57,9 @@ def fill_model(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
         problems.append(f"{len(other)} have another shape, such as {name}: {shapes}")
     if problems:
         name = type(model).__name__
-        raise WeightsError(f"{origin}: does not fit this {name}: {'; '.join(problems)}. Check MODEL and MODEL_CONFIG.")
+        raise WeightsError(
+            f"{origin}: does not fit this {name}: {'; '.join(problems)}. Check MODEL and MODEL_CONFIG."
+        )
     model.load_state_dict(state)
 
 

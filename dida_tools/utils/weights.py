@@ -102,7 +102,9 @@ def _digest_problem(file: BinaryIO, size: int, comment: bytes) -> str | None:
         digest.update(block)
         left -= len(block)
     is_right = digest.hexdigest().encode() == comment[len(_PREFIX) :]
-    return None if is_right else "the file is damaged: its content does not have the digest it was written with"
+    return (
+        None if is_right else "the file is damaged: its content does not have the digest it was written with"
+    )
 
 
 def _archive_problem(file: BinaryIO, end: bytes) -> str | None:
@@ -116,7 +118,10 @@ def _archive_problem(file: BinaryIO, end: bytes) -> str | None:
             folders = (part.filename for part in archive.filelist if part.external_attr & _IS_FOLDER)
             damaged = archive.testzip() or next(folders, None)
     except Exception as error:  # whatever damage leads to
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of a place before the file's start
+        if isinstance(error, OSError) and error.errno not in (
+            None,
+            errno.EINVAL,
+        ):  # of a place before the file's start
             raise
         return f"the file is damaged or no weights file ({error})"
     return None if damaged is None else f"the file is damaged: {damaged} is not what was written"

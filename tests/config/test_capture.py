@@ -95,8 +95,24 @@ def has(problems, *fragments):
 
 # -------------------------------------------------------------------------------------------------- capture and restore
 
-FUNCTIONS = [smooth_dice_loss, f1, torch.relu, functional.gelu, functional.max_pool2d, functional.cross_entropy]
-CLASSES = [UNET, ConvLayer, nn.ELU, nn.BatchNorm2d, torch.optim.AdamW, torch.utils.data.TensorDataset, int, dict]
+FUNCTIONS = [
+    smooth_dice_loss,
+    f1,
+    torch.relu,
+    functional.gelu,
+    functional.max_pool2d,
+    functional.cross_entropy,
+]
+CLASSES = [
+    UNET,
+    ConvLayer,
+    nn.ELU,
+    nn.BatchNorm2d,
+    torch.optim.AdamW,
+    torch.utils.data.TensorDataset,
+    int,
+    dict,
+]
 DEVICES = [torch.device(name) for name in ("cpu", "cuda", "cuda:0", "cuda:1", "mps", "meta")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.complex64]
 
@@ -187,7 +203,9 @@ def test_a_partial_as_loss_or_metric_comes_back():
     with_objects = functools.partial(smooth_dice_loss, functional.relu, activ=nn.ELU)
     for config in (
         make_config(LOSS=loss),
-        make_config(LOSS=with_objects, MODEL_CONFIG={"ch_in": 1, "ch_out": 1, "activ": functools.partial(nn.ELU, 0.5)}),
+        make_config(
+            LOSS=with_objects, MODEL_CONFIG={"ch_in": 1, "ch_out": 1, "activ": functools.partial(nn.ELU, 0.5)}
+        ),
         make_config(METRICS={"f1": functools.partial(f1, threshold=0.3)}),
     ):
         assert same(round_trip(config), config)
@@ -200,7 +218,9 @@ def test_every_default_and_an_empty_config_come_back():
 
 
 def test_what_cannot_be_recorded_is_listed_at_once():
-    config = make_config(LOSS=lambda a, b: 0, MODEL=UNET(1, 1, bulk_ch=1, n_recursions=1), MASK_VALUES={1: {2, 3}})
+    config = make_config(
+        LOSS=lambda a, b: 0, MODEL=UNET(1, 1, bulk_ch=1, n_recursions=1), MASK_VALUES={1: {2, 3}}
+    )
     with pytest.raises(ConfigError) as caught:
         capture(config)
     problems = caught.value.problems
@@ -263,8 +283,34 @@ def test_what_is_no_record_is_refused(damaged):
         restore(damaged)
 
 
-TAGS = ("@ref", "@module", "@partial", "@tuple", "@dict", "@float", "@device", "@dtype", "@path", "@unrecorded")
-WRONG_CONTENTS = [None, True, 0, 1.5, {}, {"a": 1}, {"@tuple": []}, [1], [[1]], [[1, 2, 3]], "", "x", "\0", "a" * 5000]
+TAGS = (
+    "@ref",
+    "@module",
+    "@partial",
+    "@tuple",
+    "@dict",
+    "@float",
+    "@device",
+    "@dtype",
+    "@path",
+    "@unrecorded",
+)
+WRONG_CONTENTS = [
+    None,
+    True,
+    0,
+    1.5,
+    {},
+    {"a": 1},
+    {"@tuple": []},
+    [1],
+    [[1]],
+    [[1, 2, 3]],
+    "",
+    "x",
+    "\0",
+    "a" * 5000,
+]
 
 
 @pytest.mark.parametrize(
@@ -454,7 +500,13 @@ def test_a_sound_config_has_no_problems():
         {"MASK_VALUES": {(255, 0, 0): 1, (0, 0, 0): 0}},
         {"DATASET": torch.utils.data.TensorDataset, "DATASET_CONFIG": {"train": {}, "test": {}}},
         {"DEVICE": "cuda:3"},
-        {"DEVICE": "auto", "INIT_WEIGHTS": Path("a.pt"), "EMA": 0.999, "CLIP_NORM": 1, "VALIDATION_FRACTION": 0},
+        {
+            "DEVICE": "auto",
+            "INIT_WEIGHTS": Path("a.pt"),
+            "EMA": 0.999,
+            "CLIP_NORM": 1,
+            "VALIDATION_FRACTION": 0,
+        },
         {"MODEL_CONFIG": {"ch_in": 3, "ch_out": 1, "dropout": 0, "norm": None}},
         {"DATE": None, "ROUTINE_NAME": "pytorch"},
     ],
@@ -472,10 +524,16 @@ def test_other_sound_configs_have_none_either(changes):
         ({"METRIC": {}}, ["METRIC is no key", "did you mean METRICS?"]),
         ({"XYZZY": 3}, ["XYZZY is no key of a config: see"]),
         ({7: 3}, ["7 is no key of a config"]),
-        ({"MODEL_CONFIG": {"ch_in": 1, "ch_out": 1, "args": []}}, ["MODEL_CONFIG.args is no argument of UNET"]),
+        (
+            {"MODEL_CONFIG": {"ch_in": 1, "ch_out": 1, "args": []}},
+            ["MODEL_CONFIG.args is no argument of UNET"],
+        ),
         ({"MODEL_CONFIG": {"ch_in": True, "ch_out": 1}}, ["MODEL_CONFIG.ch_in is True: it must be int"]),
         ({"MODEL_CONFIG": {"ch_in": 1.0, "ch_out": 1}}, ["MODEL_CONFIG.ch_in is 1.0: it must be int"]),
-        ({"MODEL_CONFIG": {"ch_in": 1, "ch_out": 1, "dropout": None}}, ["MODEL_CONFIG.dropout is None", "float"]),
+        (
+            {"MODEL_CONFIG": {"ch_in": 1, "ch_out": 1, "dropout": None}},
+            ["MODEL_CONFIG.dropout is None", "float"],
+        ),
         ({"EPOCHS": "100"}, ["EPOCHS is '100': it must be a whole number of at least 1"]),
         ({"EPOCHS": 1.0}, ["EPOCHS is 1.0: it must be a whole number"]),
         ({"EPOCHS": 0}, ["EPOCHS is 0", "at least 1"]),
@@ -498,7 +556,10 @@ def test_other_sound_configs_have_none_either(changes):
         ({"DEVICE": 0}, ["DEVICE is 0"]),
         ({"DEVICE": ""}, ["DEVICE is ''"]),
         ({"MONITOR": "f1"}, ["MONITOR is 'f1'", "like 'max f1'"]),
-        ({"MONITOR": "max iou"}, ["MONITOR is 'max iou': iou is not among the results (loss, f1, precision, recall)"]),
+        (
+            {"MONITOR": "max iou"},
+            ["MONITOR is 'max iou': iou is not among the results (loss, f1, precision, recall)"],
+        ),
         ({"METRICS": [f1]}, ["METRICS", "must be a dict of name: function"]),
         ({"METRICS": {"f1": "f1", "recall": recall}}, ["must be a dict of name: function, which f1 is not"]),
         ({"MASK_VALUES": {255: "road"}}, ["MASK_VALUES", "must be a dict of mask value: class number"]),
@@ -521,8 +582,11 @@ def test_other_sound_configs_have_none_either(changes):
         ({"SCHEDULER": torch.optim.SGD}, ["SCHEDULER", "must be a class derived from an LRScheduler"]),
         ({"LOSS": nn.BCEWithLogitsLoss()}, ["LOSS", "must be the class BCEWithLogitsLoss, not an instance"]),
         ({"LOSS": "dice"}, ["LOSS is 'dice': it must be a function or a class"]),
-        ({"DATASET": nn.Linear}, ["DATASET", "must be the class of a data set"]),
-        ({"DATASET": torch.utils.data.TensorDataset(torch.zeros(1))}, ["DATASET", "must be the class of a data set"]),
+        ({"DATASET": nn.Linear}, ["DATASET", "must be the class of a dataset"]),
+        (
+            {"DATASET": torch.utils.data.TensorDataset(torch.zeros(1))},
+            ["DATASET", "must be the class of a dataset"],
+        ),
         ({"MODEL_CONFIG": None}, ["MODEL_CONFIG is None: it must be a dict of keyword arguments"]),
         ({"MODEL_CONFIG": {1: 2}}, ["MODEL_CONFIG", "must have strings as keys, not 1"]),
         ({"MODEL_CONFIG": {"ch_in": 1}}, ["MODEL_CONFIG.ch_out is missing: UNET needs it"]),
@@ -531,8 +595,14 @@ def test_other_sound_configs_have_none_either(changes):
             ["OPTIMIZER_CONFIG.learning_rate is no argument of SGD: it takes lr"],
         ),
         ({"OPTIMIZER_CONFIG": {"momentun": 1}}, ["momentun is no argument of SGD: did you mean momentum?"]),
-        ({"OPTIMIZER_CONFIG": {"params": []}}, ["OPTIMIZER_CONFIG.params is set by the routine: leave it out"]),
-        ({"LOSS_CONFIG": {"smoth": 1}}, ["LOSS_CONFIG.smoth is no argument of smooth_dice_loss: did you mean smooth?"]),
+        (
+            {"OPTIMIZER_CONFIG": {"params": []}},
+            ["OPTIMIZER_CONFIG.params is set by the routine: leave it out"],
+        ),
+        (
+            {"LOSS_CONFIG": {"smoth": 1}},
+            ["LOSS_CONFIG.smoth is no argument of smooth_dice_loss: did you mean smooth?"],
+        ),
         ({"LOSS_CONFIG": {"target": 1}}, ["LOSS_CONFIG.target is set by the routine: leave it out"]),
         ({"LOSS_CONFIG": {"batch": 1}}, ["LOSS_CONFIG.batch is 1: it must be bool"]),
         (
@@ -540,7 +610,10 @@ def test_other_sound_configs_have_none_either(changes):
             ["SCHEDULER_CONFIG.step_size is missing: StepLR needs it"],
         ),
         (
-            {"SCHEDULER": torch.optim.lr_scheduler.StepLR, "SCHEDULER_CONFIG": {"step_size": 1, "optimizer": 1}},
+            {
+                "SCHEDULER": torch.optim.lr_scheduler.StepLR,
+                "SCHEDULER_CONFIG": {"step_size": 1, "optimizer": 1},
+            },
             ["SCHEDULER_CONFIG.optimizer is set by the routine"],
         ),
         (
@@ -554,10 +627,22 @@ def test_other_sound_configs_have_none_either(changes):
         ({"DATA_LOADER_CONFIG": {"dataset": 8}}, ["DATA_LOADER_CONFIG.dataset is set by the routine"]),
         ({"DATA_LOADER_CONFIG": {"sampler": 8}}, ["DATA_LOADER_CONFIG.sampler is set by the routine"]),
         ({"DATA_LOADER_CONFIG": {"batch_size": 0}}, ["DATA_LOADER_CONFIG.batch_size is 0", "at least 1"]),
-        ({"DATA_LOADER_CONFIG": {"batch_size": None}}, ["DATA_LOADER_CONFIG.batch_size is None", "at least 1"]),
-        ({"DATA_LOADER_CONFIG": {"batch_size": "8"}}, ["DATA_LOADER_CONFIG.batch_size is '8': it must be int"]),
-        ({"DATA_LOADER_CONFIG": {"num_workers": True}}, ["DATA_LOADER_CONFIG.num_workers is True: it must be int"]),
-        ({"DATASET_CONFIG": {"training": {}}}, ["DATASET_CONFIG.training must be one of train, test, validation"]),
+        (
+            {"DATA_LOADER_CONFIG": {"batch_size": None}},
+            ["DATA_LOADER_CONFIG.batch_size is None", "at least 1"],
+        ),
+        (
+            {"DATA_LOADER_CONFIG": {"batch_size": "8"}},
+            ["DATA_LOADER_CONFIG.batch_size is '8': it must be int"],
+        ),
+        (
+            {"DATA_LOADER_CONFIG": {"num_workers": True}},
+            ["DATA_LOADER_CONFIG.num_workers is True: it must be int"],
+        ),
+        (
+            {"DATASET_CONFIG": {"training": {}}},
+            ["DATASET_CONFIG.training must be one of train, test, validation"],
+        ),
         ({"DATASET_CONFIG": {"train": 3}}, ["DATASET_CONFIG.train must be", "a dict of arguments"]),
         (
             {"DATASET": torch.utils.data.Subset, "DATASET_CONFIG": {"test": {"datasets": 1}}},
@@ -696,7 +781,9 @@ def test_the_error_counts_its_problems():
 
 
 def test_lambdas_and_closures_train_where_the_user_asks_for_it():
-    config = make_config(LOSS=lambda pred, target: 0, METRICS={"x": lambda pred, target: 0}, REQUIRE_RERUNNABLE=False)
+    config = make_config(
+        LOSS=lambda pred, target: 0, METRICS={"x": lambda pred, target: 0}, REQUIRE_RERUNNABLE=False
+    )
     assert find_problems(config) == []
     check(config)
     problems = []
@@ -871,7 +958,10 @@ def test_a_malformed_override_is_named(text, fragments):
 def test_all_malformed_overrides_are_reported_at_once_and_nothing_is_changed():
     config = make_config()
     with pytest.raises(ConfigError) as caught:
-        override(config, ["MODEL_CONFIG.ch_in=3", "EPOCH=3", "nonsense", "EPOCHS.x=1", "OPTIMIZER=Nope", "LOSS=a b"])
+        override(
+            config,
+            ["MODEL_CONFIG.ch_in=3", "EPOCH=3", "nonsense", "EPOCHS.x=1", "OPTIMIZER=Nope", "LOSS=a b"],
+        )
     assert len(caught.value.problems) == 5
     assert same(config, make_config())
 
@@ -879,7 +969,9 @@ def test_all_malformed_overrides_are_reported_at_once_and_nothing_is_changed():
 @settings(max_examples=100, deadline=None)
 @given(value=st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False))
 def test_the_repr_of_a_plain_value_is_read_as_this_value(value):
-    changed = override({}, [f"MODEL_CONFIG.x={value!r}", f"MODEL_CONFIG.y={[value]!r}", f"MODEL_CONFIG.z={(value,)!r}"])
+    changed = override(
+        {}, [f"MODEL_CONFIG.x={value!r}", f"MODEL_CONFIG.y={[value]!r}", f"MODEL_CONFIG.z={(value,)!r}"]
+    )
     assert same(changed, {"MODEL_CONFIG": {"x": value, "y": [value], "z": (value,)}})
 
 
@@ -914,7 +1006,10 @@ def test_a_flat_config_has_dotted_keys_and_objects_as_short_text():
         (torch.float16, "float16"),
         (Path("a/b"), "a/b"),
         (functools.partial(nn.ELU, 0.5), "partial(torch.nn:ELU, 0.5)"),
-        (lambda: 0, "(unrecorded: a lambda has no name to record: define it with def at the top of a module)"),
+        (
+            lambda: 0,
+            "(unrecorded: a lambda has no name to record: define it with def at the top of a module)",
+        ),
     ],
 )
 def test_the_text_of_a_value(value, text):
@@ -935,7 +1030,9 @@ def test_a_live_config_and_its_record_are_flat_in_the_same_way_and_do_not_differ
 def test_what_differs_is_given_with_both_values():
     one = make_config(PATIENCE=3)
     other = make_config(
-        EPOCHS=5, OPTIMIZER=torch.optim.AdamW, DATA_LOADER_CONFIG={"batch_size": 8, "shuffle": True, "pin_memory": True}
+        EPOCHS=5,
+        OPTIMIZER=torch.optim.AdamW,
+        DATA_LOADER_CONFIG={"batch_size": 8, "shuffle": True, "pin_memory": True},
     )
     other["METRICS"] = {"f1": recall, "precision": precision, "recall": recall, "new": f1}
     expected = {

@@ -11,7 +11,9 @@ from dida_tools.config.config import global_config, make_global_config
 
 CHECKOUT = Path(__file__).parents[2]
 KEYS = ("ROOT_PATH", "WEIGHT_DIR", "LOG_DIR", "DATA_DIR")
-PRINT_CONFIG = "import json; from dida_tools.config.config import global_config; print(json.dumps(global_config))"
+PRINT_CONFIG = (
+    "import json; from dida_tools.config.config import global_config; print(json.dumps(global_config))"
+)
 IMPORT_ALL = """
 import importlib, json, logging, pkgutil, sys
 import dida_tools
@@ -38,7 +40,11 @@ print(json.dumps({
 
 def run(code, cwd, python_path=CHECKOUT, **variables):
     kept = {key: value for key, value in os.environ.items() if key not in KEYS}
-    env = kept | {"PYTHONPATH": str(python_path), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"} | variables
+    env = (
+        kept
+        | {"PYTHONPATH": str(python_path), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        | variables
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -52,7 +58,9 @@ def tree(folder):
 def checkout(tmp_path):
     """A copy of the package, so that what happens in the real folder meanwhile does not matter."""
     folder = tmp_path / "checkout"
-    shutil.copytree(CHECKOUT / "dida_tools", folder / "dida_tools", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        CHECKOUT / "dida_tools", folder / "dida_tools", ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copy(CHECKOUT / "pyproject.toml", folder)
     return folder
 
@@ -118,7 +126,9 @@ def test_importing_every_module_has_no_side_effect(checkout, tmp_path):
     before = tree(checkout)
     redirected = {key: str(tmp_path / "redirected" / key) for key in KEYS[1:]}
     found = run(IMPORT_ALL, cwd, checkout, **redirected)
-    assert {"dida_tools.config.capture", "dida_tools.models.unet", "dida_tools.utils.loss"} <= set(found["imported"])
+    assert {"dida_tools.config.capture", "dida_tools.models.unet", "dida_tools.utils.loss"} <= set(
+        found["imported"]
+    )
     assert tree(checkout) == before
     assert tree(cwd) == []
     assert not (tmp_path / "redirected").exists()

@@ -10,7 +10,9 @@ from dida_tools.config.device import PRECISIONS, autocast, get_device, get_preci
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-needs_no_mps = pytest.mark.skipif(torch.backends.mps.is_available(), reason="needs a machine without an Apple GPU")
+needs_no_mps = pytest.mark.skipif(
+    torch.backends.mps.is_available(), reason="needs a machine without an Apple GPU"
+)
 
 
 def assert_is_one_sentence(text):
@@ -38,7 +40,9 @@ def test_a_requested_cpu_is_given(requested):
 @needs_no_gpu
 @pytest.mark.parametrize("requested", ["cuda", "cuda:1", torch.device("cuda"), torch.device("cuda", 0)])
 def test_cuda_on_a_machine_without_is_refused_in_one_sentence(requested):
-    with pytest.raises(ValueError, match=f"DEVICE is '{requested}' but .*: use DEVICE=auto .* or DEVICE=cpu") as caught:
+    with pytest.raises(
+        ValueError, match=f"DEVICE is '{requested}' but .*: use DEVICE=auto .* or DEVICE=cpu"
+    ) as caught:
         get_device(requested)
     assert_is_one_sentence(str(caught.value))
 
@@ -75,9 +79,13 @@ def test_auto_precision_is_one_that_the_cpu_can_do(requested):
     assert get_precision(CPU, requested) in ("fp32", "bf16")
 
 
-@pytest.mark.skipif(platform.system() != "Linux" or platform.machine() != "x86_64", reason="needs /proc/cpuinfo")
+@pytest.mark.skipif(
+    platform.system() != "Linux" or platform.machine() != "x86_64", reason="needs /proc/cpuinfo"
+)
 def test_auto_precision_is_bf16_exactly_where_the_cpu_computes_it():
-    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    flags = next(
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+    ).split()
     expected = "bf16" if {"avx512_bf16", "amx_tile"} & set(flags) else "fp32"
     assert get_precision(CPU) == expected
 

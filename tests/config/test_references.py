@@ -199,7 +199,9 @@ def run(arguments, cwd, *python_path, root_path=None):
     env = kept | {"PYTHONPATH": os.pathsep.join(map(str, python_path)), "OMP_NUM_THREADS": "1"}
     if root_path:
         env["ROOT_PATH"] = str(root_path)
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -248,7 +250,11 @@ def test_every_public_layer_loss_optimizer_and_schedule_has_a_name():
 
 def test_every_public_function_of_torch_nn_functional_has_a_name():
     homes = ("torch", "torch.nn.functional", "torch._C._nn")
-    public = {name: found for name, found in vars(functional).items() if not name.startswith("_") and callable(found)}
+    public = {
+        name: found
+        for name, found in vars(functional).items()
+        if not name.startswith("_") and callable(found)
+    }
     functions = [f for f in public.values() if f.__module__ in homes and not isinstance(f, type)]
     assert len(functions) > 100
     for function in functions:
@@ -307,7 +313,9 @@ def test_what_no_record_may_hold_has_no_name(obj, reason):
 def test_a_closure_has_no_name():
     def closure(): ...
 
-    with pytest.raises(ReferenceProblem, match=r"closure is defined inside a function: move it to the top of a module"):
+    with pytest.raises(
+        ReferenceProblem, match=r"closure is defined inside a function: move it to the top of a module"
+    ):
         name_of(closure)
 
 
@@ -363,13 +371,28 @@ def test_a_hostile_record_is_refused(name, key):
 
 def test_nothing_outside_of_the_allow_list_is_imported(library, tmp_path):
     trace = tmp_path / "trace"
-    write(library / "evil.py", f"open({str(trace)!r}, 'w').close()\ndef run(*args, **kwargs): ...\nclass Net: ...\n")
+    write(
+        library / "evil.py",
+        f"open({str(trace)!r}, 'w').close()\ndef run(*args, **kwargs): ...\nclass Net: ...\n",
+    )
     write(library / "evil_package" / "__init__.py", f"open({str(trace)!r}, 'w').close()\n")
     write(library / "evil_package" / "part.py", "def run(): ...\n")
     before = set(sys.modules)
-    names = ["evil:run", "evil:Net", "evil:os.system", "evil", "evil:", "evil_package.part:run", "evil_package.part"]
+    names = [
+        "evil:run",
+        "evil:Net",
+        "evil:os.system",
+        "evil",
+        "evil:",
+        "evil_package.part:run",
+        "evil_package.part",
+    ]
     for name in names:
-        for value in ({"@ref": name}, {"@module": name}, {"@partial": {"@ref": name}, "args": [], "kwargs": {}}):
+        for value in (
+            {"@ref": name},
+            {"@module": name},
+            {"@partial": {"@ref": name}, "args": [], "kwargs": {}},
+        ):
             for key in ("MODEL", "LOSS", "ROUTINE_NAME", "EPOCHS", "UNKNOWN", "@dict", ""):
                 with pytest.raises(ConfigError):
                     restore({"version": 1, "config": {key: value}})
@@ -428,7 +451,9 @@ def test_a_file_that_bears_the_name_of_a_library_does_not_admit_the_library(proj
 
 
 def test_a_function_that_a_project_file_merely_imports_is_refused(project, monkeypatch):
-    write(project / "my_losses.py", "from os import system\nfrom subprocess import Popen\ndef loss(a, b): ...\n")
+    write(
+        project / "my_losses.py", "from os import system\nfrom subprocess import Popen\ndef loss(a, b): ...\n"
+    )
     monkeypatch.syspath_prepend(project)
     assert resolve("my_losses:loss").__name__ == "loss"
     for name in ("system", "Popen", "loss.__globals__"):
@@ -510,7 +535,8 @@ def test_functions_of_numpy_once_it_is_added():
 
 
 @pytest.mark.parametrize(
-    "code", ["raise RuntimeError('no GPU')", "import sys; sys.exit(1)", "def", "1 / 0", "import nowhere_to_be_found"]
+    "code",
+    ["raise RuntimeError('no GPU')", "import sys; sys.exit(1)", "def", "1 / 0", "import nowhere_to_be_found"],
 )
 def test_a_library_that_fails_to_import_is_reported_by_name(library, code):
     write(library / "brittle.py", code)
@@ -520,7 +546,9 @@ def test_a_library_that_fails_to_import_is_reported_by_name(library, code):
 
 def test_an_allowed_library_that_is_not_installed_is_reported_so(monkeypatch):
     monkeypatch.setattr(references, "ALLOWED_ROOTS", ("not_installed_at_all",))
-    with pytest.raises(ReferenceProblem, match=r"is not found \(No module named 'not_installed_at_all'\): install"):
+    with pytest.raises(
+        ReferenceProblem, match=r"is not found \(No module named 'not_installed_at_all'\): install"
+    ):
         resolve("not_installed_at_all:Net")
 
 

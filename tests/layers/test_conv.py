@@ -56,7 +56,7 @@ def test_even_kernel_is_refused(layer: type, k_size: int) -> None:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_order_is_convolution_normalisation_activation_dropout(layer: type) -> None:
+def test_order_is_convolution_normalization_activation_dropout(layer: type) -> None:
     order = []
     module = layer(3, 4, dropout=0.5)
     for name, child in module.named_children():
@@ -68,18 +68,18 @@ def test_order_is_convolution_normalisation_activation_dropout(layer: type) -> N
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_bias_only_without_normalisation(layer: type, norm: type | None) -> None:
+def test_bias_only_without_normalization(layer: type, norm: type | None) -> None:
     assert (layer(3, 4, norm=norm).conv.bias is None) == (norm is not None)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_normalisation_gets_the_output_channels(layer: type) -> None:
+def test_normalization_gets_the_output_channels(layer: type) -> None:
     module = layer(3, 6, norm=partial(nn.GroupNorm, 3))
     assert (module.norm.num_groups, module.norm.num_channels) == (3, 6)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_normalised_output_has_mean_zero_and_variance_one(layer: type) -> None:
+def test_normalized_output_has_mean_zero_and_variance_one(layer: type) -> None:
     output = layer(3, 4, activ=nn.Identity)(image(8, 3, 16, 16) * 5 + 3)
     assert torch.allclose(output.mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
     assert torch.allclose(output.var((0, 2, 3)), torch.ones(4), atol=1e-2)
@@ -114,7 +114,7 @@ def test_deconvolution_starts_without_checkerboard(k_size: int, norm: type | Non
     assert share_inside_cells(layer(x)) > 0.5
 
 
-def test_deconvolution_starts_as_nearest_neighbour_upsampling() -> None:
+def test_deconvolution_starts_as_nearest_neighbor_upsampling() -> None:
     layer = DeconvLayer(3, 5, norm=None, activ=nn.Identity)
     output = layer(image(2, 3, 7, 6))
     assert torch.equal(output, functional.interpolate(output[..., ::2, ::2].contiguous(), scale_factor=2))
@@ -125,7 +125,7 @@ def test_deconvolution_starts_with_different_channels() -> None:
     assert len(output.unique(dim=0)) == 5
 
 
-def test_deconvolution_leaves_nearest_neighbour_in_training() -> None:
+def test_deconvolution_leaves_nearest_neighbor_in_training() -> None:
     layer = DeconvLayer(3, 4)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     functional.mse_loss(layer(image(2, 3, 6, 6)), image(2, 4, 12, 12)).backward()

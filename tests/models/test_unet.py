@@ -97,7 +97,9 @@ def test_each_recursion_doubles_the_channels_and_halves_the_size(use_pooling: bo
     shapes: list[tuple[int, ...]] = []
     model = small_unet(n_recursions=3, use_pooling=use_pooling)
     for name in ("encode", "below.encode", "below.deeper.encode", "below.deeper.deeper.encode"):
-        model.get_submodule(name).register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape)))
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, output: shapes.append(tuple(output.shape))
+        )
     model(torch.randn(2, 3, 16, 40))
     assert shapes == [(2, 4, 16, 40), (2, 8, 8, 20), (2, 16, 4, 10), (2, 32, 2, 5)]
 
@@ -108,7 +110,9 @@ def test_each_recursion_pools_and_joins_with_what_was_there(level: str) -> None:
     model = small_unet()
     for name in ("", ".down", ".up", ".decode"):
         module = model.get_submodule(level + name)
-        module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+        module.register_forward_hook(
+            lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)})
+        )
     model(torch.randn(2, 3, 8, 12))
     x = seen[""][0]
     assert torch.equal(seen[".down"][1], functional.max_pool2d(x, 2))
@@ -118,7 +122,9 @@ def test_each_recursion_pools_and_joins_with_what_was_there(level: str) -> None:
 @pytest.mark.parametrize("n_recursions, bulk_ch", [(1, 4), (3, 6)])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("use_shuffle, use_pooling", BOTH_WAYS)
-def test_number_of_parameters(n_recursions: int, bulk_ch: int, norm: Any, use_shuffle: bool, use_pooling: bool) -> None:
+def test_number_of_parameters(
+    n_recursions: int, bulk_ch: int, norm: Any, use_shuffle: bool, use_pooling: bool
+) -> None:
     has_norm = norm is not None
     layer = partial(layer_parameters, has_norm=has_norm)
     expected = layer(3, bulk_ch) + layer(bulk_ch, bulk_ch) + 5 * bulk_ch + 5
@@ -240,7 +246,9 @@ def test_pickled_and_deep_copies_give_equal_outputs(norm: Any, copied: Any) -> N
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("use_shuffle, use_pooling", BOTH_WAYS)
 @pytest.mark.parametrize("size", [(8, 8), (9, 10)])
-def test_channels_last_is_kept(norm: Any, use_shuffle: bool, use_pooling: bool, size: tuple[int, int]) -> None:
+def test_channels_last_is_kept(
+    norm: Any, use_shuffle: bool, use_pooling: bool, size: tuple[int, int]
+) -> None:
     model = settled_unet(norm=norm, use_shuffle=use_shuffle, use_pooling=use_pooling)
     x = torch.randn(2, 3, *size)
     expected = model(x)

@@ -71,7 +71,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pairs_dir: Path) -> Run:
     weights = Path(places["WEIGHT_DIR"]) / name / "best.pt"
     stored = load_weights(weights)
     contract = dataclasses.replace(
-        DataContract.from_dict(stored["contract"]), nodata=0, temperature=1.7, class_names=("ground", "tree", "house")
+        DataContract.from_dict(stored["contract"]),
+        nodata=0,
+        temperature=1.7,
+        class_names=("ground", "tree", "house"),
     )
     save_weights(weights, stored | {"contract": contract.to_dict()})
     return Run(places, name, weights, load_model(weights, UNET, MODEL_CONFIG), contract)
@@ -117,7 +120,9 @@ def run_onnx(path: Path, images: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [*SIZES, (1, 1, 1), (1, 4, 130)])
-def test_onnx_answers_as_the_model_at_every_size(trained: Run, onnx_file: Path, size: tuple[int, int, int]) -> None:
+def test_onnx_answers_as_the_model_at_every_size(
+    trained: Run, onnx_file: Path, size: tuple[int, int, int]
+) -> None:
     images = raw_images(*size)
     found = run_onnx(onnx_file, images)
     assert (found.dtype, found.shape) == (np.float32, images.shape)
@@ -162,17 +167,32 @@ def test_the_script_predicts_without_this_project(tmp_path: Path, trained: Run, 
         "runpy.run_path(script)\n"
     )
     script = ROOT / "tools" / "predict_onnx.py"
-    command = [sys.executable, "-I", "-c", code, script, onnx_file, tmp_path / "scene.npy", tmp_path / "classes.npy"]
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        code,
+        script,
+        onnx_file,
+        tmp_path / "scene.npy",
+        tmp_path / "classes.npy",
+    ]
     subprocess.run(list(map(str, command)), cwd=tmp_path, check=True)
     found = np.load(tmp_path / "classes.npy")
     assert len(np.unique(found)) > 1
     expected = np.load(written)
     valid = expected != 255  # where the image has data; the script does not look for it
     assert found.dtype == np.uint8 and valid.mean() > 0.5 and np.array_equal(found[valid], expected[valid])
-    lines = [line for line in script.read_text().splitlines() if line and not line.startswith(('"', "import", "from"))]
+    lines = [
+        line
+        for line in script.read_text().splitlines()
+        if line and not line.startswith(('"', "import", "from"))
+    ]
     assert len(lines) <= 20
     np.save(tmp_path / "scene.npy", np.zeros((9, 9, 4), np.uint8))
-    refused = subprocess.run(list(map(str, command)), cwd=tmp_path, check=False, capture_output=True, text=True)
+    refused = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, check=False, capture_output=True, text=True
+    )
     assert refused.returncode == 1 and "its dtype and channels are ('uint8', 4)" in refused.stderr
 
 
@@ -199,7 +219,16 @@ def test_the_program_answers_as_the_model_carries_the_contract_and_refuses_what_
 
 
 def test_the_command_writes_safetensors(tmp_path: Path, trained: Run) -> None:
-    command = [sys.executable, "-m", "dida_tools.prediction.export", "latest", "--to", "safetensors", "-o", "weights"]
+    command = [
+        sys.executable,
+        "-m",
+        "dida_tools.prediction.export",
+        "latest",
+        "--to",
+        "safetensors",
+        "-o",
+        "weights",
+    ]
     environment = os.environ | {"ROOT_PATH": trained.global_config["ROOT_PATH"], "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("weights is written") and "Warning" not in done.stderr
@@ -215,7 +244,9 @@ def test_the_command_writes_safetensors(tmp_path: Path, trained: Run) -> None:
 @pytest.mark.parametrize(
     "contract",
     [
-        DataContract(2, dtype="float32", mean=(1e6, -3.0), std=(0.5, 2.0), nodata=float("nan"), task="values"),
+        DataContract(
+            2, dtype="float32", mean=(1e6, -3.0), std=(0.5, 2.0), nodata=float("nan"), task="values"
+        ),
         DataContract(
             2, dtype="int32", scale=0.01, minimum=(0, 5), maximum=(900, 800), nodata=-9999, task="multi-label"
         ),
@@ -257,7 +288,9 @@ def test_a_model_that_needs_multiples_says_so(tmp_path: Path) -> None:
     assert metadata["sizes"] == "edges of 1 pixels or more, multiples of 4"
     x = RNG.random((2, 2, 12, 28), dtype=np.float32)
     with torch.no_grad():
-        np.testing.assert_allclose(run_onnx(tmp_path / "model.onnx", x), model(torch.from_numpy(x)), atol=1e-5)
+        np.testing.assert_allclose(
+            run_onnx(tmp_path / "model.onnx", x), model(torch.from_numpy(x)), atol=1e-5
+        )
 
 
 def test_the_callers_model_stays_as_it_is(tmp_path: Path) -> None:
@@ -299,7 +332,9 @@ def test_an_export_that_differs_is_not_written(tmp_path: Path, write: Any) -> No
 
 
 def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"Branching: torch\.export takes it with no dynamic .* data-dependent"):
+    with pytest.raises(
+        ExportError, match=r"Branching: torch\.export takes it with no dynamic .* data-dependent"
+    ):
         export_program(Branching(), DataContract(2), tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
 

@@ -102,10 +102,12 @@ def expected(config: dict[str, Any], image: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- rasters
 
 
-def test_a_raster_becomes_a_cloud_optimised_one_on_its_grid(tmp_path, config):
+def test_a_raster_becomes_a_cloud_optimized_one_on_its_grid(tmp_path, config):
     image = reflectance(700, 600)
     image[100:200, 300:500] = 0
-    scene = write_raster(tmp_path / "scene.tif", image, tiled=True, blockxsize=128, blockysize=128, compress="deflate")
+    scene = write_raster(
+        tmp_path / "scene.tif", image, tiled=True, blockxsize=128, blockysize=128, compress="deflate"
+    )
     probabilities = expected(config, image)
     classes, chances = predict(config | {"FILES": scene, "OUTPUT": ["classes", "probabilities"]})
     assert (classes.name, chances.name) == ("scene_classes.tif", "scene_probabilities.tif")
@@ -150,7 +152,12 @@ def test_every_kind_of_output_in_floats_and_in_bytes(tmp_path, config):
     valid = (image != 0).any(-1)
     np.save(tmp_path / "scene.npy", image)
     entropy = -(p * np.log(p)).sum(0) / np.log(3)
-    right = {"classes": p.argmax(0), "probabilities": np.moveaxis(p, 0, -1), "confidence": p.max(0), "entropy": entropy}
+    right = {
+        "classes": p.argmax(0),
+        "probabilities": np.moveaxis(p, 0, -1),
+        "confidence": p.max(0),
+        "entropy": entropy,
+    }
     for dtype in ("float32", "uint8"):
         files = predict(config | {"FILES": tmp_path / "scene.npy", "OUTPUT": KINDS, "OUTPUT_DTYPE": dtype})
         for kind, file in zip(KINDS, files, strict=True):
@@ -201,7 +208,9 @@ def test_single_band_files_are_one_image_in_the_order_that_is_given(tmp_path, co
         for channel, name in enumerate(names):
             write_raster(tmp_path / scene / f"T33_{name}_10m.tif", image[..., channel : channel + 1] + shift)
         (tmp_path / scene / "preview.png").write_bytes(b"")
-    files = predict(config | {"FILES": str(tmp_path / "S2A_*"), "BANDS": [f"*_{name}_*.tif" for name in names]})
+    files = predict(
+        config | {"FILES": str(tmp_path / "S2A_*"), "BANDS": [f"*_{name}_*.tif" for name in names]}
+    )
     assert [file.name for file in files] == ["S2A_1.tif", "S2A_2.tif"]
     with rasterio.open(files[0]) as raster:
         assert raster.crs.to_string() == GRID["crs"]
@@ -230,7 +239,10 @@ def test_bands_that_are_missing_or_of_another_grid_are_told(tmp_path, config):
 def test_a_format_that_cannot_hold_an_output_is_refused_before_anything_is_written(tmp_path, config):
     np.save(tmp_path / "scene.npy", reflectance(20, 20))
     with pytest.raises(ConfigError, match=r"which cannot hold probabilities: choose \.npy or \.tif"):
-        predict(config | {"FILES": tmp_path / "scene.npy", "FORMAT": ".png", "OUTPUT": ["classes", "probabilities"]})
+        predict(
+            config
+            | {"FILES": tmp_path / "scene.npy", "FORMAT": ".png", "OUTPUT": ["classes", "probabilities"]}
+        )
     assert not config["OUT_DIR"].exists()
     (file,) = predict(config | {"FILES": tmp_path / "scene.npy", "FORMAT": ".png"})
     assert np.asarray(Image.open(file)).shape == (20, 20)
@@ -266,7 +278,11 @@ def test_with_masks_the_maps_are_scored_as_scikit_learn_does(tmp_path, config, c
         counts = (mask != 255) & (image != 0).any(-1)
         truths.append(np.where(mask == 77, 2, mask)[counts])
         guesses.append(expected(config, image).argmax(0)[counts])
-    settings = config | {"FILES": str(tmp_path / "[01].npy"), "MASKS": tmp_path / "masks", "MASK_VALUES": {77: 2}}
+    settings = config | {
+        "FILES": str(tmp_path / "[01].npy"),
+        "MASKS": tmp_path / "masks",
+        "MASK_VALUES": {77: 2},
+    }
     predict(settings | {"OUTPUT_DTYPE": dtype})
     results = json.loads((config["OUT_DIR"] / "scores.json").read_text())
     truth, guess = np.concatenate(truths), np.concatenate(guesses)
@@ -285,10 +301,16 @@ def test_with_masks_the_maps_are_scored_as_scikit_learn_does(tmp_path, config, c
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda image: np.concatenate([image, image[..., :1]], -1), "it has 5 channels, the model was trained on 4"),
+        (
+            lambda image: np.concatenate([image, image[..., :1]], -1),
+            "it has 5 channels, the model was trained on 4",
+        ),
         (lambda image: (image / 1e4).astype(np.float32), "it is float32, the model was trained on uint16"),
         (lambda image: (image // 256).astype(np.uint16), "as if they had been divided by a number"),
-        (lambda image: image * np.uint16([1, 0, 1, 1]) + np.uint16([0, 7, 0, 0]), "channel B03 is constant .7."),
+        (
+            lambda image: image * np.uint16([1, 0, 1, 1]) + np.uint16([0, 7, 0, 0]),
+            "channel B03 is constant .7.",
+        ),
     ],
 )
 @pytest.mark.parametrize("size", [(30, 30), (100, 80)])
@@ -371,7 +393,10 @@ def two_models(tmp_path, config, monkeypatch) -> Any:
         save_weights(tmp_path / name, {"model": {f"layer.{key}": value for key, value in nn.Conv2d(
             4, 3, 5).state_dict().items()}, "contract": CONTRACT.to_dict()})  # fmt: skip
         of_model = config | {"WEIGHTS": tmp_path / name}
-        maps |= {(number, expected(of_model, image).argmax(0).tobytes()): name for number, image in enumerate(images)}
+        maps |= {
+            (number, expected(of_model, image).argmax(0).tobytes()): name
+            for number, image in enumerate(images)
+        }
     assert len(maps) == 4
 
     def predict_both(name: str, num_processes: int = 1) -> tuple[int, str]:
@@ -422,16 +447,16 @@ def test_maps_of_which_an_older_ledger_tells_too_little_are_made_again(two_model
     assert two_models("A") == (0, "AA")
 
 
-def test_what_a_picture_shows_has_the_colours_of_the_classes(tmp_path, config):
+def test_what_a_picture_shows_has_the_colors_of_the_classes(tmp_path, config):
     contract = DataContract(3, dtype="uint8", outputs=3, class_colors=((1, 2, 3), (4, 5, 6), (7, 8, 9)))
     save_weights(config["WEIGHTS"], {"model": Net(3).state_dict(), "contract": contract.to_dict()})
     image = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "photo.jpg", quality=100)
     (file,) = predict(config | {"FILES": tmp_path / "photo.jpg", "MODEL_CONFIG": {"channels": 3}})
     with Image.open(file) as picture:
-        numbers, colours = np.asarray(picture), np.asarray(picture.convert("RGB"))
+        numbers, colors = np.asarray(picture), np.asarray(picture.convert("RGB"))
     assert set(np.unique(numbers)) == {0, 1, 2}
-    assert np.array_equal(colours, np.array(contract.class_colors)[numbers])
+    assert np.array_equal(colors, np.array(contract.class_colors)[numbers])
 
 
 # -------------------------------------------------------------------------------------------------- kills and processes
@@ -446,10 +471,14 @@ from dida_tools.prediction import predict
 predict({{**{config | {"MODEL": None, "FILES": files}!r}, "MODEL": Net, "MODEL_CONFIG": {{"seconds": {seconds}}}}})
 """.replace("PosixPath", "Path")
     keep = {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | keep, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | keep, stdout=subprocess.PIPE, text=True
+    )
 
 
-@pytest.mark.parametrize("ending", [pytest.param("npy", marks=pytest.mark.slow), "tif"])  # the same code grows both
+@pytest.mark.parametrize(
+    "ending", [pytest.param("npy", marks=pytest.mark.slow), "tif"]
+)  # the same code grows both
 def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(tmp_path, config, ending):
     image = reflectance(400, 60)
     image[100:130] = 0
@@ -490,7 +519,9 @@ def rows_of(states: list[Path]) -> int:
         return 0
 
 
-def test_another_prediction_into_the_same_folder_is_refused_and_disturbs_nothing(tmp_path, config, monkeypatch):
+def test_another_prediction_into_the_same_folder_is_refused_and_disturbs_nothing(
+    tmp_path, config, monkeypatch
+):
     images = [reflectance(200, 40, number) for number in range(2)]
     files = [tmp_path / f"{number}.npy" for number in range(2)]
     for file, image in zip(files, images, strict=True):
@@ -501,7 +532,9 @@ def test_another_prediction_into_the_same_folder_is_refused_and_disturbs_nothing
             assert first.poll() is None
             time.sleep(0.01)
         first.send_signal(signal.SIGSTOP)
-        with pytest.raises(UserError, match=r"out: another prediction is writing predictions\.jsonl there: wait until"):
+        with pytest.raises(
+            UserError, match=r"out: another prediction is writing predictions\.jsonl there: wait until"
+        ):
             predict(config | {"FILES": files, "OVERLAP": 0.5})
         # One of several processes notes what it does in another file, but the image is the same.
         monkeypatch.setenv("RANK", "1")
@@ -564,9 +597,19 @@ files = predict({{**{settings!r}, "MODEL": Net}})
 Path("{tmp_path}/" + os.environ["RANK"]).write_text(" ".join(file.name for file in files))
 """.replace("PosixPath", "Path")
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert (tmp_path / "0").read_text() == "0.npy 2.npy 4.npy" and (tmp_path / "1").read_text() == "1.npy 3.npy"
+    assert (tmp_path / "0").read_text() == "0.npy 2.npy 4.npy" and (
+        tmp_path / "1"
+    ).read_text() == "1.npy 3.npy"
     for name, image in images.items():
         assert np.array_equal(np.load(config["OUT_DIR"] / name), expected(config, image).argmax(0))
     Net.calls = 0

@@ -32,7 +32,11 @@ class Brightest(nn.Module):
 def config(tmp_path) -> dict:
     """A predict_config whose contract subtracts (100, 50, 0) and divides by (10, 20, 40), before scaling."""
     contract = DataContract(
-        channels=3, dtype="uint8", scale=1 / 255, mean=(100 / 255, 50 / 255, 0.0), std=(10 / 255, 20 / 255, 40 / 255)
+        channels=3,
+        dtype="uint8",
+        scale=1 / 255,
+        mean=(100 / 255, 50 / 255, 0.0),
+        std=(10 / 255, 20 / 255, 40 / 255),
     )
     save_weights(tmp_path / "best.pt", {"model": Brightest().state_dict(), "contract": contract.to_dict()})
     return {
@@ -53,7 +57,7 @@ def an_image(height: int = 20, width: int = 30) -> np.ndarray:
     return RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_the_stored_normalisation_is_applied(tmp_path, config):
+def test_the_stored_normalization_is_applied(tmp_path, config):
     image = an_image()
     np.save(tmp_path / "a.npy", image)
     (written,) = predict(config | {"FILES": [tmp_path / "a.npy"]})
@@ -134,7 +138,9 @@ def test_a_binary_model_uses_its_threshold(tmp_path, config):
         (np.zeros((8, 8, 3), np.uint16), "it is uint16, the model was trained on uint8"),
     ],
 )
-def test_an_image_that_the_model_does_not_know_is_refused_before_anything_is_written(tmp_path, config, array, message):
+def test_an_image_that_the_model_does_not_know_is_refused_before_anything_is_written(
+    tmp_path, config, array, message
+):
     np.save(tmp_path / "good.npy", an_image())
     np.save(tmp_path / "odd.npy", array)
     with pytest.raises(DataError, match=message) as caught:
@@ -174,7 +180,11 @@ def test_two_inputs_never_share_an_output(tmp_path, config):
         ({"OUTPUT": "picture"}, ConfigError, "OUTPUT"),
         ({"FILES": "nowhere.npy"}, DataError, "no such file"),
         ({"WEIGHTS": "nowhere.pt"}, WeightsError, "no such weights file"),
-        ({"MODEL": nn.Linear, "MODEL_CONFIG": {"in_features": 2, "out_features": 2}}, WeightsError, "does not fit"),
+        (
+            {"MODEL": nn.Linear, "MODEL_CONFIG": {"in_features": 2, "out_features": 2}},
+            WeightsError,
+            "does not fit",
+        ),
     ],
 )
 def test_mistakes_are_told(tmp_path, config, changes, error, message):

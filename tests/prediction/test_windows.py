@@ -55,7 +55,9 @@ def whole(model: nn.Module, image: np.ndarray) -> np.ndarray:
         return model.eval()(torch.from_numpy(np.moveaxis(image, -1, 0))[None]).softmax(1)[0].numpy()
 
 
-def in_bands(model: Any, image: Any, overlap: float = 0.5, batch_size: int = 3, contract: DataContract = CONTRACT):
+def in_bands(
+    model: Any, image: Any, overlap: float = 0.5, batch_size: int = 3, contract: DataContract = CONTRACT
+):
     return list(predict_bands(predictor(model, contract), image, contract, Tiling(TILE, overlap, batch_size)))
 
 
@@ -78,7 +80,9 @@ def test_windows_cover_a_length_and_end_with_it(length, overlap):
     starts = window_starts(length, size, overlap)
     covered = {pixel for start in starts for pixel in range(start, start + size)}
     assert covered == set(range(length)) and starts == sorted(set(starts))
-    assert all(after - before <= max(1, round(size * (1 - overlap))) for before, after in itertools.pairwise(starts))
+    assert all(
+        after - before <= max(1, round(size * (1 - overlap))) for before, after in itertools.pairwise(starts)
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -101,20 +105,24 @@ def test_an_image_of_one_window_is_predicted_as_a_whole(size):
 @pytest.mark.parametrize("size", [size for size in SIZES if min(size) >= TILE])
 @pytest.mark.parametrize("overlap", [0, 0.25, 0.5])
 def test_windows_are_blended_as_monai_does(size, overlap):
-    inferers = pytest.importorskip("monai.inferers.utils", reason="MONAI is a part of the development environment")
+    inferers = pytest.importorskip(
+        "monai.inferers.utils", reason="MONAI is a part of the development environment"
+    )
     model, image = Surroundings(), image_of(*size)
     inputs = torch.from_numpy(np.moveaxis(image, -1, 0))[None]
 
     def monai(**options: Any) -> np.ndarray:
         with torch.no_grad():
             predict = inferers.sliding_window_inference
-            answer = predict(inputs, (TILE, TILE), 4, lambda x: model(x).softmax(1), overlap=overlap, **options)
+            answer = predict(
+                inputs, (TILE, TILE), 4, lambda x: model(x).softmax(1), overlap=overlap, **options
+            )
         return answer[0].numpy()
 
     ours = predict_array(predictor(model), image, TILE, overlap)
     weights = torch.from_numpy(blending_weights(TILE, TILE))
     np.testing.assert_allclose(ours, monai(roi_weight_map=weights, mode="gaussian"), atol=1e-6)
-    # Their own weights are centred half a pixel beside the middle.
+    # Their own weights are centered half a pixel beside the middle.
     assert np.abs(ours - monai(mode="gaussian", sigma_scale=0.125)).max() < 0.01
     if max(size) > TILE:
         assert np.abs(ours - whole(model, image)).max() > 0.02  # windows do make a difference for this model
@@ -197,7 +205,7 @@ def test_memory_does_not_grow_with_the_height():
 
 
 @pytest.mark.parametrize("nodata", [-9999.0, 0.0, float("nan")])
-def test_what_is_no_data_has_no_influence_on_its_neighbours(nodata):
+def test_what_is_no_data_has_no_influence_on_its_neighbors(nodata):
     image = image_of(50, 60) + 10
     missing = np.zeros((50, 60), bool)
     missing[10:30, 20:50] = True
@@ -237,7 +245,10 @@ def test_nan_that_means_nothing_is_told_with_its_rows():
 @pytest.mark.parametrize(("augment", "number"), [("none", 1), ("flips", 4), ("all", 8)])
 @pytest.mark.parametrize("size", [(16, 16), (9, 14), (40, 33)])
 def test_views_are_turned_back_exactly(augment, number, size):
-    model, image = Pixelwise(), image_of(*size)  # sees no directions, so that a view turned back wrongly differs
+    model, image = (
+        Pixelwise(),
+        image_of(*size),
+    )  # sees no directions, so that a view turned back wrongly differs
     one = predictor(model, augment=augment)
     np.testing.assert_allclose(predict_array(one, image, TILE), whole(model, image), atol=1e-6)
     assert len(one.views) == number and one.num_changed == 0
@@ -266,5 +277,7 @@ def test_a_model_that_makes_no_maps_is_told():
         def forward(self, x):
             return functional.adaptive_avg_pool2d(x, 1).flatten(1)
 
-    with pytest.raises(ValueError, match=r"MODEL answers \(1, 2\) to an input of \(1, 2, 5, 7\): a map needs"):
+    with pytest.raises(
+        ValueError, match=r"MODEL answers \(1, 2\) to an input of \(1, 2, 5, 7\): a map needs"
+    ):
         predict_array(predictor(Classifier()), image_of(5, 7), TILE)

@@ -77,7 +77,9 @@ def test_python_is_slim_and_torch_without_cuda_unless_asked_for():
 
 
 def test_all_that_pip_installs_is_constrained_and_leaves_no_cache():
-    commands = [one for one in re.findall(r"pip [^&;]*", re.sub(r"\s*\\\n\s*", " ", DOCKERFILE)) if " install " in one]
+    commands = [
+        one for one in re.findall(r"pip [^&;]*", re.sub(r"\s*\\\n\s*", " ", DOCKERFILE)) if " install " in one
+    ]
     assert len(commands) == 3
     for command in commands:
         assert "--no-cache-dir" in command
@@ -87,7 +89,9 @@ def test_all_that_pip_installs_is_constrained_and_leaves_no_cache():
 
 def test_nothing_secret_is_given_to_a_build():
     for word, rest in (one for stage in STAGES.values() for one in stage):
-        assert not (word in ("ARG", "ENV") and re.search(r"(?i)token|secret|passw|key|credential", rest)), rest
+        assert not (word in ("ARG", "ENV") and re.search(r"(?i)token|secret|passw|key|credential", rest)), (
+            rest
+        )
         assert not (word in ("COPY", "ADD") and rest.split()[0] in (".", "./")), "copies all there is"
 
 
@@ -113,7 +117,9 @@ def imports_of_prediction() -> set[str]:
                     path = ROOT / name.replace(".", "/")
                     todo += [path.with_suffix(".py"), path / "__init__.py"]
                     todo += [
-                        above / "__init__.py" for above in path.parents if above.is_relative_to(ROOT / "dida_tools")
+                        above / "__init__.py"
+                        for above in path.parents
+                        if above.is_relative_to(ROOT / "dida_tools")
                     ]
                 elif (ROOT / f"{name.partition('.')[0]}.py").is_file():
                     todo.append(ROOT / f"{name.partition('.')[0]}.py")
@@ -124,7 +130,9 @@ def imports_of_prediction() -> set[str]:
 
 def test_each_image_has_what_is_imported_in_it():
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert installed("predict-packages") == imports_of_prediction() - {"pandas"}  # read_frame works where it is there
+    assert installed("predict-packages") == imports_of_prediction() - {
+        "pandas"
+    }  # read_frame works where it is there
     assert installed("train-packages") == {re.match(r"[a-z]+", one)[0] for one in dependencies}
 
 
@@ -168,7 +176,9 @@ def test_all_that_is_copied_is_sent():
             if word == "COPY" and not rest.startswith("--from"):
                 for source in rest.split()[:-1]:
                     example = source.replace("${RUN}", "a.run").replace("*", "a")
-                    assert is_sent(example if "." in example or example == "LICENSE" else f"{example}/a.py"), source
+                    assert is_sent(
+                        example if "." in example or example == "LICENSE" else f"{example}/a.py"
+                    ), source
 
 
 needs_engine = pytest.mark.skipif(
@@ -178,7 +188,9 @@ needs_engine = pytest.mark.skipif(
 
 
 def engine(*arguments: object) -> str:
-    return subprocess.run([ENGINE, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.run(
+        [ENGINE, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 @pytest.mark.slow
@@ -195,7 +207,9 @@ def test_the_engine_sends_what_dockerignore_says(tmp_path):
     engine("build", *base, "--tag", "dida-tools:context-of-test", tmp_path)
     try:
         sent = engine("run", "--rm", "--network", "none", "dida-tools:context-of-test").split()
-        assert {path.removeprefix("/context/") for path in sent} - {"Dockerfile", ".dockerignore"} == set(SENT)
+        assert {path.removeprefix("/context/") for path in sent} - {"Dockerfile", ".dockerignore"} == set(
+            SENT
+        )
     finally:
         engine("rmi", "dida-tools:context-of-test")
 
@@ -219,7 +233,9 @@ def make(folder: Path, *arguments: str) -> None:
 @needs_engine
 @pytest.mark.timeout(3600)
 def test_a_run_trained_in_an_image_predicts_in_an_image_of_its_own(project):
-    quick = "EPOCHS=1 MODEL_CONFIG.bulk_ch=8 MODEL_CONFIG.n_recursions=1 DATASET_CONFIG.train.crops_per_image=1"
+    quick = (
+        "EPOCHS=1 MODEL_CONFIG.bulk_ch=8 MODEL_CONFIG.n_recursions=1 DATASET_CONFIG.train.crops_per_image=1"
+    )
     make(project, "docker-run", f"ARGS={quick}")
     [weights] = (project / "weights").glob("*/best.pt")
     assert weights.stat().st_uid == os.getuid()

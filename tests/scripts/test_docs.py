@@ -70,8 +70,21 @@ ALL_COMMANDS = [
 
 
 def test_the_documentation_builds_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", tmp_path / "trees"]
-    built = subprocess.run([*command, DOCS, tmp_path / "html"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-b",
+        "html",
+        "-d",
+        tmp_path / "trees",
+    ]
+    built = subprocess.run(
+        [*command, DOCS, tmp_path / "html"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert built.returncode == 0, built.stderr
     html = "".join(file.read_text() for file in (tmp_path / "html").rglob("*.html"))
     package = ROOT / "dida_tools"
@@ -192,7 +205,10 @@ def test_every_command_is_understood_by_its_script(monkeypatch, words):
 def test_a_command_that_is_wrong_is_noticed(monkeypatch):
     wrongs = ["train.py --dta my_data", "train.py EPOCH=3", "runs.py lst", *["nothing.py"] * IS_TEMPLATE]
     for wrong in wrongs:
-        with monkeypatch.context() as patched, pytest.raises((pytest.fail.Exception, AssertionError, ValueError)):
+        with (
+            monkeypatch.context() as patched,
+            pytest.raises((pytest.fail.Exception, AssertionError, ValueError)),
+        ):
             check_script(patched, wrong.split())
 
 
@@ -288,7 +304,9 @@ def make_stand_in(folder: Path) -> None:
 def test_the_tutorial_runs(tmp_path):
     template, work = tmp_path / "origin", tmp_path / "work"
     work.mkdir()
-    author = {f"GIT_{who}_{what}": "me@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    author = {
+        f"GIT_{who}_{what}": "me@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+    }
     hidden = ("ROOT_PATH", "LOG_DIR", "WEIGHT_DIR", "DATA_DIR", "PYTHONPATH", "CONDA_DEFAULT_ENV")
     environment = {key: value for key, value in os.environ.items() if key not in hidden} | author
     environment |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "OMP_NUM_THREADS": "1"}
@@ -325,11 +343,18 @@ def test_the_tutorial_runs(tmp_path):
     )
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", "\n".join(shell)], cwd=work, env=environment, capture_output=True, text=True, check=False
+        ["bash", "-c", "\n".join(shell)],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test set" in done.stdout and "identical" in done.stdout
     project = work / "crop_yield"
-    assert (project / "predictions" / "scene_0.npy").exists() and (project / "probabilities" / "scene_0.npy").exists()
+    assert (project / "predictions" / "scene_0.npy").exists() and (
+        project / "probabilities" / "scene_0.npy"
+    ).exists()
     assert len(list((project / "weights").glob("*/best.pt"))) == 3  # two trainings, and one of them again
     assert list((work / "dida-tools" / "weights").glob("*/best.pt"))

@@ -110,7 +110,10 @@ def imports_of(*files: Path) -> set[str]:
 def files_of_extra(extra: str) -> list[Path]:
     """The files that alone may import what an extra installs: a project that deletes them deletes the extra."""
     routine = ROOT / f"dida_tools/training/{extra}_training.py"
-    folders = {"search": ["dida_tools/search/*.py", "hyperparameter.py"], "export": ["dida_tools/prediction/export.py"]}
+    folders = {
+        "search": ["dida_tools/search/*.py", "hyperparameter.py"],
+        "export": ["dida_tools/prediction/export.py"],
+    }
     return [file for pattern in folders.get(extra, []) for file in ROOT.glob(pattern)] or [routine]
 
 
@@ -118,7 +121,9 @@ def test_every_import_of_the_package_is_a_dependency_or_in_the_extra_of_its_part
     dependencies = {name_of(requirement) for requirement in PROJECT["dependencies"]}
     extras = {extra: files_of_extra(extra) for extra in EXTRAS if extra not in ("dev", "docs")}
     parts = {extra: [file for file in files if file.is_file()] for extra, files in extras.items()}
-    others = {*ROOT.glob("dida_tools/**/*.py"), *ROOT.glob("*.py")} - {file for part in parts.values() for file in part}
+    others = {*ROOT.glob("dida_tools/**/*.py"), *ROOT.glob("*.py")} - {
+        file for part in parts.values() for file in part
+    }
     assert imports_of(*others) - OPTIONAL == dependencies
     for extra, files in parts.items():
         if files:
@@ -138,12 +143,18 @@ def test_a_broken_torchvision_is_removed_and_said(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
     python = tmp_path / "env" / "bin" / "python"
     site = Path(
-        subprocess.check_output([python, "-c", "import site; print(site.getsitepackages()[0])"], text=True).strip()
+        subprocess.check_output(
+            [python, "-c", "import site; print(site.getsitepackages()[0])"], text=True
+        ).strip()
     )
-    here = subprocess.check_output([sys.executable, "-c", "import site; print(site.getsitepackages()[0])"], text=True)
+    here = subprocess.check_output(
+        [sys.executable, "-c", "import site; print(site.getsitepackages()[0])"], text=True
+    )
     (site / "outer.pth").write_text(here)
     (site / "torchvision").mkdir()
-    (site / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (site / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
     (site / "torchvision-0.28.0.dist-info").mkdir()
     (site / "torchvision-0.28.0.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n"

@@ -70,7 +70,11 @@ def test_a_search_leaves_rows_the_best_config_and_pictures(project, searched):
     best = max(rows, key=lambda row: row["validation.f1"])
     folder = project / "logs" / "search" / "search"
     saved = json.loads((folder / "best_config.json").read_text())
-    assert (saved["run"], saved["trial"], saved["value"]) == (best["NAME"], best["TRIAL"], best["validation.f1"])
+    assert (saved["run"], saved["trial"], saved["value"]) == (
+        best["NAME"],
+        best["TRIAL"],
+        best["validation.f1"],
+    )
     assert saved["config"]["OPTIMIZER_CONFIG"]["lr"] == best["OPTIMIZER_CONFIG.lr"]
     assert {"history.png", "slices.png"} <= {file.name for file in folder.iterdir()}
     assert f"f1 {best['validation.f1']:.4f}" in searched and "--train-best" in searched
@@ -86,7 +90,12 @@ def test_the_best_config_is_trained_in_full(project, searched):
     best = max(rows_of(project), key=lambda row: row["validation.f1"])
     run(project, "--train-best", "EPOCHS=3")
     row = rows_of(project)[-1]
-    assert (row["STATUS"], row["EPOCHS"], row["STUDY"], row["TRIAL"]) == ("finished", 3, "search", best["TRIAL"])
+    assert (row["STATUS"], row["EPOCHS"], row["STUDY"], row["TRIAL"]) == (
+        "finished",
+        3,
+        "search",
+        best["TRIAL"],
+    )
     keys = ("OPTIMIZER_CONFIG.lr", "OPTIMIZER", "MODEL_CONFIG.dropout", "MODEL_CONFIG.bulk_ch")
     assert {key: row[key] for key in keys} == {key: best[key] for key in keys}
     assert row["NAME"].endswith("_search-best")

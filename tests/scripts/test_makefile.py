@@ -116,7 +116,10 @@ def test_help_is_the_default_and_shows_all_targets(project):
 @pytest.mark.parametrize("target", ["template-diff", "template-update"])
 def test_a_version_of_the_template_is_asked_for_only_if_told(project, target):
     command = f"tools/template.py {target.partition('-')[2]}"
-    assert next(line.split(maxsplit=1)[1] for line in project.make("-n", target)[1].splitlines()).strip() == command
+    assert (
+        next(line.split(maxsplit=1)[1] for line in project.make("-n", target)[1].splitlines()).strip()
+        == command
+    )
     assert f"{command} v1.2.0" in project.make("-n", target, "TAG=v1.2.0")[1]
 
 
@@ -207,7 +210,10 @@ def test_conda_environments_are_made_filled_used_and_removed(project, tool):
         assert all(str(used) in line for line in commands), commands
         return [line for line in called if not line.startswith(f"{tool} env list")]
 
-    assert make("env") == [f"{tool} env create -f environment.yml", "python -m pip install --quiet --no-deps -e ."]
+    assert make("env") == [
+        f"{tool} env create -f environment.yml",
+        "python -m pip install --quiet --no-deps -e .",
+    ]
     assert make("env") == ["python -m pip install --quiet --no-deps -e ."]
     update = [f"{tool} env update -n dida-tools -f dev.yml", "python tools/check_torchvision.py"]
     assert make("env-dev")[-2:] == update
@@ -236,7 +242,10 @@ def test_a_tool_that_is_only_a_function_of_the_shell_is_found(project, variable)
 
 
 def test_without_conda_it_says_so(project):
-    assert "there is no conda, mamba or micromamba" in project.make("env-dev", "ENV=conda", "CONDA=", ok=False)[1]
+    assert (
+        "there is no conda, mamba or micromamba"
+        in project.make("env-dev", "ENV=conda", "CONDA=", ok=False)[1]
+    )
 
 
 def test_clean_removes_caches_and_nothing_else(project):
@@ -276,7 +285,11 @@ def test_docker_build_makes_an_image_for_prediction_and_one_for_training(project
     predict, train = calls(project.make("docker-build", "PACKAGES=monai torchvision")[0])
     assert (option("--target")(predict), option("--tag")(predict)) == (["predict"], ["dida-tools:predict"])
     assert (option("--target")(train), option("--tag")(train)) == (["train"], ["dida-tools:train"])
-    assert option("--build-arg")(predict) == option("--build-arg")(train) == ["TORCH=cpu", "PACKAGES=monai torchvision"]
+    assert (
+        option("--build-arg")(predict)
+        == option("--build-arg")(train)
+        == ["TORCH=cpu", "PACKAGES=monai torchvision"]
+    )
     assert predict[0] == train[0] == "build"
     assert predict[-1] == train[-1] == "."
     log, _ = project.make("docker-build", "TORCH=cuda", "BASE_IMAGE=python:3.13-slim")

@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["EPOCHS=1", "MODEL_CONFIG.bulk_ch=8", "MODEL_CONFIG.n_recursions=1", "DEVICE=cpu", "PRECISION=fp32"]
-ALL_ROUTINES = sorted(file.stem.removesuffix("_training") for file in ROOT.glob("dida_tools/training/*_training.py"))
+ALL_ROUTINES = sorted(
+    file.stem.removesuffix("_training") for file in ROOT.glob("dida_tools/training/*_training.py")
+)
 # What the paths of a part's files have in them.
 MARKS = {
     "search": r"(^|/)search/|hyperparameter",
@@ -45,17 +47,28 @@ def environment(**variables: str) -> dict[str, str]:
         "GIT_WORK_TREE",
         "GIT_INDEX_FILE",
     )
-    author = {f"GIT_{who}_{what}": "me@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    author = {
+        f"GIT_{who}_{what}": "me@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+    }
     # The settings of whoever runs the tests do not count.
     author |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "OMP_NUM_THREADS": "1"}
-    kept = {name: text for name, text in os.environ.items() if name not in hidden and not name.startswith("PYTEST_")}
+    kept = {
+        name: text
+        for name, text in os.environ.items()
+        if name not in hidden and not name.startswith("PYTEST_")
+    }
     return kept | author | variables
 
 
 def run(folder: Path, *command: object, code: int = 0, **variables: str) -> str:
     """What a command prints; it must end with that code."""
     done = subprocess.run(
-        list(map(str, command)), cwd=folder, env=environment(**variables), capture_output=True, text=True, check=False
+        list(map(str, command)),
+        cwd=folder,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -68,7 +81,9 @@ def git(folder: Path, *arguments: object) -> str:
 
 def files_of(folder: Path) -> set[str]:
     return {
-        file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file() and ".git" not in file.parts
+        file.relative_to(folder).as_posix()
+        for file in folder.rglob("*")
+        if file.is_file() and ".git" not in file.parts
     }
 
 
@@ -82,7 +97,9 @@ def new_project(template: Path, folder: Path, *options: str, code: int = 0) -> s
 
 
 def options_of(routines: list[str] | None, without: list[str]) -> list[str]:
-    return [f"--routines={','.join(routines or ALL_ROUTINES)}"] * bool(routines) + [f"--without={','.join(without)}"]
+    return [f"--routines={','.join(routines or ALL_ROUTINES)}"] * bool(routines) + [
+        f"--without={','.join(without)}"
+    ]
 
 
 def edit(file: Path, *changes: tuple[str, str]) -> None:
@@ -134,7 +151,9 @@ def test_it_has_exactly_the_files_that_are_wanted(template, made):
     assert set(git(folder, "ls-files").splitlines()) == expected
     assert not git(folder, "status", "--porcelain")
     assert not [
-        path for path in folder.rglob("*") if path.is_dir() and ".git" not in path.parts and not any(path.iterdir())
+        path
+        for path in folder.rglob("*")
+        if path.is_dir() and ".git" not in path.parts and not any(path.iterdir())
     ]
 
 
@@ -150,7 +169,10 @@ def test_it_records_where_it_comes_from(template, made):
     folder, name, routines, without = made
     record = json.loads((folder / ".template.json").read_text())
     assert record["template"] == str(template) and record["commit"] == git(template, "rev-parse", "v0.1.0")
-    assert record["version"] == re.search('__version__ = "(.*)"', (template / "dida_tools/__init__.py").read_text())[1]
+    assert (
+        record["version"]
+        == re.search('__version__ = "(.*)"', (template / "dida_tools/__init__.py").read_text())[1]
+    )
     assert record["command"].startswith(f"python new_project.py {folder}")
     assert record["name"] == name and record["without"] == without
     assert record["routines"] == (routines if routines != ALL_ROUTINES else None)
@@ -219,7 +241,9 @@ print(package.__file__, package.__version__, "dida_tools" in sys.modules)
     assert not git(folder, "status", "--porcelain")  # what it makes is ignored
 
 
-@pytest.mark.parametrize("made", ["without-pytorch", pytest.param("least", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize(
+    "made", ["without-pytorch", pytest.param("least", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_part_of_its_tests_passes_here(made):
     folder, _, _, _ = made
     tests = ["tests/training/test_pictures.py", "tests/utils/test_name.py", "tests/config/test_device.py"]
@@ -247,8 +271,14 @@ def test_its_tests_pass_in_an_environment_of_its_own(template, tmp_path, options
             for name in ("2024_crops", "crop-yield", "Crop", "class", "_crop", "é")
         ),
         *((name, "a module of Python's own") for name in ("json", "email", "base")),
-        *((name, "a file or folder of the template") for name in ("dida_tools", "train", "tests", "loss", "weights")),
-        *((name, "installed here, or that the project needs") for name in ("torch", "pytest", "ignite", "lightning")),
+        *(
+            (name, "a file or folder of the template")
+            for name in ("dida_tools", "train", "tests", "loss", "weights")
+        ),
+        *(
+            (name, "installed here, or that the project needs")
+            for name in ("torch", "pytest", "ignite", "lightning")
+        ),
     ],
 )
 def test_a_name_that_would_not_work_is_refused(template, tmp_path, name, reason):
@@ -278,12 +308,16 @@ def test_other_things_that_cannot_be_are_told(template, tmp_path):
     assert "there are " + ", ".join(ALL_ROUTINES) in new_project(
         template, tmp_path / "crops", "--routines=keras", code=1
     )
-    assert "--without serach: there are search" in new_project(template, tmp_path / "crops", "--without=serach", code=1)
+    assert "--without serach: there are search" in new_project(
+        template, tmp_path / "crops", "--without=serach", code=1
+    )
     shutil.copytree(template, tmp_path / "copy", ignore=shutil.ignore_patterns(".git"))
     assert "is no git repository" in new_project(tmp_path / "copy", tmp_path / "crops", code=1)
     no_git = run(template, sys.executable, "new_project.py", tmp_path / "crops", code=1, PATH=str(tmp_path))
     assert no_git == "There is no git: install it.\n"
-    nobody = run(template, sys.executable, "new_project.py", tmp_path / "crops", code=1, GIT_COMMITTER_NAME="")
+    nobody = run(
+        template, sys.executable, "new_project.py", tmp_path / "crops", code=1, GIT_COMMITTER_NAME=""
+    )
     assert nobody.startswith("git does not know who you are: git config --global user.name")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "tomllib.py").write_text("raise ModuleNotFoundError\n")  # as in Python 3.10
@@ -313,7 +347,10 @@ def test_parts_go_with_their_files_extras_and_targets(template, tmp_path):
     ):
         (template / file).parent.mkdir(parents=True, exist_ok=True)
         (template / file).write_text("Dida tools, dida-tools; DIDA_TOOLS are dida\ntools.\n")
-    edit(template / "pyproject.toml", ("[tool.setuptools]", '[tool.other]\ndocs = ["stays"]\n\n[tool.setuptools]'))
+    edit(
+        template / "pyproject.toml",
+        ("[tool.setuptools]", '[tool.other]\ndocs = ["stays"]\n\n[tool.setuptools]'),
+    )
     text = re.sub(
         r"^docs = .*\n",
         'docs = [\n    "furo[all]>=1",  # a theme\n    "sphinx",\n]\n',
@@ -338,7 +375,9 @@ def test_parts_go_with_their_files_extras_and_targets(template, tmp_path):
     makefile = (folder / "Makefile").read_text()
     assert not re.search(r"^doc:|^\.PHONY:.* doc ", makefile, re.M)
     assert (
-        "docs" not in makefile and "\ndocker:\n\tbuild\n\nclean:  ##" in makefile and " lint format docker " in makefile
+        "docs" not in makefile
+        and "\ndocker:\n\tbuild\n\nclean:  ##" in makefile
+        and " lint format docker " in makefile
     )
     project = tomllib.loads((folder / "pyproject.toml").read_text())
     assert project["tool"]["other"] == {"docs": ["stays"]}
@@ -347,7 +386,10 @@ def test_parts_go_with_their_files_extras_and_targets(template, tmp_path):
     assert f"crop-yield[{','.join(extra for extra in extras if extra != 'dev')}]" in extras["dev"]
     wanted = (folder / "dev.yml").read_text()
     assert "sphinx" not in wanted and "furo" not in wanted and "optuna" not in wanted and "onnx" in wanted
-    assert "`Dockerfile`" in (folder / "README.md").read_text() and "docs" not in (folder / "README.md").read_text()
+    assert (
+        "`Dockerfile`" in (folder / "README.md").read_text()
+        and "docs" not in (folder / "README.md").read_text()
+    )
 
 
 def test_changes_that_are_not_committed_are_left_out_and_told(template, tmp_path):
@@ -383,16 +425,20 @@ def later(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     edit(package / "config" / "keys.py", ("def _instance(", "# Fixed: the keys.\ndef _instance("))
     edit(
         folder / "train.py",
-        ('    """The command."""\n', '    """The command."""\n    import dida_tools.config.colours\n'),
+        ('    """The command."""\n', '    """The command."""\n    import dida_tools.config.colors\n'),
     )
     edit(folder / "Makefile", ("clean:  ## remove caches;", "clean:  ## fixed: remove caches;"))
-    (package / "config" / "colours.py").write_text("from ..utils.path import shown\nfrom .errors import UserError\n")
-    fresh = "from ..config import keys\nfrom ..config.colours import UserError\nfrom ..layers.extra import ConvLayer\n"
-    (package / "layers" / "extra.py").write_text("from ..utils.path import shown\nfrom .conv import ConvLayer\n")
+    (package / "config" / "colors.py").write_text(
+        "from ..utils.path import shown\nfrom .errors import UserError\n"
+    )
+    fresh = "from ..config import keys\nfrom ..config.colors import UserError\nfrom ..layers.extra import ConvLayer\n"
+    (package / "layers" / "extra.py").write_text(
+        "from ..utils.path import shown\nfrom .conv import ConvLayer\n"
+    )
     (package / "utils" / "fresh.py").write_text(fresh)
     (folder / "tests" / "utils" / "test_fresh.py").write_text(
-        "import dida_tools.config.colours\nfrom dida_tools.utils.fresh import UserError\n\n\n"
-        "def test_fresh():\n    assert dida_tools.config.colours.UserError is UserError\n"
+        "import dida_tools.config.colors\nfrom dida_tools.utils.fresh import UserError\n\n\n"
+        "def test_fresh():\n    assert dida_tools.config.colors.UserError is UserError\n"
     )
     git(folder, "mv", "dida_tools/utils/name.py", "dida_tools/utils/naming.py")
     for file in folder.rglob("*.py"):
@@ -400,7 +446,7 @@ def later(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     commit(folder, "Fixes")
     git(folder, "tag", "v0.10.0")
     edit(package / "utils" / "loss.py", ("# Fixed: the loss.", "# Fixed: the loss, better."))
-    edit(package / "config" / "colours.py", ("import shown", "import create_dirs, shown"))
+    edit(package / "config" / "colors.py", ("import shown", "import create_dirs, shown"))
     commit(folder, "Further fixes")
     git(folder, "tag", "v0.11.0")
     git(folder, "tag", "v0.9.0", "v0.1.0")
@@ -412,10 +458,15 @@ def edit_project(folder: Path) -> None:
     package = folder / "crop_yield"
     loss = package / "utils" / "loss.py"
     text = re.sub(
-        r"(def multi_class_dice_ce_sum\(.*?dice_weight: float = )0.5", r"\g<1>0.8", loss.read_text(), flags=re.S
+        r"(def multi_class_dice_ce_sum\(.*?dice_weight: float = )0.5",
+        r"\g<1>0.8",
+        loss.read_text(),
+        flags=re.S,
     )
     loss.write_text(text + "\n\ndef our_loss(pred, target):\n    return (pred - target).abs().mean()\n")
-    name = next(file for file in (package / "utils" / "name.py", package / "utils" / "naming.py") if file.is_file())
+    name = next(
+        file for file in (package / "utils" / "name.py", package / "utils" / "naming.py") if file.is_file()
+    )
     edit(name, ("def date_now(", "# Ours.\ndef date_now("))
     edit(folder / "Makefile", (".PHONY: help", "ours:\n\techo ours\n\n.PHONY: help"))
     git(folder, "rm", "--quiet", "crop_yield/training/fastai_training.py")
@@ -464,15 +515,18 @@ def update(folder: Path, *arguments: object, code: int = 0) -> str:
 def test_a_later_version_arrives_and_all_edits_stay(edited, later, expected):
     before = git(edited, "rev-parse", "HEAD")
     printed = update(edited, "v0.10.0")
-    assert "stays deleted, although the template has changed it: crop_yield/training/fastai_training.py" in printed
+    assert (
+        "stays deleted, although the template has changed it: crop_yield/training/fastai_training.py"
+        in printed
+    )
     assert "Merged version v0.10.0" in printed
     assert contents(edited) == expected["v0.10.0"]
     # What is expected holds what is meant.
     text = (edited / "crop_yield/utils/loss.py").read_text()
     assert "dice_weight: float = 0.8" in text and "def our_loss" in text and "# Fixed: the loss." in text
     assert "# Fixed: the keys." in (edited / "crop_yield/settings/keys.py").read_text()
-    assert "from ..settings.colours" in (edited / "crop_yield/utils/fresh.py").read_text()
-    assert "    import crop_yield.settings.colours\n" in (edited / "train.py").read_text()
+    assert "from ..settings.colors" in (edited / "crop_yield/utils/fresh.py").read_text()
+    assert "    import crop_yield.settings.colors\n" in (edited / "train.py").read_text()
     assert "# Ours." in (edited / "crop_yield/utils/naming.py").read_text()
     assert '__version__ = "0.1.0"' in (edited / "crop_yield/__init__.py").read_text()
     record = json.loads((edited / ".template.json").read_text())
@@ -481,7 +535,9 @@ def test_a_later_version_arrives_and_all_edits_stay(edited, later, expected):
     assert git(edited, "rev-parse", "HEAD^1") == before and not git(edited, "status", "--porcelain")
     # It works.
     tests = ["tests/utils/test_fresh.py", "tests/settings/test_device.py", "tests/training/test_pictures.py"]
-    assert " passed" in run(edited, sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests)
+    assert " passed" in run(
+        edited, sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests
+    )
     # And again, with the newest version, which is not the last in the alphabet.
     assert "Merged version v0.11.0" in update(edited)
     assert contents(edited) == expected["v0.11.0"]
@@ -506,7 +562,9 @@ def test_imports_are_right_where_a_folder_has_moved_deeper(edited):
     update(edited, "v0.10.0")
     extra = (edited / "crop_yield/models/layers/extra.py").read_text()
     assert extra == "from ...utils.path import shown\nfrom .conv import ConvLayer\n"
-    assert "from ..models.layers.extra import ConvLayer\n" in (edited / "crop_yield/utils/fresh.py").read_text()
+    assert (
+        "from ..models.layers.extra import ConvLayer\n" in (edited / "crop_yield/utils/fresh.py").read_text()
+    )
 
 
 def test_a_conflict_is_left_where_both_have_changed_the_same_and_can_be_taken_back(edited, expected):
@@ -519,7 +577,9 @@ def test_a_conflict_is_left_where_both_have_changed_the_same_and_can_be_taken_ba
     conflict = (edited / "crop_yield/utils/loss.py").read_text()
     assert re.search(r"<<<<<<< HEAD\n# Mended by us.\n=======\n# Fixed: the loss.\n>>>>>>> ", conflict)
     others = {path: text for path, text in contents(edited).items() if path != "crop_yield/utils/loss.py"}
-    assert others == {path: text for path, text in expected["v0.10.0"].items() if path != "crop_yield/utils/loss.py"}
+    assert others == {
+        path: text for path, text in expected["v0.10.0"].items() if path != "crop_yield/utils/loss.py"
+    }
     git(edited, "merge", "--abort")
     assert contents(edited) == before and not git(edited, "status", "--porcelain")
 
@@ -533,7 +593,9 @@ def test_the_difference_is_shown_as_it_would_arrive(edited):
 
 
 def test_what_stands_in_the_way_of_an_update_is_told(edited, template, later, tmp_path):
-    assert "this project was not made by new_project.py, or is the template itself" in update(template, code=1)
+    assert "this project was not made by new_project.py, or is the template itself" in update(
+        template, code=1
+    )
     versions = "it has v0.1.0, v0.9.0, v0.10.0, v0.11.0."
     assert f"The template has no version 'v7': {versions}" in update(edited, "v7", code=1)
     assert "git clone failed" in update(edited, "--template", tmp_path / "nowhere", code=1)

@@ -1,4 +1,4 @@
-"""What is handed on: a wheel that contains only the package, one version, one licence; and what hooks run."""
+"""What is handed on: a wheel that contains only the package, one version, one license; and what hooks run."""
 
 import re
 import shutil
@@ -24,10 +24,23 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     unwanted = shutil.ignore_patterns(
         ".*", "__pycache__", "data", "logs", "weights", "predictions", "build", "*.egg-info"
     )
-    shutil.copytree(ROOT, copy, ignore=lambda folder, names: unwanted(folder, names) if Path(folder) == ROOT else set())
+    shutil.copytree(
+        ROOT, copy, ignore=lambda folder, names: unwanted(folder, names) if Path(folder) == ROOT else set()
+    )
     (copy / "weights").mkdir()
     (copy / "weights" / "best.pt").touch()
-    command = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", out, copy]
+    command = [
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        out,
+        copy,
+    ]
     subprocess.run([sys.executable, *map(str, command)], check=True, cwd=out, timeout=300)
     [file] = out.iterdir()
     return zipfile.ZipFile(file)
@@ -46,7 +59,9 @@ def test_a_wheel_says_what_it_needs(wheel):
     assert f"\nVersion: {dida_tools.__version__}\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
     needed = re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata, re.MULTILINE)
-    assert {re.sub(r"\s", "", one) for one in needed} == {re.sub(r"\s", "", one) for one in PROJECT["dependencies"]}
+    assert {re.sub(r"\s", "", one) for one in needed} == {
+        re.sub(r"\s", "", one) for one in PROJECT["dependencies"]
+    }
 
 
 def test_citation_has_what_the_format_asks_for_and_the_version_of_the_package():
@@ -57,7 +72,7 @@ def test_citation_has_what_the_format_asks_for_and_the_version_of_the_package():
     assert all(author.keys() == {"name"} for author in citation["authors"])  # entities, no persons
 
 
-def test_the_licence_is_apache_2():
+def test_the_license_is_apache_2():
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text
     assert "Version 2.0, January 2004" in text

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUTINES = sorted(file.stem.removesuffix("_training") for file in ROOT.glob("dida_tools/training/*_training.py"))
+ROUTINES = sorted(
+    file.stem.removesuffix("_training") for file in ROOT.glob("dida_tools/training/*_training.py")
+)
 TINY = ["EPOCHS=1", "MODEL_CONFIG.bulk_ch=8", "MODEL_CONFIG.n_recursions=1", "DEVICE=cpu", "PRECISION=fp32"]
 
 
@@ -27,7 +29,14 @@ def project(tmp_path: Path) -> Path:
     """A copy of the project."""
     folder = tmp_path / "project"
     folder.mkdir()
-    for name in ("dida_tools", "train.py", "predict.py", "run_prediction.py", "pyproject.toml", "constraints.txt"):
+    for name in (
+        "dida_tools",
+        "train.py",
+        "predict.py",
+        "run_prediction.py",
+        "pyproject.toml",
+        "constraints.txt",
+    ):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     return folder

@@ -30,8 +30,16 @@ def trained(tmp_path_factory, pairs_dir) -> tuple[Path, list[str]]:
 
     folder = tmp_path_factory.mktemp("project")
     sets = [NpyDataset(pairs_dir / part / "x", pairs_dir / part / "y") for part in ("train", "test")]
-    config = {"MODEL": UNET, "MODEL_CONFIG": {"ch_in": 3, "ch_out": 3, "bulk_ch": 4, "n_recursions": 1}, "EPOCHS": 1}
-    config |= {"OPTIMIZER": torch.optim.AdamW, "OPTIMIZER_CONFIG": {"lr": 1e-2}, "LOSS": multi_class_dice_ce_sum}
+    config = {
+        "MODEL": UNET,
+        "MODEL_CONFIG": {"ch_in": 3, "ch_out": 3, "bulk_ch": 4, "n_recursions": 1},
+        "EPOCHS": 1,
+    }
+    config |= {
+        "OPTIMIZER": torch.optim.AdamW,
+        "OPTIMIZER_CONFIG": {"lr": 1e-2},
+        "LOSS": multi_class_dice_ce_sum,
+    }
     config |= {"METRICS": {"f1": f1}, "MONITOR": "max f1", "DEVICE": "cpu", "PRECISION": "fp32"}
     variants = [{}, {"OPTIMIZER_CONFIG": {"lr": 1e-3}, "EPOCHS": 2}, {}]
     names = [train(*sets, config | changes, make_global_config(folder)).name for changes in variants]
@@ -83,7 +91,14 @@ def test_the_best_run_is_sorted_to_the_end(trained):
 def test_a_run_is_shown_with_results_config_environment_and_places(trained):
     folder, names = trained
     text = answer(folder, "show", names[1])
-    for part in (names[1], "test.f1", "OPTIMIZER_CONFIG.lr", "0.001", "cpu_capability", str(folder / "weights")):
+    for part in (
+        names[1],
+        "test.f1",
+        "OPTIMIZER_CONFIG.lr",
+        "0.001",
+        "cpu_capability",
+        str(folder / "weights"),
+    ):
         assert part in text
     shown = json.loads(answer(folder, "show", "2", "--json"))
     assert shown["row"]["NAME"] == names[1] and "torch" in shown["environment"]["packages"]
@@ -154,7 +169,9 @@ def test_deleting_asks_and_removes_everything(trained):
 
     assert run(folder, "delete", names[2], given=Asked()).returncode == 1
     assert seen == [True]  # nobody goes on with it while the question stands
-    os.replace(places[1], places[1].with_name(f".deleted-{names[2]}"))  # as a deletion that was killed leaves it
+    os.replace(
+        places[1], places[1].with_name(f".deleted-{names[2]}")
+    )  # as a deletion that was killed leaves it
     assert run(folder, "delete", names[2], given="y\n").returncode == 0
     assert not any(file.name.startswith(".deleted") for place in places for file in place.parent.iterdir())
     assert not any(place.exists() for place in places)

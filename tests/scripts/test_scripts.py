@@ -12,7 +12,12 @@ import pytest
 from dida_tools.utils.logging import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = ("MODEL_CONFIG.bulk_ch=8", "MODEL_CONFIG.n_recursions=1", "EPOCHS=1", "DATASET_CONFIG.train.crops_per_image=1")
+QUICK = (
+    "MODEL_CONFIG.bulk_ch=8",
+    "MODEL_CONFIG.n_recursions=1",
+    "EPOCHS=1",
+    "DATASET_CONFIG.train.crops_per_image=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +28,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(project: Path, *command: object, ok: bool = True) -> subprocess.CompletedProcess:
     environment = os.environ | {"ROOT_PATH": str(project), "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (answer.returncode == 0) == ok, answer.stdout + answer.stderr
     return answer
@@ -41,7 +51,9 @@ def test_training_says_what_was_reached_and_where_everything_lies(project, train
     assert row["NAME"].endswith("_first-run")
     assert f"f1 {row['test.f1']:.4f}" in trained
     paths = [
-        line.split()[1] for line in trained.splitlines() if line.startswith(("  weights", "  log", "  tr", "  pic"))
+        line.split()[1]
+        for line in trained.splitlines()
+        if line.startswith(("  weights", "  log", "  tr", "  pic"))
     ]
     assert len(paths) == 4
     assert all((ROOT / path).exists() for path in paths)
@@ -65,13 +77,24 @@ def test_the_explicit_config_predicts_the_same(project, trained):
     name = read_log(project / "logs" / "experiments.csv")[0]["NAME"]
     run(project, "run_prediction.py", name, "-i", images, "-o", project / "a", "--output", "probabilities")
     script = (
-        (ROOT / "predict.py").read_text().replace('"bulk_ch": 16, "n_recursions": 3', '"bulk_ch": 8, "n_recursions": 1')
+        (ROOT / "predict.py")
+        .read_text()
+        .replace('"bulk_ch": 16, "n_recursions": 3', '"bulk_ch": 8, "n_recursions": 1')
     )
     edited = project / "my_predict.py"
     edited.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + script.replace('"classes",', '"probabilities",')
     )
-    run(project, edited, "-i", images, "-o", project / "b", "--weights", project / "weights" / name / "best.pt")
+    run(
+        project,
+        edited,
+        "-i",
+        images,
+        "-o",
+        project / "b",
+        "--weights",
+        project / "weights" / name / "best.pt",
+    )
     for file in images.iterdir():
         first, second = (np.load(project / folder / file.name) for folder in "ab")
         assert np.array_equal(first, second, equal_nan=True) and not np.isnan(first).all()
@@ -86,7 +109,9 @@ def test_a_run_is_prolonged_by_name(project, trained):
 
 
 def test_ones_own_folder_is_enough(project, pairs_dir):
-    printed = run(project, "train.py", "--data", pairs_dir, *QUICK, "SESSION_NAME=own", "DATASET_CONFIG.train.crop=16")
+    printed = run(
+        project, "train.py", "--data", pairs_dir, *QUICK, "SESSION_NAME=own", "DATASET_CONFIG.train.crop=16"
+    )
     assert "test set" in printed.stdout
     row = read_log(project / "logs" / "experiments.csv")[-1]
     assert (row["MODEL_CONFIG.ch_in"], row["MODEL_CONFIG.ch_out"]) == (3, 3)
@@ -114,7 +139,14 @@ def test_mistakes_are_answered_in_a_sentence_and_without_a_traceback(project, tr
 
 
 def test_all_mistakes_of_a_command_line_are_told_at_once(project):
-    command = ["train.py", "EPOCH=3", "MODEL_CONFIG.dropot=0.1", "METRICS.f=nonsense", "ACCUMULATE=0", "CLIP_NORM"]
+    command = [
+        "train.py",
+        "EPOCH=3",
+        "MODEL_CONFIG.dropot=0.1",
+        "METRICS.f=nonsense",
+        "ACCUMULATE=0",
+        "CLIP_NORM",
+    ]
     told = run(project, *command, ok=False).stderr
     assert all(text in told for text in ("EPOCHS?", "dropout?", "nonsense", "ACCUMULATE is 0", "'CLIP_NORM'"))
     assert "the config has 5 problems" in told

@@ -26,10 +26,16 @@ def job(tmp_path: Path) -> dict:
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}
     environment |= {"SLURM_GPUS_ON_NODE": "2", "TENTHS": "1", "CODE": "0", "ON_TERM": "1"}
-    return {"args": ["bash", ROOT / "slurm" / "train.sbatch", "EPOCHS=200"], "cwd": tmp_path, "env": environment}
+    return {
+        "args": ["bash", ROOT / "slurm" / "train.sbatch", "EPOCHS=200"],
+        "cwd": tmp_path,
+        "env": environment,
+    }
 
 
-@pytest.mark.parametrize(("code", "requeued", "expected"), [("0", False, 0), ("1", False, 1), ("75", True, 0)])
+@pytest.mark.parametrize(
+    ("code", "requeued", "expected"), [("0", False, 0), ("1", False, 1), ("75", True, 0)]
+)
 def test_a_job_is_requeued_if_its_run_was_preempted_but_not_if_it_failed(job, code, requeued, expected):
     job["env"]["CODE"] = code
     assert subprocess.run(**job, check=False).returncode == expected

@@ -30,8 +30,12 @@ TOY_SPACE = {
 def toy_train(config: dict[str, Any]) -> Any:
     """What a run is to a search, without training: the value follows from the config, and grows with the epochs."""
     rate, dropout = config["OPTIMIZER_CONFIG"]["lr"], config["MODEL_CONFIG"]["dropout"]
-    goal = 1 - abs(rate - 1e-2) ** 0.3 - (dropout - 0.2) ** 2 + 0.01 * (config["OPTIMIZER"] is torch.optim.AdamW)
-    run: Any = SimpleNamespace(config=config, history={}, monitored="f1", state=SimpleNamespace(epoch=0, stopped=False))
+    goal = (
+        1 - abs(rate - 1e-2) ** 0.3 - (dropout - 0.2) ** 2 + 0.01 * (config["OPTIMIZER"] is torch.optim.AdamW)
+    )
+    run: Any = SimpleNamespace(
+        config=config, history={}, monitored="f1", state=SimpleNamespace(epoch=0, stopped=False)
+    )
     for epoch in range(1, config["EPOCHS"] + 1):
         run.state.epoch, run.state.best = epoch, goal * epoch / config["EPOCHS"]
         run.history[epoch] = {"validation.f1": run.state.best}
@@ -48,7 +52,9 @@ def fixture_of_toy_train() -> Callable[[dict[str, Any]], Any]:
 def new_search(tiny_config: dict, global_config: dict) -> Callable[..., Search]:
     """Opens a study of the test's own, as another process would."""
 
-    def make(space: dict | None = None, storage: str | None = None, pruning: bool = False, **changes: Any) -> Search:
+    def make(
+        space: dict | None = None, storage: str | None = None, pruning: bool = False, **changes: Any
+    ) -> Search:
         config = copy_config(tiny_config) | changes
         return Search("toy", Space(space or TOY_SPACE), config, global_config, storage, pruning)
 

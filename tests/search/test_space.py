@@ -19,7 +19,10 @@ from dida_tools.utils.loss import multi_class_dice_ce_sum
     [
         ({"OPTIMISER": choice(SGD, AdamW)}, "did you mean OPTIMIZER?"),
         ({"OPTIMIZER_CONFIG.lrr": uniform(0, 1)}, "did you mean lr?"),
-        ({"OPTIMIZER": choice(AdamW, SGD), "OPTIMIZER_CONFIG.amsgrad": choice(True, False)}, "no argument of SGD"),
+        (
+            {"OPTIMIZER": choice(AdamW, SGD), "OPTIMIZER_CONFIG.amsgrad": choice(True, False)},
+            "no argument of SGD",
+        ),
         ({"OPTIMIZER": choice(AdamW, torch.nn.ReLU)}, "must be a class derived from torch.optim.Optimizer"),
         ({"EPOCHS": uniform(1, 3)}, "EPOCHS is 1.0: it must be a whole number"),
         ({"ACCUMULATE": integer(0, 3)}, "ACCUMULATE is 0"),
@@ -49,7 +52,9 @@ def test_all_problems_are_told_at_once(tiny_config):
 
 def test_two_values_that_do_not_go_together_are_found(tiny_config):
     options = choice({"lr": 0.1}, {"lr": 0.1, "momentum": 0.9})
-    space = Space({"OPTIMIZER": choice(SGD, AdamW), "MODEL_CONFIG.dropout": uniform(0, 1), "OPTIMIZER_CONFIG": options})
+    space = Space(
+        {"OPTIMIZER": choice(SGD, AdamW), "MODEL_CONFIG.dropout": uniform(0, 1), "OPTIMIZER_CONFIG": options}
+    )
     with pytest.raises(ConfigError, match=r"OPTIMIZER_CONFIG\.momentum is no argument of AdamW") as refused:
         space.check(tiny_config, [])
     assert len(refused.value.problems) == 1
@@ -82,7 +87,15 @@ def test_live_objects_are_stored_by_name_and_come_back_as_the_same_objects():
     norm = partial(GroupNorm, 4)
     options = (SGD, norm, None, 3, "text", (1, 2), {"lr": 0.1, "nesterov": True})
     part = choice(*options)
-    labels = ("torch.optim:SGD", "partial(torch.nn:GroupNorm, 4)", None, 3, "text", "(1, 2)", "lr=0.1, nesterov=True")
+    labels = (
+        "torch.optim:SGD",
+        "partial(torch.nn:GroupNorm, 4)",
+        None,
+        3,
+        "text",
+        "(1, 2)",
+        "lr=0.1, nesterov=True",
+    )
     assert tuple(part.labels) == labels
     for option, label in zip(options, labels, strict=True):
         assert Space({"MODEL_CONFIG.norm": part}).suggest(FixedTrial({"MODEL_CONFIG.norm": label})) == {

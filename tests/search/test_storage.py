@@ -75,11 +75,15 @@ def test_what_cannot_be_opened_is_said_without_the_password(tmp_path):
 
 def test_a_driver_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)  # as missing as can be
-    with pytest.raises(UserError, match=r"needs psycopg, which is not installed: pip install 'psycopg\[binary\]'"):
+    with pytest.raises(
+        UserError, match=r"needs psycopg, which is not installed: pip install 'psycopg\[binary\]'"
+    ):
         open_storage("postgresql://me@localhost/name")
 
 
 def test_databases_are_storages_too(tmp_path):
     study = new_study(f"sqlite:///{tmp_path}/study.db")
     study.add_trial(optuna.trial.create_trial(value=1.0))
-    assert [trial.state for trial in new_study(f"sqlite:///{tmp_path}/study.db").trials] == [TrialState.COMPLETE]
+    assert [trial.state for trial in new_study(f"sqlite:///{tmp_path}/study.db").trials] == [
+        TrialState.COMPLETE
+    ]

@@ -32,8 +32,13 @@ from dida_tools.utils.logging.journal import read_journal
 from dida_tools.utils.logging.runs import read_run_config, run_names
 from dida_tools.utils.signals import Preempted
 
-ROUTINES = [one.name[:-9] for one in pkgutil.iter_modules(training.__path__) if one.name.endswith("_training")]
-SPACE = {"OPTIMIZER_CONFIG.lr": log_uniform(1e-3, 1e-1), "OPTIMIZER": choice(torch.optim.AdamW, torch.optim.SGD)}
+ROUTINES = [
+    one.name[:-9] for one in pkgutil.iter_modules(training.__path__) if one.name.endswith("_training")
+]
+SPACE = {
+    "OPTIMIZER_CONFIG.lr": log_uniform(1e-3, 1e-1),
+    "OPTIMIZER": choice(torch.optim.AdamW, torch.optim.SGD),
+}
 
 
 @pytest.fixture
@@ -202,8 +207,12 @@ def test_a_run_that_a_full_disk_has_ended_is_gone_on_with(new_search, train_with
 def test_a_worker_whose_trials_all_fail_ends_before_they_are_used_up(new_search, toy_train):
     wrong = RuntimeError("the driver is\nwrong")
     search = new_search()
-    with pytest.raises(UserError, match=r"3 trials in a row .* with RuntimeError: the driver is wrong: mend that"):
-        search.work(failing(toy_train, [None, wrong, wrong, None, wrong, Pruned(), wrong, wrong, wrong, None]), 10)
+    with pytest.raises(
+        UserError, match=r"3 trials in a row .* with RuntimeError: the driver is wrong: mend that"
+    ):
+        search.work(
+            failing(toy_train, [None, wrong, wrong, None, wrong, Pruned(), wrong, wrong, wrong, None]), 10
+        )
     states = ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "FAIL", "PRUNED", "FAIL", "FAIL", "FAIL"]
     assert [trial.state.name for trial in search.trials()] == states
     search.work(toy_train, 10)
@@ -268,7 +277,9 @@ def test_forty_trials_at_once_are_fifteen_a_restart_and_twenty_five(new_search, 
     assert found(other_seed)[0] != found(at_once)[0]
 
 
-def test_trials_draw_what_was_not_drawn_before_a_kill_as_if_there_had_been_none(new_search, toy_train, tmp_path):
+def test_trials_draw_what_was_not_drawn_before_a_kill_as_if_there_had_been_none(
+    new_search, toy_train, tmp_path
+):
     expected = new_search()
     expected.work(toy_train, 13)
     search = new_search(storage=str(tmp_path / "other.log"))
@@ -347,7 +358,9 @@ def test_a_trial_that_is_killed_while_its_run_begins_is_begun_again(
     search.work(train_with(), 1)
     (trial,) = search.trials()
     assert trial.state == TrialState.COMPLETE, trial.user_attrs
-    assert [(row["NAME"], row["STATUS"]) for row in rows_of(global_config)] == [(trial.user_attrs["run"], "finished")]
+    assert [(row["NAME"], row["STATUS"]) for row in rows_of(global_config)] == [
+        (trial.user_attrs["run"], "finished")
+    ]
 
 
 def test_a_signal_ends_after_saving_and_counts_as_no_death(new_search, train_with, toy_train, global_config):
@@ -374,7 +387,9 @@ def test_a_signal_ends_after_saving_and_counts_as_no_death(new_search, train_wit
 
 
 @pytest.mark.parametrize("moment", ["import", "epoch", "end"])
-def test_a_worker_ends_with_its_search_whenever_that_is_killed(new_search, toy_train, fork, wait_for, tmp_path, moment):
+def test_a_worker_ends_with_its_search_whenever_that_is_killed(
+    new_search, toy_train, fork, wait_for, tmp_path, moment
+):
     def reach(name: str) -> None:
         if name == moment:
             (tmp_path / "reached").touch()
@@ -421,7 +436,12 @@ class Storm:
     """Searches whose workers are killed at random moments, and one that nobody disturbs."""
 
     def __init__(self, new_search, train_with, fork, global_config, tmp_path, monkeypatch) -> None:
-        self.new_search, self.train_with, self.fork, self.folders = new_search, train_with, fork, global_config
+        self.new_search, self.train_with, self.fork, self.folders = (
+            new_search,
+            train_with,
+            fork,
+            global_config,
+        )
         self.tmp_path, self.notes, self.waits = tmp_path, tmp_path / "notes.txt", tmp_path / "waits.txt"
         monkeypatch.setattr(study_module, "_MOST_STARTS", 1000)  # no trial is given up
 
@@ -478,7 +498,9 @@ class Storm:
                 workers[number].kill()
                 kills += workers[number].code == -signal.SIGKILL
                 workers[number] = self.fork(lambda: self.work(num_trials))
-        assert [worker.code for worker in workers] == [0] * num_workers, (self.tmp_path / "output.txt").read_text()
+        assert [worker.code for worker in workers] == [0] * num_workers, (
+            self.tmp_path / "output.txt"
+        ).read_text()
         self.assert_complete(self.search(), num_trials)
         stored = {trial.number: trial for trial in self.search().trials()}
         for line in self.notes.read_text().splitlines():
@@ -511,7 +533,9 @@ def test_eighty_kills_lose_nothing_and_hold_nobody_up(new_storm, capsys):
     with capsys.disabled():
         waits = [float(line) for line in storm.waits.read_text().split()]
         again = sum(len(trial.user_attrs["starts"]) - 1 for trial in storm.search().trials())
-        print(f"\n{kills} kills, 40 trials: 0 lost, {again} continued, {max(waits):.1f} s at most for the next")
+        print(
+            f"\n{kills} kills, 40 trials: 0 lost, {again} continued, {max(waits):.1f} s at most for the next"
+        )
     assert kills == 80
 
 

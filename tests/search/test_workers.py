@@ -48,7 +48,9 @@ def test_a_killed_worker_is_started_again(tmp_path):
     assert workers.log(0).read_text() == "done\n"
 
 
-@pytest.mark.parametrize("code", ["raise OSError('the disk is full')", "os.kill(os.getpid(), signal.SIGKILL)"])
+@pytest.mark.parametrize(
+    "code", ["raise OSError('the disk is full')", "os.kill(os.getpid(), signal.SIGKILL)"]
+)
 def test_a_worker_that_fails_or_dies_for_ever_is_told_with_its_last_words(tmp_path, code):
     workers = Workers(command(code), 1, tmp_path)
     with pytest.raises(UserError, match="the disk is full" if "disk" in code else "exit code -9"):
@@ -125,11 +127,15 @@ def test_the_board_says_what_each_trial_reached_and_how_the_search_stands(new_se
     assert any(line.startswith(f"trial   1: f1 {values[1]:.4f}  lr=") for line in lines)
     assert any("trial   2: failed: RuntimeError: out of luck" in line for line in lines)
     best = search.best_trials()[0]
-    assert lines[-1].startswith(f"4 of 6 trials, 1 running, best f1 {best.value:.4f} (trial {best.number}), about ")
+    assert lines[-1].startswith(
+        f"4 of 6 trials, 1 running, best f1 {best.value:.4f} (trial {best.number}), about "
+    )
     assert board.update() == done
     search.study.tell(4, 1.0)
     assert board.update() > done
-    told = [line for line in terminal.getvalue().replace("\r", "\n").splitlines() if line.startswith("trial   4")]
+    told = [
+        line for line in terminal.getvalue().replace("\r", "\n").splitlines() if line.startswith("trial   4")
+    ]
     assert len(told) == 1 and told[0].rstrip().endswith("best so far")
 
 

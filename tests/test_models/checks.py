@@ -90,7 +90,9 @@ def _need_classes(subject: Subject) -> None:
 def _compare(output: Tensor, wanted: Tensor, bound: float, what: str) -> None:
     """Raises AssertionError if outputs differ by more than a part of the largest one."""
     difference = (output - wanted).abs().max().item() / max(wanted.abs().max().item(), 1e-6)
-    assert difference <= bound, f"{what}: outputs differ by {difference:.2g} of the largest one, {bound:g} is allowed"
+    assert difference <= bound, (
+        f"{what}: outputs differ by {difference:.2g} of the largest one, {bound:g} is allowed"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- parameters
@@ -113,7 +115,9 @@ def test_contract_is_that_of_the_model(subject: Subject) -> None:
         f"the contract says {contract.channels} channels and {contract.outputs} outputs, "
         f"the model has {of_model[0]} and {of_model[1]}"
     )
-    assert len(contract.class_names) in (0, of_model[1]), f"{len(contract.class_names)} names of {of_model[1]} classes"
+    assert len(contract.class_names) in (0, of_model[1]), (
+        f"{len(contract.class_names)} names of {of_model[1]} classes"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- shapes
@@ -147,14 +151,18 @@ def test_evaluation_is_deterministic(subject: Subject) -> None:
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
     first, again = subject.answer(subject.inputs), subject.answer(subject.inputs)
     assert torch.equal(first, again), "two answers to the same images differ"
-    changed = [name for name, value in subject.model.state_dict().items() if not torch.equal(value, before[name])]
+    changed = [
+        name for name, value in subject.model.state_dict().items() if not torch.equal(value, before[name])
+    ]
     assert not changed, f"an answer changes the model: {', '.join(changed[:3])}"
 
 
 def test_answer_depends_on_the_input(subject: Subject) -> None:
     """Protects from a model that has collapsed to a constant, whose loss can look fair."""
     other = subject.inputs.flip(0) if len(subject.inputs) > 1 else subject.inputs + 1
-    assert not torch.equal(subject.answer(subject.inputs), subject.answer(other)), "all images get the same answer"
+    assert not torch.equal(subject.answer(subject.inputs), subject.answer(other)), (
+        "all images get the same answer"
+    )
 
 
 def test_each_channel_matters(subject: Subject) -> None:
@@ -164,16 +172,20 @@ def test_each_channel_matters(subject: Subject) -> None:
         changed = subject.inputs.clone()
         changed[:, channel] += 1
         name = dict(enumerate(subject.contract.channel_names)).get(channel, channel)
-        assert not torch.equal(subject.answer(changed), wanted), f"the answer does not depend on channel {name}"
+        assert not torch.equal(subject.answer(changed), wanted), (
+            f"the answer does not depend on channel {name}"
+        )
 
 
-def test_neighbours_in_the_batch_change_nothing(subject: Subject) -> None:
-    """Protects from normalisation over the batch, by which a tile's answer depends on what it is predicted with."""
+def test_neighbors_in_the_batch_change_nothing(subject: Subject) -> None:
+    """Protects from normalization over the batch, by which a tile's answer depends on what it is predicted with."""
     alone = subject.answer(subject.inputs[:1])
     others = torch.cat([subject.inputs[1:], 10 * subject.inputs[:1], torch.zeros_like(subject.inputs[:1])])
     batch = torch.cat([subject.inputs[:1], others])
-    _compare(subject.answer(batch)[:1], alone, subject.bounds["batch"], "with other neighbours")
-    _compare(subject.answer(batch.flip(0))[-1:], alone, subject.bounds["batch"], "at another place in the batch")
+    _compare(subject.answer(batch)[:1], alone, subject.bounds["batch"], "with other neighbors")
+    _compare(
+        subject.answer(batch.flip(0))[-1:], alone, subject.bounds["batch"], "at another place in the batch"
+    )
 
 
 def test_translation_by_a_tile(subject: Subject) -> None:
@@ -215,7 +227,9 @@ def test_flips(subject: Subject, show: Show) -> None:
 def test_constant_images(subject: Subject, value: float) -> None:
     """Protects from a division by a deviation of zero, on water, clouds, or where there are no data."""
     output = subject.answer(torch.full_like(subject.inputs, value))
-    assert bool(torch.isfinite(output).all()), f"images that are {value:g} all over get NaN or infinite answers"
+    assert bool(torch.isfinite(output).all()), (
+        f"images that are {value:g} all over get NaN or infinite answers"
+    )
 
 
 @pytest.mark.parametrize("factor", [1e2, 1e4])
@@ -226,7 +240,7 @@ def test_values_out_of_range(subject: Subject, factor: float) -> None:
 
 
 def test_nan_stays_in_its_image(subject: Subject) -> None:
-    """Protects from a damaged image that spoils its neighbours' answers, or all later ones; and from its being read."""
+    """Protects from a damaged image that spoils its neighbors' answers, or all later ones; and from its being read."""
     clean = subject.answer(subject.inputs)
     damaged = torch.cat([subject.inputs, subject.inputs[:1]])
     damaged[-1].flatten()[0] = torch.nan
@@ -237,7 +251,9 @@ def test_nan_stays_in_its_image(subject: Subject) -> None:
     if np.dtype(subject.contract.dtype).kind == "f":
         image = np.full((4, 4, subject.contract.channels), np.nan, subject.contract.dtype)
         image[1:] = 1
-        assert subject.contract.nodata is not None or subject.contract.problems(image), "the contract lets NaN pass"
+        assert subject.contract.nodata is not None or subject.contract.problems(image), (
+            "the contract lets NaN pass"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -265,7 +281,9 @@ def test_one_batch_can_be_learned_by_heart(subject: Subject) -> None:
         losses.append(backprop(model, subject.loss, optimizer, subject.inputs, subject.targets))
         assert np.isfinite(losses[-1]), f"the loss is {losses[-1]} in step {len(losses)}"
     best = min(losses)
-    assert best < losses[0] / 2, f"after {STEPS} steps with one batch, the loss is {best:.3g}; it was {losses[0]:.3g}"
+    assert best < losses[0] / 2, (
+        f"after {STEPS} steps with one batch, the loss is {best:.3g}; it was {losses[0]:.3g}"
+    )
     assert_nonzero(subject.targets.float() + 1)  # a batch without a target would prove nothing
 
 
@@ -292,7 +310,9 @@ def test_better_than_the_baselines(subject: Subject, show: Show) -> None:
     _need_data(subject)
     pytest.importorskip("sklearn", reason="the baselines need scikit-learn")
     model, (trees, trivial) = subject.quality_on_all(), _baselines(subject)
-    recorded = [subject.recorded.get(f"f1.{name}") if model.name == "F1" else None for name in subject.class_names]
+    recorded = [
+        subject.recorded.get(f"f1.{name}") if model.name == "F1" else None for name in subject.class_names
+    ]
     recorded.append(subject.recorded.get("f1"))
     if len(subject.class_names) == 2 and recorded[1] is None:  # what is called f1 is then that of the second
         recorded[1:] = [recorded[2], None]
@@ -303,7 +323,9 @@ def test_better_than_the_baselines(subject: Subject, show: Show) -> None:
     show(table(f"Quality on all {len(subject.data.test_set)} test samples: {model.name}", header, rows))
     worse, bound = [], subject.bounds["baselines"]
     for name, own, _, *others in rows:
-        for what, other in zip(("trees that see a pixel at a time", "the trivial answer"), others, strict=True):
+        for what, other in zip(
+            ("trees that see a pixel at a time", "the trivial answer"), others, strict=True
+        ):
             if not (np.isnan(own) and np.isnan(other)) and not (own > other - bound or own == 1):
                 worse.append(f"{name}: {own:.3f}, {what} {other:.3f}")
     assert not worse, f"no better than a baseline: {'; '.join(worse)}"
@@ -314,17 +336,21 @@ def test_calibration(subject: Subject, show: Show) -> None:
     _need_data(subject)
     _need_classes(subject)
     results, scores = subject.evaluated
-    centres = (torch.arange(scores.histograms.shape[-1]) + 0.5) / scores.histograms.shape[-1]
+    centers = (torch.arange(scores.histograms.shape[-1]) + 0.5) / scores.histograms.shape[-1]
     rows = []
     for name, histogram in zip(subject.class_names, scores.histograms.double(), strict=True):
         number, there = histogram.sum(), histogram[1].sum()
-        gaps = (histogram[1] - histogram.sum(0) * centres).reshape(CALIBRATION_BINS, -1).sum(-1).abs().sum()
-        row = [(histogram.sum(0) * centres).sum() / number, there / number, gaps / number]
+        gaps = (histogram[1] - histogram.sum(0) * centers).reshape(CALIBRATION_BINS, -1).sum(-1).abs().sum()
+        row = [(histogram.sum(0) * centers).sum() / number, there / number, gaps / number]
         rows.append([name, *(value.item() for value in row)])
-    title = f"Calibration at temperature {subject.contract.temperature:.2f}: expected error {results['ece']:.3f}"
+    title = (
+        f"Calibration at temperature {subject.contract.temperature:.2f}: expected error {results['ece']:.3f}"
+    )
     show(table(title, ["", "probability", "frequency", "error"], rows))
     bound = subject.bounds["calibration"]
-    assert results["ece"] <= bound, f"the expected calibration error is {results['ece']:.3f}, {bound:g} is allowed"
+    assert results["ece"] <= bound, (
+        f"the expected calibration error is {results['ece']:.3f}, {bound:g} is allowed"
+    )
 
 
 def test_robustness(subject: Subject, show: Show) -> None:
@@ -336,7 +362,11 @@ def test_robustness(subject: Subject, show: Show) -> None:
         changed = subject.quality(change)
         assert np.isfinite(changed.mean()), f"{name}: quality is {changed.mean()}"
         rows.append([name, changed.mean(), *changed.per_class()])
-    show(table(f"Robustness on {_about_sample(subject)}: {plain.name}", ["", "mean", *subject.class_names], rows))
+    show(
+        table(
+            f"Robustness on {_about_sample(subject)}: {plain.name}", ["", "mean", *subject.class_names], rows
+        )
+    )
     name, mildest = rows[1][:2]
     bound = subject.bounds["robustness"]
     assert mildest >= plain.mean() - bound, (
@@ -355,7 +385,13 @@ def test_gain_and_cost_of_averaged_flips(subject: Subject, show: Show) -> None:
         quality = subject.quality(answer=answer)
         times.append(time.perf_counter() - started)
         rows.append([name, f"{times[-1] / times[0]:.1f} x", quality.mean(), *quality.per_class()])
-    show(table(f"Test-time augmentation: time and {quality.name}", ["", "time", "mean", *subject.class_names], rows))
+    show(
+        table(
+            f"Test-time augmentation: time and {quality.name}",
+            ["", "time", "mean", *subject.class_names],
+            rows,
+        )
+    )
     plain, averaged = rows[0][2], rows[1][2]
     bound = subject.bounds["averaged"]
     assert averaged >= plain - bound, (
@@ -376,8 +412,12 @@ def test_speed_and_memory(subject: Subject, show: Show) -> None:
             subject.answer(inputs)
         assert memory.peak > 0, "no tensor was made"
         seconds = _seconds(subject, inputs)
-        speed = f"{size * size / 1e6 / seconds:.2f} MP/s" if size else f"{len(inputs) / seconds:.0f} samples/s"
-        rows.append([" x ".join(map(str, inputs.shape)), f"{seconds:.3f} s", speed, f"{memory.peak / 2**20:.0f} MiB"])
+        speed = (
+            f"{size * size / 1e6 / seconds:.2f} MP/s" if size else f"{len(inputs) / seconds:.0f} samples/s"
+        )
+        rows.append(
+            [" x ".join(map(str, inputs.shape)), f"{seconds:.3f} s", speed, f"{memory.peak / 2**20:.0f} MiB"]
+        )
     precision = "fp32" if subject.preparation is None else subject.data.precision
     title = f"Speed on {subject.device} in {precision}, {torch.get_num_threads()} threads: {parameters:,} parameters"
     show(table(title, ["input", "time", "speed", "peak memory"], rows))
@@ -421,7 +461,9 @@ def _learned_flips(subject: Subject) -> bool:
     arguments = (subject.data.config["DATASET_CONFIG"] or {}).get("train", {})
     augment = arguments.get("augment", ())
     functions = (augment,) if callable(augment) else augment
-    return bool({getattr(getattr(one, "func", one), "__name__", "") for one in functions} & {"flip", "strong"})
+    return bool(
+        {getattr(getattr(one, "func", one), "__name__", "") for one in functions} & {"flip", "strong"}
+    )
 
 
 def _flipped(subject: Subject, dims: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
@@ -448,11 +490,19 @@ def _changes(subject: Subject) -> Iterator[tuple[str, Callable[[Tensor], Tensor]
 
 def _baselines(subject: Subject) -> tuple[Quality, Quality]:
     """Quality on the test set of trees that learn from some rows of the training set, and of the trivial answer."""
-    train_set, task, ignored = subject.data.train_set, subject.contract.task, subject.data.config["IGNORE_INDEX"]
+    train_set, task, ignored = (
+        subject.data.train_set,
+        subject.contract.task,
+        subject.data.config["IGNORE_INDEX"],
+    )
     train_set = train_set.for_evaluation() if hasattr(train_set, "for_evaluation") else train_set
     number = min(len(train_set), TRAINING_SAMPLES if subject.is_map else BASELINE_ROWS)
-    samples = (train_set[int(index)] for index in np.random.default_rng(0).permutation(len(train_set))[:number])
-    learned_from = _some_rows(subject, (default_collate([sample]) for sample in samples), BASELINE_ROWS // number + 1)
+    samples = (
+        train_set[int(index)] for index in np.random.default_rng(0).permutation(len(train_set))[:number]
+    )
+    learned_from = _some_rows(
+        subject, (default_collate([sample]) for sample in samples), BASELINE_ROWS // number + 1
+    )
     share = TEST_ROWS // len(subject.data.test_set) + 1
     rows, truth = _some_rows(subject, subject.test_batches(), share)
     trees, trivial = subject.new_quality(), subject.new_quality()
@@ -464,7 +514,9 @@ def _baselines(subject: Subject) -> tuple[Quality, Quality]:
     return trees, trivial
 
 
-def _some_rows(subject: Subject, batches: Iterable[tuple[Tensor, Tensor]], share: int) -> tuple[np.ndarray, np.ndarray]:
+def _some_rows(
+    subject: Subject, batches: Iterable[tuple[Tensor, Tensor]], share: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Some pixels of each image, always the same ones."""
     rng, parts = np.random.default_rng(0), []
     for inputs, targets in batches:

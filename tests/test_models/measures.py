@@ -26,7 +26,9 @@ class Quality:
         self.name = "R2" if contract.task == "values" else "F1"
         self.multi_class = contract.task == "multi-class"
         self.scores = Scores(num_outputs, self.multi_class, ignore_index, contract.threshold)
-        self.moments = torch.zeros(4, num_outputs, dtype=torch.float64)  # number, sum, squares, squared errors
+        self.moments = torch.zeros(
+            4, num_outputs, dtype=torch.float64
+        )  # number, sum, squares, squared errors
 
     def update(self, probabilities: Tensor, targets: Tensor, valid: Tensor | None = None) -> None:
         """
@@ -40,9 +42,14 @@ class Quality:
             logits = probabilities.log() if self.multi_class else probabilities.logit()
             self.scores.update(logits, targets, valid)
             return
-        truth, answers = targets.double().movedim(1, 0).flatten(1), probabilities.double().movedim(1, 0).flatten(1)
+        truth, answers = (
+            targets.double().movedim(1, 0).flatten(1),
+            probabilities.double().movedim(1, 0).flatten(1),
+        )
         number = torch.full((len(truth),), truth.shape[1])
-        self.moments += torch.stack([number, truth.sum(1), (truth**2).sum(1), ((truth - answers) ** 2).sum(1)])
+        self.moments += torch.stack(
+            [number, truth.sum(1), (truth**2).sum(1), ((truth - answers) ** 2).sum(1)]
+        )
 
     def per_class(self) -> list[float]:
         """Of each class or value; NaN of a class that is neither there nor found."""
@@ -59,7 +66,9 @@ class Quality:
 # ------------------------------------------------------------------------------------------------------------ baselines
 
 
-def rows_of(inputs: Tensor, targets: Tensor, valid: Tensor | None, task: str) -> tuple[np.ndarray, np.ndarray]:
+def rows_of(
+    inputs: Tensor, targets: Tensor, valid: Tensor | None, task: str
+) -> tuple[np.ndarray, np.ndarray]:
     """
     What a model without context learns from: pixels where the target has pixels, otherwise mean and deviation of each
     channel, or the input itself where it is a list of numbers.
@@ -76,7 +85,9 @@ def rows_of(inputs: Tensor, targets: Tensor, valid: Tensor | None, task: str) ->
     return inputs.numpy(), (targets[:, 0] if task == "multi-class" else targets).numpy()
 
 
-def fit_rows(features: np.ndarray, targets: np.ndarray, task: str, ignore_index: int) -> tuple[Predict, Predict]:
+def fit_rows(
+    features: np.ndarray, targets: np.ndarray, task: str, ignore_index: int
+) -> tuple[Predict, Predict]:
     """
     Fits two models that a trained one has to beat: gradient-boosted trees that see a pixel at a time, and what does not
     look at all: always the commonest class, or the mean.
@@ -97,7 +108,11 @@ def fit_rows(features: np.ndarray, targets: np.ndarray, task: str, ignore_index:
         if len(np.unique(column[keep])) < 2:
             by_trees.append(trivial[-1])
         else:
-            trees = HistGradientBoostingRegressor(**options) if is_values else HistGradientBoostingClassifier(**options)
+            trees = (
+                HistGradientBoostingRegressor(**options)
+                if is_values
+                else HistGradientBoostingClassifier(**options)
+            )
             by_trees.append(trees.fit(features[keep], column[keep]))
 
     def predict(models: list[Any], rows: np.ndarray) -> np.ndarray:
@@ -111,7 +126,7 @@ def fit_rows(features: np.ndarray, targets: np.ndarray, task: str, ignore_index:
 
 
 def with_noise(inputs: Tensor, deviations: float) -> Tensor:
-    """Adds noise, in units of each channel's deviation where images are normalised."""
+    """Adds noise, in units of each channel's deviation where images are normalized."""
     return inputs + deviations * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -131,15 +146,19 @@ def _in_files(inputs: Tensor, change: Callable[[Tensor], Tensor], contract: Data
     if not contract.mean:
         return change(inputs)
     shape = (1, -1, *[1] * (inputs.ndim - 2))
-    mean, std = (torch.tensor(values, dtype=torch.float32).reshape(shape) for values in (contract.mean, contract.std))
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32).reshape(shape) for values in (contract.mean, contract.std)
+    )
     return (change(inputs * std + mean) - mean) / std
 
 
 def as_in_files(inputs: Tensor, contract: DataContract) -> Tensor:
-    """What inputs were before they were scaled and normalised, as float32."""
+    """What inputs were before they were scaled and normalized, as float32."""
     if contract.mean:
         shape = (1, -1, *[1] * (inputs.ndim - 2))
-        inputs = inputs * torch.tensor(contract.std).reshape(shape) + torch.tensor(contract.mean).reshape(shape)
+        inputs = inputs * torch.tensor(contract.std).reshape(shape) + torch.tensor(contract.mean).reshape(
+            shape
+        )
     return inputs / contract.scale
 
 
@@ -168,7 +187,11 @@ class PeakMemory(TorchDispatchMode):
         known = {_storage(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, Tensor) and _storage(value) not in known and _storage(value) not in self._alive:
+            if (
+                isinstance(value, Tensor)
+                and _storage(value) not in known
+                and _storage(value) not in self._alive
+            ):
                 self._enter(value.untyped_storage())
         return result
 
@@ -207,7 +230,9 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> s
         numbers = [text.rjust(width) for text, width in zip(others, widths[1:], strict=False)]
         lines.append("  ".join([_short(first, 40).ljust(widths[0]), *numbers]).rstrip())
     if number < len(header):
-        lines.append(f"({len(header) - number} more columns do not fit: {_short(', '.join(header[number:]), 60)})")
+        lines.append(
+            f"({len(header) - number} more columns do not fit: {_short(', '.join(header[number:]), 60)})"
+        )
     return "\n".join(lines)
 
 

@@ -56,7 +56,7 @@ class Subject:
     :param untrained: makes a new model
     :param optimizer: makes the optimizer of the training, of parameters
     :param inputs: (N, C, ...) what the model is used to; real ones, where there are data
-    :param preparation: of the run, with its data sets; None where there are none, and no_data says why
+    :param preparation: of the run, with its datasets; None where there are none, and no_data says why
     :param recorded: results of the run on its test set, such as {"f1": 0.8, "f1.water": 0.7}
     """
 
@@ -147,7 +147,9 @@ class Subject:
         return unmask(torch.empty(len(targets), self.num_outputs, *targets.shape[2:], device="meta"), targets)
 
     def quality(
-        self, change: Callable[[Tensor], Tensor] = lambda x: x, answer: Callable[[Tensor], Tensor] | None = None
+        self,
+        change: Callable[[Tensor], Tensor] = lambda x: x,
+        answer: Callable[[Tensor], Tensor] | None = None,
     ) -> Quality:
         """
         How good the answers on test_sample are.
@@ -223,7 +225,7 @@ def subject_of_run(
 
     :param weights: other weights than the best ones
     :param module: may hold DATASETS, a function of the config that gives (train, test, validation),
-        for runs whose record does not name their data sets
+        for runs whose record does not name their datasets
     :raises UserError: if the record or the weights cannot be used
     """
     log_dir = Path(global_config["LOG_DIR"]) / name
@@ -242,8 +244,15 @@ def subject_of_run(
     config["DATA_LOADER_CONFIG"] = {key: options[key] for key in ("batch_size",) if key in options}
     untrained = functools.partial(_new_model, config["MODEL"], config.get("MODEL_CONFIG", {}), device)
     results = [event for event in events if event["event"] == "test"]
-    recorded = {key[5:]: value for key, value in results[-1].items() if key.startswith("test.")} if results else {}
-    about: dict[str, Any] = {"untrained": untrained, "contract": contract, "device": device, "recorded": recorded}
+    recorded = (
+        {key[5:]: value for key, value in results[-1].items() if key.startswith("test.")} if results else {}
+    )
+    about: dict[str, Any] = {
+        "untrained": untrained,
+        "contract": contract,
+        "device": device,
+        "recorded": recorded,
+    }
     about["optimizer"] = lambda parameters: config["OPTIMIZER"](parameters, **config["OPTIMIZER_CONFIG"])
     about |= {"name": name, "bounds": BOUNDS | getattr(module, "BOUNDS", {})}
     model = untrained().eval()
@@ -265,7 +274,9 @@ def subject_of_run(
     return Subject(model=model, inputs=inputs.to(device), targets=targets.to(device), **about)
 
 
-def choose_subject(module: ModuleType, run: str | None, weights: str | None, global_config: dict[str, str]) -> Subject:
+def choose_subject(
+    module: ModuleType, run: str | None, weights: str | None, global_config: dict[str, str]
+) -> Subject:
     """
     What --run and --weights, or else DEFAULT_WEIGHTS, name. Weights in the folder of a run come with its record.
 

@@ -51,7 +51,13 @@ class Trained(SimpleNamespace):
 def train_in(folder: Path, train_set: Any, test_set: Any, **changes: Any) -> Trained:
     config = {
         "MODEL": UNET,
-        "MODEL_CONFIG": {"ch_in": 3, "ch_out": 3, "bulk_ch": 8, "n_recursions": 2, "norm": partial(nn.GroupNorm, 4)},
+        "MODEL_CONFIG": {
+            "ch_in": 3,
+            "ch_out": 3,
+            "bulk_ch": 8,
+            "n_recursions": 2,
+            "norm": partial(nn.GroupNorm, 4),
+        },
         "DATA_LOADER_CONFIG": {"batch_size": 4},
         "OPTIMIZER": torch.optim.AdamW,
         "OPTIMIZER_CONFIG": {"lr": 1e-2},
@@ -60,7 +66,9 @@ def train_in(folder: Path, train_set: Any, test_set: Any, **changes: Any) -> Tra
         "DEVICE": "cpu",
         "PRECISION": "fp32",
     }
-    return Trained(name=train(train_set, test_set, config | changes, make_global_config(folder)).name, folder=folder)
+    return Trained(
+        name=train(train_set, test_set, config | changes, make_global_config(folder)).name, folder=folder
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +109,21 @@ def run_check(check: Callable[..., None], subject: Subject, **values: Any) -> No
 
 
 def suite(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "tests/test_models", "-n", "0", "-p", "no:cacheprovider", "-rs"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/test_models",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "-rs",
+    ]
     given = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"} | environment
-    return subprocess.run([*command, *arguments], cwd=ROOT, env=given, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=given, capture_output=True, text=True, check=False
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ as it is called
@@ -130,15 +150,26 @@ def test_a_run_that_is_not_there_is_told(trained: Trained) -> None:
         choose_subject(TEST_FILE, "nowhere", None, make_global_config(trained.folder))
 
 
-def test_weights_of_a_run_come_with_its_record_and_others_with_the_config(trained: Trained, tmp_path: Path) -> None:
+def test_weights_of_a_run_come_with_its_record_and_others_with_the_config(
+    trained: Trained, tmp_path: Path
+) -> None:
     best = trained.folder / "weights" / trained.name / "best.pt"
     of_run = choose_subject(TEST_FILE, None, str(best), make_global_config(trained.folder))
     assert of_run.name == trained.name
     assert of_run.recorded["f1"] > 0.9
     save_weights(tmp_path / "bare.pt", load_weights(best)["model"])
     options = {"ch_in": 3, "ch_out": 3, "bulk_ch": 8, "n_recursions": 2, "norm": partial(nn.GroupNorm, 4)}
-    config = {"MODEL": UNET, "MODEL_CONFIG": options, "INPUT_DIM": (2, 3, 32, 32), "OUTPUT_DIM": (2, 3, 32, 32)}
-    config |= {"LOSS": multi_class_dice_ce_sum, "OPTIMIZER": torch.optim.AdamW, "OPTIMIZER_CONFIG": {"lr": 1e-2}}
+    config = {
+        "MODEL": UNET,
+        "MODEL_CONFIG": options,
+        "INPUT_DIM": (2, 3, 32, 32),
+        "OUTPUT_DIM": (2, 3, 32, 32),
+    }
+    config |= {
+        "LOSS": multi_class_dice_ce_sum,
+        "OPTIMIZER": torch.optim.AdamW,
+        "OPTIMIZER_CONFIG": {"lr": 1e-2},
+    }
     module = SimpleNamespace(**vars(TEST_FILE), **config)
     bare = choose_subject(module, None, str(tmp_path / "bare.pt"), make_global_config(tmp_path))
     for name, value in of_run.model.state_dict().items():
@@ -149,7 +180,9 @@ def test_weights_of_a_run_come_with_its_record_and_others_with_the_config(traine
 
 def test_bounds_of_the_test_file_count(trained: Trained) -> None:
     with pytest.raises(AssertionError, match=r"above 0\.01"):
-        run_check(checks.test_parameters_are_finite_and_within_bounds, trained.subject(BOUNDS={"parameter": 0.01}))
+        run_check(
+            checks.test_parameters_are_finite_and_within_bounds, trained.subject(BOUNDS={"parameter": 0.01})
+        )
 
 
 def test_each_check_says_what_it_protects_from() -> None:
@@ -302,10 +335,10 @@ DAMAGES: dict[str, tuple[Callable[[Subject], Subject], Callable[..., None], str]
         checks.test_each_channel_matters,
         "does not depend on channel 2",
     ),
-    "normalised over the batch": (
+    "normalized over the batch": (
         with_batch_norm,
-        checks.test_neighbours_in_the_batch_change_nothing,
-        "with other neighbours: outputs differ by",
+        checks.test_neighbors_in_the_batch_change_nothing,
+        "with other neighbors: outputs differ by",
     ),
     "knows the place": (with_place, checks.test_translation_by_a_tile, "answers change by 0"),
     "learned by heart, flipped": (by_heart, checks.test_flips, "flipped [a-z-]+, images have F1 0"),
@@ -329,9 +362,15 @@ DAMAGES: dict[str, tuple[Callable[[Subject], Subject], Callable[..., None], str]
         checks.test_nan_stays_in_its_image,
         "a NaN in one image",
     ),
-    "dead parameter": (with_dead_parameter, checks.test_a_step_reaches_every_parameter, "dead: has no gradient"),
+    "dead parameter": (
+        with_dead_parameter,
+        checks.test_a_step_reaches_every_parameter,
+        "dead: has no gradient",
+    ),
     "cut off by detach": (
-        lambda subject: answering(subject, lambda model, x: model.head(model.below(model.encode(x)).detach())),
+        lambda subject: answering(
+            subject, lambda model, x: model.head(model.below(model.encode(x)).detach())
+        ),
         checks.test_a_step_reaches_every_parameter,
         "model.encode.0.conv.weight: has no gradient",
     ),
@@ -346,7 +385,9 @@ DAMAGES: dict[str, tuple[Callable[[Subject], Subject], Callable[..., None], str]
         "after 100 steps with one batch, the loss is 1; it was 1",
     ),
     "loss becomes NaN": (
-        lambda subject: replace(subject, loss=lambda prediction, target: prediction.mean().sqrt() * torch.nan),
+        lambda subject: replace(
+            subject, loss=lambda prediction, target: prediction.mean().sqrt() * torch.nan
+        ),
         checks.test_one_batch_can_be_learned_by_heart,
         "the loss is nan in step 1",
     ),
@@ -366,7 +407,9 @@ DAMAGES: dict[str, tuple[Callable[[Subject], Subject], Callable[..., None], str]
         "left: 0.*, trees that see a pixel at a time 0.7",
     ),
     "one class unknown": (
-        lambda subject: answering(subject, lambda model, x: model(x) - 99 * torch.tensor([[[0]], [[0]], [[1]]])),
+        lambda subject: answering(
+            subject, lambda model, x: model(x) - 99 * torch.tensor([[[0]], [[0]], [[1]]])
+        ),
         checks.test_better_than_the_baselines,
         "right: 0.000, .*right: 0.000, the trivial answer 0.000",
     ),
@@ -375,9 +418,15 @@ DAMAGES: dict[str, tuple[Callable[[Subject], Subject], Callable[..., None], str]
         checks.test_calibration,
         "the expected calibration error is 0.[3-9]",
     ),
-    "learned by heart, with noise": (by_heart, checks.test_robustness, "with noise of 0.1 deviations, F1 falls"),
+    "learned by heart, with noise": (
+        by_heart,
+        checks.test_robustness,
+        "with noise of 0.1 deviations, F1 falls",
+    ),
     "answers otherwise where it is exported": (
-        lambda subject: answering(subject, lambda model, x: model(x) * (2 if torch.compiler.is_exporting() else 1)),
+        lambda subject: answering(
+            subject, lambda model, x: model(x) * (2 if torch.compiler.is_exporting() else 1)
+        ),
         checks.test_exported_forms_agree,
         "the exported model differs from PyTorch by 0",
     ),
@@ -448,7 +497,8 @@ def test_maps_of_other_tasks(tmp_path: Path, task: str) -> None:
     subject = train_in(tmp_path, *sets, MODEL_CONFIG=options, **changes).subject()
     said = outcomes(subject)
     assert (
-        said.pop("test_calibration") == ("values have no probabilities" if task == "values" else said["test_flips"])
+        said.pop("test_calibration")
+        == ("values have no probabilities" if task == "values" else said["test_flips"])
         or True
     )
     assert said["test_flips"] == "the training has no flips among its augmentation"
@@ -463,7 +513,9 @@ def test_lists_of_numbers_with_data_that_the_record_does_not_name(tmp_path: Path
     values = features @ torch.tensor([[1.0], [-2.0], [0.5], [0.1]])
     targets = values if task == "values" else (values[:, 0] > 0).long()
     sets = TensorDataset(features[:120], targets[:120]), TensorDataset(features[120:], targets[120:])
-    changes = {"LOSS": nn.MSELoss} if task == "values" else {"LOSS": nn.CrossEntropyLoss, "METRICS": {"f1": f1}}
+    changes = (
+        {"LOSS": nn.MSELoss} if task == "values" else {"LOSS": nn.CrossEntropyLoss, "METRICS": {"f1": f1}}
+    )
     outputs = 1 if task == "values" else 2
     options = {"in_features": 4, "out_features": outputs}
     trained = train_in(tmp_path, *sets, MODEL=nn.Linear, MODEL_CONFIG=options, EPOCHS=20, **changes)

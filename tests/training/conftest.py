@@ -38,7 +38,11 @@ from dida_tools.utils.loss import f1, multi_class_dice_ce_sum
 from dida_tools.utils.signals import EXIT_CODE, Preempted
 from dida_tools.utils.weights import find_damage
 
-FINISHED, REFUSED, CRASHED = 0, 1, 86  # how a training in a child ends: as train.py, or by an error that is no answer
+FINISHED, REFUSED, CRASHED = (
+    0,
+    1,
+    86,
+)  # how a training in a child ends: as train.py, or by an error that is no answer
 HANGS_AFTER_SECONDS = 60.0
 
 
@@ -122,7 +126,9 @@ class SmallTraining:
     environment: dict[str, Any] = {}  # noqa: RUF012
     children: list[Child] = []  # noqa: RUF012
 
-    def __init__(self, root: Path, datasets: tuple[Any, Any], routine: str = "pytorch", **changes: Any) -> None:
+    def __init__(
+        self, root: Path, datasets: tuple[Any, Any], routine: str = "pytorch", **changes: Any
+    ) -> None:
         root.mkdir(parents=True, exist_ok=True)
         self.root, self.datasets, self.routine = root, datasets, load_routine(routine)
         self.config = self.default_config | changes
@@ -132,7 +138,9 @@ class SmallTraining:
 
     # ------------------------------------------------------------------------------------------------------- processes
 
-    def start(self, setup: Callable[[], object] = lambda: None, in_full: bool = False, **changes: Any) -> Child:
+    def start(
+        self, setup: Callable[[], object] = lambda: None, in_full: bool = False, **changes: Any
+    ) -> Child:
         """
         Begins, or goes on as somebody would who only knows the folder.
 
@@ -169,7 +177,9 @@ class SmallTraining:
 
     def to_resume(self) -> str:
         """Auto, unless the run is finished: then auto would begin another one."""
-        finished = [name for name in run_names(self.log_root) if row_of(self.events(name)).get("STATUS") == "finished"]
+        finished = [
+            name for name in run_names(self.log_root) if row_of(self.events(name)).get("STATUS") == "finished"
+        ]
         return finished[0] if finished else "auto"
 
     # ---------------------------------------------------------------------------------------------------- what is left
@@ -322,7 +332,9 @@ def processes_of(sessions: set[int]) -> list[str]:
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError):  # it has just ended
-                line = re.fullmatch(r"\d+ \((.*)\) (\S) \d+ \d+ (\d+) .*", (folder / "stat").read_text(), re.S)
+                line = re.fullmatch(
+                    r"\d+ \((.*)\) (\S) \d+ \d+ (\d+) .*", (folder / "stat").read_text(), re.S
+                )
                 assert line is not None
                 if int(line[3]) in sessions and line[2] not in "ZX":
                     alive.append(f"{folder.name} {line[1]} {line[2]}")
@@ -341,7 +353,9 @@ def small_datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
             image = rng.integers(0, 80, (16, 16, 3), np.uint8) + 40 * mask[..., None]
             np.save(folder / part / "x" / f"{number}.npy", image)
             np.save(folder / part / "y" / f"{number}.npy", mask)
-    train = NpyDataset(folder / "train" / "x", folder / "train" / "y", crop=8, crops_per_image=2, augment=STANDARD)
+    train = NpyDataset(
+        folder / "train" / "x", folder / "train" / "y", crop=8, crops_per_image=2, augment=STANDARD
+    )
     return train, NpyDataset(folder / "test" / "x", folder / "test" / "y")
 
 

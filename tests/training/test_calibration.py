@@ -68,7 +68,7 @@ def fit(logits: Tensor, targets: Tensor, contract: DataContract = CLASSES, **opt
 
 @pytest.mark.parametrize("scale", [0.2, 0.9, 1.6, 5.5])
 @pytest.mark.parametrize("task", ["multi-class", "multi-label"])
-def test_the_temperature_is_that_of_an_optimiser_within_one_percent(task, scale):
+def test_the_temperature_is_that_of_an_optimizer_within_one_percent(task, scale):
     logits, targets = draw(task, scale)
     expected = best_temperature(logits, targets, targets != 255)
     assert expected == pytest.approx(scale, rel=0.15)
@@ -126,8 +126,16 @@ def make_labels(number: int, seed: int) -> TensorDataset:
 
 @pytest.fixture
 def label_config(tiny_config) -> dict[str, Any]:
-    tiny_config |= {"MODEL": nn.Conv2d, "MODEL_CONFIG": {"in_channels": 3, "out_channels": 2, "kernel_size": 1}}
-    return tiny_config | {"LOSS": dice_bce_sum, "METRICS": {"f1": f1}, "EPOCHS": 4, "OPTIMIZER_CONFIG": {"lr": 0.2}}
+    tiny_config |= {
+        "MODEL": nn.Conv2d,
+        "MODEL_CONFIG": {"in_channels": 3, "out_channels": 2, "kernel_size": 1},
+    }
+    return tiny_config | {
+        "LOSS": dice_bce_sum,
+        "METRICS": {"f1": f1},
+        "EPOCHS": 4,
+        "OPTIMIZER_CONFIG": {"lr": 0.2},
+    }
 
 
 def logits_of(result: Any, dataset: TensorDataset) -> tuple[Tensor, Tensor]:
@@ -175,7 +183,9 @@ def test_the_test_set_is_evaluated_as_it_would_be_predicted(label_config, global
     assert result.metrics["test.ignored_pixels"] == 0
 
 
-def test_the_fit_changes_the_contract_of_the_best_weights_alone(datasets, tiny_config, global_config, monkeypatch):
+def test_the_fit_changes_the_contract_of_the_best_weights_alone(
+    datasets, tiny_config, global_config, monkeypatch
+):
     before: dict[str, Any] = {}
 
     def look(preparation: Any, model: nn.Module) -> Any:
@@ -240,7 +250,9 @@ def test_masked_targets_are_fitted_to_the_usable_pixels(label_config, global_con
     assert contract_of(first).temperature == contract_of(second).temperature
     assert contract_of(first).threshold == contract_of(second).threshold
     assert first.metrics["test.f1"] == second.metrics["test.f1"]
-    assert first.metrics["test.ignored_pixels"] == 12 * 2 * 6 * 12 and second.metrics["test.ignored_pixels"] == 0
+    assert (
+        first.metrics["test.ignored_pixels"] == 12 * 2 * 6 * 12 and second.metrics["test.ignored_pixels"] == 0
+    )
 
 
 @pytest.mark.parametrize("metrics", [{}, {"f1": f1}])
@@ -254,7 +266,10 @@ def test_without_counted_metrics_the_same_is_fitted(label_config, global_config,
 
 
 def test_a_single_label_has_a_plain_threshold(label_config, global_config):
-    sets = [TensorDataset(one.tensors[0], one.tensors[1][:, 1:]) for one in (make_labels(20, 0), make_labels(12, 1))]
+    sets = [
+        TensorDataset(one.tensors[0], one.tensors[1][:, 1:])
+        for one in (make_labels(20, 0), make_labels(12, 1))
+    ]
     label_config["MODEL_CONFIG"] = label_config["MODEL_CONFIG"] | {"out_channels": 1}
     result = train(*sets, label_config, global_config)
     assert contract_of(result).threshold == result.metrics["validation.threshold"] != 0.5
@@ -297,4 +312,7 @@ def test_a_run_that_ends_while_it_is_fitted_or_tested_goes_on_to_the_same_end(
     files = [hashlib.sha256(result.weights["best"].read_bytes()).hexdigest() for result in (whole, again)]
     assert files[0] == files[1] and again.metrics == whole.metrics
     longer = train(*sets, label_config | {"RESUME": again.name, "EPOCHS": 6}, global_config)
-    assert longer.state.epoch == 6 and contract_of(longer).temperature == longer.metrics["validation.temperature"]
+    assert (
+        longer.state.epoch == 6
+        and contract_of(longer).temperature == longer.metrics["validation.temperature"]
+    )

@@ -67,7 +67,9 @@ def test_a_damaged_newest_is_said_and_the_one_before_is_loaded(tmp_path: Path) -
     damage(tmp_path / "last-00000020.pt")
     step, said = loaded(tmp_path)
     assert step == 10 and len(said) == 1
-    assert "last-00000020.pt" in said[0] and "damaged" in said[0] and said[0].endswith("The one before is used.")
+    assert (
+        "last-00000020.pt" in said[0] and "damaged" in said[0] and said[0].endswith("The one before is used.")
+    )
 
 
 def test_every_damage_of_the_newest_leads_to_the_one_before(tmp_path: Path) -> None:
@@ -163,7 +165,9 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return names
 
 
-def test_one_that_cannot_be_read_now_is_not_used_and_not_removed(tmp_path: Path, unreadable: set[str]) -> None:
+def test_one_that_cannot_be_read_now_is_not_used_and_not_removed(
+    tmp_path: Path, unreadable: set[str]
+) -> None:
     save(tmp_path, 100, 200)
     unreadable.add("last-00000200.pt")
     step, said = loaded(tmp_path)
@@ -173,7 +177,9 @@ def test_one_that_cannot_be_read_now_is_not_used_and_not_removed(tmp_path: Path,
     assert steps(tmp_path) == [200, 150, 100] and loaded(tmp_path) == (200, [])
 
 
-def test_where_none_can_be_read_now_the_run_does_not_start_again(tmp_path: Path, unreadable: set[str]) -> None:
+def test_where_none_can_be_read_now_the_run_does_not_start_again(
+    tmp_path: Path, unreadable: set[str]
+) -> None:
     save(tmp_path, 100, 200)
     unreadable |= {"last-00000100.pt", "last-00000200.pt"}
     with pytest.raises(UnreadableWeights, match="Look after the disk, and try again"):
@@ -201,7 +207,9 @@ def test_a_state_that_cannot_be_saved_costs_no_checkpoint(tmp_path: Path, unsave
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_problems_are_printed_where_nothing_else_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_problems_are_printed_where_nothing_else_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     save(tmp_path, 1, 2)
     damage(tmp_path / "last-00000002.pt")
     load_checkpoint(tmp_path)

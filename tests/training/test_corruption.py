@@ -147,7 +147,9 @@ def test_of_a_damaged_config_the_copy_is_used_and_that_is_said(trained, damage_f
         counts["fell back" if said else "nothing was changed"] += 1
         if said:
             assert found == {"version": original["version"], "config": original["config"]}
-            assert len(said) == 1 and "config.json" in said[0] and "the copy in the journal is used" in said[0]
+            assert (
+                len(said) == 1 and "config.json" in said[0] and "the copy in the journal is used" in said[0]
+            )
         else:
             assert repr(found) == repr(original)
         if number % 20 == 0:
@@ -231,7 +233,9 @@ def test_a_run_whose_journal_is_damaged_goes_on_and_says_so(trained, new_trainin
     written, chance = file.read_bytes().splitlines(keepends=True), random.Random(0)
     assert len(written) == 7
     for line in lines:
-        written[line] = flip_a_bit(written[line][:-2], chance).replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
+        written[line] = (
+            flip_a_bit(written[line][:-2], chance).replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
+        )
     file.write_bytes(b"".join(written))
     survived = [event for event in read_journal(file) if event["event"] == "step"]
     training.finish()

@@ -148,7 +148,9 @@ def test_each_sample_comes_once_per_epoch(num_samples: int, batch_size: int, shu
 
 
 @pytest.mark.parametrize("num_samples, batch_size, number", [(7, 3, 2), (12, 4, 3), (5, 8, 0), (100, 7, 14)])
-def test_the_last_batch_is_dropped_where_it_is_smaller(num_samples: int, batch_size: int, number: int) -> None:
+def test_the_last_batch_is_dropped_where_it_is_smaller(
+    num_samples: int, batch_size: int, number: int
+) -> None:
     order = TrainingBatches(num_samples, batch_size, True, True, seed=3)
     found = batches(order, 1)
     assert [len(batch) for batch in found] == [batch_size] * number
@@ -156,9 +158,17 @@ def test_the_last_batch_is_dropped_where_it_is_smaller(num_samples: int, batch_s
 
 
 def test_the_order_differs_per_epoch_and_seed_and_is_the_same_again() -> None:
-    orders = [tuple(TrainingBatches(50, 8, True, False, seed).order(epoch)) for seed in range(5) for epoch in range(5)]
+    orders = [
+        tuple(TrainingBatches(50, 8, True, False, seed).order(epoch))
+        for seed in range(5)
+        for epoch in range(5)
+    ]
     assert len(set(orders)) == 25
-    again = [tuple(TrainingBatches(50, 3, True, True, seed).order(epoch)) for seed in range(5) for epoch in range(5)]
+    again = [
+        tuple(TrainingBatches(50, 3, True, True, seed).order(epoch))
+        for seed in range(5)
+        for epoch in range(5)
+    ]
     assert again == orders
 
 
@@ -171,7 +181,9 @@ def test_the_order_does_not_depend_on_what_was_drawn_before() -> None:
 
 def test_the_order_spreads() -> None:
     order = TrainingBatches(10, 1, True, False, 0)
-    places = Counter((place, index) for epoch in range(2000) for place, index in enumerate(order.order(epoch)))
+    places = Counter(
+        (place, index) for epoch in range(2000) for place, index in enumerate(order.order(epoch))
+    )
     assert len(places) == 100 and all(140 < number < 260 for number in places.values())
 
 
@@ -183,7 +195,9 @@ def test_without_shuffling_the_order_is_that_of_the_data(seed: int, epoch: int) 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("first_batch", range(6))
-def test_an_epoch_goes_on_with_the_rest_of_its_order(shuffle: bool, drop_last: bool, first_batch: int) -> None:
+def test_an_epoch_goes_on_with_the_rest_of_its_order(
+    shuffle: bool, drop_last: bool, first_batch: int
+) -> None:
     order = TrainingBatches(23, 4, shuffle, drop_last, seed=1)
     assert batches(order, 2, first_batch) == batches(order, 2)[first_batch:]
     assert batches(order, 3, 0) == batches(TrainingBatches(23, 4, shuffle, drop_last, seed=1), 3)
@@ -216,7 +230,9 @@ class Noise(Dataset):
         return torch.cat([torch.tensor(drawn), torch.rand(2), torch.randn(1)])
 
 
-def load(num_workers: int, epochs: list[tuple[int, int]], seed: int = 4, **options: Any) -> list[list[Tensor]]:
+def load(
+    num_workers: int, epochs: list[tuple[int, int]], seed: int = 4, **options: Any
+) -> list[list[Tensor]]:
     order = TrainingBatches(11, 3, True, False, seed)
     loader = DataLoader(Samples(Noise(), seed), batch_sampler=order, num_workers=num_workers, **options)
     found = []
@@ -255,7 +271,7 @@ def test_a_loader_goes_on_within_an_epoch_as_if_nothing_had_happened() -> None:
     assert equal(load(2, [(2, 3), (3, 1)], persistent_workers=True)[1:], [whole[1:]])
 
 
-def test_a_sample_does_not_depend_on_its_neighbours() -> None:
+def test_a_sample_does_not_depend_on_its_neighbors() -> None:
     samples = Samples(Noise(), 7)
     alone = samples[2, 5]
     for index in (3, 9, 0):
@@ -282,7 +298,9 @@ SHAPES = [(4, 4), (8, 8), (4, 4), (4, 8), (8, 4), (4, 4), (40, 40), (8, 8), (4, 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 @pytest.mark.parametrize("max_pixels", [None, 1, 32, 64, 128, 10**6])
-def test_evaluation_has_each_sample_once_and_one_shape_per_batch(batch_size: int, max_pixels: int | None) -> None:
+def test_evaluation_has_each_sample_once_and_one_shape_per_batch(
+    batch_size: int, max_pixels: int | None
+) -> None:
     order = EvaluationBatches(Images(SHAPES), batch_size, max_pixels)
     found = list(order)
     assert len(found) == len(order) and list(order) == found

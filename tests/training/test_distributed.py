@@ -52,10 +52,14 @@ from dida_tools.utils.torchutils import fill_model
 from dida_tools.utils.weights import load_weights, weights_digest
 
 ROOT = Path(training.__file__).resolve().parents[2]
-ROUTINES = [one.name[:-9] for one in pkgutil.iter_modules(training.__path__) if one.name.endswith("_training")]
+ROUTINES = [
+    one.name[:-9] for one in pkgutil.iter_modules(training.__path__) if one.name.endswith("_training")
+]
 DISTRIBUTED = [routine for routine in ROUTINES if routine in ("pytorch", "ignite")]
 ALONE = [routine for routine in ROUTINES if routine not in DISTRIBUTED]
-needs_processes = pytest.mark.skipif(os.name != "posix" or not dist.is_available(), reason="torchrun with gloo")
+needs_processes = pytest.mark.skipif(
+    os.name != "posix" or not dist.is_available(), reason="torchrun with gloo"
+)
 
 # Sums of gradients are rounded in another order: after 12 steps in float32, weights of some 0.1 differed by 1.2e-7 at
 # most, a fiftieth of what is allowed here. Wrong weights of the parts change them by 3e-3, another seed by 0.8.
@@ -89,7 +93,13 @@ def exact_config() -> dict[str, Any]:
     return {
         "SESSION_NAME": "exact",
         "MODEL": UNET,
-        "MODEL_CONFIG": {"ch_in": 3, "ch_out": 3, "bulk_ch": 8, "n_recursions": 1, "norm": partial(nn.GroupNorm, 4)},
+        "MODEL_CONFIG": {
+            "ch_in": 3,
+            "ch_out": 3,
+            "bulk_ch": 8,
+            "n_recursions": 1,
+            "norm": partial(nn.GroupNorm, 4),
+        },
         "DATA_LOADER_CONFIG": {"batch_size": 5, "shuffle": True},
         "OPTIMIZER": torch.optim.SGD,
         "OPTIMIZER_CONFIG": {"lr": 0.1, "momentum": 0.9},
@@ -110,10 +120,19 @@ def exact_config() -> dict[str, Any]:
 
 def rich_config() -> dict[str, Any]:
     """What depends on the number of processes: BatchNorm, dropout, batch Dice. 3 steps an epoch."""
-    config = exact_config() | {"SESSION_NAME": "rich", "ACCUMULATE": 1, "EPOCHS": 2, "VALIDATION_FRACTION": 0.4}
+    config = exact_config() | {
+        "SESSION_NAME": "rich",
+        "ACCUMULATE": 1,
+        "EPOCHS": 2,
+        "VALIDATION_FRACTION": 0.4,
+    }
     config["MODEL_CONFIG"] = config["MODEL_CONFIG"] | {"norm": nn.BatchNorm2d, "dropout": 0.1}
     config["DATA_LOADER_CONFIG"] = {"batch_size": 4, "shuffle": True}
-    return config | {"OPTIMIZER": torch.optim.AdamW, "OPTIMIZER_CONFIG": {"lr": 1e-2}, "LOSS": multi_class_dice_ce_sum}
+    return config | {
+        "OPTIMIZER": torch.optim.AdamW,
+        "OPTIMIZER_CONFIG": {"lr": 1e-2},
+        "LOSS": multi_class_dice_ce_sum,
+    }
 
 
 class Numbers(Dataset):
@@ -172,7 +191,7 @@ def quick() -> Iterator[None]:
         yield
 
 
-def signalled(owner: Any, method: str, at: int, by_rank: int, applies: Callable[[Any], bool]) -> Any:
+def signaled(owner: Any, method: str, at: int, by_rank: int, applies: Callable[[Any], bool]) -> Any:
     """Has one process send itself SIGTERM at a certain call of a method."""
     original, counter = getattr(owner, method), itertools.count(1)
 
@@ -186,12 +205,12 @@ def signalled(owner: Any, method: str, at: int, by_rank: int, applies: Callable[
 
 def in_training(at: int, by_rank: int = 0) -> Any:
     """A signal in a forward pass of training."""
-    return signalled(UNET, "forward", at, by_rank, lambda model: model.training)
+    return signaled(UNET, "forward", at, by_rank, lambda model: model.training)
 
 
 def in_evaluation(at: int, by_rank: int = 0) -> Any:
     """A signal at an evaluated batch; the first one is that of the checks before the training."""
-    return signalled(Evaluation, "update", at, by_rank, lambda evaluation: True)
+    return signaled(Evaluation, "update", at, by_rank, lambda evaluation: True)
 
 
 def interrupted(train: Callable[..., Any], *arguments: Any) -> str:
@@ -205,7 +224,12 @@ def interrupted(train: Callable[..., Any], *arguments: Any) -> str:
 
 def outcome(result: Any) -> dict[str, Any]:
     """What came out, as plain data and tensors."""
-    about = {"name": result.name, "digest": result.digest, "metrics": result.metrics, "history": result.history}
+    about = {
+        "name": result.name,
+        "digest": result.digest,
+        "metrics": result.metrics,
+        "history": result.history,
+    }
     return about | {"model": load_weights(result.weights["last"])["model"]}
 
 
@@ -254,10 +278,20 @@ class Written:
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple) -> None:
-        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink")
+        changes = event in (
+            "os.mkdir",
+            "os.rename",
+            "os.remove",
+            "os.rmdir",
+            "os.truncate",
+            "os.link",
+            "os.symlink",
+        )
         if event == "open":
             _, mode, flags = arguments
-            changes = bool(set(mode or "") & set("wax+")) or bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+            changes = bool(set(mode or "") & set("wax+")) or bool(
+                (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            )
         if changes and str(arguments[0]).startswith(self.folder):
             self.paths.append(f"{event} {arguments[0]}")
 
@@ -272,7 +306,9 @@ def session(routine: str, pairs: Path, folder: Path) -> None:
     exact, rich = (make_datasets(pairs, 4), exact_config()), (make_datasets(pairs, 2), rich_config())
 
     def go(name: str, datasets: tuple, config: dict[str, Any], **keys: Any) -> None:
-        outcomes[name] = outcome(train(*datasets, config | keys, make_global_config(folder / name.split()[0])))
+        outcomes[name] = outcome(
+            train(*datasets, config | keys, make_global_config(folder / name.split()[0]))
+        )
 
     with quick():
         go("exact", *exact)
@@ -322,7 +358,9 @@ def twice(routine: str, pairs: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     datasets, config = make_datasets(pairs, 2), rich_config() | {"EPOCHS": 1}
     with quick():
-        digests = [load(routine).train(*datasets, config, make_global_config(folder)).digest for _ in range(2)]
+        digests = [
+            load(routine).train(*datasets, config, make_global_config(folder)).digest for _ in range(2)
+        ]
     torch.save(digests, folder / f"digests-{os.environ['RANK']}.pt")
 
 
@@ -373,14 +411,23 @@ def commands(folder: Path, pairs: Path) -> None:
 # -------------------------------------------------------------------------------------------------- starting processes
 
 
-def start(*arguments: object, project: Path | None = None, gpus: bool = False, processes: int = 2) -> subprocess.Popen:
+def start(
+    *arguments: object, project: Path | None = None, gpus: bool = False, processes: int = 2
+) -> subprocess.Popen:
     """This file as a script, by torchrun."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if not gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if project is not None:
         environment["ROOT_PATH"] = str(project)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     return subprocess.Popen(
         [*torchrun, str(Path(__file__).resolve()), *map(str, arguments)],
         env=environment,
@@ -402,13 +449,17 @@ def end(process: subprocess.Popen, seconds: float = 120) -> str:
 
 def children(process: subprocess.Popen) -> list[int]:
     """What torchrun has started, each the first of a group of its own."""
-    table = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True, check=True).stdout
+    table = subprocess.run(
+        ["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True, check=True
+    ).stdout
     return [int(pid) for ppid, pid in map(str.split, table.splitlines()) if int(ppid) == process.pid]
 
 
 def living(groups: list[int]) -> list[str]:
     """Processes of these groups that have not ended."""
-    table = subprocess.run(["ps", "-A", "-o", "pgid=,stat=,pid=,args="], capture_output=True, text=True, check=True)
+    table = subprocess.run(
+        ["ps", "-A", "-o", "pgid=,stat=,pid=,args="], capture_output=True, text=True, check=True
+    )
     lines = [line.split(maxsplit=2) for line in table.stdout.splitlines()]
     return [rest for group, state, rest in lines if int(group) in groups and not state.startswith("Z")]
 
@@ -441,7 +492,10 @@ class Session:
         train = load(routine).train
         with quick(), in_training(7):
             self.before_two = interrupted(
-                train, *make_datasets(pairs, 4), exact_config(), make_global_config(folder / "two" / "one-to-two")
+                train,
+                *make_datasets(pairs, 4),
+                exact_config(),
+                make_global_config(folder / "two" / "one-to-two"),
             )
         process = start("session", routine, pairs, folder / "two")
         told = end(process)
@@ -600,7 +654,9 @@ def test_the_processes_are_left_again_after_an_error(monkeypatch):
         ("cuda", 1, 1, r"more processes than there are GPUs \(1\): use --nproc-per-node"),
     ],
 )
-def test_what_frameworks_would_do_wrong_with_gpus_is_refused(monkeypatch, device, num_gpus, local_rank, message):
+def test_what_frameworks_would_do_wrong_with_gpus_is_refused(
+    monkeypatch, device, num_gpus, local_rank, message
+):
     monkeypatch.setattr(distributed, "num_processes", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
@@ -700,7 +756,10 @@ class TestTwo:
 
     def test_what_two_have_begun_one_ends(self, two):
         name = two.log_dir("two-to-one").name
-        assert read_log(two.folder / "two" / "two-to-one" / "logs" / "experiments.csv")[0]["STATUS"] == "preempted"
+        assert (
+            read_log(two.folder / "two" / "two-to-one" / "logs" / "experiments.csv")[0]["STATUS"]
+            == "preempted"
+        )
         result = two.alone("two/two-to-one", RESUME=name)
         assert result["name"] == name
         assert_close(result, two.one)
@@ -725,7 +784,11 @@ class TestTwo:
 
 
 KEYS = ("MODEL_CONFIG.bulk_ch=4", "MODEL_CONFIG.n_recursions=1", "MODEL_CONFIG.norm=None", "SCHEDULER=None")
-KEYS += ("DATASET_CONFIG.train.crop=16", "DATA_LOADER_CONFIG.batch_size=4", "DATA_LOADER_CONFIG.num_workers=1")
+KEYS += (
+    "DATASET_CONFIG.train.crop=16",
+    "DATA_LOADER_CONFIG.batch_size=4",
+    "DATA_LOADER_CONFIG.num_workers=1",
+)
 KEYS += ("PRECISION=fp32", "DEVICE=cpu", "CHECKPOINT_SECONDS=1000")
 
 
@@ -768,7 +831,9 @@ def test_a_signal_ends_the_command_in_all_processes(send, routine, pairs_dir, tm
             assert time.monotonic() < limit and process.poll() is None, end(process, 1)
             time.sleep(0.05)
             events = [
-                event for file in Path(folders["LOG_DIR"]).glob("*/journal.jsonl") for event in read_journal(file)
+                event
+                for file in Path(folders["LOG_DIR"]).glob("*/journal.jsonl")
+                for event in read_journal(file)
             ]
             steps = [event for event in events if event["event"] == "step"]
         groups = children(process)

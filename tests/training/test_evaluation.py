@@ -129,7 +129,9 @@ def test_results_do_not_depend_on_batch_size_and_order(task: str) -> None:
             assert found.keys() == expected.keys()
             for name, value in found.items():
                 exact = name != "loss" and "sample_mean" not in name
-                assert value == expected[name] if exact else math.isclose(value, expected[name], rel_tol=1e-6), name
+                assert (
+                    value == expected[name] if exact else math.isclose(value, expected[name], rel_tol=1e-6)
+                ), name
 
 
 def test_counts_are_those_of_all_pixels() -> None:
@@ -165,7 +167,7 @@ def test_multi_class_results_equal_scikit_learn(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_two_classes_are_summarised_by_the_second(name: str) -> None:
+def test_two_classes_are_summarized_by_the_second(name: str) -> None:
     data = make_data("multi-class", classes=2)
     truth, guess = pixels(data)
     found = run(data, COUNTED)
@@ -233,7 +235,9 @@ def test_the_loss_is_the_mean_over_samples(task: str, batch_size: int) -> None:
 
 
 def test_plain_functions_may_return_numbers() -> None:
-    found = run(make_data("binary"), {"one": lambda prediction, target: 1, "size": lambda p, t: p.numel() / 2})
+    found = run(
+        make_data("binary"), {"one": lambda prediction, target: 1, "size": lambda p, t: p.numel() / 2}
+    )
     assert found["one_sample_mean"] == 1.0 and found["size_sample_mean"] == 21.0
 
 

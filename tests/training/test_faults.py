@@ -64,7 +64,9 @@ class Faults:
             while frame.f_globals["__name__"].startswith("pathlib"):
                 frame = frame.f_back  # type: ignore[assignment]
             module = frame.f_globals["__name__"]
-            if not module.startswith("dida_tools.") or module == signals.__name__:  # that one writes to the terminal
+            if (
+                not module.startswith("dida_tools.") or module == signals.__name__
+            ):  # that one writes to the terminal
                 return function(*args, **kwargs)
             return self.call(kind, function, *args, **kwargs)
 
@@ -197,7 +199,9 @@ def disturb_at(scenarios: Scenarios, scenario: str, mode: str, numbers: list[int
     wrong = {number: end for number, end in ends.items() if end.startswith("wrong")}
     listed = [f"{number} ({kinds[number - 1]})" for number in wrong]
     first = next(iter(wrong.values()), "")
-    assert not wrong, f"{scenario}, {mode}, at {len(wrong)} of {len(numbers)} operations: {', '.join(listed)}:\n{first}"
+    assert not wrong, (
+        f"{scenario}, {mode}, at {len(wrong)} of {len(numbers)} operations: {', '.join(listed)}:\n{first}"
+    )
     hit = Counter(kinds[number - 1] for number in numbers)
     return f"{scenario}, {mode}: {len(numbers)} operations {dict(hit)}, ends {dict(Counter(ends.values()))}"
 
@@ -267,12 +271,12 @@ def test_a_signal_on_a_full_disk_ends_as_one_and_what_was_saved_before_is_gone_o
         faults.install()
         write = Journal.write
 
-        def signalling_write(journal: Journal, event: Event) -> bool:
+        def signaling_write(journal: Journal, event: Event) -> bool:
             if event["event"] == "step" and event["step"] == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             return write(journal, event)
 
-        Journal.write = signalling_write  # type: ignore[method-assign]
+        Journal.write = signaling_write  # type: ignore[method-assign]
 
     child = training.start(setup)
     assert child.wait() and child.code == signals.EXIT_CODE, child.said()
@@ -282,7 +286,9 @@ def test_a_signal_on_a_full_disk_ends_as_one_and_what_was_saved_before_is_gone_o
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_what_the_disk_refuses_while_weights_are_written_is_said_and_the_old_file_stays(tmp_path, monkeypatch, code):
+def test_what_the_disk_refuses_while_weights_are_written_is_said_and_the_old_file_stays(
+    tmp_path, monkeypatch, code
+):
     file, refused, done = tmp_path / "best.pt", 0, 0
     state = {"model": {f"weight {number}": torch.rand(1000) for number in range(10)}, "text": "x" * 30_000}
     save_weights(file, {"old": torch.ones(1)})

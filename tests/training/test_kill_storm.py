@@ -122,7 +122,9 @@ def storms(make: Callable[[], Any], expected: Expected, num_kills: int, **change
     total: Counter[str] = Counter()
     while total["kills"] < num_kills:
         training = make()
-        total.update(Storm(training, expected, f"{training.routine.__name__} {total['trainings']}").rage(**changes))
+        total.update(
+            Storm(training, expected, f"{training.routine.__name__} {total['trainings']}").rage(**changes)
+        )
     return total
 
 

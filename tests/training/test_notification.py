@@ -26,7 +26,9 @@ from dida_tools.utils.logging.runs import run_names
 from dida_tools.utils.loss import multi_class_dice_ce_sum
 from dida_tools.utils.signals import Preempted
 
-ROUTINES = [module.name for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")]
+ROUTINES = [
+    module.name for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")
+]
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hunter2-in-the-error"
 
@@ -54,7 +56,12 @@ def server(monkeypatch):
     controller.start()
     for name in ("USER", "PASSWORD"):
         monkeypatch.delenv(f"SMTP_{name}", raising=False)
-    settings = {"HOST": "127.0.0.1", "PORT": str(controller.port), "SECURITY": "none", "SENDER": "lab@example.org"}
+    settings = {
+        "HOST": "127.0.0.1",
+        "PORT": str(controller.port),
+        "SECURITY": "none",
+        "SENDER": "lab@example.org",
+    }
     for name, value in settings.items():
         monkeypatch.setenv(f"SMTP_{name}", value)
     yield handler
@@ -71,17 +78,22 @@ def failing_loss(pred: Tensor, target: Tensor) -> Tensor:
     return multi_class_dice_ce_sum(pred, target)
 
 
-def signalling_loss(pred: Tensor, target: Tensor) -> Tensor:
+def signaling_loss(pred: Tensor, target: Tensor) -> Tensor:
     if pred.requires_grad:
         os.kill(os.getpid(), signal.SIGTERM)
     return multi_class_dice_ce_sum(pred, target)
 
 
 @pytest.mark.parametrize("routine", ROUTINES)
-def test_start_and_end_are_told_with_results_and_curves(routine, server, datasets, tiny_config, global_config):
+def test_start_and_end_are_told_with_results_and_curves(
+    routine, server, datasets, tiny_config, global_config
+):
     module = importlib.import_module(f"dida_tools.training.{routine}")
     result = module.train(*datasets, tiny_config | {"NOTIFY": ["me@example.org"]}, global_config)
-    assert [mail["Subject"] for mail in server.mails] == [f"started: {result.name}", f"finished: {result.name}"]
+    assert [mail["Subject"] for mail in server.mails] == [
+        f"started: {result.name}",
+        f"finished: {result.name}",
+    ]
     end = server.mails[1]
     assert end["To"] == "me@example.org"
     assert f"test.f1 {result.metrics['test.f1']:.4f}" in text_of(end) and "2 epochs in 0 min" in text_of(end)
@@ -106,17 +118,23 @@ def test_a_failure_is_told_with_the_end_of_the_traceback_and_without_secrets(
 
 def test_a_preempted_run_is_told(server, datasets, tiny_config, global_config):
     with pytest.raises(Preempted):
-        train(*datasets, tiny_config | {"LOSS": signalling_loss, "NOTIFY": "me@example.org"}, global_config)
+        train(*datasets, tiny_config | {"LOSS": signaling_loss, "NOTIFY": "me@example.org"}, global_config)
     name = run_names(global_config["LOG_DIR"])[0]
     assert server.mails[-1]["Subject"] == f"preempted: {name}"
     assert f"python train.py --resume {name}" in text_of(server.mails[-1])
 
 
 @pytest.mark.slow
-def test_a_server_that_never_answers_changes_nothing(datasets, tiny_config, global_config, monkeypatch, capsys):
+def test_a_server_that_never_answers_changes_nothing(
+    datasets, tiny_config, global_config, monkeypatch, capsys
+):
     expected = train(*datasets, tiny_config, global_config)
     with socket.create_server(("127.0.0.1", 0)) as black_hole:
-        for name, value in {"HOST": "127.0.0.1", "PORT": str(black_hole.getsockname()[1]), "SECURITY": "none"}.items():
+        for name, value in {
+            "HOST": "127.0.0.1",
+            "PORT": str(black_hole.getsockname()[1]),
+            "SECURITY": "none",
+        }.items():
             monkeypatch.setenv(f"SMTP_{name}", value)
         monkeypatch.setenv("SMTP_SENDER", "lab@example.org")
         start = time.monotonic()
@@ -128,7 +146,13 @@ def test_a_server_that_never_answers_changes_nothing(datasets, tiny_config, glob
 
 def test_the_command_has_an_option_for_it(server, pairs_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("ROOT_PATH", str(tmp_path))
-    options = ["EPOCHS=1", "MODEL_CONFIG.bulk_ch=8", "MODEL_CONFIG.n_recursions=1", "DEVICE=cpu", "PRECISION=fp32"]
+    options = [
+        "EPOCHS=1",
+        "MODEL_CONFIG.bulk_ch=8",
+        "MODEL_CONFIG.n_recursions=1",
+        "DEVICE=cpu",
+        "PRECISION=fp32",
+    ]
     command = [sys.executable, "train.py", "--data", str(pairs_dir), "--smtp", "me@example.org", *options]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert [mail["Subject"].partition(":")[0] for mail in server.mails] == ["started", "finished"]

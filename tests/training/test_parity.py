@@ -34,7 +34,9 @@ from dida_tools.utils.weights import load_weights, weights_digest
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-ROUTINES = [module.name for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")]
+ROUTINES = [
+    module.name for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")
+]
 FIRST = "pytorch_training" if "pytorch_training" in ROUTINES else ROUTINES[0]
 OTHERS = [name for name in ROUTINES if name != FIRST]
 # What the clock, the process and the routine's own name put into otherwise equal events, rows and states.
@@ -53,7 +55,7 @@ def load(name: str) -> ModuleType:
 # -------------------------------------------------------------------------------------------------- other kinds of data
 
 
-class Labelled(Dataset):
+class Labeled(Dataset):
     """Noisy images (3, 8, 8) with plain numbers as labels; the noise is another one each time a sample is read."""
 
     def __init__(self, number: int, seed: int) -> None:
@@ -121,7 +123,7 @@ SGD = {"OPTIMIZER": torch.optim.SGD, "OPTIMIZER_CONFIG": {"lr": 0.1, "momentum":
 CLASSIFICATION = {
     "MODEL": Classifier,
     "MODEL_CONFIG": {},
-    "DATASET": Labelled,
+    "DATASET": Labeled,
     "DATASET_CONFIG": {"train": {"number": 50, "seed": 0}, "test": {"number": 12, "seed": 1}},
     "LOSS": nn.CrossEntropyLoss,
     "METRICS": {"accuracy": accuracy},
@@ -216,7 +218,9 @@ def end_of(datasets, tiny_config, tmp_path):
         number = len(list(tmp_path.glob("run-*")))
         global_config = make_global_config(tmp_path / f"run-{number}")
         result = train(*sets, config, global_config, sets[1] if has == "validation" else None)
-        assert batches is None or result.state.step == result.state.epoch * -(-batches // config.get("ACCUMULATE", 1))
+        assert batches is None or result.state.step == result.state.epoch * -(
+            -batches // config.get("ACCUMULATE", 1)
+        )
         return End(config, result, what_is_left(routine, result, global_config))
 
     return train
@@ -238,7 +242,8 @@ def what_is_left(routine: str, result: Result, global_config: dict[str, str]) ->
     shown.Reload()
     scalars = {tag: [(one.step, one.value) for one in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
     images = {
-        tag: [(one.step, one.encoded_image_string) for one in shown.Images(tag)] for tag in shown.Tags()["images"]
+        tag: [(one.step, one.encoded_image_string) for one in shown.Images(tag)]
+        for tag in shown.Tags()["images"]
     }
     files = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
     return {
@@ -294,7 +299,9 @@ def assert_learned(end: End) -> None:
     if end.config["OPTIMIZER_CONFIG"].keys() != {"lr"} or end.config["OPTIMIZER"] is not torch.optim.SGD:
         assert len(states) == len(trained)
     # Weight decay alone would change the weights, too; moments are made of gradients.
-    assert all(tensor.any() for state in states.values() for tensor in state.values() if isinstance(tensor, Tensor))
+    assert all(
+        tensor.any() for state in states.values() for tensor in state.values() if isinstance(tensor, Tensor)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the same end
@@ -361,13 +368,17 @@ def test_the_process_is_left_as_it_was(end_of, routine):
 
     def look() -> dict[str, Any]:
         return {
-            "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+            "handlers": [
+                signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+            ],
             "gradients": torch.is_grad_enabled(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "dtype": torch.get_default_dtype(),
             "threads": torch.get_num_threads(),
             "precision": torch.get_float32_matmul_precision(),
-            "environment": {name: hash(value) for name, value in os.environ.items()},  # nothing secret to be shown
+            "environment": {
+                name: hash(value) for name, value in os.environ.items()
+            },  # nothing secret to be shown
             "filters": list(warnings.filters),
         }
 
@@ -468,7 +479,8 @@ def test_the_shipped_configs_and_signatures_are_equal(routine):
         assert signature.parameters["training_config"].default is module.train_config
         assert signature.parameters["validation_dataset"].default is None
     plain = [
-        [(one.name, one.kind, one.annotation) for one in signature.parameters.values()] for signature in signatures
+        [(one.name, one.kind, one.annotation) for one in signature.parameters.values()]
+        for signature in signatures
     ]
     assert plain[0] == plain[1]
     assert signatures[0].return_annotation == signatures[1].return_annotation

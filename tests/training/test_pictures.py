@@ -9,7 +9,7 @@ from dida_tools.training.pytorch_training import train
 
 
 class Named:
-    """A data set that names its samples."""
+    """A dataset that names its samples."""
 
     def sample_name(self, index: int) -> str:
         return f"tile_{index}.tif"

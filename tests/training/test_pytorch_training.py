@@ -81,7 +81,9 @@ def test_the_number_of_workers_does_not_change_the_weights(datasets, tiny_config
     tiny_config["PRECISION"] = precision
     loader = tiny_config["DATA_LOADER_CONFIG"]
     results = [
-        train(*datasets, tiny_config | {"DATA_LOADER_CONFIG": loader | {"num_workers": workers}}, global_config)
+        train(
+            *datasets, tiny_config | {"DATA_LOADER_CONFIG": loader | {"num_workers": workers}}, global_config
+        )
         for workers in (0, 2)
     ]
     assert results[0].digest == results[1].digest
@@ -115,7 +117,9 @@ class ModeLog(nn.Module):
         return self.norm(self.conv(x))
 
 
-def test_every_epoch_trains_in_training_mode_and_evaluates_in_evaluation_mode(datasets, tiny_config, global_config):
+def test_every_epoch_trains_in_training_mode_and_evaluates_in_evaluation_mode(
+    datasets, tiny_config, global_config
+):
     ModeLog.modes.clear()
     config = tiny_config | {"MODEL": ModeLog, "MODEL_CONFIG": {"ch_in": 3, "ch_out": 3}, "EPOCHS": 3}
     result = train(*datasets, config, global_config)
@@ -181,7 +185,9 @@ def test_without_a_test_set_it_trains_too(datasets, tiny_config, global_config):
     assert any(key.startswith("validation.") for key in result.metrics)
 
 
-def test_the_best_weights_are_those_of_the_best_epoch_and_give_the_test_result(datasets, tiny_config, global_config):
+def test_the_best_weights_are_those_of_the_best_epoch_and_give_the_test_result(
+    datasets, tiny_config, global_config
+):
     # The smallest F1 is wanted, so that the best epoch is not the last one.
     result = train(*datasets, tiny_config | {"EPOCHS": 6, "MONITOR": "min f1"}, global_config)
     scores = [event["validation.f1"] for event in result.history]
@@ -191,7 +197,10 @@ def test_the_best_weights_are_those_of_the_best_epoch_and_give_the_test_result(d
     contract = DataContract.from_dict(load_weights(result.weights["best"])["contract"])
     test_set = datasets[1].with_contract(contract).for_evaluation()
     with torch.no_grad():
-        pairs = [(model(image[None])[0].argmax(0), mask) for image, mask in (test_set[i] for i in range(len(test_set)))]
+        pairs = [
+            (model(image[None])[0].argmax(0), mask)
+            for image, mask in (test_set[i] for i in range(len(test_set)))
+        ]
     predicted = torch.cat([guess.flatten() for guess, _ in pairs])
     target = torch.cat([mask.flatten() for _, mask in pairs])
     assert result.metrics["test.f1"] == pytest.approx(f1_score(target, predicted, average="macro"), abs=1e-12)
@@ -229,7 +238,7 @@ def test_it_stops_when_nothing_improves(datasets, tiny_config, global_config, ca
     assert "training stops here" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------- the optimisation
+# --------------------------------------------------------------------------------------------------- the optimization
 
 
 def test_accumulation_makes_the_steps_of_larger_batches(datasets, tiny_config, global_config):
@@ -258,7 +267,9 @@ def test_the_norm_of_the_gradient_is_clipped(datasets, tiny_config, global_confi
     moved = {}
     for clip in (None, 1e-3):
         after = last_state(train(*datasets, tiny_config | {"CLIP_NORM": clip}, global_config))["model"]
-        steps = [(after[name] - parameter.detach()).flatten() for name, parameter in before.named_parameters()]
+        steps = [
+            (after[name] - parameter.detach()).flatten() for name, parameter in before.named_parameters()
+        ]
         moved[clip] = torch.cat(steps).norm().item()
     assert moved[1e-3] == pytest.approx(1e-3, rel=1e-2)
     assert moved[None] > 10 * moved[1e-3]
@@ -285,7 +296,9 @@ class SteppedSGD(torch.optim.SGD):
 
     def step(self, closure=None):
         super().step(closure)
-        SteppedSGD.after_steps.append([p.detach().clone() for group in self.param_groups for p in group["params"]])
+        SteppedSGD.after_steps.append(
+            [p.detach().clone() for group in self.param_groups for p in group["params"]]
+        )
 
 
 @pytest.mark.parametrize(
@@ -293,7 +306,12 @@ class SteppedSGD(torch.optim.SGD):
     [
         (torch.optim.lr_scheduler.StepLR, {"step_size": 1, "gamma": 0.5}, "epoch", [0.1] * 4 + [0.05] * 4),
         (torch.optim.lr_scheduler.StepLR, {"step_size": 4, "gamma": 0.1}, "step", [0.1] * 4 + [0.01] * 4),
-        (torch.optim.lr_scheduler.LinearLR, {"start_factor": 0.5, "total_iters": 1}, "epoch", [0.05] * 4 + [0.1] * 4),
+        (
+            torch.optim.lr_scheduler.LinearLR,
+            {"start_factor": 0.5, "total_iters": 1},
+            "epoch",
+            [0.05] * 4 + [0.1] * 4,
+        ),
     ],
 )
 def test_the_schedule_steps_when_it_is_told_to(
@@ -317,7 +335,11 @@ def test_length_and_rate_of_a_schedule_are_filled_in(datasets, tiny_config, glob
 
 
 def test_a_schedule_can_follow_the_monitored_result(datasets, tiny_config, global_config):
-    tiny_config |= {"SCHEDULER": torch.optim.lr_scheduler.ReduceLROnPlateau, "SCHEDULER_STEP": "epoch", "EPOCHS": 6}
+    tiny_config |= {
+        "SCHEDULER": torch.optim.lr_scheduler.ReduceLROnPlateau,
+        "SCHEDULER_STEP": "epoch",
+        "EPOCHS": 6,
+    }
     tiny_config |= {"SCHEDULER_CONFIG": {"mode": "max", "patience": 0, "threshold": 10.0}}
     result = train(*datasets, tiny_config, global_config)
     events = read_journal(result.log_dir / "journal.jsonl")
@@ -334,15 +356,22 @@ def test_it_starts_from_given_weights(datasets, tiny_config, global_config, tmp_
             save_weights(file, {"model": given.state_dict()})
         else:
             torch.save(given.state_dict(), file)
-        config = tiny_config | {"INIT_WEIGHTS": str(file), "OPTIMIZER_CONFIG": {"lr": 0.0, "weight_decay": 0.0}}
+        config = tiny_config | {
+            "INIT_WEIGHTS": str(file),
+            "OPTIMIZER_CONFIG": {"lr": 0.0, "weight_decay": 0.0},
+        }
         after = last_state(train(*datasets, config, global_config))["model"]
         assert all(torch.equal(after[name], tensor) for name, tensor in given.named_parameters())
 
 
 def test_bf16_trains_to_nearly_the_same_and_keeps_weights_in_float32(datasets, tiny_config, global_config):
-    results = [train(*datasets, tiny_config | {"PRECISION": kind}, global_config) for kind in ("fp32", "bf16")]
+    results = [
+        train(*datasets, tiny_config | {"PRECISION": kind}, global_config) for kind in ("fp32", "bf16")
+    ]
     assert results[0].digest != results[1].digest
-    assert all(tensor.dtype == torch.float32 for tensor in last_state(results[1])["model"].values() if tensor.ndim)
+    assert all(
+        tensor.dtype == torch.float32 for tensor in last_state(results[1])["model"].values() if tensor.ndim
+    )
     losses = [result.history[-1]["train.loss"] for result in results]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
@@ -368,7 +397,7 @@ def test_a_classifier_of_another_library_trains(tiny_config, global_config):
     tiny_config |= {"LOSS": nn.CrossEntropyLoss, "METRICS": {"accuracy": accuracy, "f1": f1}}
     result = train(*sets, tiny_config, global_config)
     assert result.metrics["test.accuracy"] > 0.9
-    assert the_row(global_config)["RERUNNABLE"].startswith("no: the data sets are not named")
+    assert the_row(global_config)["RERUNNABLE"].startswith("no: the datasets are not named")
 
 
 def absolute_error(pred: Tensor, target: Tensor) -> Tensor:
@@ -381,7 +410,11 @@ def test_a_regression_trains_and_plain_metrics_are_means_over_samples(tiny_confi
     values = features @ torch.tensor([[1.0], [-2.0], [0.5], [0.0]])
     sets = TensorDataset(features[:120], values[:120]), TensorDataset(features[120:], values[120:])
     tiny_config |= {"MODEL": nn.Linear, "MODEL_CONFIG": {"in_features": 4, "out_features": 1}, "EPOCHS": 60}
-    tiny_config |= {"LOSS": nn.functional.mse_loss, "METRICS": {"error": absolute_error}, "MONITOR": "min error"}
+    tiny_config |= {
+        "LOSS": nn.functional.mse_loss,
+        "METRICS": {"error": absolute_error},
+        "MONITOR": "min error",
+    }
     result = train(*sets, tiny_config, global_config)
     model = load_model(result.weights["best"], nn.Linear, {"in_features": 4, "out_features": 1})
     with torch.no_grad():
@@ -396,7 +429,9 @@ def test_binary_masks_of_0_and_255_are_mapped_by_the_config(pairs_dir, tmp_path,
             (tmp_path / part / kind).mkdir(parents=True)
             for file in (pairs_dir / part / kind).iterdir():
                 array = np.load(file)
-                np.save(tmp_path / part / kind / file.name, array if kind == "x" else np.uint8(255) * (array > 0))
+                np.save(
+                    tmp_path / part / kind / file.name, array if kind == "x" else np.uint8(255) * (array > 0)
+                )
     make = partial(NpyDataset, task="multi-label")
     sets = [make(tmp_path / part / "x", tmp_path / part / "y") for part in ("train", "test")]
     tiny_config["MODEL_CONFIG"]["ch_out"] = 1
@@ -415,8 +450,8 @@ def test_a_lambda_trains_where_the_user_asks_for_it_and_the_row_says_so(datasets
     assert "LOSS" in the_row(global_config)["RERUNNABLE"]
 
 
-class LabelledImages(Dataset):
-    """Bright or dark images with plain numbers as labels, as torchvision's data sets give them."""
+class LabeledImages(Dataset):
+    """Bright or dark images with plain numbers as labels, as torchvision's datasets give them."""
 
     def __init__(self, number: int, seed: int) -> None:
         self.labels = [index % 2 for index in range(number)]
@@ -431,7 +466,7 @@ class LabelledImages(Dataset):
 
 
 class MeanClassifier(nn.Module):
-    """Classifies by the mean colour."""
+    """Classifies by the mean color."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -442,9 +477,14 @@ class MeanClassifier(nn.Module):
 
 
 def test_images_with_plain_numbers_as_labels_train(tiny_config, global_config):
-    tiny_config |= {"MODEL": MeanClassifier, "MODEL_CONFIG": {}, "EPOCHS": 20, "OPTIMIZER_CONFIG": {"lr": 0.1}}
+    tiny_config |= {
+        "MODEL": MeanClassifier,
+        "MODEL_CONFIG": {},
+        "EPOCHS": 20,
+        "OPTIMIZER_CONFIG": {"lr": 0.1},
+    }
     tiny_config |= {"LOSS": nn.CrossEntropyLoss, "METRICS": {"accuracy": accuracy}, "MONITOR": "max accuracy"}
-    result = train(LabelledImages(40, 0), LabelledImages(20, 1), tiny_config, global_config)
+    result = train(LabeledImages(40, 0), LabeledImages(20, 1), tiny_config, global_config)
     assert result.metrics["test.accuracy"] == 1.0
     assert load_weights(result.weights["best"])["contract"]["task"] == "multi-class"
 
@@ -453,7 +493,9 @@ def test_images_with_plain_numbers_as_labels_train(tiny_config, global_config):
     ("loss", "channels", "task"),
     [(masked_multi_class_dice_ce_sum, 2, "multi-class"), (masked_dice_bce_sum, 4, "multi-label")],
 )
-def test_the_task_of_masked_targets_is_that_of_what_is_under_the_mask(tiny_config, global_config, loss, channels, task):
+def test_the_task_of_masked_targets_is_that_of_what_is_under_the_mask(
+    tiny_config, global_config, loss, channels, task
+):
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(0, 2 if task == "multi-label" else 3, (8, channels, 16, 16), generator=generator)
     targets[:, 0] = 1  # all usable
@@ -473,9 +515,9 @@ def test_data_that_the_config_does_not_name_is_not_recorded_under_its_name(tiny_
     shipped = pytorch_training.small()
     tiny_config |= {key: shipped[key] for key in ("DATASET", "DATASET_CONFIG")}
     tiny_config |= {"MODEL": MeanClassifier, "MODEL_CONFIG": {}, "LOSS": nn.CrossEntropyLoss, "METRICS": {}}
-    train(LabelledImages(20, 0), LabelledImages(8, 1), tiny_config | {"MONITOR": "min loss"}, global_config)
+    train(LabeledImages(20, 0), LabeledImages(8, 1), tiny_config | {"MONITOR": "min loss"}, global_config)
     row = the_row(global_config)
-    assert row["RERUNNABLE"].startswith("no: the data sets are not named")
+    assert row["RERUNNABLE"].startswith("no: the datasets are not named")
     assert row["DATASET"] is None
 
 
@@ -579,7 +621,9 @@ def test_all_problems_are_told_at_once_and_nothing_is_written(datasets, tiny_con
     )
 
 
-def test_problems_of_config_and_data_are_told_together(tmp_path, pairs_dir, datasets, tiny_config, global_config):
+def test_problems_of_config_and_data_are_told_together(
+    tmp_path, pairs_dir, datasets, tiny_config, global_config
+):
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
     np.save(tmp_path / "x" / "broken.npy", np.full((32, 32, 3), np.nan, np.float32))
@@ -666,7 +710,11 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_names_step_files_and_checkpoi
 
 
 def test_weights_that_are_not_finite_are_never_saved(datasets, tiny_config, global_config):
-    config = tiny_config | {"OPTIMIZER": torch.optim.SGD, "OPTIMIZER_CONFIG": {"lr": 1e38}, "CHECKPOINT_SECONDS": 0}
+    config = tiny_config | {
+        "OPTIMIZER": torch.optim.SGD,
+        "OPTIMIZER_CONFIG": {"lr": 1e38},
+        "CHECKPOINT_SECONDS": 0,
+    }
     with pytest.raises(NonFiniteLoss):
         train(*datasets, config, global_config)
     for file in Path(global_config["WEIGHT_DIR"]).rglob("last-*.pt"):
@@ -742,7 +790,9 @@ def test_test_images_unlike_those_of_training_are_refused_before_it(
     assert not list(Path(global_config["LOG_DIR"]).glob("*/journal.jsonl"))
 
 
-def test_a_channel_that_is_constant_in_training_is_said_and_trained_with(tmp_path, tiny_config, global_config):
+def test_a_channel_that_is_constant_in_training_is_said_and_trained_with(
+    tmp_path, tiny_config, global_config
+):
     sets = [write_set(tmp_path / part, lambda image: image * [1, 0, 1]) for part in ("train", "test")]
     with pytest.warns(UserWarning, match="channel 1 of the training images has the same value everywhere"):
         train(*sets, tiny_config | {"EPOCHS": 1}, global_config)

@@ -32,7 +32,9 @@ def rows(global_config: dict) -> list[dict]:
 
 def rerun(name: str, global_config: dict, **changes):
     """As train.py --rerun does: everything comes from the record."""
-    config = read_run_config(Path(global_config["LOG_DIR"]) / name) | {"RERUN_OF": name, "DATE": None} | changes
+    config = (
+        read_run_config(Path(global_config["LOG_DIR"]) / name) | {"RERUN_OF": name, "DATE": None} | changes
+    )
     train_dataset, test_dataset, validation_dataset = build_datasets(config)
     return train(train_dataset, test_dataset, config, global_config, validation_dataset)
 
@@ -65,7 +67,8 @@ def test_changed_data_is_said(pairs_dir, tiny_config, global_config, tmp_path, c
     np.save(image, np.load(image) // 2)
     again = rerun(first.name, global_config)
     assert (
-        "Not as it was: data: 1 files are not what they were, such as train/x/image_03.npy" in capsys.readouterr().out
+        "Not as it was: data: 1 files are not what they were, such as train/x/image_03.npy"
+        in capsys.readouterr().out
     )
     assert again.identical is False
 
@@ -73,7 +76,9 @@ def test_changed_data_is_said(pairs_dir, tiny_config, global_config, tmp_path, c
 def test_a_run_that_was_not_finished_cannot_be_compared_with(datasets, tiny_config, global_config):
     first = train(*datasets, tiny_config, global_config)
     journal = first.log_dir / "journal.jsonl"
-    journal.write_bytes(b"".join(line for line in journal.read_bytes().splitlines(True) if b'"test"' not in line))
+    journal.write_bytes(
+        b"".join(line for line in journal.read_bytes().splitlines(True) if b'"test"' not in line)
+    )
     with pytest.raises(UserError, match="was not trained to its end"):
         rerun(first.name, global_config)
 
@@ -107,12 +112,35 @@ def test_other_initial_weights_are_said(datasets, tiny_config, global_config, tm
 
 
 def test_differences_of_code_versions_and_machine_are_named():
-    before = {"git_commit": "a", "git_diff": "", "threads": 2, "python": "3.11.7", "packages": {"torch": "2.13.0"}}
-    before |= {"cpu_capability": "AVX512", "device": "cpu", "device_name": "x", "precision": "fp32", "data": {"a": "1"}}
+    before = {
+        "git_commit": "a",
+        "git_diff": "",
+        "threads": 2,
+        "python": "3.11.7",
+        "packages": {"torch": "2.13.0"},
+    }
+    before |= {
+        "cpu_capability": "AVX512",
+        "device": "cpu",
+        "device_name": "x",
+        "precision": "fp32",
+        "data": {"a": "1"},
+    }
     assert find_differences(before, dict(before)) == []
-    now = before | {"git_commit": "b", "git_diff": "+1", "threads": 4, "packages": {"torch": "2.14.0"}, "data": {}}
+    now = before | {
+        "git_commit": "b",
+        "git_diff": "+1",
+        "threads": 4,
+        "packages": {"torch": "2.14.0"},
+        "data": {},
+    }
     text = "\n".join(find_differences(before, now))
-    for part in ("code (commit): a then, b now", "changes since the commit", "threads: 2 then, 4 now", "torch: 2.13.0"):
+    for part in (
+        "code (commit): a then, b now",
+        "changes since the commit",
+        "threads: 2 then, 4 now",
+        "torch: 2.13.0",
+    ):
         assert part in text
     assert "data: 1 files" in text
 

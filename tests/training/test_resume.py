@@ -31,7 +31,9 @@ from dida_tools.utils.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-ROUTINES = [module.name for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")]
+ROUTINES = [
+    module.name for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")
+]
 FIRST = "pytorch_training" if "pytorch_training" in ROUTINES else ROUTINES[0]
 # What the clock and the process put into otherwise equal events, rows and states.
 OWN = {"time", "seconds", "pid", "PID", "STARTED", "HEARTBEAT", "SECONDS"}
@@ -52,7 +54,9 @@ class Interrupted(nn.Module):
 
     interrupt_at: int | None = None
     forwards = 0
-    look: Callable[[bool], None] | None = None  # called before each forward pass, with whether it is one of training
+    look: Callable[[bool], None] | None = (
+        None  # called before each forward pass, with whether it is one of training
+    )
 
     def forward(self, x: Tensor) -> Tensor:
         if Interrupted.look is not None:
@@ -124,7 +128,9 @@ def wholes() -> dict[str, dict[str, Any]]:
 def expected(train, datasets, rich_config, tmp_path, wholes) -> dict[str, Any]:
     """What the routine leaves of the rich config when nothing interrupts it."""
     if train.__module__ not in wholes:
-        wholes[train.__module__] = what_is_left(train(*datasets, rich_config, make_global_config(tmp_path / "whole")))
+        wholes[train.__module__] = what_is_left(
+            train(*datasets, rich_config, make_global_config(tmp_path / "whole"))
+        )
     return wholes[train.__module__]
 
 
@@ -145,13 +151,17 @@ def scalars_of(result) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(result.log_dir / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
 def what_is_left(result) -> dict[str, Any]:
     """All that must be as if nothing had happened."""
     events = read_journal(result.log_dir / "journal.jsonl")
-    (row,) = [row for row in read_log(result.log_dir.parent / "experiments.csv") if row["NAME"] == result.name]
+    (row,) = [
+        row for row in read_log(result.log_dir.parent / "experiments.csv") if row["NAME"] == result.name
+    ]
     return {
         "digest": result.digest,
         "last": load_weights(result.weights["last"]),
@@ -168,7 +178,9 @@ def what_is_left(result) -> dict[str, Any]:
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
     """All that nested values hold, by place: tensors by their bits, numbers as written, so that 1, 1.0, -0.0 differ."""
     if isinstance(value, dict | list | tuple):
-        items = [(key, item) for key, item in (value.items() if isinstance(value, dict) else enumerate(value))]
+        items = [
+            (key, item) for key, item in (value.items() if isinstance(value, dict) else enumerate(value))
+        ]
         items = [(key, item) for key, item in items if key not in OWN]
         found = {path: f"{type(value).__name__} of {len(items)}"}
         for key, item in items:
@@ -206,7 +218,9 @@ class Noisy(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         mask = torch.zeros(8, 8, dtype=torch.int64)
         mask[index % 5 :, index % 7 :] = 1 + index % 2
-        return 0.5 * torch.randn(3, 8, 8) + nn.functional.one_hot(mask, 3).movedim(-1, 0) * np.random.rand(), mask
+        return 0.5 * torch.randn(3, 8, 8) + nn.functional.one_hot(mask, 3).movedim(
+            -1, 0
+        ) * np.random.rand(), mask
 
 
 @pytest.fixture
@@ -242,13 +256,17 @@ def train_with_copies(train, sets, config: dict, folder: Path) -> list[tuple[int
 
 
 def assert_each_copy_ends_as_the_whole(train, sets, config: dict, copies: list, tmp_path: Path) -> None:
-    config = config | {"CHECKPOINT_SECONDS": 1000}  # how often a run is saved may change, and makes no difference
+    config = config | {
+        "CHECKPOINT_SECONDS": 1000
+    }  # how often a run is saved may change, and makes no difference
     expected = what_is_left(train(*sets, config, make_global_config(tmp_path / "expected")))
     assert [step for step, _ in expected["scalars"]["train/loss"]] == list(range(1, 37))
     for step, folder in copies:
         result = train(*sets, config | {"RESUME": "2021-01-01_tiny"}, make_global_config(folder))
         assert_same_end(result, expected)
-        starts = [event for event in read_journal(result.log_dir / "journal.jsonl") if event["event"] == "start"]
+        starts = [
+            event for event in read_journal(result.log_dir / "journal.jsonl") if event["event"] == "start"
+        ]
         assert [event["step"] for event in starts] == [0, step]
         assert [row["STATUS"] for row in rows_of(make_global_config(folder))] == ["finished"]
 
@@ -258,7 +276,9 @@ def assert_each_copy_ends_as_the_whole(train, sets, config: dict, copies: list, 
     # By default, each moment of one routine, and every third one of those that share its code for it.
     [(0, 3), pytest.param(0, 1, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)],
 )
-def test_ended_at_any_moment_it_goes_on_from_there_and_ends_the_same(train, long_training, tmp_path, workers, every):
+def test_ended_at_any_moment_it_goes_on_from_there_and_ends_the_same(
+    train, long_training, tmp_path, workers, every
+):
     sets, config = long_training
     config["DATA_LOADER_CONFIG"]["num_workers"] = workers
     copies = train_with_copies(train, sets, config, tmp_path)
@@ -285,7 +305,9 @@ def test_with_few_checkpoints_what_was_done_since_is_done_again(train, long_trai
 
 
 @pytest.mark.parametrize(
-    "train", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in ROUTINES if name != FIRST)], indirect=True
+    "train",
+    [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in ROUTINES if name != FIRST)],
+    indirect=True,
 )
 def test_interrupted_at_every_batch_it_ends_the_same(train, datasets, rich_config, global_config, expected):
     assert [step for step, _ in expected["scalars"]["train/loss"]] == list(range(1, 10))
@@ -303,7 +325,9 @@ def test_interrupted_at_every_batch_it_ends_the_same(train, datasets, rich_confi
 def test_twice_in_one_epoch_and_with_other_workers(train, datasets, rich_config, global_config, expected):
     name = interrupt(train, datasets, rich_config, global_config, at=9)
     assert rows_of(global_config)[-1]["STATUS"] == "interrupted"
-    with_workers = rich_config | {"DATA_LOADER_CONFIG": rich_config["DATA_LOADER_CONFIG"] | {"num_workers": 2}}
+    with_workers = rich_config | {
+        "DATA_LOADER_CONFIG": rich_config["DATA_LOADER_CONFIG"] | {"num_workers": 2}
+    }
     interrupt(train, datasets, with_workers | {"RESUME": name}, global_config, at=3)
     result = train(*datasets, rich_config | {"RESUME": name}, global_config)
     assert_same_end(result, expected)
@@ -326,7 +350,9 @@ def test_at_an_epochs_boundary(train, datasets, rich_config, global_config, expe
         pytest.param(20, 9, 3, id="second-test-image"),
     ],
 )
-def test_an_interruption_of_an_evaluation(train, datasets, rich_config, global_config, expected, at, step, epoch):
+def test_an_interruption_of_an_evaluation(
+    train, datasets, rich_config, global_config, expected, at, step, epoch
+):
     evaluated = 0
 
     def look(training: bool) -> None:
@@ -395,7 +421,13 @@ def test_a_prolonged_schedule_is_that_of_the_new_length(train_first, datasets, r
 
 
 def test_a_run_that_stopped_early_can_go_on(train, datasets, rich_config, global_config):
-    rich_config |= {"PATIENCE": 1, "EPOCHS": 10, "OPTIMIZER_CONFIG": {"lr": 0.0}, "SCHEDULER": None, "EMA": None}
+    rich_config |= {
+        "PATIENCE": 1,
+        "EPOCHS": 10,
+        "OPTIMIZER_CONFIG": {"lr": 0.0},
+        "SCHEDULER": None,
+        "EMA": None,
+    }
     stopped = train(*datasets, rich_config, global_config)
     assert stopped.state.epoch < 10
     forwards = Interrupted.forwards
@@ -417,7 +449,9 @@ def test_what_one_routine_began_another_ends(train, datasets, rich_config, globa
 # --------------------------------------------------------------------------------------- started again, and RESUME=auto
 
 
-def test_auto_begins_goes_on_under_the_name_and_begins_anew(train, datasets, rich_config, global_config, expected):
+def test_auto_begins_goes_on_under_the_name_and_begins_anew(
+    train, datasets, rich_config, global_config, expected
+):
     auto = rich_config | {"RESUME": "auto"}
     Interrupted.interrupt_at = Interrupted.forwards + 9
     with pytest.raises(KeyboardInterrupt):
@@ -442,7 +476,9 @@ def test_auto_begins_goes_on_under_the_name_and_begins_anew(train, datasets, ric
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_auto_leaves_a_run_of_another_config_alone(train_first, datasets, rich_config, global_config, changes):
+def test_auto_leaves_a_run_of_another_config_alone(
+    train_first, datasets, rich_config, global_config, changes
+):
     name = interrupt(train_first, datasets, rich_config, global_config, at=5)
     before = read_journal(Path(global_config["LOG_DIR"]) / name / "journal.jsonl")
     result = train_first(*datasets, rich_config | {"RESUME": "auto"} | changes, global_config)
@@ -453,7 +489,9 @@ def test_auto_leaves_a_run_of_another_config_alone(train_first, datasets, rich_c
     }  # fmt: skip
 
 
-def test_auto_takes_up_what_another_routine_or_machine_began(train_first, datasets, rich_config, global_config):
+def test_auto_takes_up_what_another_routine_or_machine_began(
+    train_first, datasets, rich_config, global_config
+):
     name = interrupt(load(ROUTINES[0]).train, datasets, rich_config, global_config, at=5)
     loader = rich_config["DATA_LOADER_CONFIG"] | {"num_workers": 2}
     changes = {"DATA_LOADER_CONFIG": loader, "CHECKPOINT_SECONDS": 7, "__COMMENT": "again"}
@@ -461,7 +499,9 @@ def test_auto_takes_up_what_another_routine_or_machine_began(train_first, datase
     assert result.name == name
 
 
-def test_auto_takes_the_newest_and_none_that_is_being_trained(train_first, datasets, rich_config, global_config):
+def test_auto_takes_the_newest_and_none_that_is_being_trained(
+    train_first, datasets, rich_config, global_config
+):
     names = [interrupt(train_first, datasets, rich_config, global_config, at=5) for _ in range(3)]
     assert len(set(names)) == 3
     with FileLock(Path(global_config["LOG_DIR"]) / names[2] / ".lock"):
@@ -501,12 +541,16 @@ def test_a_run_in_training_is_locked(train_first, datasets, rich_config, global_
         train_first(*datasets, rich_config | {"RESUME": name}, global_config)
 
 
-def test_another_config_is_refused_and_another_machine_said(train_first, datasets, rich_config, global_config, capsys):
+def test_another_config_is_refused_and_another_machine_said(
+    train_first, datasets, rich_config, global_config, capsys
+):
     name = interrupt(train_first, datasets, rich_config, global_config, at=9)
     record = (Path(global_config["LOG_DIR"]) / name / "config.json").read_bytes()
     loss, rich_config["LOSS"] = rich_config["LOSS"], nn.CrossEntropyLoss
     rich_config["OPTIMIZER_CONFIG"] = {"lr": 0.5}
-    with pytest.raises(ConfigError, match=r"(?s)OPTIMIZER_CONFIG.lr was .* LOSS|LOSS .*OPTIMIZER_CONFIG.lr was"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)OPTIMIZER_CONFIG.lr was .* LOSS|LOSS .*OPTIMIZER_CONFIG.lr was"
+    ):
         train_first(*datasets, rich_config | {"RESUME": name}, global_config)
     assert record == (Path(global_config["LOG_DIR"]) / name / "config.json").read_bytes()
     rich_config |= {"LOSS": loss, "OPTIMIZER_CONFIG": {"lr": 1e-2}}

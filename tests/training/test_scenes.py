@@ -1,4 +1,4 @@
-"""The built-in scenes need more than colour: the U-Net learns what a classifier of single pixels cannot."""
+"""The built-in scenes need more than color: the U-Net learns what a classifier of single pixels cannot."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,9 @@ def test_the_small_unet_clearly_beats_a_per_pixel_classifier(tmp_path_factory, g
     contract = train_set.contract()
     features, labels = pixels(train_set, contract)
     chosen = np.random.default_rng(0).choice(len(labels), 60_000, replace=False)
-    classifier = HistGradientBoostingClassifier(max_iter=60, random_state=0).fit(features[chosen], labels[chosen])
+    classifier = HistGradientBoostingClassifier(max_iter=60, random_state=0).fit(
+        features[chosen], labels[chosen]
+    )
     test_features, test_labels = pixels(test_set, contract)
     per_pixel = f1_score(test_labels, classifier.predict(test_features), average="macro")
 

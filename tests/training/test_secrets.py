@@ -19,7 +19,7 @@ CANARIES = {
 
 
 def project_with_secrets(folder: Path) -> Path:
-    """A repository whose changes, data set and loss hold secrets."""
+    """A repository whose changes, dataset and loss hold secrets."""
     folder.mkdir()
     for name in ("dida_tools", "train.py", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -75,7 +75,9 @@ def test_no_file_of_a_run_holds_a_secret(tmp_path, pairs_dir, fails):
     command = [sys.executable, "run_it.py", *overrides]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == (1 if fails else 0), done.stderr
-    written = [file for folder in ("logs", "weights") for file in (project / folder).rglob("*") if file.is_file()]
+    written = [
+        file for folder in ("logs", "weights") for file in (project / folder).rglob("*") if file.is_file()
+    ]
     names = {file.name for file in written}
     assert {"config.json", "environment.json", "journal.jsonl", "experiments.csv"} <= names
     for file in written:
@@ -83,25 +85,51 @@ def test_no_file_of_a_run_holds_a_secret(tmp_path, pairs_dir, fails):
         found = [place for place, canary in CANARIES.items() if canary.encode() in content]
         assert not found, (file, found)
     row = read_log(project / "logs" / "experiments.csv")[0]
-    assert row["RERUNNABLE"].startswith("no: ") and "api_key" in row["RERUNNABLE"] and "secret" in row["RERUNNABLE"]
+    assert (
+        row["RERUNNABLE"].startswith("no: ")
+        and "api_key" in row["RERUNNABLE"]
+        and "secret" in row["RERUNNABLE"]
+    )
     assert row["__COMMENT"] == "with [redacted] inside"
     assert row["STATUS"] == ("failed" if fails else "finished")
     if fails:
         assert row["ERROR"] == "RuntimeError: cannot reach with [redacted]"
     environment_text = next(project.glob("logs/*/environment.json")).read_text()
-    assert "STORAGE_PASSWORD" in environment_text and "[redacted]" in environment_text  # the change itself is recorded
+    assert (
+        "STORAGE_PASSWORD" in environment_text and "[redacted]" in environment_text
+    )  # the change itself is recorded
 
 
 @pytest.mark.parametrize(
     "name",
-    ["DB_PASSWORD", "apiKey", "api-key", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "password", "githubAuth", "credentials"],
+    [
+        "DB_PASSWORD",
+        "apiKey",
+        "api-key",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "password",
+        "githubAuth",
+        "credentials",
+    ],
 )
 def test_names_of_secrets(name):
     assert is_secret_name(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["num_tokens", "use_cls_token", "tokenizer", "author", "key", "max_token", "monkey", "SSH_AUTH_SOCK", "lr"]
+    "name",
+    [
+        "num_tokens",
+        "use_cls_token",
+        "tokenizer",
+        "author",
+        "key",
+        "max_token",
+        "monkey",
+        "SSH_AUTH_SOCK",
+        "lr",
+    ],
 )
 def test_names_of_what_is_no_secret(name):
     assert not is_secret_name(name)
@@ -115,7 +143,12 @@ def test_secrets_are_found_by_value_wherever_they_turn_up():
     text = " ".join(f"<hunter2-{letter}>" for letter in "abcde")
     assert redactor.text(text) == " ".join(["<[redacted]>"] * 5)
     assert redactor.text("abcdef") == "abcdef"
-    assert redactor.arguments(["t.py", "--api-key", "x", "EPOCHS=3"]) == ["t.py", "--api-key", "[redacted]", "EPOCHS=3"]
+    assert redactor.arguments(["t.py", "--api-key", "x", "EPOCHS=3"]) == [
+        "t.py",
+        "--api-key",
+        "[redacted]",
+        "EPOCHS=3",
+    ]
 
 
 @pytest.mark.parametrize(

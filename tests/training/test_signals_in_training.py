@@ -43,7 +43,9 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUTINES = [one.name[:-9] for one in pkgutil.iter_modules(training.__path__) if one.name.endswith("_training")]
+ROUTINES = [
+    one.name[:-9] for one in pkgutil.iter_modules(training.__path__) if one.name.endswith("_training")
+]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 EACH_ROUTINE = pytest.mark.parametrize("routine", ROUTINES)
 
@@ -60,8 +62,17 @@ ONE_SIGNAL = pytest.mark.parametrize(
 )
 
 # What train.py is called with: 6 steps in 2 epochs, each of two batches.
-KEYS = ("MODEL_CONFIG.bulk_ch=4", "MODEL_CONFIG.n_recursions=1", "MODEL_CONFIG.dropout=0.1", "MODEL_CONFIG.norm=None")
-KEYS += ("DATASET_CONFIG.train.crop=16", "DATASET_CONFIG.train.crops_per_image=2", "DATA_LOADER_CONFIG.batch_size=3")
+KEYS = (
+    "MODEL_CONFIG.bulk_ch=4",
+    "MODEL_CONFIG.n_recursions=1",
+    "MODEL_CONFIG.dropout=0.1",
+    "MODEL_CONFIG.norm=None",
+)
+KEYS += (
+    "DATASET_CONFIG.train.crop=16",
+    "DATASET_CONFIG.train.crops_per_image=2",
+    "DATA_LOADER_CONFIG.batch_size=3",
+)
 KEYS += ("EPOCHS=2", "ACCUMULATE=2", "EMA=0.9", "PRECISION=fp32", "DEVICE=cpu", "CHECKPOINT_SECONDS=1000")
 
 
@@ -87,7 +98,9 @@ def the_row(folders: dict[str, str], name: str | None = None) -> dict[str, Any]:
 
 def events(folders: dict[str, str], name: str, kind: str) -> list[dict[str, Any]]:
     return [
-        event for event in read_journal(Path(folders["LOG_DIR"]) / name / "journal.jsonl") if event["event"] == kind
+        event
+        for event in read_journal(Path(folders["LOG_DIR"]) / name / "journal.jsonl")
+        if event["event"] == kind
     ]
 
 
@@ -135,14 +148,14 @@ class When:
                     os.kill(os.getpid(), signum)
 
 
-class SignalledUNET(UNET):
+class SignaledUNET(UNET):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             When.comes("training")
         return super().forward(x)
 
 
-def signalled_metric(pred: Tensor, target: Tensor) -> float:
+def signaled_metric(pred: Tensor, target: Tensor) -> float:
     When.comes("evaluation")
     return float((pred.argmax(1) == target).float().mean())
 
@@ -151,10 +164,10 @@ def signalled_metric(pred: Tensor, target: Tensor) -> float:
 def config(tiny_config) -> dict[str, Any]:
     """3 steps an epoch, each of two batches; what is saved is saved at the end, unless a signal comes."""
     When.set()
-    tiny_config |= {"MODEL": SignalledUNET, "ACCUMULATE": 2, "EMA": 0.9, "CHECKPOINT_SECONDS": 1000}
+    tiny_config |= {"MODEL": SignaledUNET, "ACCUMULATE": 2, "EMA": 0.9, "CHECKPOINT_SECONDS": 1000}
     tiny_config |= {"SCHEDULER": torch.optim.lr_scheduler.OneCycleLR}
     tiny_config["DATA_LOADER_CONFIG"] = {"batch_size": 3, "shuffle": True}
-    tiny_config["METRICS"] = tiny_config["METRICS"] | {"signalled": signalled_metric}
+    tiny_config["METRICS"] = tiny_config["METRICS"] | {"signaled": signaled_metric}
     return tiny_config
 
 
@@ -166,7 +179,9 @@ def expected() -> dict[Any, Any]:
 
 def uninterrupted(routine: str, expected: dict, datasets: tuple, config: dict, folder: Path) -> Any:
     if routine not in expected:
-        expected[routine] = load(routine).train(*datasets, config, make_global_config(folder / "uninterrupted"))
+        expected[routine] = load(routine).train(
+            *datasets, config, make_global_config(folder / "uninterrupted")
+        )
     return expected[routine]
 
 
@@ -210,11 +225,11 @@ def test_before_the_first_batch(routine, datasets, config, global_config, expect
     for method in ("__len__", "__iter__"):
         original = getattr(run_module.RemainingBatches, method)
 
-        def signalling(self: Any, original: Callable = original) -> Any:
+        def signaling(self: Any, original: Callable = original) -> Any:
             When.comes("batches")
             return original(self)
 
-        monkeypatch.setattr(run_module.RemainingBatches, method, signalling)
+        monkeypatch.setattr(run_module.RemainingBatches, method, signaling)
     When.set("batches", 1, signal.SIGTERM)
     with pytest.raises(Preempted):
         train(*datasets, config, global_config)
@@ -315,7 +330,9 @@ def test_a_thread_can_train(routine, datasets, config, global_config, expected, 
 class Started:
     """A process that runs train.py, forked from this one: with its frameworks imported, it starts in no time."""
 
-    def __init__(self, folder: Path, arguments: list[str], patch: Callable[[], Any], own_group: bool = False) -> None:
+    def __init__(
+        self, folder: Path, arguments: list[str], patch: Callable[[], Any], own_group: bool = False
+    ) -> None:
         self.log = folder / f"log-{time.monotonic_ns()}"
         self.log.touch()
         context = multiprocessing.get_context("fork")
@@ -421,13 +438,17 @@ def test_a_signal_ends_the_command_after_its_step(routine, signum, arguments, fo
     assert process.exit_code() == EXIT_CODE == 75, process.told()
     name = assert_saved(folders, 4)
     assert process.told().count(f"{name_of(signum)}: what is done so far will be saved") == 1
-    assert f"Ended by a signal after step 4. It goes on with: python train.py --resume {name}" in process.told()
+    assert (
+        f"Ended by a signal after step 4. It goes on with: python train.py --resume {name}" in process.told()
+    )
     assert "Traceback" not in process.told()
     assert_goes_on(tmp_path, folders, wanted)
 
 
 @pytest.mark.parametrize(
-    "second", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)], ids=name_of
+    "second",
+    [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)],
+    ids=name_of,
 )
 @EACH_ROUTINE
 def test_a_second_signal_ends_the_command_at_once(routine, second, arguments, folders, expected, tmp_path):
@@ -480,7 +501,9 @@ def test_what_torchrun_passes_on_again_is_the_same_signal(monkeypatch, arguments
 
 def living(group: int) -> list[str]:
     """The processes of a group that have not ended."""
-    table = subprocess.run(["ps", "-A", "-o", "pgid=,stat=,pid=,args="], capture_output=True, text=True, check=True)
+    table = subprocess.run(
+        ["ps", "-A", "-o", "pgid=,stat=,pid=,args="], capture_output=True, text=True, check=True
+    )
     lines = [line.split(maxsplit=2) for line in table.stdout.splitlines()]
     return [rest for pgid, state, rest in lines if pgid == str(group) and not state.startswith("Z")]
 
@@ -525,7 +548,9 @@ def test_a_signal_to_the_whole_group_spares_those_that_load_data(
 
 
 @EACH_SIGNAL
-def test_a_signal_to_the_whole_group_spares_those_that_only_start(signum, arguments, folders, expected, tmp_path):
+def test_a_signal_to_the_whole_group_spares_those_that_only_start(
+    signum, arguments, folders, expected, tmp_path
+):
     wanted = digest_of_script(ROUTINES[0], expected, arguments, tmp_path)
     starting, go_on = tmp_path / "starting", tmp_path / "go_on"
 
@@ -562,7 +587,9 @@ def test_those_that_load_data_end_with_the_process(second, arguments, folders, t
         time.sleep(100)
 
     met = tmp_path / "met"
-    process = Started(tmp_path, [*arguments, "DATA_LOADER_CONFIG.num_workers=2"], at_forward(9, sleep), own_group=True)
+    process = Started(
+        tmp_path, [*arguments, "DATA_LOADER_CONFIG.num_workers=2"], at_forward(9, sleep), own_group=True
+    )
     with no_survivors(process.pid, 15):  # they look for it every five seconds
         wait_until(met.exists)
         assert workers_are_there(process.pid)
@@ -576,7 +603,15 @@ def test_those_that_load_data_end_with_the_process(second, arguments, folders, t
 @EACH_ROUTINE
 def test_it_goes_on_after_signals_at_any_time(routine, arguments, folders, tmp_path):
     load(routine)
-    command = ["--resume", "auto", "--routine", routine, *arguments, "EPOCHS=10", "DATA_LOADER_CONFIG.num_workers=1"]
+    command = [
+        "--resume",
+        "auto",
+        "--routine",
+        routine,
+        *arguments,
+        "EPOCHS=10",
+        "DATA_LOADER_CONFIG.num_workers=1",
+    ]
     started = time.monotonic()
     process = Started(tmp_path, [*command, "SESSION_NAME=whole"], nothing)
     assert process.exit_code() == 0, process.told()
@@ -605,7 +640,9 @@ def test_it_goes_on_after_signals_at_any_time(routine, arguments, folders, tmp_p
 def script(project: Path, *command: object, **options: Any) -> subprocess.Popen:
     environment = os.environ | {"ROOT_PATH": str(project), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environment, **pipes, **options)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, **pipes, **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -617,7 +654,9 @@ def test_train_py_ends(routine, arguments, folders, tmp_path):
     process = script(tmp_path / "project", "train.py", "--routine", routine, *long, start_new_session=True)
     with no_survivors(process.pid):
         journals = Path(folders["LOG_DIR"])
-        wait_until(lambda: any(b'"step"' in file.read_bytes() for file in journals.glob("*/journal.jsonl")), 60)
+        wait_until(
+            lambda: any(b'"step"' in file.read_bytes() for file in journals.glob("*/journal.jsonl")), 60
+        )
         os.killpg(process.pid, signal.SIGTERM)
         told, _ = process.communicate(timeout=30)
         assert process.returncode == 75, told
@@ -634,7 +673,9 @@ def test_train_py_ends(routine, arguments, folders, tmp_path):
 def many_images(folder: Path, number: int) -> Path:
     """One image under many names."""
     folder.mkdir()
-    np.save(folder / "image_000.npy", np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8))
+    np.save(
+        folder / "image_000.npy", np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    )
     for index in range(1, number):
         os.link(folder / "image_000.npy", folder / f"image_{index:03d}.npy")
     return folder

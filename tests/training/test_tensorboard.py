@@ -12,7 +12,9 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from dida_tools import training
 
-ROUTINES = [module.name for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")]
+ROUTINES = [
+    module.name for module in pkgutil.iter_modules(training.__path__) if module.name.endswith("_training")
+]
 
 
 @pytest.fixture(params=ROUTINES)
@@ -37,7 +39,10 @@ def test_all_that_the_tabs_show(events):
     width, height = Image.open(io.BytesIO(reader.Images(pictures[0])[0].encoded_image_string)).size
     assert width > 3 * height
 
-    curves = {tag: make_ndarray(reader.Tensors(tag)[-1].tensor_proto) for tag in reader.PluginTagToContent("pr_curves")}
+    curves = {
+        tag: make_ndarray(reader.Tensors(tag)[-1].tensor_proto)
+        for tag in reader.PluginTagToContent("pr_curves")
+    }
     assert curves.keys() == {"test/0", "test/1", "test/2"}
     for curve in curves.values():  # true positives, false positives, ..., precision, recall by threshold
         assert curve.shape == (6, 128) and (curve[:4].sum(0) == 4 * 32 * 32).all()
@@ -48,7 +53,10 @@ def test_all_that_the_tabs_show(events):
         data = plugin_data_pb2.HParamsPluginData.FromString(content)
         found[data.WhichOneof("data")] = getattr(data, data.WhichOneof("data"))
     options = found["session_start_info"].hparams
-    assert options["OPTIMIZER_CONFIG.lr"].number_value == 0.01 and options["MODEL"].string_value == ".models.unet:UNET"
+    assert (
+        options["OPTIMIZER_CONFIG.lr"].number_value == 0.01
+        and options["MODEL"].string_value == ".models.unet:UNET"
+    )
     shown = {info.name.tag for info in found["experiment"].metric_infos}
     assert {"test/f1", "validation/f1"} <= shown
     assert shown <= set(reader.Tags()["scalars"])  # the tab looks the values up there

@@ -48,13 +48,18 @@ from dida_tools.utils.loss import (
     recall_per_class,
     smooth_dice_beta_loss,
     smooth_dice_loss,
-    summarise,
+    summarize,
     unmask,
 )
 
 Loss = Callable[..., Tensor]
 
-BINARY_LOSSES = [smooth_dice_loss, smooth_dice_beta_loss, dice_bce_sum, partial(smooth_dice_beta_loss, beta=2.0)]
+BINARY_LOSSES = [
+    smooth_dice_loss,
+    smooth_dice_beta_loss,
+    dice_bce_sum,
+    partial(smooth_dice_beta_loss, beta=2.0),
+]
 MULTI_LOSSES = [multi_class_smooth_dice_loss, multi_class_dice_ce_sum]
 DICE_LOSSES = [smooth_dice_loss, smooth_dice_beta_loss, multi_class_smooth_dice_loss]
 LOSSES = [*BINARY_LOSSES, *MULTI_LOSSES]
@@ -162,7 +167,9 @@ CORNER_DICE = ((2 * 1.5 + 1) / (2 * 1.5 + 1.5 + 0.5 + 1), (2 * 0.5 + 1) / (2 * 0
 
 
 def test_multi_class_dice_by_hand() -> None:
-    assert multi_class_smooth_dice_loss(torch.zeros(1, 2, 2, 2), CORNER).item() == approx(1 - sum(CORNER_DICE) / 2)
+    assert multi_class_smooth_dice_loss(torch.zeros(1, 2, 2, 2), CORNER).item() == approx(
+        1 - sum(CORNER_DICE) / 2
+    )
 
 
 @pytest.mark.parametrize("dice_weight", [0.0, 0.3, 1.0])
@@ -197,7 +204,9 @@ def test_batch_does_not_depend_on_the_order_of_samples(loss: Any) -> None:
     pred, target = example(loss, (5, 3, 4, 4))
     order = torch.randperm(5)
     for batch in (False, True):
-        assert loss(pred[order], target[order], batch=batch).item() == approx(loss(pred, target, batch=batch).item())
+        assert loss(pred[order], target[order], batch=batch).item() == approx(
+            loss(pred, target, batch=batch).item()
+        )
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -236,7 +245,9 @@ def test_class_numbers_may_be_of_any_integer_dtype(loss: Any, dtype: torch.dtype
 @pytest.mark.parametrize("spatial", SPATIAL)
 @pytest.mark.parametrize("class_weights", [None, [0.2, 1.0, 3.0]])
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
-def test_cross_entropy_equals_torch(spatial: tuple[int, ...], class_weights: list | None, ignored: float) -> None:
+def test_cross_entropy_equals_torch(
+    spatial: tuple[int, ...], class_weights: list | None, ignored: float
+) -> None:
     pred, target = example(multi_class_dice_ce_sum, (4, 3, *spatial))
     target[torch.rand(target.shape) < ignored] = 255
     weight = None if class_weights is None else torch.tensor(class_weights)
@@ -271,7 +282,9 @@ def test_binary_cross_entropy_equals_torch(
     if class_weights is not None:
         weights = weights * torch.tensor(class_weights).reshape(3, *[1] * len(spatial))
     keep = torch.rand(target.shape) >= ignored
-    expected = functional.binary_cross_entropy_with_logits(pred[keep], target[keep], weights[keep], reduction="sum")
+    expected = functional.binary_cross_entropy_with_logits(
+        pred[keep], target[keep], weights[keep], reduction="sum"
+    )
     options = {"dice_weight": 0.0, "class_weights": class_weights, "pixel_weights": pixel_weights}
     found = dice_bce_sum(pred, target.masked_fill(~keep, 255), **options)
     assert found.item() == approx((expected / weights[keep].sum()).item(), 1e-5)
@@ -550,7 +563,10 @@ WRONG_MULTI_SHAPES = [(2, 6, 5), (3, 6, 6), (2, 3, 6, 6), (2, 1, 6, 6), (6, 6)]
 
 @pytest.mark.parametrize(
     "loss, shape",
-    [*itertools.product(BINARY_LOSSES, WRONG_BINARY_SHAPES), *itertools.product(MULTI_LOSSES, WRONG_MULTI_SHAPES)],
+    [
+        *itertools.product(BINARY_LOSSES, WRONG_BINARY_SHAPES),
+        *itertools.product(MULTI_LOSSES, WRONG_MULTI_SHAPES),
+    ],
 )
 def test_disagreeing_shapes_are_refused_by_losses(loss: Any, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=re.escape("(2, 3, 6, 6)") + ".*" + re.escape(str(shape))):
@@ -574,7 +590,9 @@ def test_float_class_numbers_are_refused(loss: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("loss", [*MULTI_LOSSES, *METRICS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
 def test_class_numbers_for_one_channel_are_refused(loss: Any, dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=re.escape("(2, 1, 6, 6) and the target (2, 6, 6): with one channel")):
+    with pytest.raises(
+        ValueError, match=re.escape("(2, 1, 6, 6) and the target (2, 6, 6): with one channel")
+    ):
         loss(torch.zeros(2, 1, 6, 6), torch.zeros(2, 6, 6, dtype=dtype))
 
 
@@ -606,7 +624,9 @@ def test_class_weights_of_wrong_length_are_refused(loss: Any, class_weights: Any
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("class_weights", [(1.0, 2.0, 3.0), torch.tensor([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0])])
+@pytest.mark.parametrize(
+    "class_weights", [(1.0, 2.0, 3.0), torch.tensor([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0])]
+)
 def test_class_weights_may_be_a_sequence_or_a_tensor(loss: Any, class_weights: Any) -> None:
     pred, target = example(loss)
     expected = loss(pred, target, class_weights=[1.0, 2.0, 3.0])
@@ -702,14 +722,18 @@ def test_multi_class_metrics_equal_sklearn(classes: int, ignored: float) -> None
     assert accuracy(pred, target).item() == approx(sklearn_metrics.accuracy_score(truth, guess), 1e-12)
     average = "binary" if classes == 2 else "macro"
     assert f1(pred, target).item() == approx(sklearn_metrics.f1_score(truth, guess, average=average), 1e-12)
-    assert iou(pred, target).item() == approx(sklearn_metrics.jaccard_score(truth, guess, average=average), 1e-12)
+    assert iou(pred, target).item() == approx(
+        sklearn_metrics.jaccard_score(truth, guess, average=average), 1e-12
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9])
 def test_binary_and_multi_label_metrics_equal_sklearn(channels: int, threshold: float) -> None:
     pred, target = example(smooth_dice_loss, (3, channels, 8, 8))
-    truth, guess = (part.movedim(1, -1).reshape(-1, channels).int() for part in (target, pred.sigmoid() >= threshold))
+    truth, guess = (
+        part.movedim(1, -1).reshape(-1, channels).int() for part in (target, pred.sigmoid() >= threshold)
+    )
     counts = count(pred, target, threshold=threshold)
     assert counts.shape == (channels, 2, 2)
     for index in range(channels):
@@ -734,7 +758,9 @@ def test_multi_class_metrics_equal_torchmetrics(classes: int, ignored: float) ->
         expected = getattr(reference, f"multiclass_{name}")(pred, target, **options)
         assert metric(pred, target).item() == approx(expected.item())
     options["average"] = "micro"
-    assert accuracy(pred, target).item() == approx(reference.multiclass_accuracy(pred, target, **options).item())
+    assert accuracy(pred, target).item() == approx(
+        reference.multiclass_accuracy(pred, target, **options).item()
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -746,7 +772,13 @@ def test_binary_and_multi_label_metrics_equal_torchmetrics(channels: int, ignore
     kind = "binary"
     if channels > 1:
         kind, options = "multilabel", {**options, "num_labels": channels, "average": "macro"}
-    names = {precision: "precision", recall: "recall", f1: "f1_score", iou: "jaccard_index", accuracy: "accuracy"}
+    names = {
+        precision: "precision",
+        recall: "recall",
+        f1: "f1_score",
+        iou: "jaccard_index",
+        accuracy: "accuracy",
+    }
     for metric, name in names.items():
         expected = getattr(reference, f"{kind}_{name}")(pred, target, **options)
         assert metric(pred, target).item() == approx(expected.item())
@@ -827,16 +859,16 @@ def test_absent_classes_in_multi_label() -> None:
 def test_two_classes_that_exclude_each_other_give_the_value_of_class_one() -> None:
     counts = torch.tensor([[50, 10], [5, 35]])
     assert f1.from_counts(counts).item() == approx(70 / 85, 1e-15)
-    assert summarise(torch.tensor([0.2, 0.8]), counts) == 0.8
+    assert summarize(torch.tensor([0.2, 0.8]), counts) == 0.8
 
 
 def test_two_labels_that_may_overlap_give_the_mean() -> None:
-    assert summarise(torch.tensor([0.2, 0.8]), torch.zeros(2, 2, 2)) == 0.5
+    assert summarize(torch.tensor([0.2, 0.8]), torch.zeros(2, 2, 2)) == 0.5
 
 
 def test_several_classes_give_the_mean_of_those_that_occur() -> None:
-    assert summarise(torch.tensor([0.25, math.nan, 0.75]), torch.zeros(3, 3)) == 0.5
-    assert summarise(torch.tensor([math.nan, math.nan, math.nan]), torch.zeros(3, 3)).isnan()
+    assert summarize(torch.tensor([0.25, math.nan, 0.75]), torch.zeros(3, 3)) == 0.5
+    assert summarize(torch.tensor([math.nan, math.nan, math.nan]), torch.zeros(3, 3)).isnan()
 
 
 def test_accuracy_of_two_classes_counts_both() -> None:
@@ -850,7 +882,7 @@ def test_metric_is_that_of_its_counts(metric: Any, loss: Any) -> None:
     pred, target = example(loss)
     counts = count(pred, target)
     assert metric(pred, target) == metric.from_counts(counts)
-    assert metric.from_counts(counts) == summarise(metric.per_class(counts), counts)
+    assert metric.from_counts(counts) == summarize(metric.per_class(counts), counts)
 
 
 def test_metrics_need_no_gradient() -> None:
@@ -882,7 +914,10 @@ def test_counts_of_any_split_add_up(seed: int, cuts: list[int], multi_class: boo
     parts = [count(pred[low:high], target[low:high]) for low, high in itertools.pairwise(edges)]
     assert torch.equal(torch.stack(parts).sum(0), whole)
     for metric in METRICS:
-        assert torch.equal(metric.from_counts(sum(parts)), metric.from_counts(whole)) or metric(pred, target).isnan()
+        assert (
+            torch.equal(metric.from_counts(sum(parts)), metric.from_counts(whole))
+            or metric(pred, target).isnan()
+        )
 
 
 def test_mean_of_f1_over_batches_is_not_that_of_the_whole() -> None:
@@ -947,7 +982,9 @@ def test_metrics_say_what_they_are(metric: Any) -> None:
 
 def test_every_loss_and_metric_is_tested_under_its_name() -> None:
     endings = ("_loss", "_sum", *(metric.__name__ for metric in METRICS))
-    assert {name for name in vars(module) if name.endswith(endings)} == {function.__name__ for function in PUBLIC}
+    assert {name for name in vars(module) if name.endswith(endings)} == {
+        function.__name__ for function in PUBLIC
+    }
 
 
 def specificity_per_class(counts: Tensor) -> Tensor:
@@ -964,7 +1001,9 @@ def test_own_metric_belongs_to_the_module_that_defines_it() -> None:
     assert (specificity.__module__, specificity.__qualname__) == (__name__, "specificity")
     pred, target = multi_class_example(2, (5, 5), 0.0)
     truth, guess = flat(pred, target)
-    assert specificity(pred, target).item() == approx(sklearn_metrics.recall_score(1 - truth, 1 - guess), 1e-12)
+    assert specificity(pred, target).item() == approx(
+        sklearn_metrics.recall_score(1 - truth, 1 - guess), 1e-12
+    )
 
 
 def test_harmonic_mean_of_precision_and_recall_is_f1() -> None:

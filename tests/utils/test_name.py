@@ -15,7 +15,9 @@ RESERVED = ["con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt"
 TEXTS = st.one_of(
     st.text(max_size=200),
     st.text("abcCONn1.-_ /\\:é", max_size=40),
-    st.builds("{}{}{}".format, st.sampled_from(["", ".", "-", " "]), st.sampled_from(RESERVED), st.text(max_size=5)),
+    st.builds(
+        "{}{}{}".format, st.sampled_from(["", ".", "-", " "]), st.sampled_from(RESERVED), st.text(max_size=5)
+    ),
 )
 
 
@@ -30,7 +32,11 @@ def test_safe_names_are_safe(text: str, max_length: int) -> None:
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.from_regex(r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+){0,5}", fullmatch=True).filter(lambda text: len(text) <= 100))
+@given(
+    st.from_regex(r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+){0,5}", fullmatch=True).filter(
+        lambda text: len(text) <= 100
+    )
+)
 def test_safe_names_stay(text: str) -> None:
     assert safe_name(text) == (f"_{text}"[:100] if text.partition(".")[0].lower() in RESERVED else text)
 
@@ -64,7 +70,13 @@ def test_safe_name_by_example(text: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     "text, max_length, expected",
-    [("abcdef", 3, "abc"), ("ab-cdef", 3, "ab"), ("console", 3, "_co"), ("", 3, "unn"), ("com1.x", 6, "_com1")],
+    [
+        ("abcdef", 3, "abc"),
+        ("ab-cdef", 3, "ab"),
+        ("console", 3, "_co"),
+        ("", 3, "unn"),
+        ("com1.x", 6, "_com1"),
+    ],
 )
 def test_long_names_are_cut_and_stay_safe(text: str, max_length: int, expected: str) -> None:
     assert safe_name(text, max_length) == expected

@@ -208,7 +208,9 @@ def test_sync_of_a_missing_folder_is_an_error(tmp_path: Path) -> None:
         sync_dir(tmp_path / "missing")
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system whose folders cannot be synced")
+@pytest.mark.skipif(
+    not Path("/proc/self").is_dir(), reason="needs a file system whose folders cannot be synced"
+)
 def test_folder_that_cannot_be_synced_is_left() -> None:
     handle = os.open("/proc", os.O_RDONLY)
     with pytest.raises(OSError):

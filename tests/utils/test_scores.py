@@ -29,7 +29,9 @@ METRICS: dict[str, Any] = {
 }
 
 
-def draw(task: str, shape: tuple[int, ...] = (6, 9, 11), classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
+def draw(
+    task: str, shape: tuple[int, ...] = (6, 9, 11), classes: int = 4, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Logits and targets that agree more often than not."""
     generator = torch.Generator().manual_seed(seed)
     number, *size = shape
@@ -78,7 +80,9 @@ def approx(value: float) -> Any:
 
 @settings(max_examples=20, deadline=None)
 @given(st.data(), st.sampled_from(TASKS), st.integers(1, 6), st.integers(3, 12), st.integers(2, 12))
-def test_any_split_into_batches_tiles_and_processes_in_any_order_gives_the_same(data, task, batch_size, height, width):
+def test_any_split_into_batches_tiles_and_processes_in_any_order_gives_the_same(
+    data, task, batch_size, height, width
+):
     logits, targets = draw(task, seed=height)
     targets[1, ..., 2:5, :] = 255
     valid = torch.rand(6, 9, 11, generator=torch.Generator().manual_seed(width)) < 0.8
@@ -100,7 +104,10 @@ def test_any_split_into_batches_tiles_and_processes_in_any_order_gives_the_same(
 def test_the_place_of_a_pixel_in_memory_does_not_matter(task):
     """In float32, softmax and sigmoid differ in the last bit, and some pixels are in another bin."""
     logits, targets = draw(task, (200_003,))
-    as_image = logits.T.contiguous().unsqueeze(0), (targets if task == "multi-class" else targets.T).unsqueeze(0)
+    as_image = (
+        logits.T.contiguous().unsqueeze(0),
+        (targets if task == "multi-class" else targets.T).unsqueeze(0),
+    )
     assert state(score(task, *as_image)) == state(score(task, logits, targets))
 
 
@@ -114,7 +121,10 @@ def test_all_pixels_are_valid_or_ignored(task):
     ignored = int(((targets == 255) | (torch.arange(6).reshape(-1, *[1] * (targets.ndim - 1)) == 2)).sum())
     assert scores.num_ignored == scores.results()["ignored_pixels"] == ignored
     assert scores.num_valid == scores.results()["valid_pixels"] == targets.numel() - ignored
-    assert set(scores.histograms.sum((1, 2)).tolist()) <= {scores.num_valid, scores.num_valid // logits.shape[1]}
+    assert set(scores.histograms.sum((1, 2)).tolist()) <= {
+        scores.num_valid,
+        scores.num_valid // logits.shape[1],
+    }
     with_other_numbers = score(task, logits, torch.where(targets == 255, 9, targets), valid, ignore_index=9)
     assert state(with_other_numbers) == state(scores)
 
@@ -155,7 +165,12 @@ def test_metrics_of_classes_macro_and_micro_are_those_of_scikit_learn(task, name
     truth, guess, _ = pixels(task, logits, targets)
     found = score(task, logits, targets).results()
     if task == "binary":
-        assert found[name] == found[f"{name}_macro"] == found[f"{name}_micro"] == approx(METRICS[name](truth, guess))
+        assert (
+            found[name]
+            == found[f"{name}_macro"]
+            == found[f"{name}_micro"]
+            == approx(METRICS[name](truth, guess))
+        )
         return
     for average in ("macro", "micro"):
         assert found[f"{name}_{average}"] == approx(METRICS[name](truth, guess, average=average))
@@ -195,7 +210,9 @@ def test_average_precision_is_that_of_scikit_learn_on_the_same_bins(task):
     binned = np.floor(probabilities * NUM_BINS)
     scores = score(task, logits, targets)
     found = scores.results()
-    each = [reference.average_precision_score(labels[:, number], binned[:, number]) for number in range(classes)]
+    each = [
+        reference.average_precision_score(labels[:, number], binned[:, number]) for number in range(classes)
+    ]
     assert scores.average_precision().tolist() == [approx(value) for value in each]
     assert found["average_precision"] == found["average_precision_macro"] == approx(float(np.mean(each)))
     pooled = reference.average_precision_score(labels.ravel(), binned.ravel())
@@ -209,7 +226,9 @@ def test_average_precision_is_within_its_bound_of_that_without_bins(seed, spread
     truth = (torch.rand(3000, 1, generator=generator) < 0.2).long()
     logits = spread * (torch.randn(3000, 1, generator=generator) + truth) - 2
     scores = score("binary", logits, truth)
-    exact = reference.average_precision_score(truth.numpy().ravel(), logits.double().sigmoid().numpy().ravel())
+    exact = reference.average_precision_score(
+        truth.numpy().ravel(), logits.double().sigmoid().numpy().ravel()
+    )
     of_bins = scores.histograms[0]
     found = of_bins.sum(0).flip(0).cumsum(0).flip(0).clamp(min=1)
     bound = (of_bins[1] / of_bins[1].sum() * of_bins.sum(0) / found).sum().item()
@@ -263,7 +282,9 @@ def test_counts_at_the_best_threshold_are_those_of_the_histogram_and_of_predicti
     best = [scores.best_threshold(number) for number in range(classes)]
     assert len({*best, 0.5}) == classes + 1
     again = score(task, logits, targets, temperature=temperature, threshold=best)
-    contract = DataContract(1, task="multi-label", outputs=classes, threshold=tuple(best), temperature=temperature)
+    contract = DataContract(
+        1, task="multi-label", outputs=classes, threshold=tuple(best), temperature=temperature
+    )
     predicted = contract.classes(contract.probabilities(logits)).reshape(targets.shape)
     for number in range(classes):
         counts = counts_by_threshold(scores.histograms[number])
@@ -316,8 +337,12 @@ def test_frequencies_as_probabilities_have_no_calibration_error():
 
 
 def test_certain_answers_are_in_the_outermost_bins():
-    scores = score("binary", torch.tensor([[[[50.0, -50.0, math.inf, -math.inf]]]]), torch.tensor([[[[1, 0, 1, 0]]]]))
-    assert scores.histograms[0, 1, -1] == 2 and scores.histograms[0, 0, 0] == 2 and scores.histograms.sum() == 4
+    scores = score(
+        "binary", torch.tensor([[[[50.0, -50.0, math.inf, -math.inf]]]]), torch.tensor([[[[1, 0, 1, 0]]]])
+    )
+    assert (
+        scores.histograms[0, 1, -1] == 2 and scores.histograms[0, 0, 0] == 2 and scores.histograms.sum() == 4
+    )
 
 
 # --------------------------------------------------------------------------------------------------- rules of absence
@@ -379,7 +404,9 @@ def test_the_mean_of_f1_over_batches_is_not_the_f1():
     flipped = torch.rand(targets.shape, generator=generator) < 0.04
     logits = torch.where(flipped, -logits, logits)
     truth = reference.f1_score(targets.flatten(), logits.flatten() >= 0)
-    mean_over_tiles = sum(f1(*pair).item() for pair in zip(logits.split(1), targets.split(1), strict=True)) / 256
+    mean_over_tiles = (
+        sum(f1(*pair).item() for pair in zip(logits.split(1), targets.split(1), strict=True)) / 256
+    )
     assert mean_over_tiles < 0.3 and truth > 0.8
     for batch_size in (1, 4, 32, 256):
         scores = Scores(1, multi_class=False)
@@ -411,7 +438,7 @@ def test_no_pixel_of_a_whole_scene_is_lost():
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
 def test_a_perfect_prediction_has_perfect_means(classes):
-    """Weights of the classes that were normalised before the mean made it 1 / C."""
+    """Weights of the classes that were normalized before the mean made it 1 / C."""
     targets = torch.arange(classes * 20).reshape(4, 5, classes) % classes
     found = score("multi-class", 9.0 * functional.one_hot(targets, classes).movedim(-1, 1), targets).results()
     assert all(found[f"{name}_{mean}"] == 1 for name in METRICS for mean in ("macro", "micro"))
@@ -436,7 +463,9 @@ def test_255_in_a_mask_is_ignored_or_refused_but_no_class():
     truth, guess = targets[kept], logits.argmax(1)[kept]
     expected = reference.confusion_matrix(truth, guess).tolist()
     assert score("multi-class", logits, targets).confusion.tolist() == expected
-    with pytest.raises(ValueError, match=r"class number 255, the prediction has the classes 0 to 3.*IGNORE_INDEX"):
+    with pytest.raises(
+        ValueError, match=r"class number 255, the prediction has the classes 0 to 3.*IGNORE_INDEX"
+    ):
         score("multi-class", logits, targets, ignore_index=-1)
     with pytest.raises(ValueError, match="class number -1"):
         score("multi-class", logits, torch.full_like(targets, -1))
@@ -466,7 +495,9 @@ def test_integer_and_half_precision_logits_are_taken_and_nothing_is_changed_in_p
     scores = score("multi-label", logits, targets, temperature=2.0)
     assert torch.equal(logits, before[0]) and torch.equal(targets, before[1])
     for dtype in (torch.int32, torch.float16, torch.bfloat16, torch.float64):
-        assert state(score("multi-label", logits.to(dtype), targets.to(torch.uint8), temperature=2.0)) == state(scores)
+        assert state(
+            score("multi-label", logits.to(dtype), targets.to(torch.uint8), temperature=2.0)
+        ) == state(scores)
 
 
 def test_memory_does_not_grow_with_the_data():

@@ -89,7 +89,11 @@ def test_models_are_loaded_from_every_kind_of_file(tmp_path: Path, save: Callabl
     model(torch.randn(8, 3))
     save(tmp_path / "w.pt", model)
     target = Net(width=5)
-    loaded = load_model(tmp_path / "w.pt", Net, {"width": 5}) if as_class else load_model(tmp_path / "w.pt", target)
+    loaded = (
+        load_model(tmp_path / "w.pt", Net, {"width": 5})
+        if as_class
+        else load_model(tmp_path / "w.pt", target)
+    )
     assert digest(loaded) == digest(model) and not any(module.training for module in loaded.modules())
     assert as_class or loaded is target
     inputs = torch.randn(4, 3)
@@ -126,7 +130,9 @@ def test_what_differs_from_a_wrong_model_is_said(tmp_path: Path, saved: nn.Modul
 
 def test_all_differences_are_said_at_once() -> None:
     state = Net(width=6, bias=False).state_dict() | {"more": torch.ones(1)}
-    with pytest.raises(WeightsError, match=r"memory: .*1 parameters are missing.*1 are not of.*6 have another shape"):
+    with pytest.raises(
+        WeightsError, match=r"memory: .*1 parameters are missing.*1 are not of.*6 have another shape"
+    ):
         fill_model(Net(), state, "memory")
 
 
@@ -174,7 +180,9 @@ def test_backprop_changes_every_parameter_and_leaves_the_gradients() -> None:
     model = Net().eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    loss = backprop(model, nn.functional.cross_entropy, optimizer, torch.randn(64, 3), torch.randint(2, (64,)))
+    loss = backprop(
+        model, nn.functional.cross_entropy, optimizer, torch.randn(64, 3), torch.randint(2, (64,))
+    )
     assert isinstance(loss, float) and loss > 0 and model.training
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and not torch.equal(parameter, before[name]), name
@@ -236,7 +244,9 @@ def with_parameter(values: list[float]) -> nn.Module:
 
 
 @pytest.mark.parametrize("check, bounds, values, said", FAILING)
-def test_checks_fail_with_names_and_numbers(check: Callable, bounds: tuple, values: list[float], said: str) -> None:
+def test_checks_fail_with_names_and_numbers(
+    check: Callable, bounds: tuple, values: list[float], said: str
+) -> None:
     with pytest.raises(AssertionError, match=re.escape(f"tensor: {said}")):
         check(torch.tensor(values), *bounds)
     with pytest.raises(AssertionError, match=re.escape(f"1.odd: {said}")):

@@ -74,7 +74,9 @@ def test_round_trip_is_equal_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS, torch.bool, torch.complex64])
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (5,), (2, 3, 4)])
-def test_round_trip_of_every_dtype_and_shape(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_round_trip_of_every_dtype_and_shape(
+    tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     torch.manual_seed(0)
     tensor = (torch.randn(shape) * 50).to(dtype)
     save_weights(tmp_path / "w.pt", {"tensor": tensor})
@@ -134,7 +136,12 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
     file = tmp_path / "w.pt"
     save_weights(file, example())
     content = file.read_bytes()
-    lengths = {*random.Random(0).sample(range(len(content)), 500), *range(len(content) - 100, len(content)), 0, 1}
+    lengths = {
+        *random.Random(0).sample(range(len(content)), 500),
+        *range(len(content) - 100, len(content)),
+        0,
+        1,
+    }
     assert {outcome(file, content[:length]) for length in lengths} == {"refused"}
 
 
@@ -143,7 +150,9 @@ def test_every_zeroed_block_is_noticed(tmp_path: Path) -> None:
     save_weights(file, example())
     content = file.read_bytes()
     starts = {*random.Random(0).sample(range(len(content)), 500), *range(len(content) - 100, len(content))}
-    damaged = [content[:at] + bytes(len(content[at : at + 512])) + content[at + 512 :] for at in sorted(starts)]
+    damaged = [
+        content[:at] + bytes(len(content[at : at + 512])) + content[at + 512 :] for at in sorted(starts)
+    ]
     assert {outcome(file, text) for text in damaged} == {"refused"}
 
 
@@ -170,7 +179,9 @@ def test_every_flipped_bit_in_the_data_of_a_plain_file_is_noticed(tmp_path: Path
     torch.save(example(), file)
     content, positions = file.read_bytes(), data_bytes(file)
     assert sum(len(bits(item)[2]) for item in example()["model"].values()) == len(positions)
-    assert {outcome(file, flipped(content, 8 * at + bit)) for at in positions for bit in (0, 3, 7)} == {"refused"}
+    assert {outcome(file, flipped(content, 8 * at + bit)) for at in positions for bit in (0, 3, 7)} == {
+        "refused"
+    }
 
 
 def test_no_flipped_bit_in_the_rest_of_a_plain_file_gives_other_values(tmp_path: Path) -> None:
@@ -229,7 +240,9 @@ def test_hostile_objects_are_refused_and_not_run(tmp_path: Path, sealed: bool) -
     assert victim.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps({"a": 1}), b"PK\5\6" + bytes(18), bytes(5000)])
+@pytest.mark.parametrize(
+    "content", [b"", b"text", pickle.dumps({"a": 1}), b"PK\5\6" + bytes(18), bytes(5000)]
+)
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     assert outcome(tmp_path / "w.pt", content) == "refused"
 

@@ -1,4 +1,4 @@
-"""Contains images, data sets, augmentation and the built-in scenes."""
+"""Contains images, datasets, augmentation and the built-in scenes."""
 
 from .datasets import NpyDataset, NpyPredictionDataset
 from .scenes import SceneDataset

@@ -1,4 +1,4 @@
-"""Contains how a config's data sets are made: from DATASET and DATASET_CONFIG, which can be filled in from a folder."""
+"""Contains how a config's datasets are made: from DATASET and DATASET_CONFIG, which can be filled in from a folder."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from .images import DataError
 
 def build_datasets(config: dict[str, Any]) -> tuple[Any, Any, Any]:
     """
-    Makes the data sets that a config names.
+    Makes the datasets that a config names.
 
     :return: the training, test and validation set; None where DATASET_CONFIG has no such part
     :raises DataError: if they cannot be made
@@ -39,7 +39,8 @@ def use_folder(config: dict[str, Any], folder: Path, cache_file: Path | None = N
     for_training["augment"] = arguments.get("augment", ())
     config["DATASET"] = NpyDataset
     config["DATASET_CONFIG"] = {
-        part: {"x_dir": x_dir, "y_dir": y_dir} | (for_training if part == "train" else {"task": for_training["task"]})
+        part: {"x_dir": x_dir, "y_dir": y_dir}
+        | (for_training if part == "train" else {"task": for_training["task"]})
         for part, (x_dir, y_dir) in places.items()
     }
     config["MODEL_CONFIG"] = config.get("MODEL_CONFIG", {}) | suggestion.pop("MODEL_CONFIG")

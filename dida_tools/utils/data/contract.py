@@ -1,6 +1,6 @@
 """
 Contains the data contract: what a model was trained on, stored with its weights, so that whatever is predicted with it
-later is read, scaled and normalised in the same way, or refused.
+later is read, scaled and normalized in the same way, or refused.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .facts import has_data
 
 TASKS = ("multi-class", "multi-label", "values")
 
-# Colours of classes that have none of their own, by number.  # <- your colours here
+# Colors of classes that have none of their own, by number.  # <- your colors here
 PALETTE = [
     (222, 205, 120), (34, 110, 60), (45, 100, 190), (200, 70, 60), (235, 235, 235), (145, 95, 170),
     (240, 145, 50), (90, 200, 200), (230, 130, 180), (130, 130, 60), (100, 70, 50), (150, 150, 150),
@@ -32,7 +32,7 @@ class DataContract:
     :param channel_names: their names, or ()
     :param dtype: of the files, such as "uint8"
     :param scale: what values are multiplied with after reading
-    :param mean: of each channel, scaled; () where images are not normalised
+    :param mean: of each channel, scaled; () where images are not normalized
     :param std: of each channel, scaled
     :param nodata: pixels with this value in all channels are no data
     :param minimum: smallest value of each channel in the training files, as it stands there; () where it is not known
@@ -41,7 +41,7 @@ class DataContract:
     :param task: "multi-class" (softmax over the classes), "multi-label" (sigmoid for each class), "values" (regression)
     :param outputs: number of the model's output channels
     :param class_names: names of the classes, or ()
-    :param class_colors: a colour of each class, (red, green, blue) from 0 to 255, or ()
+    :param class_colors: a color of each class, (red, green, blue) from 0 to 255, or ()
     :param threshold: probability from which a pixel belongs to a class (multi-label); one for all classes, or one each
     :param temperature: what logits are divided by, so that probabilities are frequencies (Guo et al. 2017)
     """
@@ -90,7 +90,9 @@ class DataContract:
         elif image.dtype.kind == "f":
             bad = ~np.isfinite(image) & has_data(image, self.nodata)[..., None]
             if bad.any():
-                found.append(f"it has {int(bad.sum())} NaN or infinite values: replace them, or name them as nodata")
+                found.append(
+                    f"it has {int(bad.sum())} NaN or infinite values: replace them, or name them as nodata"
+                )
         return found
 
     def value_problems(self, pixels: np.ndarray) -> list[str]:
@@ -131,7 +133,9 @@ class DataContract:
         dead = varies & (high == low)
         if dead.any():
             values = ", ".join(f"{value:g}" for value in sorted(set(low[dead])))
-            problems.append(f"{self._named(dead)} is constant ({values}): is the band missing, or at another place?")
+            problems.append(
+                f"{self._named(dead)} is constant ({values}): is the band missing, or at another place?"
+            )
         alive = ~varies & ((low != minimum) | (high != maximum))
         if alive.any():
             problems.append(
@@ -150,24 +154,29 @@ class DataContract:
         return self._named(constant) if constant.any() and not constant.all() else ""
 
     def _named(self, which: np.ndarray) -> str:
-        names = [str(self.channel_names[int(one)]) if self.channel_names else str(one) for one in np.flatnonzero(which)]
+        names = [
+            str(self.channel_names[int(one)]) if self.channel_names else str(one)
+            for one in np.flatnonzero(which)
+        ]
         return f"channel{'s' * (len(names) > 1)} {', '.join(names)}"
 
     def colors(self) -> list[tuple[int, ...]]:
-        """A colour of each class: its own, or one of PALETTE."""
+        """A color of each class: its own, or one of PALETTE."""
         number = max(2, self.outputs)
         given = [tuple(color) for color in self.class_colors]
         return given if len(given) >= number else [PALETTE[one % len(PALETTE)] for one in range(number)]
 
     def prepare(self, image: np.ndarray) -> tuple[Tensor, Tensor]:
         """
-        Scales and normalises an image.
+        Scales and normalizes an image.
 
         :param image: (H, W, C) as read from its file
         :return: (C, H, W) in float32, 0 where there is no data; and where there is data, (H, W) bool
         """
         valid = has_data(image, self.nodata)
-        kind = np.float32 if image.dtype.itemsize <= 2 else np.float64  # of a large mean, float32 loses the deviation
+        kind = (
+            np.float32 if image.dtype.itemsize <= 2 else np.float64
+        )  # of a large mean, float32 loses the deviation
         values = np.multiply(image, self.scale, dtype=kind)
         if self.mean:
             values = (values - np.asarray(self.mean, kind)) / np.asarray(self.std, kind)

@@ -1,13 +1,13 @@
 """
-Contains the data sets: folders of images and masks as PyTorch data sets.
+Contains the datasets: folders of images and masks as PyTorch datasets.
 
-The routines train on any data set of (input, target) pairs. These offer more, which the routines use where it is there
-and which your own data set may offer too:
+The routines train on any dataset of (input, target) pairs. These offer more, which the routines use where it is there
+and which your own dataset may offer too:
 
 - ``arguments``: what it was built with, for the record
 - ``check(cache_file, num_classes, training)``: raises DataError with everything that is wrong, before training starts
-- ``contract(normalise)``, ``with_contract(contract)``: how images are read, fitted on this data set, applied to all
-- ``split(fraction, seed)``: two data sets; ``for_evaluation()``: without augmentation, every pixel once
+- ``contract(normalize)``, ``with_contract(contract)``: how images are read, fitted on this dataset, applied to all
+- ``split(fraction, seed)``: two datasets; ``for_evaluation()``: without augmentation, every pixel once
 - ``sample_name(index)``: for messages; ``sample_shape(index)``: evaluation batches samples of the same shape
 """
 
@@ -74,7 +74,7 @@ class NpyDataset(Dataset):
         :param nodata: value of pixels without data, if the files do not state it; they count nowhere (but for "values")
         :param scale: what images are multiplied with; None divides integers by the largest value of their type
         :param tile: largest edge of a sample in evaluation, in pixels
-        :param class_colors: a colour of each class on maps, (red, green, blue) from 0 to 255
+        :param class_colors: a color of each class on maps, (red, green, blue) from 0 to 255
         :raises DataError: if the folders do not hold pairs, with every missing or surplus partner
         """
         self.arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
@@ -93,7 +93,7 @@ class NpyDataset(Dataset):
         self.class_colors = tuple(tuple(color) for color in class_colors)
         self._info: dict[Path, ImageInfo] = {}
         self._facts: dict[Path, Facts] = {}
-        self._is_part = False  # of a data set that was split: its values are as they are
+        self._is_part = False  # of a dataset that was split: its values are as they are
         self._contract: DataContract | None = None
         self._windows: list[tuple[int, Window]] | None = None  # in evaluation: (file, window) of each sample
 
@@ -130,7 +130,9 @@ class NpyDataset(Dataset):
             places = list(self._foreground_places(number).values())
             if places:
                 of_class = places[int(torch.randint(len(places), ()))]
-                return number, self._random_window(height, width, of_class[int(torch.randint(len(of_class), ()))])
+                return number, self._random_window(
+                    height, width, of_class[int(torch.randint(len(of_class), ()))]
+                )
         return number, self._random_window(height, width)
 
     def _random_window(self, height: int, width: int, place: int | None = None) -> Window:
@@ -203,7 +205,7 @@ class NpyDataset(Dataset):
         return self._facts
 
     def _reading(self) -> DataContract:
-        """The contract that was set, or one without normalisation."""
+        """The contract that was set, or one without normalization."""
         if self._contract is None:
             self._contract = self._plain_contract()
         return self._contract
@@ -221,9 +223,9 @@ class NpyDataset(Dataset):
             class_colors=self.class_colors,
         )
 
-    def contract(self, normalise: bool = True, cache_file: Path | None = None) -> DataContract:
+    def contract(self, normalize: bool = True, cache_file: Path | None = None) -> DataContract:
         """
-        How these images are read, and what values they hold. With normalise, mean and deviation of each channel are
+        How these images are read, and what values they hold. With normalize, mean and deviation of each channel are
         fitted on them.
         """
         facts = [self._fact(file, cache_file) for file in self.images]
@@ -232,7 +234,7 @@ class NpyDataset(Dataset):
         contract = dataclasses.replace(
             self._plain_contract(), minimum=minimum, maximum=maximum, tile_size=self.crop or max(edges)
         )
-        if not normalise:
+        if not normalize:
             return contract
         mean, std = (statistic * contract.scale for statistic in self.mean_and_std(cache_file))
         std = np.where(std > 1e-12 * np.abs(mean), std, 1.0)  # a constant channel becomes 0
@@ -266,7 +268,9 @@ class NpyDataset(Dataset):
         """
         problems = []
         nodata = self._plain_contract().nodata
-        if nodata is not None and nodata != contract.nodata and str(nodata) != str(contract.nodata):  # NaN is not NaN
+        if (
+            nodata is not None and nodata != contract.nodata and str(nodata) != str(contract.nodata)
+        ):  # NaN is not NaN
             problems.append(
                 f"{self.images[0].parent}: its nodata value is {nodata}, that of the training data {contract.nodata}: "
                 "give both the same nodata"
@@ -306,7 +310,9 @@ class NpyDataset(Dataset):
     def split(self, fraction: float, seed: int) -> tuple["NpyDataset", "NpyDataset"]:
         """Splits by whole files, at least one in each part: the larger part, and a random fraction."""
         if len(self.images) < 2:
-            raise DataError(["one image cannot be split: add images, give a validation set, or VALIDATION_FRACTION=0"])
+            raise DataError(
+                ["one image cannot be split: add images, give a validation set, or VALIDATION_FRACTION=0"]
+            )
         number = min(max(1, round(fraction * len(self.images))), len(self.images) - 1)
         order = np.random.default_rng(seed).permutation(len(self.images))
         return self._only(np.sort(order[number:])), self._only(np.sort(order[:number]))
@@ -331,7 +337,9 @@ class NpyDataset(Dataset):
         _, window = self._choose_window(index)
         return window.height, window.width
 
-    def check(self, cache_file: Path | None = None, num_classes: int | None = None, training: bool = True) -> None:
+    def check(
+        self, cache_file: Path | None = None, num_classes: int | None = None, training: bool = True
+    ) -> None:
         """
         Reads every file once and checks all that training relies on.
 
@@ -341,7 +349,9 @@ class NpyDataset(Dataset):
             or sizes, masks of another size than their image or with values outside the classes
         """
         facts = self.scan(cache_file)
-        problems = [facts[file]["problem"] for file in [*self.images, *self.masks] if "problem" in facts[file]]
+        problems = [
+            facts[file]["problem"] for file in [*self.images, *self.masks] if "problem" in facts[file]
+        ]
         images = {file: facts[file] for file in self.images if "problem" not in facts[file]}
         problems += _odd_ones_out({file: fact["shape"][2] for file, fact in images.items()}, "channels")
         problems += _odd_ones_out({file: fact["dtype"] for file, fact in images.items()}, "as dtype")
@@ -349,7 +359,9 @@ class NpyDataset(Dataset):
         masks = {file: facts[file]["shape"][2] for file in self.masks if "problem" not in facts[file]}
         problems += _odd_ones_out(masks, "channels")
         if training and self.crop is None:
-            odd = _odd_ones_out({file: "{} x {}".format(*fact["shape"]) for file, fact in images.items()}, "pixels")
+            odd = _odd_ones_out(
+                {file: "{} x {}".format(*fact["shape"]) for file, fact in images.items()}, "pixels"
+            )
             problems += [f"{problem}: images of several sizes need a crop" for problem in odd]
         for file, fact in images.items():
             if fact["damaged"]:
@@ -362,9 +374,15 @@ class NpyDataset(Dataset):
         for image, mask in zip(self.images, self.masks, strict=True):
             if "problem" not in facts[image] and "problem" not in facts[mask]:
                 problems += [
-                    f"{mask}: {problem}" for problem in self._mask_problems(facts[image], facts[mask], num_classes)
+                    f"{mask}: {problem}"
+                    for problem in self._mask_problems(facts[image], facts[mask], num_classes)
                 ]
-        if training and not problems and self.task != "values" and self._flat_classes() == {0, self.ignore_index}:
+        if (
+            training
+            and not problems
+            and self.task != "values"
+            and self._flat_classes() == {0, self.ignore_index}
+        ):
             problems.append(
                 f"{self.masks[0].parent}: the masks hold 0 and {self.ignore_index} alone, and {self.ignore_index} is "
                 f"ignored: map it with MASK_VALUES={{{self.ignore_index}: 1}}"
@@ -427,7 +445,7 @@ class NpyPredictionDataset(Dataset):
     def __init__(self, files: Sequence[str | os.PathLike], contract: DataContract | None = None) -> None:
         """
         :param files: image files in any format of images.py
-        :param contract: how to read them; None takes what the first file suggests, without normalisation
+        :param contract: how to read them; None takes what the first file suggests, without normalization
         :raises DataError: if there are no files, with each one that cannot be read or is not as the contract says
         """
         self.files = [Path(file) for file in files]
@@ -504,9 +522,9 @@ def map_values(mask: np.ndarray, mask_values: dict | None) -> np.ndarray:
     if not mask_values:
         return mask
     if isinstance(next(iter(mask_values)), tuple):
-        result = np.full((*mask.shape[:2], 1), -1, np.int64)  # colours without a class are refused by check()
-        for colour, number in mask_values.items():
-            result[(mask == np.asarray(colour)).all(-1)] = number
+        result = np.full((*mask.shape[:2], 1), -1, np.int64)  # colors without a class are refused by check()
+        for color, number in mask_values.items():
+            result[(mask == np.asarray(color)).all(-1)] = number
         return result
     result = mask.astype(np.int64) if mask.dtype.kind in "bui" else mask.copy()
     for value, number in mask_values.items():
@@ -524,7 +542,7 @@ def _random_start(length: int, size: int, place: int | None) -> int:
 
 def _several_channels(channels: int) -> str:
     return (
-        f"it has {channels} channels: a multi-class mask has one, or colours that MASK_VALUES names all, such as "
+        f"it has {channels} channels: a multi-class mask has one, or colors that MASK_VALUES names all, such as "
         '{(255, 0, 0): 1}; overlapping classes need task="multi-label"'
     )
 
@@ -534,4 +552,6 @@ def _odd_ones_out(values: dict[Path, Any], what: str) -> list[str]:
     if len(set(values.values())) < 2:
         return []
     usual = Counter(values.values()).most_common(1)[0][0]
-    return [f"{file}: has {value} {what}, most have {usual}" for file, value in values.items() if value != usual]
+    return [
+        f"{file}: has {value} {what}, most have {usual}" for file, value in values.items() if value != usual
+    ]

@@ -1,5 +1,5 @@
 """
-Contains the doctor: what is wrong or odd about a data set, from the facts of its files.
+Contains the doctor: what is wrong or odd about a dataset, from the facts of its files.
 
 It does not find images that were copied with a change of their values (compressed, resampled, brightened, cropped), nor
 parts of one place without a georeference.
@@ -22,10 +22,12 @@ from .facts import Facts
 from .images import DataError
 
 _NEARLY_ALL = 0.95  # part of the pixels
-_SMALLEST_OVERLAP = 0.01  # part of the smaller tile: neighbours may touch
+_SMALLEST_OVERLAP = 0.01  # part of the smaller tile: neighbors may touch
 _MOST_CHANNELS = 32  # a first dimension up to this may be channels
 _OTHER_RANGE = 10.0  # times larger or smaller, of a part
-_OTHER_RANGE_OF_ONE = 1000.0  # of a single image; in the dark, images of one microscope differ by some dozen times
+_OTHER_RANGE_OF_ONE = (
+    1000.0  # of a single image; in the dark, images of one microscope differ by some dozen times
+)
 _FILES_NAMED = 3
 
 
@@ -36,7 +38,7 @@ class Finding:
 
     :param is_problem: whether training would refuse the data, or learn or measure what is wrong
     :param text: what it is and what to do, one sentence
-    :param files: the files it is about, or pairs of them ("a = b"), relative to the data set
+    :param files: the files it is about, or pairs of them ("a = b"), relative to the dataset
     """
 
     is_problem: bool
@@ -51,7 +53,9 @@ class Finding:
             named = ", ".join(self.files[:_FILES_NAMED]) + (f", and {more} more" if more > 0 else "")
             lines.append(" " * len(head) + named)
         return "\n".join(
-            textwrap.fill(line, 110, subsequent_indent=" " * len(head), break_on_hyphens=False, break_long_words=False)
+            textwrap.fill(
+                line, 110, subsequent_indent=" " * len(head), break_on_hyphens=False, break_long_words=False
+            )
             for line in lines
         )
 
@@ -108,13 +112,21 @@ def _axes(pairs: list[_Pair]) -> Iterator[Finding]:
     """Arrays (C, H, W), which are read as (H, W, C)."""
     shapes = [(pair.image["shape"], pair.mask["shape"]) for pair in pairs]
     images = [
-        pair.image_name for pair, (image, mask) in zip(pairs, shapes, strict=True) if _is_first(image, mask, True)
+        pair.image_name
+        for pair, (image, mask) in zip(pairs, shapes, strict=True)
+        if _is_first(image, mask, True)
     ]
-    masks = [pair.mask_name for pair, (image, mask) in zip(pairs, shapes, strict=True) if _is_first(mask, image, False)]
+    masks = [
+        pair.mask_name
+        for pair, (image, mask) in zip(pairs, shapes, strict=True)
+        if _is_first(mask, image, False)
+    ]
     for noun, names in (("image", images), ("mask", masks)):
         if names:
             advice = "channels are expected last: save np.moveaxis(array, 0, -1)."
-            yield Finding(True, f"{_count(len(names), noun)} with channels first, as it seems; {advice}", names)
+            yield Finding(
+                True, f"{_count(len(names), noun)} with channels first, as it seems; {advice}", names
+            )
 
 
 def _is_first(shape: Sequence[int], partner: Sequence[int], may_guess: bool) -> bool:
@@ -122,13 +134,15 @@ def _is_first(shape: Sequence[int], partner: Sequence[int], may_guess: bool) -> 
     if list(shape[:2]) == list(partner[:2]):
         return False
     side = min(shape[1:])
-    return list(shape[1:]) == list(partner[:2]) or (may_guess and 2 * shape[0] < side > _MOST_CHANNELS >= shape[0])
+    return list(shape[1:]) == list(partner[:2]) or (
+        may_guess and 2 * shape[0] < side > _MOST_CHANNELS >= shape[0]
+    )
 
 
 def _refused(parts: dict[str, NpyDataset], root: Path, task: str, mask_values: dict) -> Iterator[Finding]:
     """What training would refuse."""
     problems: list[str] = []
-    contract = parts["train"].contract(normalise=False)
+    contract = parts["train"].contract(normalize=False)
     for part in parts.values():
         dataset = copy.copy(part.with_mask_values(mask_values) if mask_values else part)
         dataset.task = task
@@ -157,7 +171,9 @@ def _duplicates(pairs: list[_Pair]) -> Iterator[Finding]:
     for pair in whole:
         distinct.setdefault(str((pair.image["shape"], pair.image["digests"])), pair)
     turned = _groups(list(distinct.values()), _statistics)
-    yield from _copies(turned, ("is a flipped or turned copy of one", "are flipped or turned copies"), ("values",))
+    yield from _copies(
+        turned, ("is a flipped or turned copy of one", "are flipped or turned copies"), ("values",)
+    )
 
 
 def _copies(groups: list[list[_Pair]], says: tuple[str, str], compared: Sequence[str]) -> Iterator[Finding]:
@@ -287,7 +303,9 @@ def _channels(pairs: list[_Pair]) -> Iterator[Finding]:
     never = flat.all(0) & (low == low[0]).all(0)
     if never.any():
         numbers = _numbers(np.flatnonzero(never))
-        yield Finding(False, f"channel {numbers} has the same value in all images: it tells nothing; leave it out.")
+        yield Finding(
+            False, f"channel {numbers} has the same value in all images: it tells nothing; leave it out."
+        )
     some = flat & ~never
     for channel in np.flatnonzero(some.any(0)):
         names = [pair.image_name for pair, is_flat in zip(whole, some[:, channel], strict=True) if is_flat]
@@ -319,7 +337,7 @@ def _empty(pairs: list[_Pair]) -> Iterator[Finding]:
         ("missing", f"with data in less than {1 - _NEARLY_ALL:.0%} of the pixels: leave them out."),
         (
             "zeros",
-            f"with 0 in more than {_NEARLY_ALL:.0%} of the pixels: if that is no data, give nodata=0 to the data set.",
+            f"with 0 in more than {_NEARLY_ALL:.0%} of the pixels: if that is no data, give nodata=0 to the dataset.",
         ),
         ("blank", "of one value alone: leave them out."),
     ):
@@ -345,13 +363,13 @@ def _ignored(pairs: list[_Pair], mask_values: dict) -> Iterator[Finding]:
     names = []
     for pair in pairs:
         height, width, _ = pair.mask["shape"]
-        counted = (number for value, number in pair.mask["values"] or [] if not _is_ignored(value, mask_values))
+        counted = (
+            number for value, number in pair.mask["values"] or [] if not _is_ignored(value, mask_values)
+        )
         if pair.mask["values"] is not None and sum(counted) < (1 - _NEARLY_ALL) * height * width:
             names.append(pair.mask_name)
     if names:
-        text = (
-            f"{_count(len(names), 'mask')} with less than {1 - _NEARLY_ALL:.0%} of the pixels in a class, the others "
-        )
+        text = f"{_count(len(names), 'mask')} with less than {1 - _NEARLY_ALL:.0%} of the pixels in a class, the others "
         yield Finding(False, text + "ignored or no data: leave them out.", names)
 
 
@@ -423,9 +441,11 @@ def _is_ignored(value: Any, mask_values: dict) -> bool:
 
 
 def _labels(mask: Facts, task: str, mask_values: dict) -> set[Any]:
-    """Class numbers or colours of a multi-class mask; of a multi-label one, the channels in which something is."""
+    """Class numbers or colors of a multi-class mask; of a multi-label one, the channels in which something is."""
     values = [value for value, _ in mask["values"] if not _is_ignored(value, mask_values)]
     if task == "multi-class":
-        return {tuple(value) if isinstance(value, list) else mask_values.get(value, value) for value in values}
+        return {
+            tuple(value) if isinstance(value, list) else mask_values.get(value, value) for value in values
+        }
     rows = [value if isinstance(value, list) else [value] for value in values]
     return {label for row in rows for label, part in enumerate(row) if part == 1 or part in mask_values}

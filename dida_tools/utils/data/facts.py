@@ -1,5 +1,5 @@
 """
-Contains what is found out about each file of a data set by reading it once: hash, size, dtype, damaged values,
+Contains what is found out about each file of a dataset by reading it once: hash, size, dtype, damaged values,
 statistics of the channels, values of a mask. The answers are cached by path, size and time of change.
 """
 
@@ -41,7 +41,9 @@ def scan_files(
     cache = _read_cache(cache_file)
     keys = {file: f"{_VERSION}:{scan.__name__}{sorted(options.items())}:{file.absolute()}" for file in files}
     stamps = {file: _stamp(file) for file in files}
-    missing = [file for file in files if not stamps[file] or cache.get(keys[file], {}).get("stamp") != stamps[file]]
+    missing = [
+        file for file in files if not stamps[file] or cache.get(keys[file], {}).get("stamp") != stamps[file]
+    ]
 
     def scan_one(file: Path) -> Facts:
         try:
@@ -55,7 +57,9 @@ def scan_files(
     if missing and cache_file is not None:
         entries = {keys[file]: cache[keys[file]] for file in missing}
         # What cannot be read may be readable later without a change of the file, such as of its permissions.
-        _write_cache(cache_file, {key: entry for key, entry in entries.items() if "problem" not in entry["facts"]})
+        _write_cache(
+            cache_file, {key: entry for key, entry in entries.items() if "problem" not in entry["facts"]}
+        )
     return {file: cache[keys[file]]["facts"] for file in files}
 
 
@@ -91,7 +95,9 @@ def scan_image(file: Path, nodata: float | None = None) -> Facts:
             continue
         values = band.astype(np.float64)
         low, high = np.minimum(low, values.min(0)), np.maximum(high, values.max(0))
-        count, mean, m2 = merge_moments((count, mean, m2), (len(values), values.mean(0), values.var(0) * len(values)))
+        count, mean, m2 = merge_moments(
+            (count, mean, m2), (len(values), values.mean(0), values.var(0) * len(values))
+        )
     return {
         "sha256": _sha256(file),
         "shape": list(info.shape),
@@ -152,7 +158,9 @@ def scan_mask(file: Path) -> Facts:
         "dtype": info.dtype,
         "nodata": info.nodata,
         "damaged": damaged,
-        "values": None if found is None else [[list(v) if channels > 1 else v[0], n] for v, (n, _) in in_order],
+        "values": None
+        if found is None
+        else [[list(v) if channels > 1 else v[0], n] for v, (n, _) in in_order],
         "places": [places for _, (_, places) in in_order],
     }
 
@@ -211,7 +219,9 @@ def _sha256(file: Path) -> str:
 
 def _read_cache(cache_file: Path | None) -> dict[str, Any]:
     if cache_file is not None:
-        with contextlib.suppress(OSError, ValueError, RecursionError):  # a missing or damaged cache is made anew
+        with contextlib.suppress(
+            OSError, ValueError, RecursionError
+        ):  # a missing or damaged cache is made anew
             digest, _, content = cache_file.read_bytes().partition(b"\n")
             if digest == hashlib.sha256(content).hexdigest().encode():
                 return json.loads(content)

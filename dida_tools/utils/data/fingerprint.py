@@ -1,5 +1,5 @@
 """
-Contains the fingerprint of a data set: what is in it, what is wrong with it, and what config it suggests.
+Contains the fingerprint of a dataset: what is in it, what is wrong with it, and what config it suggests.
 
     python -m dida_tools.utils.data.fingerprint DIR      DIR holds x and y, or train/x, train/y, test/x, test/y
 
@@ -29,7 +29,7 @@ _SAMPLES_PER_EPOCH = 160  # at least
 
 def fingerprint(dataset: NpyDataset, cache_file: Path | None = None) -> dict[str, Any]:
     """
-    What is in a data set.
+    What is in a dataset.
 
     :return: number of images, sizes, channels, dtypes, part of each mask value, and of each channel min, max, mean, std
     :raises DataError: if a file cannot be read
@@ -62,8 +62,12 @@ def fingerprint(dataset: NpyDataset, cache_file: Path | None = None) -> dict[str
         mean, std = dataset.mean_and_std(cache_file)
         summary["statistics"] = [
             {
-                "min": min((image["min"][channel] for image in images if image["count"][channel]), default=0.0),
-                "max": max((image["max"][channel] for image in images if image["count"][channel]), default=0.0),
+                "min": min(
+                    (image["min"][channel] for image in images if image["count"][channel]), default=0.0
+                ),
+                "max": max(
+                    (image["max"][channel] for image in images if image["count"][channel]), default=0.0
+                ),
                 "mean": float(mean[channel]),
                 "std": float(std[channel]),
             }
@@ -74,7 +78,7 @@ def fingerprint(dataset: NpyDataset, cache_file: Path | None = None) -> dict[str
 
 def suggest(dataset: NpyDataset, cache_file: Path | None = None) -> dict[str, Any]:
     """
-    The keys of a training config that follow from a data set. What is under "DATASET_CONFIG" is for its training part,
+    The keys of a training config that follow from a dataset. What is under "DATASET_CONFIG" is for its training part,
     except the task, which is for all.
     """
     facts = fingerprint(dataset, cache_file)
@@ -97,7 +101,7 @@ def suggest(dataset: NpyDataset, cache_file: Path | None = None) -> dict[str, An
     if mask_channels > 1:
         labels = {number for value in values for number in np.atleast_1d(value).tolist()}
         if not labels <= {0, 1, 255} or (mask_channels == 3 and 255 in labels and 1 not in labels):
-            suggestion["MASK_VALUES"] = {colour: number for number, colour in enumerate(values)}
+            suggestion["MASK_VALUES"] = {color: number for number, color in enumerate(values)}
             suggestion["MODEL_CONFIG"]["ch_out"] = max(2, len(values))
             suggestion["DATASET_CONFIG"]["foreground"] = 0.3
             return suggestion
@@ -121,15 +125,19 @@ def suggest(dataset: NpyDataset, cache_file: Path | None = None) -> dict[str, An
 
 def folders_of(folder: Path) -> dict[str, tuple[Path, Path]]:
     """
-    Finds the parts of a data set: train/{x,y}, test/{x,y} and validation/{x,y}, or {x,y} as the training part.
+    Finds the parts of a dataset: train/{x,y}, test/{x,y} and validation/{x,y}, or {x,y} as the training part.
 
     :raises DataError: if there is no training part
     """
-    found = {part: folder / part for part in ("train", "test", "validation") if (folder / part / "x").is_dir()}
+    found = {
+        part: folder / part for part in ("train", "test", "validation") if (folder / part / "x").is_dir()
+    }
     if (folder / "x").is_dir() and "train" not in found:
         found["train"] = folder
     if "train" not in found:
-        raise DataError([f"{folder}: holds no data: put images and masks of the same names into train/x and train/y"])
+        raise DataError(
+            [f"{folder}: holds no data: put images and masks of the same names into train/x and train/y"]
+        )
     return {part: (place / "x", place / "y") for part, place in found.items()}
 
 
@@ -139,7 +147,9 @@ def describe(facts: dict[str, Any]) -> str:
     for name in ("sizes", "channels", "dtypes", "mask channels", "mask dtypes"):
         counts = facts[name].most_common(4)
         more = f", and {len(facts[name]) - 4} more" if len(facts[name]) > 4 else ""
-        shown = ", ".join(f"{value}" + (f" ({number})" if len(facts[name]) > 1 else "") for value, number in counts)
+        shown = ", ".join(
+            f"{value}" + (f" ({number})" if len(facts[name]) > 1 else "") for value, number in counts
+        )
         lines.append(f"  {name:<14} {shown}{more}")
     if facts["mask values"] is None:
         lines.append("  mask values    numbers, no classes")
@@ -147,7 +157,8 @@ def describe(facts: dict[str, Any]) -> str:
         shown_values = list(facts["mask values"].items())
         text = ", ".join(f"{value}: {part:.2%}" for value, part in shown_values[:16])
         lines.append(
-            f"  mask values    {text}" + (f", and {len(shown_values) - 16} more" if len(shown_values) > 16 else "")
+            f"  mask values    {text}"
+            + (f", and {len(shown_values) - 16} more" if len(shown_values) > 16 else "")
         )
     if facts["statistics"]:
         lines.append("  channel            min         max        mean         std")
@@ -159,8 +170,12 @@ def describe(facts: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="holds x and y, or train/x, train/y, test/x, test/y")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="holds x and y, or train/x, train/y, test/x, test/y"
+    )
     folder = parser.parse_args(arguments).folder
     try:
         parts = {part: NpyDataset(*places) for part, places in folders_of(folder).items()}

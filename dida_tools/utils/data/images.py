@@ -94,7 +94,9 @@ def raster_grid(path: Path) -> dict[str, Any] | None:
         if to_map.is_identity:
             return None
         ends = ((0, 0), (raster.width, 0), (raster.width, raster.height), (0, raster.height))
-        corners = [[to_map.a * x + to_map.b * y + to_map.c, to_map.d * x + to_map.e * y + to_map.f] for x, y in ends]
+        corners = [
+            [to_map.a * x + to_map.b * y + to_map.c, to_map.d * x + to_map.e * y + to_map.f] for x, y in ends
+        ]
         return {"crs": raster.crs.to_wkt() if raster.crs else "", "corners": corners}
 
 
@@ -211,7 +213,9 @@ class ImageReader:
 
 def _forget(array: np.ndarray) -> None:
     """What was read of a memory-mapped file would count as memory of this process."""
-    mapped = getattr(array.base if array.base is not None else array, "_mmap", None) or getattr(array, "_mmap", None)
+    mapped = getattr(array.base if array.base is not None else array, "_mmap", None) or getattr(
+        array, "_mmap", None
+    )
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -223,7 +227,10 @@ def read_bands(path: Path, max_values: int) -> Iterator[np.ndarray]:
     :return: (rows, W, C) each, in the dtype of the file
     :raises DataError: if the file cannot be read as an image
     """
-    with _named(path), contextlib.ExitStack() as stack:  # opened once: formats without windows are decoded once
+    with (
+        _named(path),
+        contextlib.ExitStack() as stack,
+    ):  # opened once: formats without windows are decoded once
         is_raster = path.suffix.lower() in _RASTERS
         source: Any = stack.enter_context(_open_raster(path)) if is_raster else _open_array(path)
         height, width, channels = (source.height, source.width, source.count) if is_raster else source.shape
@@ -272,7 +279,7 @@ def _read_whole(path: Path) -> np.ndarray:
     with open(path, "rb") as stream:
         header = stream.read(26)
     if header.startswith(b"\x89PNG") and header[24:25] == b"\x10" and header[25:] != b"\x00":
-        with _open_raster(path) as raster:  # Pillow takes 16-bit colours for 8-bit ones
+        with _open_raster(path) as raster:  # Pillow takes 16-bit colors for 8-bit ones
             return np.moveaxis(raster.read(), 0, -1)
     with Image.open(path) as image:
         array = np.asarray(image)  # of palette images, the numbers

@@ -3,8 +3,8 @@ Contains the built-in scenes: invented satellite images with masks, for first st
 
 They look like Sentinel-2 images (12 bands, 10 m pixels, reflectance times 10,000 in uint16): fields, forest, water,
 settlements and clouds, with sensor noise, blurred 20 m and 60 m bands, haze, cloud shadows and slanted borders without
-data. Colour alone does not tell the classes apart: lush fields have the colour of forest but not its texture,
-settlements are a mixture of all colours, shadows are as dark as water. Everything follows from the number of a scene.
+data. Color alone does not tell the classes apart: lush fields have the color of forest but not its texture,
+settlements are a mixture of all colors, shadows are as dark as water. Everything follows from the number of a scene.
 """
 
 import json
@@ -157,12 +157,12 @@ def _land(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     bent_y = y + 5 * _smooth_noise(rng, size, 25)
     bent_x = x + 5 * _smooth_noise(rng, size, 25)
     num_parcels = max(6, int(size * size / 1100))
-    centres = rng.uniform(-10, size + 10, (num_parcels, 2))
-    distance = (bent_y[..., None] - centres[:, 0]) ** 2 + (bent_x[..., None] - centres[:, 1]) ** 2
+    centers = rng.uniform(-10, size + 10, (num_parcels, 2))
+    distance = (bent_y[..., None] - centers[:, 0]) ** 2 + (bent_x[..., None] - centers[:, 1]) ** 2
     parcel = distance.argmin(-1)
     kinds = rng.choice([FIELD, FOREST, SETTLEMENT], num_parcels, p=[0.52, 0.28, 0.20])
-    # Neighbouring parcels often have the same use, as forests and towns do.
-    nearest = ((centres[:, None] - centres[None]) ** 2).sum(-1).argsort(1)[:, 1]
+    # Neighboring parcels often have the same use, as forests and towns do.
+    nearest = ((centers[:, None] - centers[None]) ** 2).sum(-1).argsort(1)[:, 1]
     kinds = np.where(rng.random(num_parcels) < 0.4, kinds[nearest], kinds)
 
     reflectance = np.zeros((size, size, len(CHANNEL_NAMES)))
@@ -205,7 +205,9 @@ def _settlement(rng: np.random.Generator, y: np.ndarray, x: np.ndarray, inside: 
     u = y[inside] * np.cos(angle) + x[inside] * np.sin(angle)
     v = x[inside] * np.cos(angle) - y[inside] * np.sin(angle)
     street = (u % spacing < 1.6) | (v % (1.7 * spacing) < 1.6)
-    plot = (np.floor(u / 4).astype(np.int64) * 73_856_093 ^ np.floor(v / 4).astype(np.int64) * 19_349_663) % 997
+    plot = (
+        np.floor(u / 4).astype(np.int64) * 73_856_093 ^ np.floor(v / 4).astype(np.int64) * 19_349_663
+    ) % 997
     covers = ["red roof", "bright roof", "asphalt", "soil", "crop", "broadleaf", "conifer"]
     of_plot = rng.choice(len(covers), 997, p=[0.12, 0.06, 0.10, 0.16, 0.22, 0.20, 0.14])
     brightness = np.exp(0.2 * rng.standard_normal((997, 1)))
@@ -214,7 +216,9 @@ def _settlement(rng: np.random.Generator, y: np.ndarray, x: np.ndarray, inside: 
     return surface * np.exp(0.10 * rng.standard_normal(len(surface)))[:, None]
 
 
-def _waters(rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _waters(
+    rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     valley = _smooth_noise(rng, size, size / 2.2)
     river = np.abs(valley - rng.normal(0, 0.5)) < rng.uniform(0.05, 0.13)
     lake = _smooth_noise(rng, size, size / 4) > rng.uniform(1.3, 2.2)
@@ -228,7 +232,9 @@ def _waters(rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndar
     return np.where(wet[..., None], water, land), np.where(wet, WATER, mask)
 
 
-def _clouds(rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _clouds(
+    rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     if rng.random() < 0.35:
         return land, mask
     cover = _smooth_noise(rng, size, size / 5) + 0.4 * _smooth_noise(rng, size, 9) - rng.uniform(0.7, 1.5)

@@ -1,7 +1,7 @@
 """
 Contains augmentation: functions of an image and its mask, for any number of channels.
 
-Each takes the image (C, H, W) in float32, normalised, and the mask (H, W) or (K, H, W), and returns both. They draw
+Each takes the image (C, H, W) in float32, normalized, and the mask (H, W) or (K, H, W), and returns both. They draw
 from PyTorch's generator, which the routines seed for each sample from (seed, epoch, index): a sample is the same
 whatever the number of workers. Strengths are set with functools.partial, so that a config can record them:
 ``augment=(flip, quarter_turn, partial(noise, std=0.1))``.
@@ -29,8 +29,10 @@ def quarter_turn(image: Tensor, mask: Tensor) -> Pair:
     return image.rot90(turns, (-2, -1)), mask.rot90(turns, (-2, -1))
 
 
-def rescale(image: Tensor, mask: Tensor, low: float = 0.8, high: float = 1.25, probability: float = 0.5) -> Pair:
-    """Magnifies around the centre by a factor between low and high; what comes in at the edges is mirrored."""
+def rescale(
+    image: Tensor, mask: Tensor, low: float = 0.8, high: float = 1.25, probability: float = 0.5
+) -> Pair:
+    """Magnifies around the center by a factor between low and high; what comes in at the edges is mirrored."""
     if torch.rand(()) >= probability:
         return image, mask
     # Even in the logarithm: half as large is as likely as twice as large.
@@ -44,7 +46,7 @@ def rescale(image: Tensor, mask: Tensor, low: float = 0.8, high: float = 1.25, p
 
 
 def brightness(image: Tensor, mask: Tensor, std: float = 0.1) -> Pair:
-    """Adds a number to each channel, in units of its standard deviation where images are normalised."""
+    """Adds a number to each channel, in units of its standard deviation where images are normalized."""
     return image + std * torch.randn(image.shape[0], 1, 1), mask
 
 
@@ -57,7 +59,7 @@ def contrast(image: Tensor, mask: Tensor, amount: float = 0.1) -> Pair:
 
 
 def noise(image: Tensor, mask: Tensor, std: float = 0.05) -> Pair:
-    """Adds noise to each value, in units of the channel's standard deviation where images are normalised."""
+    """Adds noise to each value, in units of the channel's standard deviation where images are normalized."""
     return image + std * torch.randn(image.shape), mask
 
 

@@ -60,7 +60,9 @@ def replace_log(path: str | os.PathLike, contents: list[dict[str, Any]]) -> None
             old = path.read_bytes()
             write_atomic(path.with_name(f"{path.name}.old"), lambda file: file.write(old))
         columns = list(dict.fromkeys(key for content in contents for key in content))
-        _write_cells(path, columns, [{key: _to_cell(value) for key, value in row.items()} for row in contents])
+        _write_cells(
+            path, columns, [{key: _to_cell(value) for key, value in row.items()} for row in contents]
+        )
 
 
 def remove_rows(path: str | os.PathLike, names: Iterable[str]) -> None:
@@ -99,7 +101,9 @@ def _locked(path: Path) -> Iterator[None]:
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
             yield
     except Timeout as error:
-        raise TimeoutError(f"{path}: another process has held it for {LOCK_SECONDS} s; is it hanging?") from error
+        raise TimeoutError(
+            f"{path}: another process has held it for {LOCK_SECONDS} s; is it hanging?"
+        ) from error
 
 
 def _write_cells(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
@@ -124,7 +128,8 @@ def _read_cells(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         csv.field_size_limit(limit)
     header += [""] * (max(map(len, lines), default=0) - len(header))
     columns = [
-        name if name and name not in header[:index] else f"column {index + 1}" for index, name in enumerate(header)
+        name if name and name not in header[:index] else f"column {index + 1}"
+        for index, name in enumerate(header)
     ]
     return columns, [dict(zip(columns, line, strict=False)) for line in lines]
 

@@ -48,7 +48,9 @@ class Journal:
                 return False
             self.contradictions.append(f"{identity[0]} {identity[1]}")
         line = _line(event)
-        written = os.write(self._file, line)  # one call, so the line is whole or, after a kill or power cut, cut off
+        written = os.write(
+            self._file, line
+        )  # one call, so the line is whole or, after a kill or power cut, cut off
         if written < len(line):
             os.ftruncate(self._file, os.fstat(self._file).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))

@@ -24,7 +24,11 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     kind = event["event"]
     if kind == "start":
-        columns |= {"NAME": event["name"], "STATUS": "running", "STARTED": row.get("STARTED", clock(event["time"]))}
+        columns |= {
+            "NAME": event["name"],
+            "STATUS": "running",
+            "STARTED": row.get("STARTED", clock(event["time"])),
+        }
         columns |= {"SECONDS": None, "EPOCH": event["epoch"], "BEST_EPOCH": event["best_epoch"]}
         columns |= {"HEARTBEAT": None, "HOST": event["host"], "PID": event["pid"], "ERROR": None}
         columns["RAN_ON"] = f"{event['device']} {event['precision']}"
@@ -90,7 +94,10 @@ def _current_row(run_dir: Path) -> dict[str, Any]:
         if row.get("STATUS") != "running" or is_in_training(run_dir):
             return row
         before, row = row, row_of(read_journal(run_dir / "journal.jsonl"))
-    if row["HOST"] != socket.gethostname() and time.time() - _seconds(row["HEARTBEAT"]) < _SECONDS_TO_BELIEVE_OTHERS:
+    if (
+        row["HOST"] != socket.gethostname()
+        and time.time() - _seconds(row["HEARTBEAT"]) < _SECONDS_TO_BELIEVE_OTHERS
+    ):
         return row  # not every network drive knows the locks of other machines
     return row | {"STATUS": "killed"}
 

@@ -44,7 +44,9 @@ def find_run(
         return wanted
     if wanted == "latest":
         if with_weights:
-            names = [name for name in names if (Path(global_config["WEIGHT_DIR"]) / name / "best.pt").is_file()]
+            names = [
+                name for name in names if (Path(global_config["WEIGHT_DIR"]) / name / "best.pt").is_file()
+            ]
             if not names:
                 raise UserError(f"{global_config['WEIGHT_DIR']}: no run has weights yet.")
         return max(names, key=lambda name: _last_written(log_dir / name))
@@ -58,7 +60,9 @@ def find_run(
         return matching[0]
     if not matching:
         raise UserError(f"no run is called {wanted!r}: the last ones are {', '.join(names[-5:])}.")
-    raise UserError(f"{wanted!r} fits {len(matching)} runs, such as {', '.join(matching[-3:])}: give more of the name.")
+    raise UserError(
+        f"{wanted!r} fits {len(matching)} runs, such as {', '.join(matching[-3:])}: give more of the name."
+    )
 
 
 def run_names(log_dir: str | os.PathLike) -> list[str]:
@@ -109,11 +113,17 @@ def is_in_training(run_dir: str | os.PathLike) -> bool:
 
 
 def _last_written(run_dir: Path) -> int:
-    return max(file.stat().st_mtime_ns for name in ("config.json", "journal.jsonl") for file in run_dir.glob(name))
+    return max(
+        file.stat().st_mtime_ns for name in ("config.json", "journal.jsonl") for file in run_dir.glob(name)
+    )
 
 
 def _best_run(rows: list[dict[str, Any]], names: list[str], metric: str) -> str:
-    rows = [row for row in rows if row.get("STATUS") == "finished" and row.get("NAME") in names and row.get("MONITOR")]
+    rows = [
+        row
+        for row in rows
+        if row.get("STATUS") == "finished" and row.get("NAME") in names and row.get("MONITOR")
+    ]
     if not rows:
         raise UserError("no run is finished yet, so there is no best one.")
     monitor = rows[-1]["MONITOR"]
@@ -136,7 +146,11 @@ def _best_run(rows: list[dict[str, Any]], names: list[str], metric: str) -> str:
 
 
 def _test_data(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key.startswith("DATASET_CONFIG.test") and value is not None}
+    return {
+        key: value
+        for key, value in row.items()
+        if key.startswith("DATASET_CONFIG.test") and value is not None
+    }
 
 
 def read_run_config(

@@ -104,8 +104,14 @@ class SMTPNotifier:
         self._timeout_seconds, self._retry_seconds = timeout_seconds, tuple(retry_seconds)
         self._ssl_context, self._redact, self._print = ssl_context, redact, say
         if problems := self._find_problems():
-            listed = problems[0] if len(problems) == 1 else "\n" + "\n".join(f"  - {problem}" for problem in problems)
-            raise NotificationError(f"e-mail has {len(problems)} problem{'s' * (len(problems) > 1)}: {listed}")
+            listed = (
+                problems[0]
+                if len(problems) == 1
+                else "\n" + "\n".join(f"  - {problem}" for problem in problems)
+            )
+            raise NotificationError(
+                f"e-mail has {len(problems)} problem{'s' * (len(problems) > 1)}: {listed}"
+            )
         self._server = f"{self._host}:{self._port}"
         self._process_id = os.getpid()
         self._changed = threading.Condition()
@@ -151,7 +157,9 @@ class SMTPNotifier:
         :param picture: a PNG file, or its bytes, shown below the text
         :param html: to be shown in place of the text where possible
         """
-        if os.getpid() != self._process_id:  # where there is no thread, and perhaps nobody who gives the lock back
+        if (
+            os.getpid() != self._process_id
+        ):  # where there is no thread, and perhaps nobody who gives the lock back
             self._say_unsent(subject, "notify in the process that made the notifier")
             return
         mail = _Mail(message, subject, html, self._read_picture(picture), localtime())
@@ -164,7 +172,9 @@ class SMTPNotifier:
             self._say_unsent(subject, "notify before the notifier is closed")
         elif is_full and not self._has_said_full:
             self._has_said_full = True
-            self._say(f"{NUM_WAITING} e-mails wait for {self._server}: the oldest are left out, so notify less often.")
+            self._say(
+                f"{NUM_WAITING} e-mails wait for {self._server}: the oldest are left out, so notify less often."
+            )
 
     def close(self, wait_seconds: float = 15.0) -> None:
         """Waits until all is sent, but no longer than that, and says how much was not. Again: nothing."""
@@ -178,7 +188,9 @@ class SMTPNotifier:
             self._waiting.clear()
             self._given_up.set()
         if num_unsent:
-            self._say(f"{num_unsent} e-mail(s) could not be sent in {wait_seconds:g} s: does {self._server} answer?")
+            self._say(
+                f"{num_unsent} e-mail(s) could not be sent in {wait_seconds:g} s: does {self._server} answer?"
+            )
 
     def _run(self) -> None:
         while True:
@@ -197,7 +209,9 @@ class SMTPNotifier:
                     self._say_unsent(mail.subject, f"{self._server}: {_explain(error)}")
             else:
                 for reply in _list_replies(refused):
-                    self._say(f'e-mail "{self._one_line(mail.subject)}" was not sent to {reply}: check the address.')
+                    self._say(
+                        f'e-mail "{self._one_line(mail.subject)}" was not sent to {reply}: check the address.'
+                    )
 
     def _send(self, message: bytes) -> _Replies:
         """Sends it, with several tries, and returns the replies for those receivers who were refused."""
@@ -247,7 +261,9 @@ class SMTPNotifier:
             message["Cc"] = ", ".join(self._cc)
         message["Date"] = mail.time
         domain = self._sender.rpartition("@")[2]
-        message["Message-ID"] = make_msgid(domain=domain)  # one for all tries, so that doubles can be recognized
+        message["Message-ID"] = make_msgid(
+            domain=domain
+        )  # one for all tries, so that doubles can be recognized
         message["Auto-Submitted"] = "auto-generated"  # no out-of-office replies
         picture_id = make_msgid(domain=domain)
         if mail.picture:
@@ -256,7 +272,9 @@ class SMTPNotifier:
         message.add_alternative(html, subtype="html")
         if mail.picture:
             html_part = list(message.iter_parts())[1]
-            html_part.add_related(mail.picture, "image", "png", cid=picture_id, filename="p.png", disposition="inline")
+            html_part.add_related(
+                mail.picture, "image", "png", cid=picture_id, filename="p.png", disposition="inline"
+            )
         return message.as_bytes()
 
     def _read_picture(self, picture: str | os.PathLike | bytes | None) -> bytes | None:
@@ -287,7 +305,11 @@ class SMTPNotifier:
             text = f"[left out, since redact fails with {type(error).__name__}]"
         if password := _password():
             login = f"\0{self._user}\0{password}"  # as it is sent, which a server may repeat in its reply
-            for secret in (b64encode(login.encode()).decode(), b64encode(password.encode()).decode(), password):
+            for secret in (
+                b64encode(login.encode()).decode(),
+                b64encode(password.encode()).decode(),
+                password,
+            ):
                 text = text.replace(secret, "***").replace(escape(secret), "***")
         return re.sub(r"[\0\ud800-\udfff]", "?", text)
 
@@ -299,15 +321,21 @@ class SMTPNotifier:
         problems = {
             "there is no receiver: give an address": not self._receivers,
             f"{strange} should be addresses: write them like me@example.org": strange,
-            f"the sender is {self._sender!r}: set SMTP_SENDER to an address": not _ADDRESS.fullmatch(self._sender),
+            f"the sender is {self._sender!r}: set SMTP_SENDER to an address": not _ADDRESS.fullmatch(
+                self._sender
+            ),
             f"the host is {self._host!r}: set SMTP_HOST to a name": not _HOST.fullmatch(self._host),
             f"the port is {self._port!r}: set SMTP_PORT to a number from 1 to 65535": not port_is_fine,
-            f"the security is {self._security!r}: take one of {', '.join(_PORTS)}": self._security not in _PORTS,
-            "SMTP_SECURITY is none, but SMTP_USER would log in: set starttls or tls": user and self._security == "none",
+            f"the security is {self._security!r}: take one of {', '.join(_PORTS)}": self._security
+            not in _PORTS,
+            "SMTP_SECURITY is none, but SMTP_USER would log in: set starttls or tls": user
+            and self._security == "none",
             "SMTP_USER is set, but SMTP_PASSWORD is not: set both or none": user and not has_password,
             "SMTP_PASSWORD is set, but SMTP_USER is not: set both or none": has_password and not user,
             "SMTP_USER, SMTP_PASSWORD: only ASCII characters can be sent": not (user + _password()).isascii(),
-            f"the seconds are {seconds}: take numbers above 0": not all(0 < number < 1e6 for number in seconds),
+            f"the seconds are {seconds}: take numbers above 0": not all(
+                0 < number < 1e6 for number in seconds
+            ),
         }
         return [problem for problem, is_there in problems.items() if is_there]
 

@@ -1,4 +1,4 @@
-"""Fixtures that write images and data sets in every format."""
+"""Fixtures that write images and datasets in every format."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -51,7 +51,9 @@ def write_pairs(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
     ) -> tuple[Path, Path]:
         for kind, arrays in (("x", images), ("y", masks)):
             for number, array in enumerate(arrays):
-                write_file(tmp_path / folder / kind / f"{number}{ending}", array, nodata if kind == "x" else None)
+                write_file(
+                    tmp_path / folder / kind / f"{number}{ending}", array, nodata if kind == "x" else None
+                )
         return tmp_path / folder / "x", tmp_path / folder / "y"
 
     return write_all

@@ -14,7 +14,16 @@ from dida_tools.utils.data.build import build_datasets, use_folder
 from dida_tools.utils.data.images import DataError
 from dida_tools.utils.data.transforms import GEOMETRY, STANDARD
 
-KINDS = ["class numbers", "0 and 255", "colours", "labels", "labels of 0 and 255", "numbers", "small", "mixed sizes"]
+KINDS = [
+    "class numbers",
+    "0 and 255",
+    "colors",
+    "labels",
+    "labels of 0 and 255",
+    "numbers",
+    "small",
+    "mixed sizes",
+]
 
 
 def invent_mask(kind: str, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -22,14 +31,16 @@ def invent_mask(kind: str, size: tuple[int, int], rng: np.random.Generator) -> n
         return rng.normal(size=size).astype(np.float32)
     if kind.startswith("labels"):
         return rng.integers(0, 2, (*size, 4), dtype=np.uint8) * (255 if "255" in kind else 1)
-    if kind == "colours":
+    if kind == "colors":
         return np.array([[0, 0, 0], [255, 0, 0], [0, 100, 255]], np.uint8)[rng.integers(0, 3, size)]
-    return rng.integers(0, 2 if kind == "0 and 255" else 3, size, dtype=np.uint8) * (255 if "255" in kind else 1)
+    return rng.integers(0, 2 if kind == "0 and 255" else 3, size, dtype=np.uint8) * (
+        255 if "255" in kind else 1
+    )
 
 
 @pytest.fixture
 def folder(tmp_path: Path, write: Any, request: pytest.FixtureRequest) -> Path:
-    """A data set of a kind: 6 images for training, 2 for testing."""
+    """A dataset of a kind: 6 images for training, 2 for testing."""
     kind = getattr(request, "param", "class numbers")
     rng = np.random.default_rng(0)
     for part, count in (("train", 6), ("test", 2)):
@@ -59,7 +70,9 @@ def test_what_a_folder_suggests_can_be_trained(
         assert inputs.shape[1] == 5 and loss.isfinite()
     tasks = {"numbers": "values", "labels": "multi-label", "labels of 0 and 255": "multi-label"}
     assert preparation.contract.task == tasks.get(kind, "multi-class")
-    assert {"labels": 4, "labels of 0 and 255": 4, "numbers": 1, "0 and 255": 2}.get(kind, 3) == model.head.out_channels
+    assert {"labels": 4, "labels of 0 and 255": 4, "numbers": 1, "0 and 255": 2}.get(
+        kind, 3
+    ) == model.head.out_channels
 
 
 def test_the_callers_config_stays_as_it_is(folder: Path, tiny_config: dict[str, Any]) -> None:
@@ -86,7 +99,9 @@ def test_a_config_may_lack_what_the_folder_gives(
     assert len(build_datasets(config)[0].images) == 6
 
 
-def test_folders_are_recorded_whole(folder: Path, tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_are_recorded_whole(
+    folder: Path, tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder.parent)
     config = use_folder(tiny_config, Path("data"))
     assert config["DATASET_CONFIG"]["test"]["x_dir"] == str((folder / "test" / "x").resolve())
@@ -94,7 +109,9 @@ def test_folders_are_recorded_whole(folder: Path, tiny_config: dict[str, Any], m
 
 def test_what_was_found_is_cached(folder: Path, tmp_path: Path, tiny_config: dict[str, Any]) -> None:
     first = use_folder(tiny_config, folder, tmp_path / "facts.json")
-    assert (tmp_path / "facts.json").is_file() and use_folder(tiny_config, folder, tmp_path / "facts.json") == first
+    assert (tmp_path / "facts.json").is_file() and use_folder(
+        tiny_config, folder, tmp_path / "facts.json"
+    ) == first
 
 
 def test_a_folder_without_data_is_refused(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
@@ -110,7 +127,10 @@ def test_a_config_without_data_is_refused(config: dict[str, Any]) -> None:
 
 def test_all_parts_are_built(folder: Path) -> None:
     arguments = {"x_dir": str(folder / "test" / "x"), "y_dir": str(folder / "test" / "y")}
-    config = {"DATASET": NpyDataset, "DATASET_CONFIG": {"train": arguments | {"crop": 8}, "validation": arguments}}
+    config = {
+        "DATASET": NpyDataset,
+        "DATASET_CONFIG": {"train": arguments | {"crop": 8}, "validation": arguments},
+    }
     train, test, validation = build_datasets(config)
     assert (train.crop, test, validation.crop) == (8, None, None)
     assert next(iter(DataLoader(Samples(validation, 0), sampler=[(0, 0)])))[0].shape == (1, 5, 40, 48)

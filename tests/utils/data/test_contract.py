@@ -26,7 +26,9 @@ FULL = DataContract(
     threshold=(0.3, 0.6),
     temperature=1.5,
 )
-CONTRACTS = pytest.mark.parametrize("contract", [FULL, DataContract(1), DataContract(12, dtype="uint16", nodata=-1.5)])
+CONTRACTS = pytest.mark.parametrize(
+    "contract", [FULL, DataContract(1), DataContract(12, dtype="uint16", nodata=-1.5)]
+)
 
 
 def invent(dtype: str, channels: int = 3, height: int = 8, width: int = 9) -> np.ndarray:
@@ -52,7 +54,10 @@ def test_a_contract_fits_into_a_weights_file(tmp_path: Path, contract: DataContr
 def test_a_nodata_value_of_nan_survives(tmp_path: Path) -> None:
     contract = DataContract(1, nodata=float("nan"))
     torch.save(contract.to_dict(), tmp_path / "weights.pt")
-    for stored in (json.loads(json.dumps(contract.to_dict())), torch.load(tmp_path / "weights.pt", weights_only=True)):
+    for stored in (
+        json.loads(json.dumps(contract.to_dict())),
+        torch.load(tmp_path / "weights.pt", weights_only=True),
+    ):
         assert np.isnan(DataContract.from_dict(stored).nodata)
 
 
@@ -104,7 +109,9 @@ def test_other_channels_are_named() -> None:
 @pytest.mark.parametrize("dtype", ["uint16", "float32", "int8", "bool"])
 def test_another_dtype_is_named_with_the_scale(dtype: str) -> None:
     (problem,) = FULL.problems(invent(dtype))
-    assert problem.startswith(f"it is {dtype}, the model was trained on uint8 files") and "0.00392157" in problem
+    assert (
+        problem.startswith(f"it is {dtype}, the model was trained on uint8 files") and "0.00392157" in problem
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -148,7 +155,13 @@ def reflectance(height: int = 40, width: int = 40) -> np.ndarray:
 
 def test_values_as_in_training_are_no_problem_nor_those_of_a_dark_a_blank_or_a_small_image() -> None:
     image = reflectance()
-    for one in (image, image[:20] * (0.2, 0.2, 1), np.full_like(image, 3), image[:3, :3] / 10000, image[:, :, :2]):
+    for one in (
+        image,
+        image[:20] * (0.2, 0.2, 1),
+        np.full_like(image, 3),
+        image[:3, :3] / 10000,
+        image[:, :, :2],
+    ):
         assert REFLECTANCE.value_problems(one) == []
     assert DataContract(3).value_problems(image / 1e9) == []  # nothing is known of training
 
@@ -157,7 +170,9 @@ def test_values_as_in_training_are_no_problem_nor_those_of_a_dark_a_blank_or_a_s
 def test_values_that_were_divided_are_told(factor: float) -> None:
     (problem,) = REFLECTANCE.value_problems(reflectance() * factor)
     assert "its values go from 0 to" in problem and "those of the training data from 0 to 12000" in problem
-    assert "as if they had been divided" in problem and "bring them to the scale of the training data" in problem
+    assert (
+        "as if they had been divided" in problem and "bring them to the scale of the training data" in problem
+    )
 
 
 def test_values_that_were_multiplied_or_moved_are_told() -> None:
@@ -188,7 +203,13 @@ def test_pixels_without_data_do_not_count_as_values() -> None:
 
 def test_scaled_training_statistics_are_compared_with_unscaled_values() -> None:
     contract = DataContract(
-        1, dtype="uint16", scale=1 / 65535, mean=(0.005,), std=(100 / 65535,), minimum=(0.0,), maximum=(60000.0,)
+        1,
+        dtype="uint16",
+        scale=1 / 65535,
+        mean=(0.005,),
+        std=(100 / 65535,),
+        minimum=(0.0,),
+        maximum=(60000.0,),
     )  # with one hot pixel
     rng = np.random.default_rng(0)
     image = rng.normal(300, 100, (50, 50, 1)).clip(0, 65535).astype(np.uint16)
@@ -199,7 +220,7 @@ def test_scaled_training_statistics_are_compared_with_unscaled_values() -> None:
 # -------------------------------------------------------------------------------------------------------- preparation
 
 
-def test_images_are_scaled_and_normalised_by_channel() -> None:
+def test_images_are_scaled_and_normalized_by_channel() -> None:
     image = invent("uint8")
     values, valid = FULL.prepare(image)
     expected = (image / 255 - np.array(FULL.mean)) / np.array(FULL.std)
@@ -209,7 +230,9 @@ def test_images_are_scaled_and_normalised_by_channel() -> None:
     assert np.array_equal(valid.numpy(), ~(image == 0).all(-1))
 
 
-@pytest.mark.parametrize("dtype", ["bool", "uint8", "int16", ">u2", "uint32", "int64", "float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["bool", "uint8", "int16", ">u2", "uint32", "int64", "float16", "float32", "float64"]
+)
 def test_without_statistics_images_are_only_scaled(dtype: str) -> None:
     image = invent(dtype)
     values, valid = DataContract(3, scale=0.5).prepare(image)
@@ -228,12 +251,16 @@ def test_pixels_without_data_become_0(dtype: str, nodata: float) -> None:
     assert (values[:, valid] != 0).float().mean() > 0.9
 
 
-@pytest.mark.parametrize(("dtype", "offset"), [("float32", 1e6), ("float64", 1e9), ("uint32", 4e9), ("int64", 1e12)])
+@pytest.mark.parametrize(
+    ("dtype", "offset"), [("float32", 1e6), ("float64", 1e9), ("uint32", 4e9), ("int64", 1e12)]
+)
 def test_large_means_do_not_drown_the_deviation(dtype: str, offset: float) -> None:
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (20, 20, 1))
     contract = DataContract(1, dtype=dtype, mean=(offset + 1 / 3,), std=(1.0,))
     values, _ = contract.prepare((offset + signs).astype(dtype))
-    torch.testing.assert_close(values[0], torch.from_numpy(signs[..., 0] - 1 / 3).float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        values[0], torch.from_numpy(signs[..., 0] - 1 / 3).float(), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_preparation_leaves_the_image_alone() -> None:

@@ -29,7 +29,9 @@ FORMATS = pytest.mark.parametrize(
 )
 
 
-def invent_images(count: int = 4, size: tuple[int, int] = (24, 30), channels: int = 3, dtype: str = "uint8") -> list:
+def invent_images(
+    count: int = 4, size: tuple[int, int] = (24, 30), channels: int = 3, dtype: str = "uint8"
+) -> list:
     rng = np.random.default_rng(0)
     return [(rng.random((*size, channels)) * (100 + 10 * number)).astype(dtype) for number in range(count)]
 
@@ -102,7 +104,9 @@ def test_crops_are_windows_of_image_and_mask(write_pairs: Pairs, ending: str, dt
 
 def test_every_image_gives_its_number_of_crops(write_pairs: Pairs) -> None:
     images = [np.full((16, 16, 1), number, np.uint8) for number in range(3)]
-    dataset = NpyDataset(*write_pairs(images, invent_masks(3, (16, 16))), crop=4, crops_per_image=5, scale=1.0)
+    dataset = NpyDataset(
+        *write_pairs(images, invent_masks(3, (16, 16))), crop=4, crops_per_image=5, scale=1.0
+    )
     assert [int(x.unique()) for x, _ in dataset] == [number for number in range(3) for _ in range(5)]
     assert [dataset.sample_name(index) for index in (0, 4, 5, 14)] == ["0.npy", "0.npy", "1.npy", "2.npy"]
 
@@ -138,8 +142,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_crops_of_images_larger_than_memory_take_little_memory(tmp_path: Path) -> None:
     for kind, shape in (("x", (30_000, 30_000, 6)), ("y", (30_000, 30_000))):
         (tmp_path / kind).mkdir()
-        np.lib.format.open_memmap(tmp_path / kind / "huge.npy", "w+", np.uint8, shape)  # sparse: 5.4 GB of zeros
-    command = [sys.executable, "-c", CROP_HUGE.format(package=dida_tools.__name__), tmp_path / "x", tmp_path / "y"]
+        np.lib.format.open_memmap(
+            tmp_path / kind / "huge.npy", "w+", np.uint8, shape
+        )  # sparse: 5.4 GB of zeros
+    command = [
+        sys.executable,
+        "-c",
+        CROP_HUGE.format(package=dida_tools.__name__),
+        tmp_path / "x",
+        tmp_path / "y",
+    ]
     grown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert int(grown) < 100 * 1024
 
@@ -158,11 +170,11 @@ def test_0_and_255_can_be_mapped(write_pairs: Pairs, ending: str) -> None:
 
 
 @pytest.mark.parametrize("ending", [".npy", ".png", ".tif"])
-def test_colours_can_be_mapped(write_pairs: Pairs, ending: str) -> None:
-    colours = np.array([[0, 0, 0], [255, 0, 0], [0, 128, 255], [0, 0, 1]], np.uint8)
+def test_colors_can_be_mapped(write_pairs: Pairs, ending: str) -> None:
+    colors = np.array([[0, 0, 0], [255, 0, 0], [0, 128, 255], [0, 0, 1]], np.uint8)
     classes = invent_masks(classes=4)
-    mask_values = {tuple(colour): number for number, colour in enumerate(colours.tolist())}
-    dataset = NpyDataset(*write_pairs(invent_images(), [colours[mask] for mask in classes], ending))
+    mask_values = {tuple(color): number for number, color in enumerate(colors.tolist())}
+    dataset = NpyDataset(*write_pairs(invent_images(), [colors[mask] for mask in classes], ending))
     mapped = dataset.with_mask_values(mask_values)
     mapped.check(num_classes=4)
     assert all(np.array_equal(y, mask) for (_, y), mask in zip(mapped, classes, strict=True))
@@ -178,7 +190,9 @@ def test_values_are_swapped_at_once_and_not_one_after_the_other() -> None:
 
 def test_several_values_can_become_one_class_or_be_ignored(write_pairs: Pairs) -> None:
     mask = np.array([[10, 20], [30, 40]], np.uint8)
-    dataset = NpyDataset(*write_pairs([np.zeros((2, 2, 1))], [mask]), mask_values={10: 0, 20: 1, 30: 1, 40: 255})
+    dataset = NpyDataset(
+        *write_pairs([np.zeros((2, 2, 1))], [mask]), mask_values={10: 0, 20: 1, 30: 1, 40: 255}
+    )
     dataset.check(num_classes=2)
     assert dataset[0][1].tolist() == [[0, 1], [1, 255]]
 
@@ -195,7 +209,9 @@ def test_multi_label_masks_have_channels(write_pairs: Pairs, channels: int | Non
 
 def test_multi_label_values_can_be_mapped_and_ignored(write_pairs: Pairs) -> None:
     mask = np.array([[[0, 200], [200, 255]]], np.uint8)
-    dataset = NpyDataset(*write_pairs([np.zeros((1, 2, 1))], [mask]), task="multi-label", mask_values={200: 1})
+    dataset = NpyDataset(
+        *write_pairs([np.zeros((1, 2, 1))], [mask]), task="multi-label", mask_values={200: 1}
+    )
     dataset.check(num_classes=2)
     assert dataset[0][1].tolist() == [[[0, 1]], [[1, 255]]]
 
@@ -224,19 +240,21 @@ def test_pixels_without_data_are_0_and_ignored(write_pairs: Pairs, ending: str, 
     given = None if ending == ".tif" else -99
     dataset = NpyDataset(*folders, nodata=given, task=task, ignore_index=77)
     dataset.check(num_classes=2 if task == "multi-class" else 1)
-    for contract in (dataset.contract(), dataset.contract(normalise=False)):
+    for contract in (dataset.contract(), dataset.contract(normalize=False)):
         assert contract.nodata == -99
         for image, mask in dataset.with_contract(contract):
             assert (image.numpy()[:, missing] == 0).all() and (mask.numpy()[..., missing] == 77).all()
             assert (mask.numpy()[..., ~missing] <= 1).all()
 
 
-# ------------------------------------------------------------------------------------------------------- normalisation
+# ------------------------------------------------------------------------------------------------------- normalization
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "float64"])
 @pytest.mark.parametrize("sizes", [[(24, 30)] * 4, [(9, 40), (30, 11), (17, 17)]])
-def test_normalised_training_pixels_have_mean_0_and_deviation_1(write_pairs: Pairs, dtype: str, sizes: list) -> None:
+def test_normalized_training_pixels_have_mean_0_and_deviation_1(
+    write_pairs: Pairs, dtype: str, sizes: list
+) -> None:
     images = [invent_images(1, size, 3, dtype)[0] + (7 * number) for number, size in enumerate(sizes)]
     images = [image.astype(dtype) for image in images]
     dataset = NpyDataset(*write_pairs(images, [np.zeros(size, np.uint8) for size in sizes]))
@@ -246,7 +264,7 @@ def test_normalised_training_pixels_have_mean_0_and_deviation_1(write_pairs: Pai
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_normalised_pixels_of_a_large_mean_too(write_pairs: Pairs, dtype: str) -> None:
+def test_normalized_pixels_of_a_large_mean_too(write_pairs: Pairs, dtype: str) -> None:
     rng = np.random.default_rng(0)
     images = [(1e6 + rng.choice([-1, 1], (30, 30, 2))).astype(dtype) for _ in range(3)]
     dataset = NpyDataset(*write_pairs(images, invent_masks(3, (30, 30))))
@@ -260,7 +278,9 @@ def test_statistics_leave_out_pixels_without_data(write_pairs: Pairs) -> None:
     for number, image in enumerate(images):
         image[: 4 * number + 4] = 0
     contract = NpyDataset(*write_pairs(images, invent_masks(3)), nodata=0).contract()
-    pixels = np.concatenate([image[4 * number + 4 :].reshape(-1, 3) for number, image in enumerate(images)]) / 255
+    pixels = (
+        np.concatenate([image[4 * number + 4 :].reshape(-1, 3) for number, image in enumerate(images)]) / 255
+    )
     np.testing.assert_allclose(contract.mean, pixels.mean(0))
     np.testing.assert_allclose(contract.std, pixels.std(0))
 
@@ -281,7 +301,7 @@ def test_the_contract_says_how_the_images_are_read(write_pairs: Pairs) -> None:
     names: dict[str, Any] = {"channel_names": ("r", "g", "b"), "class_names": ["a", "b", "c"]}
     names["class_colors"] = [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
     images = invent_images()
-    contract = NpyDataset(*write_pairs(images, invent_masks()), **names).contract(normalise=False)
+    contract = NpyDataset(*write_pairs(images, invent_masks()), **names).contract(normalize=False)
     assert contract == DataContract(
         3,
         ("r", "g", "b"),
@@ -352,7 +372,9 @@ def test_the_contract_of_the_training_part_knows_nothing_of_the_validation_part(
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=3), st.integers(1, 50))
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=3), st.integers(1, 50)
+)
 def test_evaluation_gives_every_pixel_once(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[tuple[int, int]], tile: int
 ) -> None:
@@ -368,7 +390,9 @@ def test_evaluation_gives_every_pixel_once(
     dataset = NpyDataset(folder / "x", folder / "y", tile=tile).for_evaluation()
     samples = list(dataset)
     assert len(samples) == len(dataset)
-    assert [dataset.sample_shape(index) for index in range(len(dataset))] == [tuple(y.shape) for _, y in samples]
+    assert [dataset.sample_shape(index) for index in range(len(dataset))] == [
+        tuple(y.shape) for _, y in samples
+    ]
     assert all(max(y.shape) <= tile and torch.equal(x[0].long(), y) for x, y in samples)
     assert torch.cat([y.flatten() for _, y in samples]).sort()[0].tolist() == list(range(first))
 
@@ -396,7 +420,9 @@ def test_evaluation_batches_hold_samples_of_one_shape(write_pairs: Pairs) -> Non
 
 
 @pytest.mark.parametrize(("fraction", "number"), [(0.001, 1), (0.2, 2), (0.5, 5), (0.77, 8), (0.999, 9)])
-def test_a_split_is_by_whole_files_disjoint_and_complete(write_pairs: Pairs, fraction: float, number: int) -> None:
+def test_a_split_is_by_whole_files_disjoint_and_complete(
+    write_pairs: Pairs, fraction: float, number: int
+) -> None:
     dataset = NpyDataset(*write_pairs(invent_images(10), invent_masks(10)), crops_per_image=3)
     larger, smaller = dataset.split(fraction, seed=1)
     assert len(smaller.images) == number and len(smaller) == 3 * number
@@ -437,7 +463,9 @@ def epoch_of(dataset: NpyDataset, seed: int, epoch: int, workers: int, batch_siz
 
 def equal(one: list, other: list) -> bool:
     return all(
-        torch.equal(a, b) for pair, same in zip(one, other, strict=True) for a, b in zip(pair, same, strict=True)
+        torch.equal(a, b)
+        for pair, same in zip(one, other, strict=True)
+        for a, b in zip(pair, same, strict=True)
     )
 
 
@@ -480,7 +508,9 @@ def test_a_sample_is_the_same_in_a_new_process(augmented: NpyDataset, tmp_path: 
     )
     command = [sys.executable, "-c", code, str(tmp_path / "dataset.pickle"), str(tmp_path / "samples.pt")]
     subprocess.run(command, cwd=ROOT, check=True)
-    assert equal([Samples(augmented, 3)[7, i] for i in range(len(augmented))], torch.load(tmp_path / "samples.pt"))
+    assert equal(
+        [Samples(augmented, 3)[7, i] for i in range(len(augmented))], torch.load(tmp_path / "samples.pt")
+    )
 
 
 def test_crops_of_one_image_and_epoch_differ(augmented: NpyDataset) -> None:
@@ -491,7 +521,9 @@ def test_crops_of_one_image_and_epoch_differ(augmented: NpyDataset) -> None:
 def test_augmentation_moves_image_and_mask_alike(write_pairs: Pairs) -> None:
     masks = invent_masks()
     images = [np.stack([mask, 255 - mask], -1) for mask in masks]
-    dataset = NpyDataset(*write_pairs(images, masks), crop=12, crops_per_image=20, augment=GEOMETRY, scale=1.0)
+    dataset = NpyDataset(
+        *write_pairs(images, masks), crop=12, crops_per_image=20, augment=GEOMETRY, scale=1.0
+    )
     assert all(torch.equal(image[0].long(), mask) for image, mask in dataset)
 
 
@@ -526,7 +558,9 @@ def rare(write_pairs: Pairs) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("foreground", [0.3, 0.7, 1.0])
-def test_foreground_is_the_part_of_crops_that_hold_a_class(rare: tuple[Path, Path], foreground: float) -> None:
+def test_foreground_is_the_part_of_crops_that_hold_a_class(
+    rare: tuple[Path, Path], foreground: float
+) -> None:
     without = NpyDataset(*rare, crop=32)
     without.images, without.masks = without.images[:1], without.masks[:1]
     assert share_with(without, lambda mask: (mask == 1).any()) < 0.03
@@ -568,7 +602,7 @@ def test_foreground_follows_the_mask_values(write_pairs: Pairs, task: str) -> No
     assert share_with(dataset, lambda mask: (mask == 1).any(), 30) == 1
 
 
-def test_foreground_finds_colours_and_labels(write_pairs: Pairs) -> None:
+def test_foreground_finds_colors_and_labels(write_pairs: Pairs) -> None:
     mask = np.zeros((200, 200, 3), np.uint8)
     mask[100, 120], mask[180, 10] = (0, 1, 0), (1, 0, 1)
     folders = write_pairs([np.zeros((200, 200, 1), np.uint8)], [mask])
@@ -576,8 +610,10 @@ def test_foreground_finds_colours_and_labels(write_pairs: Pairs) -> None:
     for label, part in enumerate((2 / 3, 1 / 3, 2 / 3)):
         found = share_with(labels, lambda mask, label=label: (mask[label] == 1).any(), 60)
         assert found == pytest.approx(part, abs=0.2)
-    colours = NpyDataset(*folders, crop=16, foreground=1.0).with_mask_values({(0, 0, 0): 0, (0, 1, 0): 1, (1, 0, 1): 2})
-    assert share_with(colours, lambda mask: (mask > 0).any(), 30) == 1
+    colors = NpyDataset(*folders, crop=16, foreground=1.0).with_mask_values(
+        {(0, 0, 0): 0, (0, 1, 0): 1, (1, 0, 1): 2}
+    )
+    assert share_with(colors, lambda mask: (mask > 0).any(), 30) == 1
 
 
 def test_regression_has_no_foreground(write_pairs: Pairs) -> None:
@@ -591,7 +627,13 @@ def test_regression_has_no_foreground(write_pairs: Pairs) -> None:
 
 def test_a_data_set_can_be_built_again_from_its_arguments(write_pairs: Pairs) -> None:
     folders = write_pairs(invent_images(), invent_masks())
-    options: dict[str, Any] = {"crop": 8, "foreground": 0.2, "augment": STANDARD, "nodata": 0, "ignore_index": 9}
+    options: dict[str, Any] = {
+        "crop": 8,
+        "foreground": 0.2,
+        "augment": STANDARD,
+        "nodata": 0,
+        "ignore_index": 9,
+    }
     dataset = NpyDataset(*folders, **options)
     assert dataset.arguments["x_dir"] == str(folders[0]) and dataset.arguments["augment"] is STANDARD
     again = NpyDataset(**dataset.arguments)
@@ -661,7 +703,9 @@ def test_good_data_pass(write_pairs: Pairs, tmp_path: Path) -> None:
 
 def check_problems(dataset: NpyDataset, **options: Any) -> list[str]:
     """Each one begins with a file, whose name is left."""
-    return [re.sub(r"^\S*/([xy]/[^/:]+): ", r"\1: ", problem) for problem in problems_of(dataset.check, **options)]
+    return [
+        re.sub(r"^\S*/([xy]/[^/:]+): ", r"\1: ", problem) for problem in problems_of(dataset.check, **options)
+    ]
 
 
 def test_all_that_is_wrong_is_listed_at_once_with_the_files_names(tmp_path: Path, write: Any) -> None:
@@ -681,7 +725,7 @@ def test_all_that_is_wrong_is_listed_at_once_with_the_files_names(tmp_path: Path
     pair("class", unbroken, np.full((20, 20), 7, np.uint8))
     pair("negative", unbroken, np.full((20, 20), -1, np.int16))
     pair("float", unbroken, np.full((20, 20), 0.5, np.float32))
-    pair("colours", unbroken, np.ones((20, 20, 3), np.uint8))
+    pair("colors", unbroken, np.ones((20, 20, 3), np.uint8))
     pair("many", unbroken, np.arange(400 * 20, dtype=np.uint16).reshape(20, 20, 20)[..., 0])
     truncated = tmp_path / "x" / "truncated.npy"
     truncated.write_bytes(truncated.read_bytes()[:200])
@@ -692,11 +736,14 @@ def test_all_that_is_wrong_is_listed_at_once_with_the_files_names(tmp_path: Path
         ("y/foreign.npy", "cannot be read as an image"),
         ("x/channels.npy", "has 4 channels, most have 3"),
         ("x/dtype.npy", "has float64 as dtype, most have float32"),
-        ("y/colours.npy", "has 3 channels, most have 1"),
+        ("y/colors.npy", "has 3 channels, most have 1"),
         ("x/nan.npy", "6 values are NaN or infinite"),
         ("x/small.npy", "its size is 10 x 40 pixels, too small for a crop of 16"),
-        ("y/class.npy", "the values 7 are outside of the classes 0 to 1 (ignored: 255): map them with MASK_VALUES"),
-        ("y/colours.npy", "it has 3 channels: a multi-class mask has one"),
+        (
+            "y/class.npy",
+            "the values 7 are outside of the classes 0 to 1 (ignored: 255): map them with MASK_VALUES",
+        ),
+        ("y/colors.npy", "it has 3 channels: a multi-class mask has one"),
         ("y/float.npy", "its values (float32) are no class numbers"),
         ("y/many.npy", "the values 20, 40, 60, 80, 100, 120, 140, 160 are outside"),
         ("y/negative.npy", "the values -1 are outside of the classes"),
@@ -747,7 +794,7 @@ def test_labels_other_than_0_and_1_and_another_number_of_them_are_named(write_pa
     dataset.with_mask_values({200: 1}).check(num_classes=2)
 
 
-def test_colours_without_a_class_are_named(write_pairs: Pairs) -> None:
+def test_colors_without_a_class_are_named(write_pairs: Pairs) -> None:
     masks = [np.zeros((24, 30, 3), np.uint8) for _ in range(2)]
     masks[1][0, 0] = (1, 2, 3)
     dataset = NpyDataset(*write_pairs(invent_images(2), masks), mask_values={(0, 0, 0): 0, (255, 0, 0): 1})
@@ -767,7 +814,9 @@ def test_class_numbers_are_checked_against_the_model(write_pairs: Pairs) -> None
     dataset = NpyDataset(*write_pairs(invent_images(), invent_masks(classes=3)))
     dataset.check(num_classes=3)
     problems = check_problems(dataset, num_classes=2)
-    assert len(problems) == 4 and all("MASK_VALUES, such as {255: 1}, or correct ch_out" in text for text in problems)
+    assert len(problems) == 4 and all(
+        "MASK_VALUES, such as {255: 1}, or correct ch_out" in text for text in problems
+    )
 
 
 def test_an_ignored_value_is_no_problem(write_pairs: Pairs) -> None:
@@ -775,7 +824,9 @@ def test_an_ignored_value_is_no_problem(write_pairs: Pairs) -> None:
     NpyDataset(*write_pairs(invent_images(), masks), ignore_index=9).check(num_classes=2)
 
 
-@pytest.mark.parametrize(("task", "channels"), [("multi-class", None), ("multi-label", None), ("multi-label", 2)])
+@pytest.mark.parametrize(
+    ("task", "channels"), [("multi-class", None), ("multi-label", None), ("multi-label", 2)]
+)
 def test_masks_of_0_and_an_ignored_255_alone_are_refused_in_training(
     write_pairs: Pairs, task: str, channels: int | None
 ) -> None:
@@ -853,8 +904,14 @@ def test_prediction_lists_every_file_that_does_not_fit(tmp_path: Path, write: An
         "dtype": np.zeros((4, 4, 3)),
     }
     files = [write(tmp_path / f"{name}.npy", array) for name, array in arrays.items()]
-    problems = problems_of(NpyPredictionDataset, [*files, tmp_path / "missing.tif"], DataContract(3, dtype="uint8"))
-    assert [Path(problem.split(": ")[0]).name for problem in problems] == ["channels.npy", "dtype.npy", "missing.tif"]
+    problems = problems_of(
+        NpyPredictionDataset, [*files, tmp_path / "missing.tif"], DataContract(3, dtype="uint8")
+    )
+    assert [Path(problem.split(": ")[0]).name for problem in problems] == [
+        "channels.npy",
+        "dtype.npy",
+        "missing.tif",
+    ]
 
 
 def test_prediction_refuses_nan(tmp_path: Path, write: Any) -> None:
@@ -879,7 +936,14 @@ def test_nodata_of_a_mask_counts_nowhere_but_0_is_a_class(tmp_path: Path, scanne
             (tmp_path / kind).mkdir(exist_ok=True)
         np.save(tmp_path / "x" / f"{name}.npy", np.zeros((24, 30, 3), np.uint8))
         written = np.where(mask == 200, 0, mask) if nodata == 0 else mask
-        profile = {"driver": "GTiff", "height": 24, "width": 30, "count": 1, "dtype": "uint8", "nodata": nodata}
+        profile = {
+            "driver": "GTiff",
+            "height": 24,
+            "width": 30,
+            "count": 1,
+            "dtype": "uint8",
+            "nodata": nodata,
+        }
         with rasterio.open(tmp_path / "y" / f"{name}.tif", "w", **profile) as file:
             file.write(written)
     dataset = NpyDataset(tmp_path / "x", tmp_path / "y")

@@ -64,11 +64,11 @@ def test_nothing_is_said_of_sound_data(examined: Examine, values: tuple[int, ...
     assert findings == [] and report(findings) == "doctor: nothing found"
 
 
-def test_nothing_is_said_of_labels_colours_and_numbers(tmp_path: Path, write: Any) -> None:
-    colours = np.array([(0, 0, 0), (255, 255, 255), (255, 0, 0)], np.uint8)
+def test_nothing_is_said_of_labels_colors_and_numbers(tmp_path: Path, write: Any) -> None:
+    colors = np.array([(0, 0, 0), (255, 255, 255), (255, 0, 0)], np.uint8)
     targets = {
         "labels": lambda: RNG.integers(0, 2, (40, 44, 4)).astype(np.uint8),
-        "colours": lambda: colours[RNG.integers(0, 3, (40, 44))],
+        "colors": lambda: colors[RNG.integers(0, 3, (40, 44))],
         "numbers": lambda: RNG.random((40, 44)).astype(np.float32),
     }
     for kind, make in targets.items():
@@ -95,7 +95,9 @@ def test_channels_first_of_both(examined: Examine) -> None:
 
 
 def test_channels_first_of_masks(examined: Examine) -> None:
-    assert_only(examined(train=(images(1), [masks(1)[0][None]])), "1 mask with", "train/y/0.npy", is_problem=True)
+    assert_only(
+        examined(train=(images(1), [masks(1)[0][None]])), "1 mask with", "train/y/0.npy", is_problem=True
+    )
 
 
 def test_flat_images_have_their_channels_last(examined: Examine) -> None:
@@ -140,7 +142,9 @@ def test_a_class_that_one_part_lacks(
 def test_a_label_that_one_part_lacks(examined: Examine) -> None:
     train = masks(2, shape=(40, 44, 4))
     test = [mask * np.uint8([1, 1, 0, 1]) for mask in masks(2, shape=(40, 44, 4))]
-    assert_only(examined(train=(images(2), train), test=(images(2), test)), "1 class of train not in test", "class 2")
+    assert_only(
+        examined(train=(images(2), train), test=(images(2), test)), "1 class of train not in test", "class 2"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- channels
@@ -156,7 +160,9 @@ def test_constant_channels(examined: Examine) -> None:
         "channel 2 has the same value in all images",
         "channel 0 is constant in 1 image of 3",
     ]
-    assert list(findings[1].files) == ["train/x/1.npy"] and not any(finding.is_problem for finding in findings)
+    assert list(findings[1].files) == ["train/x/1.npy"] and not any(
+        finding.is_problem for finding in findings
+    )
 
 
 def test_equal_channels(examined: Examine) -> None:
@@ -174,7 +180,12 @@ def test_an_image_of_two_parts(examined: Examine) -> None:
     train, targets = (images(), masks()), masks()
     targets[0] = train[1][2]
     findings = examined(train=train, test=([train[0][2], *images(2)], targets))
-    assert_only(findings, "1 image is the same as one of another part", "test/x/0.npy = train/x/2.npy", is_problem=True)
+    assert_only(
+        findings,
+        "1 image is the same as one of another part",
+        "test/x/0.npy = train/x/2.npy",
+        is_problem=True,
+    )
 
 
 def test_an_image_in_two_formats(tmp_path: Path, write: Any, examined: Examine) -> None:
@@ -231,7 +242,9 @@ def utm(column: float, row: float) -> Affine:
     return from_origin(400_000 + 10 * column, 5_800_000 - 10 * row, 10, 10)
 
 
-def tiles(folder: Path, test: tuple[str | None, Affine], train_crs: str | None = "EPSG:32633") -> list[Finding]:
+def tiles(
+    folder: Path, test: tuple[str | None, Affine], train_crs: str | None = "EPSG:32633"
+) -> list[Finding]:
     """A row of three tiles for training, and one for the test."""
     for number in range(3):
         write_tile(folder / "train" / "x" / f"{number}.tif", train_crs, utm(40 * number, 0))
@@ -243,7 +256,9 @@ def tiles(folder: Path, test: tuple[str | None, Affine], train_crs: str | None =
 @pytest.mark.parametrize("crs", ["EPSG:32633", None])
 def test_tiles_that_overlap(tmp_path: Path, row: int, share: int, crs: str | None) -> None:
     found = tiles(tmp_path, (crs, utm(40, row)), crs)
-    assert_only(found, f"overlap, by up to {share}%", f"test/x/a.tif = train/x/1.tif ({share}%)", is_problem=True)
+    assert_only(
+        found, f"overlap, by up to {share}%", f"test/x/a.tif = train/x/1.tif ({share}%)", is_problem=True
+    )
 
 
 def test_tiles_that_overlap_several(tmp_path: Path) -> None:
@@ -258,7 +273,7 @@ def test_tiles_that_touch_or_lie_apart(tmp_path: Path, row: int) -> None:
 
 @pytest.mark.parametrize("row", [0, 41, -41])
 def test_tiles_in_two_coordinate_systems(tmp_path: Path, row: int) -> None:
-    # The same ground in the neighbouring zone, where north is turned by some degrees: bounding boxes would overlap.
+    # The same ground in the neighboring zone, where north is turned by some degrees: bounding boxes would overlap.
     places = xy(utm(40, row), [0, 0, 1], [0, 1, 0], offset="ul")
     (x, x_right, x_down), (y, y_right, y_down) = transform("EPSG:32633", "EPSG:32632", *places)
     turned = Affine(x_right - x, x_down - x, x, y_right - y, y_down - y, y)
@@ -332,7 +347,10 @@ def test_what_training_would_refuse(examined: Examine) -> None:
     damaged = "2 files would be refused, as the first of them: 3 values are NaN or infinite: replace them, or name them"
     assert by_problem.pop(damaged + " as nodata.") == ["train/x/1.npy", "train/x/2.npy"]
     (other,) = by_problem
-    assert other.startswith("3 files would be refused") and "it is uint8, the model was trained on float32" in other
+    assert (
+        other.startswith("3 files would be refused")
+        and "it is uint8, the model was trained on float32" in other
+    )
     assert all(finding.is_problem for finding in found)
 
 

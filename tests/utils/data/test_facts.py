@@ -23,7 +23,8 @@ BANDS = pytest.mark.parametrize("band_values", [1, 500, 2**22])
 def images(tmp_path: Path, write: Any) -> list[Path]:
     rng = np.random.default_rng(0)
     return [
-        write(tmp_path / "x" / f"{n}.npy", rng.integers(0, 200, (20, 31, 3), dtype=np.uint8) + 10 * n) for n in range(4)
+        write(tmp_path / "x" / f"{n}.npy", rng.integers(0, 200, (20, 31, 3), dtype=np.uint8) + 10 * n)
+        for n in range(4)
     ]
 
 
@@ -47,7 +48,12 @@ def test_statistics_are_those_of_numpy(
     image = (np.random.default_rng(0).normal(100, 30, (37, 21, 5)) * np.arange(1, 6) / 5).astype(dtype)
     facts = scan_image(write(tmp_path / "image.npy", image))
     assert_statistics(facts, image.reshape(-1, 5))
-    assert (facts["shape"], facts["dtype"], facts["nodata"], facts["damaged"]) == ([37, 21, 5], dtype, None, 0)
+    assert (facts["shape"], facts["dtype"], facts["nodata"], facts["damaged"]) == (
+        [37, 21, 5],
+        dtype,
+        None,
+        0,
+    )
 
 
 @BANDS
@@ -76,7 +82,9 @@ def test_merged_statistics_are_those_of_all_pixels_together(tmp_path: Path, writ
 
 
 @BANDS
-@pytest.mark.parametrize(("dtype", "nodata"), [("uint8", 0), ("int16", -9999), ("float32", -9999), ("float32", np.nan)])
+@pytest.mark.parametrize(
+    ("dtype", "nodata"), [("uint8", 0), ("int16", -9999), ("float32", -9999), ("float32", np.nan)]
+)
 def test_pixels_without_data_are_left_out(
     tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, nodata: float, band_values: int
 ) -> None:
@@ -173,14 +181,16 @@ def test_values_of_a_mask_are_counted(
 
 
 @BANDS
-@pytest.mark.parametrize(("channels", "dtype"), [(2, "uint8"), (3, "uint8"), (4, "int16"), (5, "int16"), (12, "uint8")])
-def test_colours_of_a_mask_are_counted(
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [(2, "uint8"), (3, "uint8"), (4, "int16"), (5, "int16"), (12, "uint8")]
+)
+def test_colors_of_a_mask_are_counted(
     tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch, channels: int, dtype: str, band_values: int
 ) -> None:
     monkeypatch.setattr(module, "_BAND_VALUES", band_values)
     rng = np.random.default_rng(5)
-    colours = rng.integers(0, 3, (6, channels)).astype(dtype) * 100
-    mask = colours[rng.integers(0, 6, (20, 31))]
+    colors = rng.integers(0, 3, (6, channels)).astype(dtype) * 100
+    mask = colors[rng.integers(0, 6, (20, 31))]
     facts = scan_mask(write(tmp_path / "mask.npy", mask))
     values, counts = np.unique(mask.reshape(-1, channels), axis=0, return_counts=True)
     assert facts["values"] == [list(pair) for pair in zip(values.tolist(), counts.tolist(), strict=True)]
@@ -274,7 +284,9 @@ def test_a_changed_file_alone_is_read_again(tmp_path: Path, write: Any, images: 
     assert all(after[file] == before[file] for file in images if file != images[2])
 
 
-def test_a_file_of_the_same_size_and_another_time_is_read_again(tmp_path: Path, write: Any, images: list[Path]) -> None:
+def test_a_file_of_the_same_size_and_another_time_is_read_again(
+    tmp_path: Path, write: Any, images: list[Path]
+) -> None:
     scan_files(images, scan_image, tmp_path / "facts.json")
     stat = images[0].stat()
     os.utime(images[0], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
@@ -283,7 +295,9 @@ def test_a_file_of_the_same_size_and_another_time_is_read_again(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("options", [{"nodata": 0}, {"nodata": 1.5}, {"nodata": float("nan")}])
-def test_another_nodata_value_is_another_scan(tmp_path: Path, images: list[Path], options: dict[str, Any]) -> None:
+def test_another_nodata_value_is_another_scan(
+    tmp_path: Path, images: list[Path], options: dict[str, Any]
+) -> None:
     cache = tmp_path / "facts.json"
     scan_files(images, scan_image, cache)
     found = scan_files(images, scan_image, cache, **options)
@@ -349,7 +363,9 @@ def test_problems_are_told_and_not_cached(tmp_path: Path, write: Any, images: li
 
 
 @pytest.mark.parametrize("with_cache", [True, False])
-def test_missing_files_and_dead_links_are_problems(tmp_path: Path, images: list[Path], with_cache: bool) -> None:
+def test_missing_files_and_dead_links_are_problems(
+    tmp_path: Path, images: list[Path], with_cache: bool
+) -> None:
     dead = tmp_path / "x" / "dead.npy"
     dead.symlink_to(tmp_path / "nowhere.npy")
     cache = tmp_path / "facts.json" if with_cache else None
@@ -389,7 +405,13 @@ def test_two_processes_that_write_the_cache_at_once_lose_nothing(tmp_path: Path,
     processes = []
     for folder in ("a", "b"):
         files += [write(tmp_path / folder / f"{n}.npy", np.full((4, 4), n, np.uint8)) for n in range(30)]
-        command = [sys.executable, "-c", SCAN.format(package=dida_tools.__name__), str(tmp_path / folder), str(cache)]
+        command = [
+            sys.executable,
+            "-c",
+            SCAN.format(package=dida_tools.__name__),
+            str(tmp_path / folder),
+            str(cache),
+        ]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         processes.append(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))  # type: ignore[call-overload]
     for process in processes:
@@ -413,9 +435,9 @@ def test_many_threads_that_write_the_cache_at_once_lose_nothing(tmp_path: Path, 
     assert len(scan_files(images, never, cache)) == len(images)
 
 
-def test_a_large_mask_of_colours_is_scanned_quickly(tmp_path: Path, write: Any) -> None:
-    colours = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0]], np.uint8)
-    path = write(tmp_path / "mask.npy", colours[np.random.default_rng(0).integers(0, 3, (1000, 1000))])
+def test_a_large_mask_of_colors_is_scanned_quickly(tmp_path: Path, write: Any) -> None:
+    colors = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0]], np.uint8)
+    path = write(tmp_path / "mask.npy", colors[np.random.default_rng(0).integers(0, 3, (1000, 1000))])
     started = time.process_time()
     scan_mask(path)
     assert time.process_time() - started < 1.0

@@ -78,7 +78,10 @@ def test_statistics_leave_out_what_holds_no_data(write_pairs: Any) -> None:
 
 def test_mixed_data_are_described_too(write_pairs: Any) -> None:
     masks = [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8), np.int16)]
-    images = [np.zeros((*mask.shape[:2], channels), np.uint8) for mask, channels in zip(masks, (3, 3, 4), strict=True)]
+    images = [
+        np.zeros((*mask.shape[:2], channels), np.uint8)
+        for mask, channels in zip(masks, (3, 3, 4), strict=True)
+    ]
     dataset = NpyDataset(*write_pairs(images, masks))
     facts = fingerprint(dataset)
     assert facts["channels"] == {3: 2, 4: 1} and facts["statistics"] == [] and len(facts["mask values"]) == 2
@@ -138,23 +141,29 @@ def test_values_of_masks_suggest_classes(
 
 
 @pytest.mark.parametrize(
-    "colours",
+    "colors",
     [
         [(0, 0, 0), (128, 0, 0), (0, 64, 9)],
         [(0, 0, 0), (255, 255, 255)],
         [(0, 0, 0), (0, 0, 255), (0, 255, 0), (255, 0, 0)],
     ],
 )
-def test_colours_become_classes(write_pairs: Any, colours: list[tuple[int, int, int]]) -> None:
-    suggestion = suggest_for(write_pairs, masks_with(np.array(colours, np.uint8)))
-    assert suggestion["MASK_VALUES"] == {colour: number for number, colour in enumerate(sorted(colours))}
-    assert suggestion["MODEL_CONFIG"]["ch_out"] == len(colours)
+def test_colors_become_classes(write_pairs: Any, colors: list[tuple[int, int, int]]) -> None:
+    suggestion = suggest_for(write_pairs, masks_with(np.array(colors, np.uint8)))
+    assert suggestion["MASK_VALUES"] == {color: number for number, color in enumerate(sorted(colors))}
+    assert suggestion["MODEL_CONFIG"]["ch_out"] == len(colors)
     assert suggestion["DATASET_CONFIG"]["task"] == "multi-class" and "LOSS" not in suggestion
 
 
 @pytest.mark.parametrize(
     ("channels", "values", "mask_values"),
-    [(2, (0, 1), None), (3, (0, 1), None), (5, (0, 1, 255), None), (2, (0, 255), {255: 1}), (6, (0, 255), {255: 1})],
+    [
+        (2, (0, 1), None),
+        (3, (0, 1), None),
+        (5, (0, 1, 255), None),
+        (2, (0, 255), {255: 1}),
+        (6, (0, 255), {255: 1}),
+    ],
 )
 def test_channels_of_0_and_1_are_labels(
     write_pairs: Any, channels: int, values: tuple[int, ...], mask_values: dict | None
@@ -172,7 +181,9 @@ def test_numbers_suggest_a_regression(write_pairs: Any, channels: int, dtype: st
     rng = np.random.default_rng(0)
     masks = [(rng.random((80, 90, channels)) * 1e6).astype(dtype) for _ in range(2)]
     suggestion = suggest_for(write_pairs, masks)
-    assert suggestion["DATASET_CONFIG"]["task"] == "values" and suggestion["MODEL_CONFIG"]["ch_out"] == channels
+    assert (
+        suggestion["DATASET_CONFIG"]["task"] == "values" and suggestion["MODEL_CONFIG"]["ch_out"] == channels
+    )
     assert (suggestion["LOSS"], suggestion["METRICS"]) == (torch.nn.functional.mse_loss, {})
     assert suggestion["MONITOR"] == "min loss"
 
@@ -211,7 +222,9 @@ def test_parts_are_found(tmp_path: Path, parts: list[str]) -> None:
 
 def test_a_folder_without_parts_is_for_training(tmp_path: Path) -> None:
     place(tmp_path, ".", "test")
-    assert folders_of(tmp_path)["train"] == (tmp_path / "x", tmp_path / "y") and "test" in folders_of(tmp_path)
+    assert folders_of(tmp_path)["train"] == (tmp_path / "x", tmp_path / "y") and "test" in folders_of(
+        tmp_path
+    )
 
 
 @pytest.mark.parametrize("parts", [[], ["test"], ["images"]])
@@ -260,11 +273,15 @@ def test_the_command_prints_what_is_there_and_what_it_suggests(tmp_path: Path, w
 def test_the_command_names_a_missing_folder(tmp_path: Path) -> None:
     done = run(tmp_path / "missing")
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("the data has 1 problem:\n  - ") and str(tmp_path / "missing") in done.stderr
+    assert (
+        done.stderr.startswith("the data has 1 problem:\n  - ") and str(tmp_path / "missing") in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
-def test_the_command_names_what_is_wrong(tmp_path: Path, write_pairs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_what_is_wrong(
+    tmp_path: Path, write_pairs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     x_dir, y_dir = write_pairs(images_of(masks := masks_with(np.uint8([0, 1]))), masks)
     (y_dir / "0.npy").unlink()
     (y_dir / "1.npy").unlink()
@@ -273,7 +290,9 @@ def test_the_command_names_what_is_wrong(tmp_path: Path, write_pairs: Any, capsy
     assert "0.npy: has no mask" in error and "1.npy: has no mask" in error
 
 
-def test_the_command_writes_nothing(tmp_path: Path, write_pairs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_nothing(
+    tmp_path: Path, write_pairs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     x_dir, _ = write_pairs(images_of(masks := masks_with(np.uint8([0, 1]))), masks)
     before = sorted(tmp_path.rglob("*"))
     assert main([str(x_dir.parent)]) == 0 and "This suggests" in capsys.readouterr().out

@@ -69,10 +69,12 @@ def without_channel(image: np.ndarray) -> np.ndarray:
 
 
 def png_16_bit(path: Path, image: np.ndarray) -> Path:
-    """Pillow does not write 16-bit colours."""
+    """Pillow does not write 16-bit colors."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     height, width, channels = image.shape
     header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
@@ -113,7 +115,9 @@ def test_bands_are_the_whole_image(
     image = invent(dtype, channels)
     bands = list(read_bands(write(tmp_path / f"image{ending}", without_channel(image)), max_values))
     assert np.array_equal(np.concatenate(bands), image)
-    assert all(band.size <= max(max_values, 53 * channels) and band.shape[1:] == (53, channels) for band in bands)
+    assert all(
+        band.size <= max(max_values, 53 * channels) and band.shape[1:] == (53, channels) for band in bands
+    )
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -128,7 +132,7 @@ def test_jpeg_is_read_as_pillow_decodes_it(tmp_path: Path, mode: str, ending: st
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4])
-def test_16_bit_colours_of_png_keep_their_16_bits(tmp_path: Path, channels: int) -> None:
+def test_16_bit_colors_of_png_keep_their_16_bits(tmp_path: Path, channels: int) -> None:
     image = invent("uint16", channels)
     path = png_16_bit(tmp_path / "image.png", image)
     assert image_info(path) == ImageInfo((37, 53, channels), "uint16")
@@ -169,7 +173,14 @@ def test_nodata_is_read_from_a_geotiff(tmp_path: Path, write: Any, nodata: float
 def test_a_geotiff_with_its_grid_is_read_like_any_other(tmp_path: Path) -> None:
     image = invent("uint16", 3)
     grid = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)}
-    profile = {"driver": "GTiff", "height": 37, "width": 53, "count": 3, "dtype": "uint16", "compress": "deflate"}
+    profile = {
+        "driver": "GTiff",
+        "height": 37,
+        "width": 53,
+        "count": 3,
+        "dtype": "uint16",
+        "compress": "deflate",
+    }
     with rasterio.open(tmp_path / "image.tif", "w", **profile, **grid) as raster:
         raster.write(np.moveaxis(image, -1, 0))
         raster.build_overviews([2, 4])
@@ -207,18 +218,28 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_a_window_of_a_file_larger_than_memory_takes_little_memory(tmp_path: Path, ending: str) -> None:
     path, shape = tmp_path / f"huge{ending}", (20_000, 20_000, 12)
     if ending == ".npy":
-        array = np.lib.format.open_memmap(path, "w+", np.uint16, shape)  # 10 GB, of which a page is on the disk
+        array = np.lib.format.open_memmap(
+            path, "w+", np.uint16, shape
+        )  # 10 GB, of which a page is on the disk
         array[19_963, 19_963, -1] = 7
         array.flush()
     else:
-        profile = {"driver": "GTiff", "height": shape[0], "width": shape[1], "count": shape[2], "dtype": "uint16"}
+        profile = {
+            "driver": "GTiff",
+            "height": shape[0],
+            "width": shape[1],
+            "count": shape[2],
+            "dtype": "uint16",
+        }
         options = {"tiled": True, "sparse_ok": True, "bigtiff": "yes"}
         grid = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)}
         with rasterio.open(path, "w", **profile, **options, **grid) as raster:
             raster.write(np.full((1, 1), 7, np.uint16), 12, window=((19_963, 19_964), (19_963, 19_964)))
     assert os.stat(path).st_blocks * 512 < 50 * 2**20
     code = READ_WINDOW.format(package=dida_tools.__name__)
-    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < 100 * 1024
 
 
@@ -336,7 +357,8 @@ def test_tiffs_of_several_pages_are_refused_rather_than_cut_to_the_first(tmp_pat
 
 def test_rasters_of_mixed_dtypes_are_refused(tmp_path: Path) -> None:
     bands = "".join(
-        f'<VRTRasterBand dataType="{dtype}" band="{number}"/>' for number, dtype in ((1, "Byte"), (2, "UInt16"))
+        f'<VRTRasterBand dataType="{dtype}" band="{number}"/>'
+        for number, dtype in ((1, "Byte"), (2, "UInt16"))
     )
     (tmp_path / "image.tif").write_text(f'<VRTDataset rasterXSize="4" rasterYSize="4">{bands}</VRTDataset>')
     assert "uint16, uint8" in refused(tmp_path / "image.tif")

@@ -103,17 +103,25 @@ def mean_spectrum(pairs: list, label: int) -> np.ndarray:
 
 def test_spectra_are_plausible(arrays: dict[str, list]) -> None:
     """Plants are dark in red and bright in near infrared, water is dark there, clouds are bright everywhere."""
-    assert all(len(spectrum) == len(CHANNEL_NAMES) == len(BLOCK_PIXELS) == 12 for spectrum in SPECTRA.values())
+    assert all(
+        len(spectrum) == len(CHANNEL_NAMES) == len(BLOCK_PIXELS) == 12 for spectrum in SPECTRA.values()
+    )
     red, near_infrared, short_wave = (CHANNEL_NAMES.index(name) for name in ("B04", "B08", "B12"))
     forest, water, cloud = (mean_spectrum(every(arrays), label) for label in (FOREST, WATER, CLOUD))
-    assert forest[near_infrared] > 3 * forest[red] and water[near_infrared] < water[red] and water[short_wave] < 0.06
+    assert (
+        forest[near_infrared] > 3 * forest[red]
+        and water[near_infrared] < water[red]
+        and water[short_wave] < 0.06
+    )
     assert (cloud > forest).all() and cloud[:4].min() > 0.25
 
 
 def test_coarse_bands_are_blurred_and_all_bands_noisy(arrays: dict[str, list]) -> None:
     def roughness(band: str) -> float:
         number = CHANNEL_NAMES.index(band)
-        return float(np.mean([np.abs(np.diff(image[:96, :96, number].astype(int), axis=0)).mean() for image in inside]))
+        return float(
+            np.mean([np.abs(np.diff(image[:96, :96, number].astype(int), axis=0)).mean() for image in inside])
+        )
 
     inside = [image for image, _ in every(arrays) if (image > 0).all()]
     assert roughness("B01") < 0.75 * roughness("B02") and roughness("B8A") < 0.75 * roughness("B08")
@@ -144,7 +152,9 @@ OLDER_CPU = {"NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX X86_V4", "
 def test_scenes_are_the_same_bytes_in_another_process(environment: dict[str, str]) -> None:
     code = DIGEST.format(package=dida_tools.__name__)
     command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == digest(range(3))
 
 
@@ -177,7 +187,7 @@ def pixels_of(pairs: list, number: int) -> tuple[np.ndarray, np.ndarray]:
     return x[chosen], y[chosen]
 
 
-def test_colour_says_something_about_a_pixel_but_not_all(arrays: dict[str, list]) -> None:
+def test_color_says_something_about_a_pixel_but_not_all(arrays: dict[str, list]) -> None:
     classifier = HistGradientBoostingClassifier(max_iter=100, random_state=0)
     classifier.fit(*pixels_of(arrays["train"], 40_000))
     x, y = pixels_of(arrays["test"], 30_000)
@@ -226,7 +236,11 @@ def content(folder: Path) -> dict[str, tuple[bytes, int]]:
 def test_scenes_are_written_once(tmp_path: Path) -> None:
     folder = make_scenes(tmp_path / "new" / "data")
     before = content(folder)
-    assert len(before) == 11 and make_scenes(str(tmp_path / "new" / "data")) == folder and content(folder) == before
+    assert (
+        len(before) == 11
+        and make_scenes(str(tmp_path / "new" / "data")) == folder
+        and content(folder) == before
+    )
 
 
 @pytest.mark.usefixtures("few")
@@ -241,7 +255,9 @@ def test_another_version_gets_another_folder(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(module, "VERSION", VERSION + 1)
     second = make_scenes(tmp_path)
     assert first != second and first.is_dir()
-    assert not np.array_equal(*(np.load(folder / "train" / "x" / "scene_000.npy") for folder in (first, second)))
+    assert not np.array_equal(
+        *(np.load(folder / "train" / "x" / "scene_000.npy") for folder in (first, second))
+    )
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
@@ -310,7 +326,7 @@ def test_a_killed_maker_leaves_nothing_half_made(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["scenes-1"]
 
 
-# ------------------------------------------------------------------------------------------------------------ data set
+# ------------------------------------------------------------------------------------------------------------ dataset
 
 
 @pytest.mark.parametrize("part", NUM_SCENES)
@@ -330,7 +346,9 @@ def test_borders_are_ignored(scenes: Path, arrays: dict[str, list]) -> None:
         assert np.array_equal(y.numpy() == 255, missing) and (x.numpy()[:, missing] == 0).all()
 
 
-def test_scenes_lie_in_data_dir_unless_another_folder_is_given(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scenes_lie_in_data_dir_unless_another_folder_is_given(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(global_config, "DATA_DIR", str(scenes.parent))
     dataset = SceneDataset("test")
     assert dataset.images[0].parent == scenes / "test" / "x" and dataset.arguments["data_dir"] is None
@@ -352,7 +370,9 @@ def test_a_data_set_can_be_built_again_from_its_arguments(scenes: Path) -> None:
 
 
 def test_classes_can_be_merged(scenes: Path) -> None:
-    dataset = SceneDataset("test", scenes.parent, mask_values={label: int(label == WATER) for label in range(5)})
+    dataset = SceneDataset(
+        "test", scenes.parent, mask_values={label: int(label == WATER) for label in range(5)}
+    )
     dataset.check(num_classes=2)
     assert all(set(y.unique().tolist()) <= {0, 1, 255} for _, y in dataset)
 

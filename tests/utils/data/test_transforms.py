@@ -54,7 +54,11 @@ def apply(transform: Transform, seed: int, image: Tensor, mask: Tensor) -> tuple
 @pytest.mark.parametrize("mask_channels", [(), (4,)])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
 def test_shape_and_dtype_stay(
-    transform: Transform, channels: int, size: tuple[int, int], mask_channels: tuple[int, ...], dtype: torch.dtype
+    transform: Transform,
+    channels: int,
+    size: tuple[int, int],
+    mask_channels: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> None:
     image, mask = invent(channels, *size), invent_mask((*mask_channels, *size), dtype)
     for seed in SEEDS:
@@ -130,11 +134,13 @@ def test_rescale_moves_image_and_mask_alike(size: tuple[int, int], factor: float
     y, x = torch.meshgrid(*(torch.arange(length) for length in size), indexing="ij")
     mask = ((y // 8 + x // 8) % 2).long()
     image, new_mask = rescale(mask[None].float(), mask, factor, factor, probability=1.0)
-    assert torch.equal(image[0].round().long()[(image[0] - 0.5).abs() > 0.01], new_mask[(image[0] - 0.5).abs() > 0.01])
+    assert torch.equal(
+        image[0].round().long()[(image[0] - 0.5).abs() > 0.01], new_mask[(image[0] - 0.5).abs() > 0.01]
+    )
     assert not torch.equal(mask, new_mask)
 
 
-def test_rescale_keeps_the_centre_and_magnifies() -> None:
+def test_rescale_keeps_the_center_and_magnifies() -> None:
     image = torch.zeros(1, 41, 41)
     image[0, 15:26, 15:26] = 1
     for factor in (0.75, 2.0):
@@ -175,7 +181,7 @@ def test_rescale_is_applied_in_its_part_of_the_cases_and_within_its_bounds() -> 
 
 
 @pytest.mark.parametrize("transform", COLOURING, ids=NAMES[3:])
-def test_colours_leave_the_mask_alone(transform: Transform) -> None:
+def test_colors_leave_the_mask_alone(transform: Transform) -> None:
     mask = invent_mask((3, 8, 8), torch.float32)
     for seed in SEEDS:
         assert apply(transform, seed, invent(2, 8, 8), mask)[1] is mask
@@ -215,7 +221,9 @@ def test_the_standard_holds_all_transforms_and_geometry_the_exact_ones() -> None
     assert bare == NAMES and (flip, quarter_turn) == GEOMETRY
 
 
-@pytest.mark.parametrize("transform", [getattr(transform, "func", transform) for transform in STANDARD], ids=NAMES)
+@pytest.mark.parametrize(
+    "transform", [getattr(transform, "func", transform) for transform in STANDARD], ids=NAMES
+)
 def test_a_config_can_record_each_transform(transform: Transform) -> None:
     assert resolve(name_of(transform)) is transform
 
@@ -240,7 +248,9 @@ print(digest.hexdigest())
 def test_the_number_of_threads_makes_no_difference() -> None:
     code = DIGESTS.format(package=dida_tools.__name__)
     commands = [[sys.executable, "-c", code, threads] for threads in ("1", "3")]
-    first, other = (subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout for command in commands)
+    first, other = (
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout for command in commands
+    )
     assert first == other and len(first) > 60
 
 

@@ -20,7 +20,19 @@ from hypothesis import strategies as st
 from dida_tools.utils.logging import csv as module
 from dida_tools.utils.logging.csv import read_log, write_log
 
-FORMULAS = ["=1+1", "=cmd|' /C calc'!A0", "+49 30 1234", "-2+3", "@SUM(A1)", "\t=1+1", "\r=1+1", "=", "-", "+", "@"]
+FORMULAS = [
+    "=1+1",
+    "=cmd|' /C calc'!A0",
+    "+49 30 1234",
+    "-2+3",
+    "@SUM(A1)",
+    "\t=1+1",
+    "\r=1+1",
+    "=",
+    "-",
+    "+",
+    "@",
+]
 DECEPTIVE = [
     "1",
     "-1",
@@ -38,7 +50,26 @@ DECEPTIVE = [
     "\uff11\uff12",
     "٣",
 ]
-AWKWARD = ["", " ", " 1", "1 ", "'", "''", "'=1", "None", ";x", ";=1", "a,b", '"', '""', 'a"b', "\n", "\r", "\r\n", ","]
+AWKWARD = [
+    "",
+    " ",
+    " 1",
+    "1 ",
+    "'",
+    "''",
+    "'=1",
+    "None",
+    ";x",
+    ";=1",
+    "a,b",
+    '"',
+    '""',
+    'a"b',
+    "\n",
+    "\r",
+    "\r\n",
+    ",",
+]
 UNUSUAL = [
     "a\rb",
     "a\r",
@@ -107,7 +138,9 @@ def written(path: Path, value: Any) -> str:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(rows=st.lists(st.dictionaries(keys, values, min_size=1, max_size=4), min_size=1, max_size=3))
-def test_rows_are_read_back_exactly(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> None:
+def test_rows_are_read_back_exactly(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
+) -> None:
     path = tmp_path_factory.mktemp("log") / "experiments.csv"
     for row in rows:
         write_log(path, row)
@@ -156,7 +189,8 @@ class Level(IntEnum):
 
 
 @pytest.mark.parametrize(
-    "value, cell", [(np.float64(0.1), "0.1"), (np.float64("nan"), "nan"), (Level.LOW, "3"), (np.str_("=x"), "'=x")]
+    "value, cell",
+    [(np.float64(0.1), "0.1"), (np.float64("nan"), "nan"), (Level.LOW, "3"), (np.str_("=x"), "'=x")],
 )
 def test_numbers_of_other_classes_are_written_as_plain_ones(tmp_path: Path, value: Any, cell: str) -> None:
     assert written(tmp_path / "log.csv", value) == cell

@@ -67,7 +67,16 @@ VALUES: list[Any] = [
     "nan",
     "inf",
 ]
-VALUES += ["-inf", "ä 日本 🙂", "a\nb\r\n\t", '"quoted", "crc": "00000000"}', "\0", "\u2028", "\ud800", [1, "x", None]]
+VALUES += [
+    "-inf",
+    "ä 日本 🙂",
+    "a\nb\r\n\t",
+    '"quoted", "crc": "00000000"}',
+    "\0",
+    "\u2028",
+    "\ud800",
+    [1, "x", None],
+]
 
 
 @pytest.mark.parametrize("value", VALUES, ids=ascii)
@@ -81,11 +90,15 @@ def test_values_are_read_back_exactly(tmp_path: Path, value: Any) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     events=st.lists(
-        st.dictionaries(st.text(max_size=5), st.none() | st.booleans() | st.integers() | st.floats() | st.text()),
+        st.dictionaries(
+            st.text(max_size=5), st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+        ),
         max_size=4,
     )
 )
-def test_events_are_read_back_exactly(tmp_path_factory: pytest.TempPathFactory, events: list[dict[str, Any]]) -> None:
+def test_events_are_read_back_exactly(
+    tmp_path_factory: pytest.TempPathFactory, events: list[dict[str, Any]]
+) -> None:
     path = tmp_path_factory.mktemp("log") / "journal.jsonl"
     write_all(path, events)
     assert repr(read_counted(path)) == repr((events, 0))
@@ -148,7 +161,9 @@ def test_the_same_event_is_not_written_twice(tmp_path: Path, make: Any, reopen: 
     ],
 )
 @pytest.mark.parametrize("reopen", [False, True])
-def test_a_contradiction_is_noted_and_both_stay(tmp_path: Path, first: dict, second: dict, reopen: bool) -> None:
+def test_a_contradiction_is_noted_and_both_stay(
+    tmp_path: Path, first: dict, second: dict, reopen: bool
+) -> None:
     event = {"event": "step", "step": 7}
     journal = Journal(tmp_path / "j")
     journal.write(event | first)
@@ -173,7 +188,14 @@ def test_numbers_of_numpy_are_no_contradiction(tmp_path: Path) -> None:
 
 
 def test_other_events_may_repeat_and_kinds_are_told_apart(tmp_path: Path) -> None:
-    events = [{"event": "start", "step": 1}, step(1), epoch(1), {"event": "start", "step": 1}, {"note": 1}, {"note": 1}]
+    events = [
+        {"event": "start", "step": 1},
+        step(1),
+        epoch(1),
+        {"event": "start", "step": 1},
+        {"note": 1},
+        {"note": 1},
+    ]
     assert write_all(tmp_path / "j", events).contradictions == []
     assert read_journal(tmp_path / "j") == events
 
@@ -220,7 +242,9 @@ def test_every_changed_byte_is_noticed_and_never_a_wrong_value(tmp_path: Path) -
             path.write_bytes(content[:at] + bytes([other]) + content[at + 1 :])
             events, num_damaged = read_counted(path)
             found = [repr(event) for event in events]
-            assert num_damaged >= 1 and len(found) >= 2 and found == [event for event in whole if event in found]
+            assert (
+                num_damaged >= 1 and len(found) >= 2 and found == [event for event in whole if event in found]
+            )
 
 
 def test_every_lost_or_added_byte_is_noticed_and_never_a_wrong_value(tmp_path: Path) -> None:
@@ -304,7 +328,9 @@ def test_a_full_disk_leaves_the_journal_whole(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FULL, str(tmp_path / "j")]
     number = int(subprocess.run(command, capture_output=True, check=True, text=True, cwd=ROOT).stdout)
     events, num_damaged = read_counted(tmp_path / "j")
-    assert [event["step"] for event in events] == list(range(1, number + 2)) and num_damaged == 0 and number > 3
+    assert (
+        [event["step"] for event in events] == list(range(1, number + 2)) and num_damaged == 0 and number > 3
+    )
 
 
 def test_what_was_written_is_in_the_file_at_once(tmp_path: Path) -> None:

@@ -102,7 +102,9 @@ def test_a_run_that_ends_while_it_is_looked_at_is_not_called_killed(tmp_path, mo
 
     def look_late(run_dir):  # after its journal was read, the run writes its end and releases its lock
         if lock.is_locked:
-            journal.write({"event": "test", "seconds": 1.0, "digest": "d", "test.f1": 0.5, "time": time.time()})
+            journal.write(
+                {"event": "test", "seconds": 1.0, "digest": "d", "test.f1": 0.5, "time": time.time()}
+            )
             lock.release()
         return look(run_dir)
 

@@ -119,7 +119,9 @@ def test_the_latest_run_is_the_one_started_last(log_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("monitor, best", [("max f1", 2), ("min loss", 1)])
-def test_the_best_run_is_that_of_the_largest_or_smallest_result(log_dir: Path, monitor: str, best: int) -> None:
+def test_the_best_run_is_that_of_the_largest_or_smallest_result(
+    log_dir: Path, monitor: str, best: int
+) -> None:
     for name, value in zip(NAMES, [0.5, 0.25, 0.75, 0.5], strict=True):
         make_row(log_dir, name, value, monitor)
     assert find(log_dir, "best") == NAMES[best]
@@ -202,7 +204,10 @@ def test_the_config_of_a_run_is_read_back_to_the_same_objects(log_dir: Path) -> 
 
 
 def test_a_part_of_the_config_needs_nothing_that_the_rest_names(log_dir: Path) -> None:
-    record = {"version": 1, "config": {"MODEL": {"@ref": ".models.unet:UNET"}, "LOSS": {"@ref": ".not_here:loss"}}}
+    record = {
+        "version": 1,
+        "config": {"MODEL": {"@ref": ".models.unet:UNET"}, "LOSS": {"@ref": ".not_here:loss"}},
+    }
     write_record(log_dir / NAMES[0], record)
     assert read_run_config(log_dir / NAMES[0], keys=("MODEL", "MODEL_CONFIG")) == {"MODEL": UNET}
     with pytest.raises(ConfigError, match="not_here"):
@@ -248,7 +253,9 @@ def test_a_missing_config_is_refused_with_its_path(log_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [(), (".lock",), (".lock", "journal.jsonl", ".config.json.123.tmp")])
-def test_a_folder_in_which_no_run_has_begun_is_none_and_can_be_removed(tmp_path: Path, left: tuple[str, ...]) -> None:
+def test_a_folder_in_which_no_run_has_begun_is_none_and_can_be_removed(
+    tmp_path: Path, left: tuple[str, ...]
+) -> None:
     (tmp_path / "run").mkdir()
     for name in left:
         (tmp_path / "run" / name).touch()

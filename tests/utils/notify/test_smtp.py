@@ -87,7 +87,9 @@ def authority() -> Authority:
 class Server:
     """A mail server that records what it gets, and replies to each mail with the next of the replies."""
 
-    def __init__(self, context: ssl.SSLContext | None, security: str, replies: list[str], refused: dict[str, str]):
+    def __init__(
+        self, context: ssl.SSLContext | None, security: str, replies: list[str], refused: dict[str, str]
+    ):
         self.replies, self.refused = replies, refused
         self.mails: list[EmailMessage] = []
         self.contents: list[bytes] = []
@@ -111,7 +113,9 @@ class Server:
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(lambda *_: None)  # refused handshakes
         encryption = context if security == "tls" else None
-        server = self._loop.run_until_complete(self._loop.create_server(connect, "127.0.0.1", 0, ssl=encryption))
+        server = self._loop.run_until_complete(
+            self._loop.create_server(connect, "127.0.0.1", 0, ssl=encryption)
+        )
         self.port: int = server.sockets[0].getsockname()[1]
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -124,7 +128,9 @@ class Server:
         self.logins.append((data.login.decode(), data.password.decode()))
         return AuthResult(success=self.logins[-1] == (USER, PASSWORD), handled=False)
 
-    async def handle_RCPT(self, _server: Any, _session: Any, envelope: Any, address: str, _options: Any) -> str:
+    async def handle_RCPT(
+        self, _server: Any, _session: Any, envelope: Any, address: str, _options: Any
+    ) -> str:
         if address in self.refused:
             return self.refused[address]
         envelope.rcpt_tos.append(address)
@@ -271,7 +277,9 @@ PLAIN: dict[str, Any] = {"security": "none", "user": "", "sender": USER}
 def test_a_mail_arrives_whole(serve, make, security, tmp_path):
     server = serve(security)
     (tmp_path / "loss.png").write_bytes(png())
-    notifier, said = make(server.port, ["a@example.org", "b@example.org"], cc="c@example.org", security=security)
+    notifier, said = make(
+        server.port, ["a@example.org", "b@example.org"], cc="c@example.org", security=security
+    )
     notifier.notify("Lösung: 1 < 2\n.\nend", "run 7 is finished", picture=tmp_path / "loss.png")
     notifier.close()
     assert said == []
@@ -392,7 +400,9 @@ def test_secrets_are_neither_sent_nor_said(serve, make):
         raise ValueError(f"key-123 {PASSWORD}")
     except ValueError as error:
         notifier.notify(
-            f"{error!r} {error}", f"key-123 {PASSWORD} is wrong", html=f"<b>key-123 {PASSWORD} {escape(PASSWORD)}</b>"
+            f"{error!r} {error}",
+            f"key-123 {PASSWORD} is wrong",
+            html=f"<b>key-123 {PASSWORD} {escape(PASSWORD)}</b>",
         )
     notifier.notify("text", f"key-123 {PASSWORD}")
     notifier.close()
@@ -486,7 +496,9 @@ def test_a_wrong_password_is_said_and_not_repeated(serve, make, monkeypatch):
     [sentence] = said
     assert sentence.startswith(f'e-mail "run 7" was not sent: localhost:{server.port}: 535 ')
     assert sentence.endswith("; check SMTP_USER and SMTP_PASSWORD (Gmail wants an app password).")
-    with pytest.raises(UserError, match=r"would send no e-mail: 535 .* check SMTP_USER and SMTP_PASSWORD") as raised:
+    with pytest.raises(
+        UserError, match=r"would send no e-mail: 535 .* check SMTP_USER and SMTP_PASSWORD"
+    ) as raised:
         notifier.check()
     assert "wrong-password" not in str(raised.value)
     assert raised.value.__context__ is None
@@ -533,7 +545,9 @@ def test_what_is_injected_behind_starttls_is_not_taken_for_the_servers(talk, mak
 
 def test_without_encryption_no_password_is_taken(serve):
     server = serve("none")
-    with pytest.raises(NotificationError, match="SMTP_SECURITY is none, but SMTP_USER would log in: set starttls"):
+    with pytest.raises(
+        NotificationError, match="SMTP_SECURITY is none, but SMTP_USER would log in: set starttls"
+    ):
         SMTPNotifier(RECEIVER, host="localhost", port=server.port, security="none", user=USER)
     assert server.num_connections == 0
 
@@ -551,7 +565,9 @@ def test_a_relay_on_this_machine_needs_no_password(serve, make):
 # ------------------------------------------------------------------------------------------------------------- delivery
 
 
-@pytest.mark.parametrize("failures", [["451 later", "452 full"], ["disconnect"], ["disconnect", "421 closing"]])
+@pytest.mark.parametrize(
+    "failures", [["451 later", "452 full"], ["disconnect"], ["disconnect", "421 closing"]]
+)
 def test_failures_that_may_pass_are_tried_again(serve, make, failures):
     server = serve(replies=[*failures, "250 OK"])
     notifier, said = make(server.port)
@@ -642,7 +658,11 @@ def test_a_server_that_holds_on_is_left(talk, make, answer):
     notifier.close(60)
     assert time.monotonic() - start < 30
     [sentence] = said
-    assert ("timed out" in sentence) if answer is answer_nothing else ("not answered in full after 2.4 s" in sentence)
+    assert (
+        ("timed out" in sentence)
+        if answer is answer_nothing
+        else ("not answered in full after 2.4 s" in sentence)
+    )
 
 
 def test_a_full_queue_drops_the_oldest_and_says_so_once(talk, make):
@@ -832,7 +852,9 @@ def test_ports(monkeypatch, security, port):
 def test_all_problems_at_once():
     threads = threading.active_count()
     with pytest.raises(NotificationError) as raised:
-        SMTPNotifier(["me", "Me <me@example.org>"], "a@b\nBcc: c", cc="x@y@z", host="a b", port=0, security="ssl")
+        SMTPNotifier(
+            ["me", "Me <me@example.org>"], "a@b\nBcc: c", cc="x@y@z", host="a b", port=0, security="ssl"
+        )
     assert isinstance(raised.value, UserError)
     heading, *problems = str(raised.value).splitlines()
     assert heading == "e-mail has 6 problems: "
