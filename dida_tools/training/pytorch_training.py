@@ -1,18 +1,21 @@
-"""
-Contains the raw PyTorch routine: the whole loop, to be read and modified.
-"""
+"""The raw PyTorch routine: the whole loop, to be read and modified. The config is in config.py."""
 
 from typing import Any
 
 import torch
 
 from ..config.config import global_config as default_global_config
+from ..utils.logging.csv import CsvTracker
+from ..utils.notify.smtp import Mail
 from .config import VARIANTS, small, train_config  # noqa: F401 (a routine offers them)
-from .determinism import seed_step
-from .distributed import join_processes, parallel, rank
+from .console import ProgressBar
+from .distributed import join_processes
 from .evaluation import evaluate
-from .run import Result, start_run
+from .listener import Result
+from .pictures import Picture
+from .run import start_run
 from .setup import prepare
+from .tensorboard import TensorBoard
 
 
 @join_processes()  # those that torchrun has started
@@ -24,7 +27,7 @@ def train(
     validation_dataset: Any = None,
 ) -> Result:
     """
-    Trains a model, and leaves weights, log and tracker row.
+    Train a model. It leaves weights, a log and a row in the tracker.
 
     :param train_dataset: pairs (input, target); conventions for their shapes stand in utils/loss.py
     :param test_dataset: likewise, evaluated once at the end; None: no test
@@ -34,24 +37,23 @@ def train(
     :raises ConfigError, DataError: before anything is written, with all problems
     """
     setup = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
-    config, device = setup.config, setup.context.device
-    optimizer, scheduler = setup.optimizer, setup.scheduler
-    loss_function, scaler, ema = setup.loss_fn, setup.scaler, setup.ema
+    config, loss_fn = setup.config, setup.loss_fn
+    optimizer, scheduler, scaler, ema = setup.optimizer, setup.scheduler, setup.scaler, setup.ema
+    # <- your listener here, such as an experiment tracker of your own
+    listeners = [CsvTracker(), TensorBoard(), Picture(), ProgressBar(), Mail()]
 
-    with start_run(setup, global_config) as run:
-        state, model = run.state, parallel(setup.model, device)
-        while state.epoch < config["EPOCHS"] and not state.stopped:
+    with start_run(setup, listeners) as run:
+        model = run.parallel(setup.model)
+        for _ in run.epochs():
             model.train()
-            for inputs, targets in run.batches:
-                inputs, targets = setup.context.move(inputs), targets.to(device)
-                seed_step(config["SEED"], run.batch_number, device, rank())
+            for inputs, targets in run.batches():  # moved to the device, dropout reseeded for this batch
                 with setup.autocast():
                     predictions = model(inputs)
-                loss = loss_function(predictions.float(), targets)  # in float32, outside of autocast
+                loss = loss_fn(predictions.float(), targets)  # in float32, outside of autocast
                 scaler.scale(loss * run.loss_weight).backward()
-                if not run.record_batch(loss.item()):  # waits for the GPU
+                run.end_batch(loss)  # the only CPU-GPU sync point
+                if not run.is_update_step:  # gradient accumulation
                     continue
-                learning_rate = optimizer.param_groups[0]["lr"]
                 scaler.unscale_(optimizer)
                 if config["CLIP_NORM"] is not None:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config["CLIP_NORM"])
@@ -62,11 +64,11 @@ def train(
                     scheduler.step()
                 if ema is not None:
                     ema.update_parameters(setup.model)
-                run.record_step(learning_rate)
+                run.end_step()
 
             results = {}
             if setup.loaders.validation is not None:
                 results = evaluate(setup.eval_model, setup.loaders.validation, setup.metrics(), setup.context)
             setup.step_schedule(results.get(run.monitored))
-            run.record_epoch(results)
+            run.end_epoch(results)
         return run.finish()
