@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.capture import flatten
-from ..config.config import CODE_PATH
 from ..config.errors import UserError
+from ..config.tree import flatten
 from ..utils.logging.journal import read_journal
 from ..utils.path import create_dirs, shown
 from ..utils.redact import Redactor
@@ -384,7 +383,9 @@ class Run:
         ran_on = {"device": str(setup.context.device), "precision": setup.context.precision}
         redactor = self.redactor
         environment = (
-            describe_environment(CODE_PATH, setup.context.device) | {"data": setup.data.hashes} | ran_on
+            describe_environment(setup.project.root, setup.context.device)
+            | {"data": setup.data.hashes}
+            | ran_on
         )
         environment = redactor.data(environment) | {"arguments": redactor.arguments(sys.argv)}
         start = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch} | ran_on
