@@ -28,8 +28,8 @@ from ..config.keys import UNRECORDED, complete
 from ..config.project import Project, project_of
 from ..utils.data.contract import DataContract
 from ..utils.data.images import DataError
-from ..utils.loss import is_multi_class, unmask
 from ..utils.name import date_now
+from ..utils.targets import is_multi_class, unmask
 from ..utils.weights import load_weights, model_state
 from .determinism import EvaluationBatches, Loader, Samples, TrainingBatches
 from .device import DeviceContext
