@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config.capture import ConfigError
 from ..config.device import get_device, get_precision
+from ..config.errors import ConfigError
 from ..training.device import DeviceContext
 from ..training.modules import fill_model
 from ..utils.data.contract import DataContract

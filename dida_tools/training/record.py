@@ -11,9 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..config.capture import ConfigError
-from ..config.config import CODE_PATH
-from ..config.errors import UserError
+from ..config.errors import ConfigError, UserError
 from ..utils.logging.journal import Event, Journal
 from ..utils.logging.runs import run_names, write_record
 from ..utils.name import make_unique_dir, safe_name
@@ -58,7 +56,7 @@ class Record:
         create_dirs(self.weight_dir)
         context, rerun_of, redactor = setup.context, setup.config["RERUN_OF"], Redactor(config=setup.config)
         ran_on = {"device": str(context.device), "precision": context.precision}
-        environment = describe_environment(CODE_PATH, context.device) | {"data": setup.data.hashes} | ran_on
+        environment = describe_environment(setup.project.root, context.device) | {"data": setup.data.hashes} | ran_on
         environment = redactor.data(environment) | {"arguments": redactor.arguments(sys.argv)}
         if rerun_of is not None:
             for difference in differences_from(self.log_dir.parent / rerun_of, environment):

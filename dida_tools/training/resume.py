@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..config.capture import ConfigError, difference
+from ..config.errors import ConfigError
+from ..config.tree import difference
 from ..utils.logging.journal import Event, read_journal
 from ..utils.logging.rows import row_of
 from ..utils.logging.runs import is_in_training, read_record, run_names

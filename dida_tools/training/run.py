@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config.capture import flatten
-from ..config.errors import UserError
+from ..config.errors import Preempted, UserError
+from ..config.tree import flatten
+from ..utils.counts import CountMetric
 from ..utils.logging.journal import Event, read_journal
-from ..utils.signals import Preempted, stop_on_signals, stop_requested
+from ..utils.signals import stop_on_signals, stop_requested
 from ..utils.weights import load_weights, save_weights, weights_digest
 from .calibration import calibrate, describe_fit
 from .checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
@@ -79,7 +80,7 @@ class Position:
         """Name of the result that selects the best weights."""
         goal = self.config["MONITOR"].split()[1]
         metric = self.config["METRICS"].get(goal)
-        return goal if metric is None or hasattr(metric, "from_counts") else f"{goal}_sample_mean"
+        return goal if metric is None or isinstance(metric, CountMetric) else f"{goal}_sample_mean"
 
     @property
     def epochs_left(self) -> int:

@@ -20,14 +20,16 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Subset, default_collate
 
-from ..config.capture import ConfigError, capture, find_problems, restore
+from ..config.capture import capture, restore
+from ..config.check import find_problems
 from ..config.device import get_device, get_precision
-from ..config.errors import UserError
+from ..config.errors import ConfigError, UserError
 from ..config.keys import UNRECORDED, complete
+from ..config.project import Project, project_of
 from ..utils.data.contract import DataContract
 from ..utils.data.images import DataError
-from ..utils.loss import is_multi_class, unmask
 from ..utils.name import date_now
+from ..utils.targets import is_multi_class, unmask
 from ..utils.weights import load_weights, model_state
 from .determinism import EvaluationBatches, Loader, Samples, TrainingBatches
 from .device import DeviceContext
@@ -62,6 +64,7 @@ class Setup:
 
     config: dict[str, Any]
     global_config: dict[str, str]
+    project: Project
     captured: dict[str, Any]  # the config as plain data
     not_rerunnable: str  # why a run cannot be done again from its record, or ""
     context: DeviceContext
@@ -127,6 +130,7 @@ def prepare(
     :raises ConfigError: with all problems of the config, and of the data if there are both
     :raises DataError: with all problems of the data
     """
+    project = project_of(routine or __name__)
     config = complete(training_config) | {"ROUTINE_NAME": sys.modules.get(routine or "", routine)}
     config["DATE"] = config["DATE"] or date_now()
     given = {"train": train_dataset, "test": test_dataset, "validation": validation_dataset}
@@ -134,7 +138,7 @@ def prepare(
     given, problems = _with_mask_values(given, config["MASK_VALUES"])
     problems += _disagreements(config, given)
     data_reason = _enter_data(config, given)
-    problems += find_problems(config)
+    problems += find_problems(config, project)
     device, precision = torch.device("cpu"), "fp32"
     try:
         device = own_device(get_device(config["DEVICE"]))
@@ -185,14 +189,17 @@ def prepare(
     optimizer = _made("OPTIMIZER", lambda: config["OPTIMIZER"](parameters, **config["OPTIMIZER_CONFIG"]))
     steps_per_epoch = -(-batches.num_batches // config["ACCUMULATE"])
     reasons: list[str] = []
-    captured = capture({key: value for key, value in config.items() if key not in UNRECORDED}, reasons)
+    captured = capture(
+        {key: value for key, value in config.items() if key not in UNRECORDED}, project, reasons
+    )
     try:
-        restore(captured)
+        restore(captured, project)
     except ConfigError as error:
         reasons += error.problems
     return Setup(
         config=config,
         global_config=global_config,
+        project=project,
         captured=captured,
         not_rerunnable="; ".join([*([data_reason] if data_reason else []), *reasons]),
         context=DeviceContext(device, precision, config["CHANNELS_LAST"]),

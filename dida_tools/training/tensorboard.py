@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..config.capture import flatten
+from ..config.tree import flatten
 from ..utils.logging.journal import Event, read_journal
 from ..utils.scores import Scores, counts_by_threshold
 from .listener import Listener, Result, RunView

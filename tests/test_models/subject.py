@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 
 from dida_tools.config.device import get_device, get_precision
 from dida_tools.config.errors import UserError
+from dida_tools.config.project import project_of
 from dida_tools.training.determinism import EvaluationBatches
 from dida_tools.training.device import DeviceContext
 from dida_tools.training.evaluation import evaluate
@@ -25,7 +26,7 @@ from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.data.images import DataError
 from dida_tools.utils.logging.journal import read_journal
 from dida_tools.utils.logging.runs import find_run, read_run_config
-from dida_tools.utils.loss import unmask
+from dida_tools.utils.targets import unmask
 from dida_tools.utils.torchutils import evaluation_mode, fill_model, set_seed
 from dida_tools.utils.weights import load_weights, model_state
 
@@ -239,7 +240,7 @@ def subject_of_run(
         raise UserError(f"{weights}: holds no data contract, so it is no file of a run.")
     contract = DataContract.from_dict(stored["contract"])
     events = read_journal(log_dir / "journal.jsonl")
-    config = read_run_config(log_dir) | {"DEVICE": module.DEVICE}
+    config = read_run_config(log_dir, project_of("dida_tools")) | {"DEVICE": module.DEVICE}
     config |= dict.fromkeys(("RESUME", "RERUN_OF", "INIT_WEIGHTS", "NOTIFY"))
     device = get_device(module.DEVICE)
     started = [event for event in events if event["event"] == "start"]
