@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ..utils.path import shown
+from ..utils.files import relative_path
 from .preparation import Preparation
 
 if TYPE_CHECKING:
@@ -73,19 +73,23 @@ class Progress:
         }
         reached = ", ".join(f"{key[5:]} {value:.4f}" for key, value in results.items()) or "(there is none)"
         reached += f"; {ignored:,} pixels are ignored" if ignored else ""
-        python = shown(sys.executable) if not os.path.relpath(sys.executable).startswith("..") else "python"
+        python = (
+            relative_path(sys.executable)
+            if not os.path.relpath(sys.executable).startswith("..")
+            else "python"
+        )
         epochs, best = result.state.epoch, result.state.best_epoch
         lines = [
             "",
             f"{result.name}: trained {epochs} epochs in {seconds:.0f} s; best epoch {best}",
             f"  test set   {reached}",
             *([f"  certainty  {', '.join(sure)}"] if sure else []),
-            f"  weights    {shown(result.weights['best'])}  (and {result.weights['last'].name}, to go on from)",
-            f"  log        {shown(result.log_dir)}",
-            f"  tracker    {shown(log_file)}",
-            f"  picture    {shown(result.picture)}" if result.picture else "",
+            f"  weights    {relative_path(result.weights['best'])}  (and {result.weights['last'].name}, to go on from)",
+            f"  log        {relative_path(result.log_dir)}",
+            f"  tracker    {relative_path(log_file)}",
+            f"  picture    {relative_path(result.picture)}" if result.picture else "",
             "Next:",
-            f"  {python} -m tensorboard.main --logdir {shown(result.log_dir.parent)}",
+            f"  {python} -m tensorboard.main --logdir {relative_path(result.log_dir.parent)}",
             f"  {python} run_prediction.py {result.name} -i IMAGES -o DIR",
             f"  {python} train.py --resume {result.name} EPOCHS={2 * self._config['EPOCHS']}",
         ]

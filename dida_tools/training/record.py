@@ -16,12 +16,12 @@ from filelock import FileLock, Timeout
 
 from ..config.capture import ConfigError, difference, flatten
 from ..config.errors import UserError
+from ..utils.files import make_unique_dir, relative_path, write_atomic
 from ..utils.logging.csv import write_log
 from ..utils.logging.journal import Event, Journal, read_journal
 from ..utils.logging.rows import fold, refresh_log, row_of
 from ..utils.logging.runs import is_in_training, read_record, run_names, write_record
-from ..utils.name import make_unique_dir, safe_name
-from ..utils.path import shown, write_atomic
+from ..utils.name import run_name
 from .tensorboard import Board
 
 # What may change when a run goes on: silently, or with a word. Anything else is another training.
@@ -76,8 +76,7 @@ class Record:
             resume = find_unfinished(log_root, captured, say)
         self.goes_on = resume is not None
         if resume is None:
-            wanted = f"{safe_name(config['DATE'])}_{safe_name(captured['config']['SESSION_NAME'])}"
-            self.name = make_unique_dir(log_root, wanted)
+            self.name = make_unique_dir(log_root, run_name(config | captured["config"]))
         else:
             self.name = resume
             if self.name not in run_names(log_root):
@@ -268,7 +267,7 @@ class Record:
             elif not key.startswith(_FREE_TO_CHANGE):
                 refused.append(f"{key} was {before} and is now {now}: that would be another training.")
         if refused:
-            weights = shown(self.weight_dir / "best.pt")
+            weights = relative_path(self.weight_dir / "best.pt")
             raise ConfigError(
                 [*refused, f"Start a new run, if you like from its weights: INIT_WEIGHTS={weights}."]
             )

@@ -23,8 +23,8 @@ from torch import Tensor
 from ..config.capture import flatten
 from ..config.config import CODE_PATH
 from ..config.errors import UserError
+from ..utils.files import relative_path
 from ..utils.logging.journal import read_journal
-from ..utils.path import create_dirs, shown
 from ..utils.signals import Preempted, stop_on_signals, stop_requested
 from ..utils.torchutils import assert_isfinite, fill_model
 from ..utils.weights import load_weights, save_weights, weights_digest
@@ -378,7 +378,7 @@ class Run:
 
     def _begin(self) -> None:
         preparation, state = self.preparation, self.state
-        create_dirs(self.weight_dir)
+        self.weight_dir.mkdir(parents=True, exist_ok=True)
         ran_on = {"device": str(preparation.device), "precision": preparation.precision}
         redactor = preparation.redactor
         environment = (
@@ -541,7 +541,11 @@ class Run:
 
     def _advice(self) -> str:
         files = checkpoint_files(self.weight_dir)
-        saved = f"The last good checkpoint is {shown(files[0])}" if files else "There is no checkpoint yet"
+        saved = (
+            f"The last good checkpoint is {relative_path(files[0])}"
+            if files
+            else "There is no checkpoint yet"
+        )
         return f"{saved}; try a smaller learning rate, CLIP_NORM=1, or PRECISION=fp32."
 
 
