@@ -28,10 +28,13 @@ from typing import Any
 
 import torch
 
-from dida_tools.config.capture import capture, check, override
+from dida_tools.config.capture import capture
+from dida_tools.config.check import check
 from dida_tools.config.config import global_config
 from dida_tools.config.device import get_device, get_precision
 from dida_tools.config.errors import UserError
+from dida_tools.config.overrides import override
+from dida_tools.config.project import project_of
 from dida_tools.search.space import Space, choice, integer, log_uniform, uniform, with_values
 from dida_tools.training.preparation import prepare
 from dida_tools.training.routines import DEFAULT_ROUTINE, ROUTINES, load_routine, recorded_routine
@@ -98,6 +101,7 @@ def main() -> int:
 
 def search(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Checks everything, then has workers train."""
+    project = project_of("dida_tools")
     routine = load_routine(arguments.routine or DEFAULT_ROUTINE)
     if arguments.variant not in ("full", *routine.VARIANTS):
         parser.error(f"--variant {arguments.variant}: choose one of full, {', '.join(routine.VARIANTS)}")
@@ -106,10 +110,12 @@ def search(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     if arguments.variant != "full":
         config = routine.VARIANTS[arguments.variant](config)
     if arguments.data:
-        override(config, arguments.overrides)  # typos are told before the data is read
-        config = use_folder(config, arguments.data, Path(global_config["LOG_DIR"]) / "data_facts.json")
+        override(config, arguments.overrides, project)  # typos are told before the data is read
+        config = use_folder(
+            config, arguments.data, project, Path(global_config["LOG_DIR"]) / "data_facts.json"
+        )
     problems: list[str] = []
-    config = override(config, arguments.overrides, problems)
+    config = override(config, arguments.overrides, project, problems)
     space = Space(search_space)
 
     def datasets(config: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -138,7 +144,7 @@ def search(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
             "there is no validation set, so no trial is better than another: set VALIDATION_FRACTION=0.2."
         )
     record = preparation.record
-    place = capture({key: first[key] for key in ("DEVICE", "PRECISION") if key in first})["config"]
+    place = capture({key: first[key] for key in ("DEVICE", "PRECISION") if key in first}, project)["config"]
     record["config"] = record["config"] | place
     found = open_search(arguments, space, config)
     found.begin(record)
@@ -184,8 +190,9 @@ def train_best(arguments: argparse.Namespace) -> int:
         arguments, Space(search_space), load_routine(DEFAULT_ROUTINE).train_config
     ).best_config()
     problems: list[str] = []
-    config = override(config, arguments.overrides, problems)
-    check(config, problems)
+    project = project_of("dida_tools")
+    config = override(config, arguments.overrides, project, problems)
+    check(config, project, problems)
     routine = load_routine(arguments.routine or recorded_routine(config))
     train_dataset, test_dataset, validation_dataset = build_datasets(config)
     routine.train(train_dataset, test_dataset, config, global_config, validation_dataset)

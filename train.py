@@ -22,9 +22,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from dida_tools.config.capture import check, override
+from dida_tools.config.check import check
 from dida_tools.config.config import global_config
 from dida_tools.config.errors import UserError
+from dida_tools.config.overrides import override
+from dida_tools.config.project import project_of
 from dida_tools.training.routines import DEFAULT_ROUTINE, ROUTINES, load_routine, recorded_routine
 from dida_tools.utils.data.build import build_datasets, use_folder
 from dida_tools.utils.logging.runs import find_run, read_run_config
@@ -67,9 +69,10 @@ def main() -> int:
         parser.error("data and variant come from the run's record: leave --data and --variant out")
     try:
         config: dict[str, Any] = {}
+        project = project_of("dida_tools")
         if recorded:
             name = find_run(global_config, recorded)
-            config = read_run_config(Path(global_config["LOG_DIR"]) / name)
+            config = read_run_config(Path(global_config["LOG_DIR"]) / name, project)
             config |= {"RESUME": name} if arguments.resume else {"RERUN_OF": name, "DATE": None}
         routine = load_routine(arguments.routine or recorded_routine(config))
         if arguments.variant not in ("full", *routine.VARIANTS):
@@ -80,16 +83,16 @@ def main() -> int:
             if arguments.variant != "full":
                 config = routine.VARIANTS[arguments.variant](config)
             if arguments.data:
-                override(config, arguments.overrides)  # typos are told before the data is read
+                override(config, arguments.overrides, project)  # typos are told before the data is read
                 config = use_folder(
-                    config, arguments.data, Path(global_config["LOG_DIR"]) / "data_facts.json"
+                    config, arguments.data, project, Path(global_config["LOG_DIR"]) / "data_facts.json"
                 )
             config = config | {"RESUME": arguments.resume}
         if arguments.smtp:
             config = config | {"NOTIFY": arguments.smtp}
         problems: list[str] = []
-        config = override(config, arguments.overrides, problems)
-        check(config, problems)
+        config = override(config, arguments.overrides, project, problems)
+        check(config, project, problems)
 
         # <- your data here: any two datasets of (input, target) pairs
         train_dataset, test_dataset, validation_dataset = build_datasets(config)

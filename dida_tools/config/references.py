@@ -18,28 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from .config import CODE_PATH, global_config
-
-PACKAGE = __name__.partition(".")[0]
-
-# Libraries, or parts of them, whose models, losses, metrics and datasets may be restored from a record. Other parts of
-# these download files, write logs, or evaluate text.  # <- your libraries here
-ALLOWED_ROOTS = (
-    "torchmetrics",
-    *(f"torchvision.{part}" for part in ("models", "ops", "transforms")),
-    *(f"timm.{part}" for part in ("layers", "loss", "optim")),
-    *(f"segmentation_models_pytorch.{part}" for part in ("decoders", "losses", "metrics")),
-    *(
-        f"monai.{part}"
-        for part in ("losses", "metrics", "networks.blocks", "networks.layers", "networks.nets")
-    ),
-)
-
-# Old names of what was renamed or moved, so that old records can still be read.  # <- your renamed objects here
-ALIASES = {
-    "models.unet:UNET": ".models.unet:UNET",
-    "utils.loss:smooth_dice_loss": ".utils.loss:smooth_dice_loss",
-}
+from .project import Project
 
 _TORCH_MODULES = ("torch.nn", "torch.optim", "torch.utils.data")
 _TORCH_HOMES = (
@@ -53,18 +32,15 @@ _TORCH_HOMES = (
 _TORCH_GADGETS = ("torch.utils.data.datapipes",)  # read and unpickle files
 _PLAIN_TYPES = (bool, int, float, complex, str, list, tuple, dict, set)
 # What the project itself needs to run: it imports, writes and sends.
-_MACHINERY = tuple(
-    f"{PACKAGE}.{part}"
-    for part in (
-        "config",
-        "training",
-        "prediction",
-        "utils.logging",
-        "utils.name",
-        "utils.notify",
-        "utils.path",
-        "utils.weights",
-    )
+_MACHINERY = (
+    "config",
+    "training",
+    "prediction",
+    "utils.logging",
+    "utils.name",
+    "utils.notify",
+    "utils.path",
+    "utils.weights",
 )
 _ONLY = "records may name models, losses, metrics, datasets, optimizers and tensor functions only"
 
@@ -73,15 +49,15 @@ class ReferenceProblem(ValueError):
     """An object that has no name, or a name that must not or cannot be resolved."""
 
 
-def name_of(obj: Any) -> str:
+def name_of(obj: Any, project: Project) -> str:
     """
     The name under which an object can be found again, verified by finding it.
 
     :raises ReferenceProblem: if there is none, or no record may hold it, with the reason and the remedy
     """
     if isinstance(obj, ModuleType):
-        name = _relative(_script_name() if obj.__name__ == "__main__" else obj.__name__)
-        if resolve(name) is not obj:
+        name = _relative(_script_name() if obj.__name__ == "__main__" else obj.__name__, project)
+        if resolve(name, project) is not obj:
             raise ReferenceProblem(f"another module is found under the name {name!r}")
         return name
     module, qualname = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
@@ -107,11 +83,11 @@ def name_of(obj: Any) -> str:
                 continue
         except (ImportError, AttributeError):
             continue
-        relative = f"{_relative(place)}:{name}"
+        relative = f"{_relative(place, project)}:{name}"
         root = place.partition(".")[0]
         try:
             # A library can still be added to ALLOWED_ROOTS; what is refused for good is refused here.
-            if resolve(relative, () if _is_known(root) else (root,)) is obj:
+            if resolve(relative, project, () if _is_known(root, project) else (root,)) is obj:
                 return relative
         except ReferenceProblem as problem:
             refusal = problem
@@ -128,19 +104,19 @@ def name_of(obj: Any) -> str:
     )
 
 
-def resolve(name: str, roots: Iterable[str] = ()) -> Any:
+def resolve(name: str, project: Project, roots: Iterable[str] = ()) -> Any:
     """
     The object of a name, or the module, which must be the project's own.
 
     :param roots: libraries, or parts of them, that are allowed besides ALLOWED_ROOTS
     :raises ReferenceProblem: if the name must not be resolved, or if there is no such object
     """
-    name = ALIASES.get(name, name)
+    name = project.aliases.get(name, name)
     place, _, qualname = name.partition(":")
     if place.startswith("."):
-        place = PACKAGE + place
-    roots = (*ALLOWED_ROOTS, *roots)
-    if not qualname and not is_project_module(place):
+        place = project.package + place
+    roots = (*project.allowed, *roots)
+    if not qualname and not is_project_module(place, project):
         raise ReferenceProblem(
             f"{name!r} is outside of what may be restored: only the project's own modules may"
         )
@@ -148,8 +124,8 @@ def resolve(name: str, roots: Iterable[str] = ()) -> Any:
         raise ReferenceProblem(
             f"{name!r} is outside of what may be restored: it is private, so give it another name"
         )
-    if not _may_import(place, roots):
-        raise ReferenceProblem(f"{name!r} is outside of what may be restored{_extend(place)}")
+    if not _may_import(place, project, roots):
+        raise ReferenceProblem(f"{name!r} is outside of what may be restored{_extend(place, project)}")
     try:
         if not qualname:
             return _module(place)
@@ -158,21 +134,20 @@ def resolve(name: str, roots: Iterable[str] = ()) -> Any:
         raise ReferenceProblem(
             f"{name!r} is not found ({error or type(error).__name__}): install or restore it, or add it to ALIASES"
         ) from error
-    if not _is_harmless(obj, roots):
+    if not _is_harmless(obj, project, roots):
         home = getattr(obj, "__module__", None)
         raise ReferenceProblem(
-            f"{name!r} is outside of what may be restored{_extend(home if isinstance(home, str) else place)}"
+            f"{name!r} is outside of what may be restored{_extend(home if isinstance(home, str) else place, project)}"
         )
     return obj
 
 
-def is_project_module(place: str) -> bool:
-    """Whether a module is the project's own: in its package, or a file beside it or in ROOT_PATH, such as train.py."""
+def is_project_module(place: str, project: Project) -> bool:
+    """Whether a module is the project's own: in its package, or a file beside it, such as train.py."""
     root = place.partition(".")[0]
-    if root == PACKAGE:
+    if root == project.package:
         return True
-    folders = (CODE_PATH, Path(global_config["ROOT_PATH"]))
-    places = [place for folder in folders for place in (folder / f"{root}.py", folder / root / "__init__.py")]
+    places = [project.root / f"{root}.py", project.root / root / "__init__.py"]
     files = [file for file in places if file.is_file()]
     if not root.isidentifier() or not files:
         return False
@@ -189,15 +164,15 @@ def is_project_module(place: str) -> bool:
     )
 
 
-def _may_import(place: str, roots: tuple[str, ...]) -> bool:
+def _may_import(place: str, project: Project, roots: tuple[str, ...]) -> bool:
     return (
         place in ("torch", "builtins")
         or _within(place, (*_TORCH_MODULES, *roots))
-        or is_project_module(place)
+        or is_project_module(place, project)
     )
 
 
-def _is_harmless(obj: Any, roots: tuple[str, ...]) -> bool:
+def _is_harmless(obj: Any, project: Project, roots: tuple[str, ...]) -> bool:
     # An object may be reached through a module that merely imports it (torch:os.system): its own module decides.
     place = getattr(obj, "__module__", None)
     if not isinstance(place, str) or not callable(obj):
@@ -205,9 +180,9 @@ def _is_harmless(obj: Any, roots: tuple[str, ...]) -> bool:
     is_own_loss = (
         place.endswith("_training") and getattr(obj, "__name__", "train") != "train"
     )  # <- in a routine's file
-    if _within(place, _MACHINERY) and not is_own_loss:
+    if _within(place, [f"{project.package}.{part}" for part in _MACHINERY]) and not is_own_loss:
         return False
-    if is_project_module(_script_name() if place == "__main__" else place) or _within(place, roots):
+    if is_project_module(_script_name() if place == "__main__" else place, project) or _within(place, roots):
         return True
     if isinstance(obj, type):
         return obj in _PLAIN_TYPES or (_within(place, _TORCH_MODULES) and not _within(place, _TORCH_GADGETS))
@@ -226,17 +201,17 @@ def _within(place: str, prefixes: Iterable[str]) -> bool:
     return any(place == prefix or place.startswith(prefix + ".") for prefix in prefixes)
 
 
-def _is_known(root: str) -> bool:
-    return root in ("", "torch", "builtins", PACKAGE) or root in sys.stdlib_module_names
+def _is_known(root: str, project: Project) -> bool:
+    return root in ("", "torch", "builtins", project.package) or root in sys.stdlib_module_names
 
 
-def _extend(place: str) -> str:
+def _extend(place: str, project: Project) -> str:
     root = place.partition(".")[0]
-    if root == PACKAGE:
+    if root == project.package:
         return ": it belongs to what runs the project, so define what a config names elsewhere, such as in utils/loss.py"
-    if _is_known(root):
+    if _is_known(root, project):
         return f": {_ONLY}"
-    return f": if you trust '{root}', add it to ALLOWED_ROOTS in {PACKAGE}/config/references.py"
+    return f": if you trust '{root}', add it to ALLOWED_ROOTS in {project.package}/config/config.py"
 
 
 def _find(place: str, qualname: str) -> Any:
@@ -263,7 +238,7 @@ def _script_name() -> str:
     return Path(file).stem if file else "__main__"
 
 
-def _relative(place: str) -> str:
+def _relative(place: str, project: Project) -> str:
     if place == "__main__":
         raise ReferenceProblem("it is defined in a notebook or at the prompt: move it to a module")
-    return place.removeprefix(PACKAGE) if place == PACKAGE or place.startswith(PACKAGE + ".") else place
+    return place.removeprefix(project.package) if _within(place, [project.package]) else place

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..config.config import global_config as default_global_config
 from ..config.errors import UserError
+from ..config.project import project_of
 from ..utils.data.contract import DataContract
 from ..utils.files import relative_path, write_atomic
 from ..utils.logging.runs import find_run, read_record, read_run_config
@@ -182,7 +183,7 @@ def export_run(
         Path(global_config["LOG_DIR"]) / name,
         Path(global_config["WEIGHT_DIR"]) / name / "best.pt",
     )
-    config, record = read_run_config(run_dir), read_record(run_dir)["config"]
+    config, record = read_run_config(run_dir, project_of(__name__)), read_record(run_dir)["config"]
     model = load_model(weights, config["MODEL"], config["MODEL_CONFIG"])
     stored = load_weights(weights)
     if "contract" not in stored:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..config.capture import ConfigError
+from ..config.errors import ConfigError
 from ..utils.data.contract import DataContract
 from ..utils.data.images import ENDINGS, DataError, ImageReader, list_images
 

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config.capture import ConfigError, capture
+from ..config.capture import capture
 from ..config.config import global_config as default_global_config
+from ..config.errors import ConfigError
+from ..config.project import project_of
 from ..utils.data.contract import DataContract, default_scale
 from ..utils.data.images import DataError, Grid, ImageReader, Window
 from ..utils.files import write_atomic
@@ -155,7 +157,7 @@ def run_config(name: str, global_config: dict[str, str] = default_global_config)
     """What a predict_config takes of a tracked run."""
     name = find_run(global_config, name, with_weights=True)
     keys = ("MODEL", "MODEL_CONFIG", "MASK_VALUES", "IGNORE_INDEX")
-    config = read_run_config(Path(global_config["LOG_DIR"]) / name, keys=keys)
+    config = read_run_config(Path(global_config["LOG_DIR"]) / name, project_of(__name__), keys=keys)
     weights = Path(global_config["WEIGHT_DIR"]) / name / "best.pt"
     return {key: config[key] for key in keys if key in config} | {"WEIGHTS": weights}
 
@@ -218,6 +220,7 @@ class _Work:
         self.settings = capture(
             {key: config[key] for key in ("MODEL", "MODEL_CONFIG", "OUTPUT", "OUTPUT_DTYPE", "OVERLAP", "BATCH_SIZE")}
             | {"AUGMENT": config["AUGMENT"], "PRECISION": predictor.precision, "TILE": tile},
+            project_of(__name__),
             [],
         )["config"] | {
             "WEIGHTS": weights_digest(predictor.model.state_dict()),

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config.capture import ConfigError
 from ..config.device import autocast, get_device, get_precision
+from ..config.errors import ConfigError
 from ..utils.data.contract import DataContract
 from ..utils.data.images import DataError, Window
 from ..utils.torchutils import fill_model

@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..config.capture import ConfigError, assign, capture, find_problems, flatten
-from ..config.errors import UserError
+from ..config.capture import capture
+from ..config.check import find_problems
+from ..config.errors import ConfigError, UserError
 from ..config.keys import KEYS, complete, copy_config
+from ..config.overrides import assign
+from ..config.project import project_of
+from ..config.tree import flatten
 
 # What all trials must have in common, so that they can be compared, or what names and records them.
 _COMMON = (
@@ -99,8 +103,8 @@ def choice(*options: Any) -> Choice:
 def _label(option: Any) -> Any:
     if option is None or type(option) in (bool, int, float, str):
         return option
-    capture({"choice": option})  # refuses what has no name
-    texts = {key[len("choice.") :]: text for key, text in flatten({"choice": option}).items()}
+    captured = capture({"choice": option}, project_of(__name__))  # refuses what has no name
+    texts = {key[len("choice.") :]: text for key, text in flatten(captured).items()}
     return ", ".join(f"{key}={text}" if key else str(text) for key, text in texts.items())
 
 
@@ -131,7 +135,7 @@ class Space:
                     f"{key} cannot be searched while MONITOR is {config['MONITOR']!r}: monitor a metric."
                 )
             elif first not in KEYS:
-                problems += find_problems({first: None})[:1]
+                problems += find_problems({first: None}, project_of(__name__))[:1]
         if not self._parts:
             problems.append(
                 "the search space is empty: write into search_space, at the top of hyperparameter.py."
@@ -141,7 +145,7 @@ class Space:
                 candidate = copy_config(config)
                 found = [(key, assign(candidate, key, value)) for key, value in values.items()]
                 found_now = [f"{key} cannot be searched: {problem}." for key, problem in found if problem]
-                problems += found_now or find_problems(candidate)
+                problems += found_now or find_problems(candidate, project_of(__name__))
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
 

@@ -22,9 +22,11 @@ import torch
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
-from ..config.capture import capture, difference, restore
+from ..config.capture import capture, restore
 from ..config.errors import UserError
 from ..config.keys import complete
+from ..config.project import project_of
+from ..config.tree import difference
 from ..training.checkpoint import checkpoint_files
 from ..training.preparation import is_out_of_memory
 from ..training.run import NonFiniteLoss, OutOfMemory, Pruned, Result, Run
@@ -338,7 +340,7 @@ class Search:
         known = self.study.user_attrs
         if known["space"] != self.space.text():
             raise UserError(f"the study {self.name} had another search space: {json.dumps(known['space'])}.")
-        values = capture(self.space.values(best[0].params))["config"]
+        values = capture(self.space.values(best[0].params), project_of(__name__))["config"]
         about = {"STUDY": self.name, "TRIAL": best[0].number, "DATE": None}
         config = with_values(known["config"]["config"], values) | about
         result = {"study": self.name, "trial": best[0].number, "value": best[0].value}
@@ -351,7 +353,7 @@ class Search:
         :raises UserError: if there is none, or if it cannot be restored
         """
         record = self.best_record()
-        return restore(record) | {"SESSION_NAME": f"{self.name}-best", "RESUME": "auto"}
+        return restore(record, project_of(__name__)) | {"SESSION_NAME": f"{self.name}-best", "RESUME": "auto"}
 
     def save_best(self) -> Path:
         """Writes the best config, and returns where."""

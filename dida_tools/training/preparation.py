@@ -20,10 +20,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Subset, default_collate
 
-from ..config.capture import ConfigError, capture, find_problems, restore
+from ..config.capture import capture, restore
+from ..config.check import find_problems
 from ..config.device import get_device, get_precision
-from ..config.errors import UserError
+from ..config.errors import ConfigError, UserError
 from ..config.keys import UNRECORDED, complete
+from ..config.project import Project, project_of
 from ..utils.data.contract import DataContract
 from ..utils.data.images import DataError
 from ..utils.loss import is_multi_class, unmask
@@ -41,6 +43,7 @@ class Preparation:
     """Everything that a routine trains with. Evaluation datasets are None where there are none."""
 
     config: dict[str, Any]
+    project: Project
     record: dict[str, Any]  # the captured config
     not_rerunnable: str  # why a run cannot be done again from its record, or ""
     device: torch.device
@@ -118,6 +121,7 @@ def prepare(
     :raises ConfigError: with all problems of the config, and of the data if there are both
     :raises DataError: with all problems of the data
     """
+    project = project_of(routine or __name__)
     config = complete(training_config) | {"ROUTINE_NAME": sys.modules.get(routine or "", routine)}
     config["DATE"] = config["DATE"] or date_now()
     given = {"train": train_dataset, "test": test_dataset, "validation": validation_dataset}
@@ -125,7 +129,7 @@ def prepare(
     given, problems = _with_mask_values(given, config["MASK_VALUES"])
     problems += _disagreements(config, given)
     data_reason = _enter_data(config, given)
-    problems += find_problems(config)
+    problems += find_problems(config, project)
     device, precision = torch.device("cpu"), "fp32"
     try:
         device = own_device(get_device(config["DEVICE"]))
@@ -176,15 +180,16 @@ def prepare(
     optimizer = _made("OPTIMIZER", lambda: config["OPTIMIZER"](parameters, **config["OPTIMIZER_CONFIG"]))
     steps_per_epoch = -(-batches.num_batches // config["ACCUMULATE"])
     reasons: list[str] = []
-    record = capture({key: value for key, value in config.items() if key not in UNRECORDED}, reasons)
+    record = capture({key: value for key, value in config.items() if key not in UNRECORDED}, project, reasons)
     redactor = Redactor(config=config)
     record["config"] = _without_secrets(record["config"], redactor, "")
     try:
-        restore(record)
+        restore(record, project)
     except ConfigError as error:
         reasons += error.problems
     return Preparation(
         config=config,
+        project=project,
         record=record,
         not_rerunnable="; ".join([*([data_reason] if data_reason else []), *reasons]),
         device=device,

@@ -14,8 +14,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..config.capture import ConfigError, difference, flatten
-from ..config.errors import UserError
+from ..config.errors import ConfigError, UserError
+from ..config.tree import difference, flatten
 from ..utils.files import make_unique_dir, relative_path, write_atomic
 from ..utils.logging.csv import write_log
 from ..utils.logging.journal import Event, Journal, read_journal

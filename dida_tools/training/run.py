@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.capture import flatten
-from ..config.config import CODE_PATH
 from ..config.errors import UserError
+from ..config.tree import flatten
 from ..utils.files import relative_path
 from ..utils.logging.journal import read_journal
 from ..utils.signals import Preempted, stop_on_signals, stop_requested
@@ -382,7 +381,9 @@ class Run:
         ran_on = {"device": str(preparation.device), "precision": preparation.precision}
         redactor = preparation.redactor
         environment = (
-            describe_environment(CODE_PATH, preparation.device) | {"data": preparation.data_hashes} | ran_on
+            describe_environment(preparation.project.root, preparation.device)
+            | {"data": preparation.data_hashes}
+            | ran_on
         )
         environment = redactor.data(environment) | {"arguments": redactor.arguments(sys.argv)}
         start = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch} | ran_on

@@ -13,14 +13,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: what was done is saved, start it again to go on
+from ..config.errors import Preempted
+
+EXIT_CODE = Preempted.exit_code
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 # torchrun passes on to its processes what the whole group, such as a terminal's, may have got already.
 _SECONDS_OF_ONE_REQUEST = 5.0
-
-
-class Preempted(BaseException):
-    """A signal asked to end. No Exception, so that nobody who catches those goes on as if nothing were."""
 
 
 class _Request:

@@ -499,7 +499,7 @@ def somelib(library):
 
 @pytest.mark.parametrize("name", ["somelib.nets:Net", "somelib.nets:loss"])
 def test_a_foreign_library_is_refused_and_the_message_says_how_to_extend(somelib, name):
-    wanted = r"if you trust 'somelib', add it to ALLOWED_ROOTS in dida_tools/config/references.py"
+    wanted = r"if you trust 'somelib', add it to ALLOWED_ROOTS in dida_tools/config/config.py"
     with pytest.raises(ReferenceProblem, match=wanted):
         resolve(name)
     with pytest.raises(ConfigError, match=f"MODEL_CONFIG.x: .*{wanted}"):

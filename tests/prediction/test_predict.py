@@ -8,7 +8,7 @@ from PIL import Image
 from rasterio.transform import from_origin
 from torch import nn
 
-from dida_tools.config.capture import ConfigError
+from dida_tools.config.errors import ConfigError
 from dida_tools.prediction import predict
 from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.data.images import DataError

@@ -8,8 +8,7 @@ from optuna.trial import FixedTrial
 from torch.nn import ELU, BatchNorm2d, GroupNorm
 from torch.optim import SGD, AdamW
 
-from dida_tools.config.capture import ConfigError
-from dida_tools.config.errors import UserError
+from dida_tools.config.errors import ConfigError, UserError
 from dida_tools.search.space import Space, choice, integer, log_uniform, uniform, with_values
 from dida_tools.utils.loss import multi_class_dice_ce_sum
 

@@ -22,6 +22,7 @@ from dida_tools import training
 from dida_tools.config.config import make_global_config
 from dida_tools.config.errors import UserError
 from dida_tools.config.keys import complete
+from dida_tools.config.project import project_of
 from dida_tools.search import study as study_module
 from dida_tools.search.space import choice, log_uniform, uniform
 from dida_tools.training import record as record_module
@@ -101,7 +102,7 @@ def test_a_run_that_is_pruned_says_so_and_can_still_be_trained_to_its_end(
     assert (row["STATUS"], row["EPOCH"], row["RERUNNABLE"], row["TRIAL"]) == ("pruned", 1, "yes", 3)
     assert read_journal(log_dir / name / "journal.jsonl")[-1]["status"] == "pruned"
     assert seen == [expected.history[0]["validation.f1"]]
-    config = read_run_config(log_dir / name)
+    config = read_run_config(log_dir / name, project_of("dida_tools"))
     assert "AFTER_EPOCH" not in config
     finished = train(config | {"RESUME": name, "STUDY": None, "TRIAL": None})
     assert finished.digest == expected.digest
@@ -558,7 +559,7 @@ def test_a_study_does_not_go_on_with_what_cannot_be_compared(new_search, toy_tra
         search = new_search(space or both, **changes)
         from dida_tools.config.capture import capture
 
-        search.begin(capture(complete(search.config)))
+        search.begin(capture(complete(search.config), project_of("dida_tools")))
         return search
 
     begin(None).work(toy_train, 1)
@@ -577,7 +578,7 @@ def test_the_best_config_is_saved_and_comes_back_with_its_objects(new_search, to
     search = new_search()
     with pytest.raises(UserError, match="no finished trial"):
         search.best_config()
-    search.begin(capture(complete(tiny_config)))
+    search.begin(capture(complete(tiny_config), project_of("dida_tools")))
     search.work(toy_train, 6)
     best, config = search.best_trials()[0], search.best_config()
     assert config["OPTIMIZER"].__name__ == best.params["OPTIMIZER"].partition(":")[2]

@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 
 from dida_tools.config.device import autocast, get_device, get_precision
 from dida_tools.config.errors import UserError
+from dida_tools.config.project import project_of
 from dida_tools.training.determinism import EvaluationBatches
 from dida_tools.training.evaluation import evaluate, to_device
 from dida_tools.training.preparation import Preparation, prepare
@@ -235,7 +236,7 @@ def subject_of_run(
         raise UserError(f"{weights}: holds no data contract, so it is no file of a run.")
     contract = DataContract.from_dict(stored["contract"])
     events = read_journal(log_dir / "journal.jsonl")
-    config = read_run_config(log_dir) | {"DEVICE": module.DEVICE}
+    config = read_run_config(log_dir, project_of("dida_tools")) | {"DEVICE": module.DEVICE}
     config |= dict.fromkeys(("RESUME", "RERUN_OF", "INIT_WEIGHTS", "NOTIFY"))
     device = get_device(module.DEVICE)
     started = [event for event in events if event["event"] == "start"]

@@ -22,8 +22,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dida_tools.config.config import CODE_PATH, make_global_config
+from dida_tools.config.config import make_global_config
 from dida_tools.config.errors import UserError
+from dida_tools.config.project import project_of
 from dida_tools.training import record as record_module
 from dida_tools.training import run as run_module
 from dida_tools.training.checkpoint import checkpoint_files, load_checkpoint
@@ -368,7 +369,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory, small_datasets: tuple[Any, A
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
     torch.optim.AdamW([torch.zeros(1)])  # the first optimizer imports a thousand modules
-    SmallTraining.environment = describe_environment(CODE_PATH, torch.device("cpu"))
+    SmallTraining.environment = describe_environment(project_of("dida_tools").root, torch.device("cpu"))
     training = SmallTraining(tmp_path_factory.mktemp("forks"), small_datasets)
     listed = training.root / "modules.txt"
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dida_tools.config.capture import ConfigError
+from dida_tools.config.errors import ConfigError
+from dida_tools.config.project import project_of
 from dida_tools.training.checkpoint import checkpoint_files, load_checkpoint
 from dida_tools.utils.data.facts import scan_files, scan_image
 from dida_tools.utils.logging import read_log, write_log
@@ -139,7 +140,11 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(trained, damage_file, da
 def test_of_a_damaged_config_the_copy_is_used_and_that_is_said(trained, damage_file, damage):
     run_dir = trained.log_root / trained.name()
     file = run_dir / "config.json"
-    original, live, counts = read_record(run_dir), read_run_config(run_dir, ROOTS), Counter()
+    original, live, counts = (
+        read_record(run_dir),
+        read_run_config(run_dir, project_of("dida_tools"), ROOTS),
+        Counter(),
+    )
     for number, text in enumerate(damaged(file.read_bytes(), damage, NUM_DAMAGES)):
         damage_file(file, text)
         said: list[str] = []
@@ -153,7 +158,7 @@ def test_of_a_damaged_config_the_copy_is_used_and_that_is_said(trained, damage_f
         else:
             assert repr(found) == repr(original)
         if number % 20 == 0:
-            assert read_run_config(run_dir, ROOTS, said.append) == live
+            assert read_run_config(run_dir, project_of("dida_tools"), ROOTS, said.append) == live
     print(counts)
     assert counts["fell back"] > 0.99 * NUM_DAMAGES
 

@@ -16,8 +16,9 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from dida_tools.config.capture import ConfigError, capture, difference
-from dida_tools.config.errors import UserError
+from dida_tools.config.capture import capture
+from dida_tools.config.errors import ConfigError, UserError
+from dida_tools.config.project import project_of
 from dida_tools.models import UNET
 from dida_tools.training import pytorch_training
 from dida_tools.training.preparation import prepare
@@ -535,9 +536,9 @@ def test_a_regression_whose_first_target_is_zero_is_no_classification(tiny_confi
 
 def test_config_files_row_and_result_agree(datasets, tiny_config, global_config, capsys, monkeypatch):
     monkeypatch.undo()  # with a picture and the list of packages
-    before = copy.deepcopy(capture(tiny_config))
+    before = copy.deepcopy(capture(tiny_config, project_of("dida_tools")))
     result = train(*datasets, tiny_config, global_config)
-    assert capture(tiny_config) == before
+    assert capture(tiny_config, project_of("dida_tools")) == before
     row = the_row(global_config)
     assert row["NAME"] == result.name == result.log_dir.name == result.weight_dir.name
     assert row["STATUS"] == "finished"
@@ -744,11 +745,14 @@ def test_memory_that_runs_out_is_explained(datasets, tiny_config, global_config)
 
 
 def test_the_shipped_configs_are_sound_and_round_trip():
-    from dida_tools.config.capture import check, restore
+    from dida_tools.config.capture import restore
+    from dida_tools.config.check import check
 
+    project = project_of("dida_tools")
     for config in (pytorch_training.train_config, pytorch_training.small()):
-        check(config)
-        assert difference(restore(json.loads(json.dumps(capture(config)))), config) == {}
+        captured = check(config, project)
+        restored = restore(json.loads(json.dumps(captured)), project)
+        assert capture(restored, project) == captured
     full = pytorch_training.train_config["MODEL_CONFIG"]
     assert sum(parameter.numel() for parameter in UNET(**full).parameters()) > 30e6
     assert math.isclose(pytorch_training.train_config["OPTIMIZER_CONFIG"]["lr"], 1e-3)

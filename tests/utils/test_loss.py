@@ -16,6 +16,7 @@ from sklearn import metrics as sklearn_metrics
 from torch import Tensor
 from torch.nn import functional
 
+from dida_tools.config.project import project_of
 from dida_tools.config.references import name_of, resolve
 from dida_tools.utils import loss as module
 from dida_tools.utils.loss import (
@@ -969,8 +970,8 @@ PUBLIC = [*METRICS, *MASKED_METRICS, *BINARY_LOSSES[:3], *MULTI_LOSSES, *MASKED_
 @pytest.mark.parametrize("function", PUBLIC, ids=lambda function: function.__name__)
 def test_losses_and_metrics_are_found_under_their_own_names(function: Any) -> None:
     assert getattr(module, function.__name__) is function
-    assert name_of(function) == f".utils.loss:{function.__name__}"
-    assert resolve(name_of(function)) is function
+    assert name_of(function, project_of("dida_tools")) == f".utils.loss:{function.__name__}"
+    assert resolve(name_of(function, project_of("dida_tools")), project_of("dida_tools")) is function
     assert pickle.loads(pickle.dumps(function)) is function
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config.keys import copy_config
+from ...config.project import Project
 from .datasets import NpyDataset
 from .fingerprint import folders_of, suggest
 from .images import DataError
@@ -24,7 +25,9 @@ def build_datasets(config: dict[str, Any]) -> tuple[Any, Any, Any]:
     return parts["train"], parts.get("test"), parts.get("validation")
 
 
-def use_folder(config: dict[str, Any], folder: Path, cache_file: Path | None = None) -> dict[str, Any]:
+def use_folder(
+    config: dict[str, Any], folder: Path, project: Project, cache_file: Path | None = None
+) -> dict[str, Any]:
     """
     A copy of a config for the images and masks of a folder, with what they suggest: channels, classes, crop, loss.
 

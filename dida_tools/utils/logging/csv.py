@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..path import write_atomic
+from ..files import write_atomic
 
 KEY = "NAME"
 LOCK_SECONDS = 60

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ...config.capture import flatten
+from ...config.tree import flatten
 from .csv import KEY, read_log, replace_log, write_log
 from .journal import Event, read_journal
 from .runs import is_in_training, run_names

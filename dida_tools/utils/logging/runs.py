@@ -12,9 +12,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ...config.capture import ConfigError, restore
-from ...config.errors import UserError
-from ..path import write_atomic
+from ...config.capture import restore
+from ...config.errors import ConfigError, UserError
+from ...config.project import Project
+from ..files import write_atomic
 from .csv import read_log
 from .journal import read_journal
 
@@ -155,6 +156,7 @@ def _test_data(row: dict[str, Any]) -> dict[str, Any]:
 
 def read_run_config(
     run_dir: str | os.PathLike,
+    project: Project,
     roots: Iterable[str] = (),
     say: Callable[[str], None] = print,
     keys: Container[str] | None = None,
@@ -162,7 +164,7 @@ def read_run_config(
     """
     The config of a run with its live objects.
 
-    :param roots: libraries that may be imported besides references.ALLOWED_ROOTS
+    :param roots: libraries that may be imported besides the project's ALLOWED_ROOTS
     :param say: gets a sentence where config.json is damaged, and the copy in the journal is used
     :param keys: only these, so that nothing is needed that only others name, such as a routine's framework; None: all
     :raises ConfigError: if both are missing or damaged, or name what is not allowed
@@ -170,7 +172,7 @@ def read_run_config(
     record = read_record(run_dir, say)
     if keys is not None:
         record = record | {"config": {key: value for key, value in record["config"].items() if key in keys}}
-    return restore(record, roots)
+    return restore(record, project, roots)
 
 
 def write_record(run_dir: str | os.PathLike, record: dict[str, Any]) -> None:

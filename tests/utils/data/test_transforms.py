@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import dida_tools
+from dida_tools.config.project import project_of
 from dida_tools.config.references import name_of, resolve
 from dida_tools.training.determinism import seed_sample
 from dida_tools.utils.data.transforms import (
@@ -225,7 +226,7 @@ def test_the_standard_holds_all_transforms_and_geometry_the_exact_ones() -> None
     "transform", [getattr(transform, "func", transform) for transform in STANDARD], ids=NAMES
 )
 def test_a_config_can_record_each_transform(transform: Transform) -> None:
-    assert resolve(name_of(transform)) is transform
+    assert resolve(name_of(transform, project_of("dida_tools")), project_of("dida_tools")) is transform
 
 
 DIGESTS = """

@@ -11,6 +11,7 @@ import torch
 from filelock import FileLock
 
 from dida_tools.config.capture import capture
+from dida_tools.config.project import project_of
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.logging import read_frame, read_log, write_log
 from dida_tools.utils.logging import rows as rows_module
@@ -31,7 +32,9 @@ def begin(run_dir: Path, host: str = socket.gethostname(), seconds_ago: float = 
     event = {"event": "start", "name": run_dir.name, "host": host, "pid": 1, "epoch": 0}
     event |= {"best_epoch": None, "device": "cpu", "precision": "fp32", "not_rerunnable": ""}
     event |= {"time": time.time() - seconds_ago}
-    journal.write(event | capture({"LOGFILE": "experiments.csv", "MONITOR": "max f1"}))
+    journal.write(
+        event | capture({"LOGFILE": "experiments.csv", "MONITOR": "max f1"}, project_of("dida_tools"))
+    )
     return journal
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from filelock import FileLock
 
-from dida_tools.config.capture import ConfigError, capture
-from dida_tools.config.errors import UserError
+from dida_tools.config.capture import capture
+from dida_tools.config.errors import ConfigError, UserError
+from dida_tools.config.project import project_of
 from dida_tools.models.unet import UNET
 from dida_tools.utils.logging.csv import write_log
 from dida_tools.utils.logging.runs import (
@@ -43,7 +44,7 @@ CONFIG: dict[str, Any] = {
 
 def make_run(log_dir: Path, name: str, config: dict[str, Any] | None = None) -> None:
     (log_dir / name).mkdir(parents=True)
-    write_record(log_dir / name, capture(config or CONFIG) | {"name": name})
+    write_record(log_dir / name, capture(config or CONFIG, project_of("dida_tools")) | {"name": name})
 
 
 def make_row(
@@ -198,9 +199,9 @@ def test_the_tracker_may_have_another_name(log_dir: Path) -> None:
 
 
 def test_the_config_of_a_run_is_read_back_to_the_same_objects(log_dir: Path) -> None:
-    config = read_run_config(log_dir / NAMES[0])
+    config = read_run_config(log_dir / NAMES[0], project_of("dida_tools"))
     assert config == CONFIG and config["MODEL"] is UNET and config["METRICS"]["f1"] is f1
-    assert read_run_config(str(log_dir / NAMES[0])) == config
+    assert read_run_config(str(log_dir / NAMES[0]), project_of("dida_tools")) == config
 
 
 def test_a_part_of_the_config_needs_nothing_that_the_rest_names(log_dir: Path) -> None:
@@ -209,9 +210,11 @@ def test_a_part_of_the_config_needs_nothing_that_the_rest_names(log_dir: Path) -
         "config": {"MODEL": {"@ref": ".models.unet:UNET"}, "LOSS": {"@ref": ".not_here:loss"}},
     }
     write_record(log_dir / NAMES[0], record)
-    assert read_run_config(log_dir / NAMES[0], keys=("MODEL", "MODEL_CONFIG")) == {"MODEL": UNET}
+    assert read_run_config(log_dir / NAMES[0], project_of("dida_tools"), keys=("MODEL", "MODEL_CONFIG")) == {
+        "MODEL": UNET
+    }
     with pytest.raises(ConfigError, match="not_here"):
-        read_run_config(log_dir / NAMES[0])
+        read_run_config(log_dir / NAMES[0], project_of("dida_tools"))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +236,7 @@ def test_a_part_of_the_config_needs_nothing_that_the_rest_names(log_dir: Path) -
 def test_a_damaged_config_is_refused_with_a_sentence(log_dir: Path, content: bytes) -> None:
     (log_dir / NAMES[0] / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"the config has 1 problem: .{20}"):
-        read_run_config(log_dir / NAMES[0])
+        read_run_config(log_dir / NAMES[0], project_of("dida_tools"))
 
 
 @pytest.mark.parametrize("length", [0, 1, 20, 100, 200, -1])
@@ -241,12 +244,12 @@ def test_a_config_that_is_cut_off_is_refused(log_dir: Path, length: int) -> None
     file = log_dir / NAMES[0] / "config.json"
     file.write_bytes(file.read_bytes()[:length])
     with pytest.raises(ConfigError, match=r"config\.json is damaged or missing"):
-        read_run_config(log_dir / NAMES[0])
+        read_run_config(log_dir / NAMES[0], project_of("dida_tools"))
 
 
 def test_a_missing_config_is_refused_with_its_path(log_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json is damaged or missing .*No such file"):
-        read_run_config(log_dir / "not-a-run")
+        read_run_config(log_dir / "not-a-run", project_of("dida_tools"))
 
 
 # ------------------------------------------------------------------------------------------------- the folder of a run
