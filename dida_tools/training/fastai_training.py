@@ -42,7 +42,7 @@ class Training(Callback):
 
     def __init__(self, setup: Setup, run: Run) -> None:
         super().__init__()
-        self.setup, self.recorded, self.metrics = setup, run, setup.metrics()  # fastai calls a flag "run"
+        self.setup, self.recorded, self.evaluation = setup, run, setup.metrics()  # fastai calls a flag "run"
 
     def __call__(self, event_name: str) -> None:
         """Call what is defined for an event. fastai's own would put its words before those of an error."""
@@ -57,7 +57,7 @@ class Training(Callback):
     def before_batch(self) -> None:
         """Evaluate a batch of the validation set."""
         if not self.training:
-            evaluate_batch(self.setup.eval_model, (self.xb[0], self.yb[0]), self.metrics, self.setup.context)
+            evaluate_batch(self.setup.eval_model, (self.xb[0], self.yb[0]), self.evaluation, self.setup.context)
             raise CancelBatchException
 
     def before_backward(self) -> None:
@@ -93,11 +93,11 @@ class Training(Callback):
         """Begin an evaluation."""
         self.learn.training = False
         self.setup.eval_model.eval()
-        self.metrics = self.setup.metrics()
+        self.evaluation = self.setup.metrics()
 
     def after_epoch(self) -> None:
         """End the epoch, after its validation."""
-        results = self.metrics.results() if self.setup.loaders.validation is not None else {}
+        results = self.evaluation.results() if self.setup.loaders.validation is not None else {}
         self.setup.step_schedule(results.get(self.recorded.monitored))
         self.recorded.end_epoch(results)
         if not self.recorded.epochs_left:
