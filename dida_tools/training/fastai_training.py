@@ -1,4 +1,4 @@
-"""The fastai routine: the same training as pytorch_training.py, with a Learner and callbacks. In one process."""
+"""The fastai routine: pytorch_training.py's training by a Learner and callbacks, in one process."""
 
 from typing import Any
 
@@ -57,7 +57,9 @@ class Training(Callback):
     def before_batch(self) -> None:
         """Evaluate a batch of the validation set."""
         if not self.training:
-            evaluate_batch(self.setup.eval_model, (self.xb[0], self.yb[0]), self.evaluation, self.setup.context)
+            evaluate_batch(
+                self.setup.eval_model, (self.xb[0], self.yb[0]), self.evaluation, self.setup.context
+            )
             raise CancelBatchException
 
     def before_backward(self) -> None:
@@ -125,8 +127,8 @@ def train(
             default_cbs=False,  # the run has its own bar, record and modes
             cbs=Training(setup, run),
         )
-        # Ready-made: an optimizer of fastai's would take weight decay off norms and biases, and forget a restored
-        # state. fit would set the learning rates, so it gets them as they are; the schedule is the config's.
+        # Ready-made: one of fastai's own would take weight decay off norms and biases, and forget its state.
+        # fit would set the learning rates, so it gets them as they are; the schedule is the config's.
         learner.opt = OptimWrapper(opt=setup.optimizer)
         if run.epochs_left:
             learner.fit(run.epochs_left, lr=[group["lr"] for group in setup.optimizer.param_groups])
