@@ -29,7 +29,10 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
             "STATUS": "running",
             "STARTED": row.get("STARTED", clock(event["time"])),
         }
-        columns |= {"SECONDS": None, "EPOCH": event["epoch"], "BEST_EPOCH": event["best_epoch"]}
+        # Epochs after the checkpoint that are in the journal already are trained again, and not appended again.
+        is_ahead = (row.get("EPOCH") or 0) > event["epoch"]
+        where = (row["EPOCH"], row["BEST_EPOCH"]) if is_ahead else (event["epoch"], event["best_epoch"])
+        columns |= {"SECONDS": None, "EPOCH": where[0], "BEST_EPOCH": where[1]}
         columns |= {"HEARTBEAT": None, "HOST": event["host"], "PID": event["pid"], "ERROR": None}
         columns["RAN_ON"] = f"{event['device']} {event['precision']}"
         columns["RERUNNABLE"] = f"no: {event['not_rerunnable']}" if event["not_rerunnable"] else "yes"
