@@ -19,9 +19,10 @@ from ..config.tree import difference, flatten
 from ..utils.files import make_unique_dir, relative_path, write_atomic
 from ..utils.logging.csv import write_log
 from ..utils.logging.journal import Event, Journal, read_journal
-from ..utils.logging.rows import fold, refresh_log, row_of
-from ..utils.logging.runs import is_in_training, read_record, run_names, write_record
+from ..utils.logging.rows import fold, is_in_training, row_of
+from ..utils.logging.runs import find_rows, read_record, run_names, write_record
 from ..utils.name import run_name
+from ..utils.table import write_rows
 from .tensorboard import Board
 
 # What may change when a run goes on: silently, or with a word. Anything else is another training.
@@ -99,7 +100,7 @@ class Record:
             self._lock.release()
             raise
         try:
-            refresh_log(log_root, config["LOGFILE"])
+            write_rows(self.log_file, find_rows(log_root, config["LOGFILE"]))
         except (OSError, TimeoutError) as error:
             say(f"{self.log_file} could not be brought up to date ({error}): that is done later.")
         if self.journal.num_damaged:
