@@ -36,10 +36,11 @@ from dida_tools.config.errors import UserError
 from dida_tools.config.overrides import override
 from dida_tools.config.project import project_of
 from dida_tools.search.space import Space, choice, integer, log_uniform, uniform, with_values
-from dida_tools.training.preparation import prepare
 from dida_tools.training.routines import DEFAULT_ROUTINE, ROUTINES, load_routine, recorded_routine
+from dida_tools.training.setup import prepare
 from dida_tools.utils.data.build import build_datasets, use_folder
 from dida_tools.utils.files import relative_path
+from dida_tools.utils.redact import Redactor
 from dida_tools.utils.signals import EXIT_CODE, Preempted
 
 search_space = {  # <- your space here: keys of the config; uniform, log_uniform, integer, choice
@@ -138,12 +139,13 @@ def search(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     # On the CPU: the GPU's memory is the workers'.
     rehearsed = first | {"DEVICE": "cpu", "PRECISION": "fp32"}
     given = (train_dataset, test_dataset, rehearsed, global_config, validation_dataset, routine.__name__)
-    preparation = prepare(*given)
-    if preparation.validation_set is None:
+    setup = prepare(*given)
+    if setup.data.validation is None:
         raise UserError(
             "there is no validation set, so no trial is better than another: set VALIDATION_FRACTION=0.2."
         )
-    record = preparation.record
+    redactor = Redactor(config=setup.config)
+    record = setup.captured | {"config": redactor.config(setup.captured["config"])}
     place = capture({key: first[key] for key in ("DEVICE", "PRECISION") if key in first}, project)["config"]
     record["config"] = record["config"] | place
     found = open_search(arguments, space, config)
@@ -159,7 +161,9 @@ def found_best(found: Any, arguments: argparse.Namespace) -> int:
     print(
         f"{found.name}: up to {arguments.trials} trials for {found.config['MONITOR']}, {arguments.workers} at a time."
     )
-    print(f"  storage  {relative_path(found.storage_place) if '://' not in found.storage_place else 'a database'}")
+    print(
+        f"  storage  {relative_path(found.storage_place) if '://' not in found.storage_place else 'a database'}"
+    )
     print(f"  workers  {relative_path(found.folder / 'worker-*.log')}")
     command = [sys.executable, *sys.argv, "--worker"]
     try:
@@ -180,7 +184,9 @@ def found_best(found: Any, arguments: argparse.Namespace) -> int:
             study = f" --study {found.name}" if found.name != "search" else ""
             print(f"Train it in full: python hyperparameter.py{study} --train-best EPOCHS=100")
     if not best:
-        raise UserError(f"no trial was trained to its end; why not: {relative_path(found.folder)}/worker-*.log")
+        raise UserError(
+            f"no trial was trained to its end; why not: {relative_path(found.folder)}/worker-*.log"
+        )
     return 0
 
 

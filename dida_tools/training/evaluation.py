@@ -7,15 +7,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..config.device import autocast
 from ..utils.data.contract import DataContract
-from ..utils.loss import check_shapes, is_multi_class, unmask
+from ..utils.counts import CountMetric
 from ..utils.scores import Scores
 from ..utils.signals import Preempted, raise_if_stop_requested, stop_requested
-from ..utils.torchutils import evaluation_mode
+from ..utils.targets import check_shapes, is_multi_class, unmask
+from .device import DeviceContext
 from .distributed import gather, num_processes
-
-_MORE = ("average_precision", "ece", "ignored_pixels")
+from .modules import evaluation_mode
 
 
 class Accumulator(Protocol):
@@ -49,9 +48,7 @@ class Evaluation:
         :param contract: whether to tell, besides the metrics, how far probabilities can be trusted and what is ignored;
             all is counted with its threshold and temperature, then, as in prediction. None: with 0.5 and 1
         """
-        self.counted: dict[str, Any] = {
-            key: one for key, one in metrics.items() if hasattr(one, "from_counts")
-        }
+        self.counted = {key: one for key, one in metrics.items() if isinstance(one, CountMetric)}
         self.averaged = {"loss": loss_function} | {
             f"{key}_sample_mean": one for key, one in metrics.items() if key not in self.counted
         }
@@ -109,11 +106,9 @@ class Evaluation:
         )  # of two, the summary is that of class 1
         results: dict[str, float] = {}
         if self._contract is not None:
-            every = scores.results(self.class_names)
-            results = {key: value for key, value in every.items() if key.partition(".")[0] in _MORE}
-            results = (
-                results if has_classes else {key: value for key, value in results.items() if "." not in key}
-            )
+            results = scores.reliability(self.class_names)
+            if not has_classes:
+                results = {key: value for key, value in results.items() if "." not in key}
         for name, metric in self.counted.items():
             results[name] = metric.from_counts(scores.confusion).item()
             if has_classes:
@@ -166,9 +161,7 @@ def evaluate_batch(
     model: nn.Module,
     batch: tuple[Tensor, Tensor],
     evaluation: Accumulator,
-    device: torch.device,
-    precision: str,
-    channels_last: bool = True,
+    context: DeviceContext,
 ) -> None:
     """
     Adds one batch to an evaluation; the model has to be in evaluation mode. Nothing once a signal has asked to end,
@@ -178,8 +171,8 @@ def evaluate_batch(
     """
     if stop_requested():
         return
-    inputs, targets = to_device(batch[0], device, channels_last), batch[1].to(device)
-    with autocast(device, precision):
+    inputs, targets = context.move(batch[0]), batch[1].to(context.device)
+    with context.autocast():
         predictions = model(inputs)
     evaluation.update(predictions.float(), targets)
 
@@ -188,9 +181,7 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     evaluation: Accumulator,
-    device: torch.device,
-    precision: str,
-    channels_last: bool = True,
+    context: DeviceContext,
 ) -> dict[str, float]:
     """
     Evaluates a model on a dataset. The mode that the model was in is restored.
@@ -203,12 +194,5 @@ def evaluate(
         for batch in batches:
             if stop_requested():
                 break
-            evaluate_batch(model, batch, evaluation, device, precision, channels_last)
+            evaluate_batch(model, batch, evaluation, context)
     return evaluation.results()
-
-
-def to_device(inputs: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    """Moves inputs to the device; images (N, C, H, W) into the memory format that convolutions are fastest with."""
-    if channels_last and inputs.ndim == 4:
-        return inputs.to(device, non_blocking=True, memory_format=torch.channels_last)
-    return inputs.to(device, non_blocking=True)

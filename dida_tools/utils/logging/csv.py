@@ -7,12 +7,17 @@ The file is a view: a run's row follows from its journal. Columns and cells that
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...config.errors import UserError
 from ..path import create_dirs
 from ..table import read_rows, write_rows
+from .journal import Event
 from .runs import current_row, find_rows
+
+if TYPE_CHECKING:  # runs.py does without torch
+    from ...training.listener import Result, RunView
+    from ...training.setup import Setup
 
 
 class CsvTracker:
@@ -22,43 +27,43 @@ class CsvTracker:
         """:param seconds: between two rows within an epoch"""
         self._seconds, self._written = seconds, 0.0
 
-    def check(self, setup: Any) -> None:
+    def check(self, setup: "Setup") -> None:
         """Refuse a LOGFILE that would lie elsewhere."""
         logfile = setup.config["LOGFILE"]
         if Path(logfile).name != logfile:
             raise UserError(f"LOGFILE is {logfile!r}: give the name of a file, such as experiments.csv.")
 
-    def started(self, run: Any) -> None:
+    def started(self, run: "RunView") -> None:
         """Write the rows of all runs: one that was killed could not do it itself."""
         self._written = time.monotonic()
         create_dirs(run.log_dir.parent)
         write_rows(_file(run), find_rows(run.log_dir.parent, run.config["LOGFILE"]))
 
-    def step(self, run: Any, event: dict[str, Any]) -> None:
+    def step(self, run: "RunView", event: Event) -> None:
         """Write the row, if the last time is long ago."""
         if time.monotonic() - self._written >= self._seconds:
             self._write(run)
 
-    def epoch(self, run: Any, event: dict[str, Any]) -> None:
+    def epoch(self, run: "RunView", event: Event) -> None:
         """Write the row."""
         self._write(run)
 
-    def finished(self, run: Any, result: Any) -> None:
+    def finished(self, run: "RunView", result: "Result") -> None:
         """Write the row with the results."""
         self._write(run)
 
-    def ended(self, run: Any, status: str, error: BaseException) -> None:
+    def ended(self, run: "RunView", status: str, error: BaseException) -> None:
         """Write the row of a run that ends without a result."""
         self._write(run)
 
-    def _write(self, run: Any) -> None:
+    def _write(self, run: "RunView") -> None:
         self._written = time.monotonic()
         write_log(
             _file(run), current_row(run.log_dir)
         )  # <- more columns here: current_row(...) | {"MINE": ...}
 
 
-def _file(run: Any) -> Path:
+def _file(run: "RunView") -> Path:
     return run.log_dir.parent / run.config["LOGFILE"]
 
 

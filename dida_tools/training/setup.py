@@ -28,58 +28,78 @@ from ..config.keys import UNRECORDED, complete
 from ..config.project import Project, project_of
 from ..utils.data.contract import DataContract
 from ..utils.data.images import DataError
-from ..utils.loss import is_multi_class, unmask
 from ..utils.name import date_now
-from ..utils.redact import Redactor
-from ..utils.torchutils import fill_model, set_seed
+from ..utils.targets import is_multi_class, unmask
 from ..utils.weights import load_weights, model_state
 from .determinism import EvaluationBatches, Loader, Samples, TrainingBatches
+from .device import DeviceContext
 from .distributed import num_processes, own_device, rank
 from .evaluation import Evaluation, evaluate
+from .modules import fill_model, is_out_of_memory, set_seed
 
 
 @dataclass
-class Preparation:
-    """Everything that a routine trains with. Evaluation datasets are None where there are none."""
+class Splits:
+    """The datasets of a training, by split; None where there is none."""
+
+    train: Any
+    validation: Any
+    test: Any
+    hashes: dict[str, dict[str, Any]]  # size and SHA-256 of each file, where the dataset tells
+
+
+@dataclass
+class Loaders:
+    """The loaders of a training, by split; None where there is no dataset."""
+
+    train: Loader
+    validation: Loader | None
+    test: Loader | None
+    batches: TrainingBatches  # in which order the training set comes
+
+
+@dataclass
+class Setup:
+    """Everything that a routine trains with."""
 
     config: dict[str, Any]
+    global_config: dict[str, str]
     project: Project
-    record: dict[str, Any]  # the captured config
+    captured: dict[str, Any]  # the config as plain data
     not_rerunnable: str  # why a run cannot be done again from its record, or ""
-    device: torch.device
-    precision: str
+    context: DeviceContext
     contract: DataContract
-    train_set: Any
-    validation_set: Any
-    test_set: Any
-    train_batches: TrainingBatches
-    train_loader: Loader
-    validation_loader: Loader | None
-    test_loader: Loader | None
+    data: Splits
+    loaders: Loaders
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None
-    loss_function: Callable[[Tensor, Tensor], Tensor]
-    data_hashes: dict[
-        str, dict[str, Any]
-    ]  # size and SHA-256 of each file of the data, where the dataset tells
-    redactor: Redactor  # keeps secrets out of what is written
+    loss_fn: Callable[[Tensor, Tensor], Tensor]
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch; the last one may be made of fewer batches."""
-        return -(-self.train_batches.num_batches // self.config["ACCUMULATE"])
+        return -(-self.loaders.batches.num_batches // self.config["ACCUMULATE"])
 
     @property
-    def place(self) -> tuple[torch.device, str, bool]:
-        """Where and how an evaluation is computed: device, precision, memory format."""
-        return self.device, self.precision, self.config["CHANNELS_LAST"]
+    def eval_model(self) -> nn.Module:
+        """The model whose weights are evaluated and saved as best: the moving average, if there is one."""
+        return self.model if self.ema is None else self.ema.module
 
-    def step_schedule_of_epochs(self, value: float | None) -> None:
+    def autocast(self) -> torch.autocast:
+        """Return the context manager of the forward pass; compute the loss outside of it, in float32."""
+        return self.context.autocast()
+
+    def metrics(self, contract: DataContract | None = None) -> Evaluation:
+        """Return an empty evaluation by the config; with the contract that predictions are made with, see there."""
+        config, class_names = self.config, self.contract.class_names
+        return Evaluation(config["METRICS"], self.loss_fn, config["IGNORE_INDEX"], class_names, contract)
+
+    def step_schedule(self, value: float | None) -> None:
         """
-        Steps a schedule that goes by epochs.
+        Step a schedule that goes by epochs.
 
         :param value: the monitored result, for a schedule that looks at it
         """
@@ -91,17 +111,6 @@ class Preparation:
         else:
             self.scheduler.step()
 
-    def evaluated_model(self) -> nn.Module:
-        """The model whose weights count: the moving average, if there is one."""
-        return self.model if self.ema is None else self.ema.module
-
-    def new_evaluation(self, contract: DataContract | None = None) -> Evaluation:
-        """An empty evaluation by the config; with the contract that predictions are made with, see there."""
-        config, class_names = self.config, self.contract.class_names
-        return Evaluation(
-            config["METRICS"], self.loss_function, config["IGNORE_INDEX"], class_names, contract
-        )
-
 
 def prepare(
     train_dataset: Any,
@@ -110,7 +119,7 @@ def prepare(
     global_config: dict[str, str],
     validation_dataset: Any = None,
     routine: str | None = None,
-) -> Preparation:
+) -> Setup:
     """
     Checks everything, and builds everything.
 
@@ -180,55 +189,29 @@ def prepare(
     optimizer = _made("OPTIMIZER", lambda: config["OPTIMIZER"](parameters, **config["OPTIMIZER_CONFIG"]))
     steps_per_epoch = -(-batches.num_batches // config["ACCUMULATE"])
     reasons: list[str] = []
-    record = capture({key: value for key, value in config.items() if key not in UNRECORDED}, project, reasons)
-    redactor = Redactor(config=config)
-    record["config"] = _without_secrets(record["config"], redactor, "")
+    captured = capture(
+        {key: value for key, value in config.items() if key not in UNRECORDED}, project, reasons
+    )
     try:
-        restore(record, project)
+        restore(captured, project)
     except ConfigError as error:
         reasons += error.problems
-    return Preparation(
+    return Setup(
         config=config,
+        global_config=global_config,
         project=project,
-        record=record,
+        captured=captured,
         not_rerunnable="; ".join([*([data_reason] if data_reason else []), *reasons]),
-        device=device,
-        precision=precision,
+        context=DeviceContext(device, precision, config["CHANNELS_LAST"]),
         contract=contract,
-        train_set=train_set,
-        validation_set=validation_set,
-        test_set=test_set,
-        train_batches=batches,
-        train_loader=loaders[0],
-        validation_loader=loaders[1],
-        test_loader=loaders[2],
+        data=Splits(train_set, validation_set, test_set, _hashes(given, config["INIT_WEIGHTS"])),
+        loaders=Loaders(loaders[0], loaders[1], loaders[2], batches),
         model=model,
         optimizer=optimizer,
         scheduler=_made("SCHEDULER", lambda: build_scheduler(config, optimizer, steps_per_epoch)),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         ema=_build_ema(config, model),
-        loss_function=loss_function,
-        data_hashes=_hashes(given, config["INIT_WEIGHTS"]),
-        redactor=redactor,
-    )
-
-
-def _without_secrets(value: Any, redactor: Redactor, path: str) -> Any:
-    """A captured config without the strings that hold secrets; it cannot be restored then."""
-    if isinstance(value, list):
-        return [_without_secrets(item, redactor, path) for item in value]
-    if isinstance(value, dict):
-        return {
-            key: one
-            if key in ("@ref", "@module")
-            else _without_secrets(one, redactor, f"{path}.{key}".strip("."))
-            for key, one in value.items()
-        }
-    redacted = redactor.data(value, path.rpartition(".")[2])
-    return (
-        redacted
-        if redacted == value or path in ("SESSION_NAME", "__COMMENT")
-        else {"@unrecorded": "it holds a secret"}
+        loss_fn=loss_function,
     )
 
 
@@ -438,14 +421,6 @@ def _build_model(config: dict[str, Any], dataset: Any) -> tuple[nn.Module | None
     return model, predictions.shape[1] if predictions.ndim > 1 else None, []
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is one of the many that mean it."""
-    is_cpu = any(text in str(error) for text in ("can't allocate memory", "not enough memory"))
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and is_cpu
-    )
-
-
 def _rehearse(
     config: dict[str, Any],
     dataset: Any,
@@ -461,7 +436,10 @@ def _rehearse(
             about = (config["IGNORE_INDEX"], contract.class_names, with_contract)
             evaluation = Evaluation(config["METRICS"], loss_function, *about)
             results = evaluate(
-                model.to(device), [default_collate([dataset[0]])], evaluation, device, "fp32", False
+                model.to(device),
+                [default_collate([dataset[0]])],
+                evaluation,
+                DeviceContext(device, channels_last=False),
             )
     except Exception as error:  # whatever the user's functions raise
         if is_out_of_memory(error):
