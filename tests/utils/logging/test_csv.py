@@ -238,9 +238,9 @@ import sys, time
 from {PACKAGE}.utils.logging.csv import write_log
 path, writer, count, pause = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 for number in range(count):
-    row = {{"NAME": f"{{writer}}-{{number}}", "text": "x, \\r" * 20, f"{{writer}}.{{number // 4}}": number / 3}}
-    write_log(path, row)
-    print(row["NAME"], flush=True)
+    name, column = f"{{writer}}-{{number}}", f"{{writer}}.{{number // 4}}"
+    write_log(path, {{"NAME": name, "text": "x, \\r" * 20, column: number / 3}})
+    print(name, flush=True)
     time.sleep(pause)
 """
 
