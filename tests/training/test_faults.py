@@ -219,7 +219,7 @@ def test_the_operations_are_found(scenarios, scenario):
 @pytest.mark.parametrize("scenario", ["begins", pytest.param("resumes", marks=pytest.mark.slow)])
 def test_after_a_fault_in_some_operations_it_resumes_to_the_same_end(scenarios, scenario, mode):
     kinds = scenarios.kinds(scenario)
-    print(disturb_at(scenarios, scenario, mode, some(numbers_of(kinds, mode), kinds, 4, mode), kinds))
+    print(disturb_at(scenarios, scenario, mode, some(numbers_of(kinds, mode), kinds, 8, mode), kinds))
 
 
 def test_a_full_disk_ends_the_run_with_one_sentence_and_the_last_checkpoint_intact(scenarios):
