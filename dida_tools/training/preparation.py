@@ -151,7 +151,7 @@ def prepare(
 
     train_set, validation_set, test_set = _split(given, config)
     if hasattr(train_set, "contract"):
-        contract = train_set.contract(config["NORMALISE"], cache_file)
+        contract = train_set.contract(config["NORMALIZE"], cache_file)
     else:
         contract = _contract_of_foreign(train_set, model, config["METRICS"])
     contract = replace(contract, outputs=num_outputs or 1)
