@@ -35,11 +35,12 @@ from .environment import describe_environment
 from .evaluation import evaluate
 from .modules import fill_model, find_nonfinite, is_out_of_memory
 from .notification import Notification
+from .optimization import build_scheduler
 from .pictures import choose_samples, make_panels, save_picture
 from .progress import Progress, say
 from .record import Record, Silent
 from .rerun import compare_runs, differences_from, find_end
-from .setup import Setup, build_scheduler
+from .setup import Setup
 
 _HEARTBEAT_SECONDS = 60
 
