@@ -36,10 +36,11 @@ from dida_tools.config.errors import UserError
 from dida_tools.config.overrides import override
 from dida_tools.config.project import project_of
 from dida_tools.search.space import Space, choice, integer, log_uniform, uniform, with_values
-from dida_tools.training.preparation import prepare
 from dida_tools.training.routines import DEFAULT_ROUTINE, ROUTINES, load_routine, recorded_routine
+from dida_tools.training.setup import prepare
 from dida_tools.utils.data.build import build_datasets, use_folder
 from dida_tools.utils.path import shown
+from dida_tools.utils.redact import Redactor
 from dida_tools.utils.signals import EXIT_CODE, Preempted
 
 search_space = {  # <- your space here: keys of the config; uniform, log_uniform, integer, choice
@@ -138,12 +139,13 @@ def search(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     # On the CPU: the GPU's memory is the workers'.
     rehearsed = first | {"DEVICE": "cpu", "PRECISION": "fp32"}
     given = (train_dataset, test_dataset, rehearsed, global_config, validation_dataset, routine.__name__)
-    preparation = prepare(*given)
-    if preparation.validation_set is None:
+    setup = prepare(*given)
+    if setup.data.validation is None:
         raise UserError(
             "there is no validation set, so no trial is better than another: set VALIDATION_FRACTION=0.2."
         )
-    record = preparation.record
+    redactor = Redactor(config=setup.config)
+    record = setup.captured | {"config": redactor.config(setup.captured["config"])}
     place = capture({key: first[key] for key in ("DEVICE", "PRECISION") if key in first}, project)["config"]
     record["config"] = record["config"] | place
     found = open_search(arguments, space, config)

@@ -68,9 +68,3 @@ def _cpu_has_bf16() -> bool:
         getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
     return any(check() for check in checks if check is not None)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context manager of the forward pass; compute the loss outside of it, in float32."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device.type, dtype=dtypes[precision], enabled=precision != "fp32")

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config.device import autocast, get_device, get_precision
+from ..config.device import get_device, get_precision
 from ..config.errors import ConfigError
+from ..training.device import DeviceContext
+from ..training.modules import fill_model
 from ..utils.data.contract import DataContract
 from ..utils.data.images import DataError, Window
-from ..utils.torchutils import fill_model
 from ..utils.weights import WeightsError, load_weights, model_state
 from .windows import Tiling, predict_bands
 
@@ -40,6 +41,7 @@ class Predictor:
         """
         self.device = get_device(device)
         self.precision = get_precision(self.device, precision)
+        self.context = DeviceContext(self.device, self.precision)
         self.model = model.to(self.device).eval()
         self.contract = contract
         self.views = AUGMENTATIONS[augment]
@@ -55,12 +57,12 @@ class Predictor:
         :return: (N, K, H, W) in float32
         :raises ConfigError: if the model answers anything but (N, K, H, W)
         """
-        inputs = inputs.to(self.device, memory_format=torch.channels_last)
+        inputs = self.context.move(inputs)
         first: Any = None
         total: Any = None
         for turns, mirrored in self.views:
             view = torch.rot90(inputs, turns, (-2, -1)) if turns else inputs
-            with autocast(self.device, self.precision):
+            with self.context.autocast():
                 logits = self.model(view.flip(-1) if mirrored else view)
             if logits.shape[-2:] != view.shape[-2:] or logits.ndim != 4:
                 raise ConfigError([

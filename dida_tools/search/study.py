@@ -28,7 +28,7 @@ from ..config.keys import complete
 from ..config.project import project_of
 from ..config.tree import difference
 from ..training.checkpoint import checkpoint_files
-from ..training.preparation import is_out_of_memory
+from ..training.modules import is_out_of_memory
 from ..training.run import NonFiniteLoss, OutOfMemory, Pruned, Result, Run
 from ..utils.logging.runs import remove_unbegun, run_names
 from ..utils.name import date_now, safe_name

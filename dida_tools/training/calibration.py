@@ -13,7 +13,7 @@ from torch.nn import functional
 from ..utils.data.contract import DataContract
 from ..utils.loss import counting, is_multi_class, precise, unmask
 from .evaluation import evaluate, gather_unless_stopped, holds_classes
-from .preparation import Preparation
+from .setup import Setup
 
 # From 1 / 8 to 8, four to an octave: with a parabola through the best three, the result is within 1 %.
 TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-12, 13))
@@ -78,7 +78,7 @@ class Likelihoods:
         return {"temperature": round(2.0 ** (steps / 4), 4)}
 
 
-def calibrate(preparation: Preparation, model: nn.Module) -> DataContract | None:
+def calibrate(setup: Setup, model: nn.Module) -> DataContract | None:
     """
     The contract with temperature and thresholds as the validation data wants them; None where there is no such data,
     or where values are predicted.
@@ -89,17 +89,17 @@ def calibrate(preparation: Preparation, model: nn.Module) -> DataContract | None
     :param model: with the weights that are predicted with
     :raises Preempted: if a signal has asked to end
     """
-    contract, batches = preparation.contract, preparation.validation_loader
+    contract, batches = setup.contract, setup.loaders.validation
     if batches is None or contract.task == "values":
         return None
-    evaluation = preparation.new_evaluation()
-    likelihoods = Likelihoods(contract, preparation.config["IGNORE_INDEX"], evaluation.is_masked)
-    temperature = evaluate(model, batches, likelihoods, *preparation.place)["temperature"]
+    evaluation = setup.metrics()
+    likelihoods = Likelihoods(contract, setup.config["IGNORE_INDEX"], evaluation.is_masked)
+    temperature = evaluate(model, batches, likelihoods, setup.context)["temperature"]
     contract = replace(contract, temperature=temperature)
     if contract.task == "multi-class":
         return contract
-    evaluation = preparation.new_evaluation(contract)
-    evaluate(model, batches, evaluation, *preparation.place)
+    evaluation = setup.metrics(contract)
+    evaluate(model, batches, evaluation, setup.context)
     scores = evaluation.scores
     if scores is None or scores.multi_class:
         return contract

@@ -7,13 +7,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..config.device import autocast
 from ..utils.data.contract import DataContract
 from ..utils.loss import check_shapes, is_multi_class, unmask
 from ..utils.scores import Scores
 from ..utils.signals import Preempted, raise_if_stop_requested, stop_requested
-from ..utils.torchutils import evaluation_mode
+from .device import DeviceContext
 from .distributed import gather, num_processes
+from .modules import evaluation_mode
 
 _MORE = ("average_precision", "ece", "ignored_pixels")
 
@@ -166,9 +166,7 @@ def evaluate_batch(
     model: nn.Module,
     batch: tuple[Tensor, Tensor],
     evaluation: Accumulator,
-    device: torch.device,
-    precision: str,
-    channels_last: bool = True,
+    context: DeviceContext,
 ) -> None:
     """
     Adds one batch to an evaluation; the model has to be in evaluation mode. Nothing once a signal has asked to end,
@@ -178,8 +176,8 @@ def evaluate_batch(
     """
     if stop_requested():
         return
-    inputs, targets = to_device(batch[0], device, channels_last), batch[1].to(device)
-    with autocast(device, precision):
+    inputs, targets = context.move(batch[0]), batch[1].to(context.device)
+    with context.autocast():
         predictions = model(inputs)
     evaluation.update(predictions.float(), targets)
 
@@ -188,9 +186,7 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     evaluation: Accumulator,
-    device: torch.device,
-    precision: str,
-    channels_last: bool = True,
+    context: DeviceContext,
 ) -> dict[str, float]:
     """
     Evaluates a model on a dataset. The mode that the model was in is restored.
@@ -203,12 +199,5 @@ def evaluate(
         for batch in batches:
             if stop_requested():
                 break
-            evaluate_batch(model, batch, evaluation, device, precision, channels_last)
+            evaluate_batch(model, batch, evaluation, context)
     return evaluation.results()
-
-
-def to_device(inputs: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    """Moves inputs to the device; images (N, C, H, W) into the memory format that convolutions are fastest with."""
-    if channels_last and inputs.ndim == 4:
-        return inputs.to(device, non_blocking=True, memory_format=torch.channels_last)
-    return inputs.to(device, non_blocking=True)

@@ -17,7 +17,6 @@ from torch.nn import ELU, GroupNorm
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..config.config import global_config as default_global_config
-from ..config.device import autocast
 from ..config.keys import copy_config
 from ..models.unet import UNET
 from ..utils.data.scenes import SceneDataset
@@ -25,9 +24,9 @@ from ..utils.data.transforms import STANDARD
 from ..utils.loss import f1, iou, multi_class_dice_ce_sum, precision, recall
 from .determinism import seed_step
 from .distributed import refuse_several
-from .evaluation import evaluate_batch, to_device
-from .preparation import Preparation, prepare
+from .evaluation import evaluate_batch
 from .run import Result, Run, start_run
+from .setup import Setup, prepare
 
 train_config: dict[str, Any] = {
     "SESSION_NAME": "training-run",
@@ -84,15 +83,14 @@ VARIANTS = {
 class Forward(nn.Module):
     """The model as the Learner calls it: in the run's precision, with an output in float32."""
 
-    def __init__(self, preparation: Preparation) -> None:
+    def __init__(self, setup: Setup) -> None:
         super().__init__()
-        self.model, self.place = preparation.model, preparation.place
+        self.model, self.context = setup.model, setup.context
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Images (N, C, H, W) to logits."""
-        device, number_format, channels_last = self.place
-        inputs = to_device(inputs, device, channels_last)
-        with autocast(device, number_format):
+        inputs = self.context.move(inputs)
+        with self.context.autocast():
             predictions = self.model(inputs)
         return predictions.float()  # so the loss is computed in float32, outside of autocast
 
@@ -100,10 +98,10 @@ class Forward(nn.Module):
 class Training(Callback):
     """What the Learner does at each event, in the order of the other routines."""
 
-    def __init__(self, preparation: Preparation, run: Run) -> None:
+    def __init__(self, setup: Setup, run: Run) -> None:
         super().__init__()
-        self.preparation, self.tracked, self.config = preparation, run, preparation.config
-        self.learning_rate, self.evaluation = 0.0, preparation.new_evaluation()
+        self.setup, self.tracked, self.config = setup, run, setup.config
+        self.learning_rate, self.evaluation = 0.0, setup.metrics()
 
     def __call__(self, event_name: str) -> None:
         """Calls what is defined for an event. fastai's own would put its words before those of an error."""
@@ -118,14 +116,14 @@ class Training(Callback):
     def before_batch(self) -> None:
         """Seeds a batch's randomness; evaluates in the validation."""
         if not self.training:
-            batch, place = (self.xb[0], self.yb[0]), self.preparation.place
-            evaluate_batch(self.preparation.evaluated_model(), batch, self.evaluation, *place)
+            batch = (self.xb[0], self.yb[0])
+            evaluate_batch(self.setup.eval_model, batch, self.evaluation, self.setup.context)
             raise CancelBatchException
-        seed_step(self.config["SEED"], self.tracked.batch_number, self.preparation.device)
+        seed_step(self.config["SEED"], self.tracked.batch_number, self.setup.context.device)
 
     def before_backward(self) -> None:
         """Scales the loss."""
-        self.learn.loss_grad = self.preparation.scaler.scale(self.loss_grad * self.tracked.loss_weight)
+        self.learn.loss_grad = self.setup.scaler.scale(self.loss_grad * self.tracked.loss_weight)
 
     def after_backward(self) -> None:
         """Takes note; no step follows on a batch that only accumulates."""
@@ -134,7 +132,7 @@ class Training(Callback):
 
     def before_step(self) -> None:
         """The optimizer step."""
-        optimizer, scaler = self.preparation.optimizer, self.preparation.scaler
+        optimizer, scaler = self.setup.optimizer, self.setup.scaler
         self.learning_rate = optimizer.param_groups[0]["lr"]
         scaler.unscale_(optimizer)
         if self.config["CLIP_NORM"] is not None:
@@ -145,23 +143,23 @@ class Training(Callback):
 
     def after_step(self) -> None:
         """Schedule and moving average."""
-        scheduler, ema = self.preparation.scheduler, self.preparation.ema
+        scheduler, ema = self.setup.scheduler, self.setup.ema
         if scheduler is not None and self.config["SCHEDULER_STEP"] == "step":
             scheduler.step()
         if ema is not None:
-            ema.update_parameters(self.preparation.model)
+            ema.update_parameters(self.setup.model)
         self.tracked.record_step(self.learning_rate)
 
     def before_validate(self) -> None:
         """An empty evaluation."""
         self.learn.training = False
-        self.preparation.evaluated_model().eval()
-        self.evaluation = self.preparation.new_evaluation()
+        self.setup.eval_model.eval()
+        self.evaluation = self.setup.metrics()
 
     def after_epoch(self) -> None:
         """After the validation."""
-        results = self.evaluation.results() if self.preparation.validation_loader is not None else {}
-        self.preparation.step_schedule_of_epochs(results.get(self.tracked.monitored))
+        results = self.evaluation.results() if self.setup.loaders.validation is not None else {}
+        self.setup.step_schedule(results.get(self.tracked.monitored))
         self.tracked.record_epoch(results)
         if self.tracked.state.stopped:
             raise CancelFitException
@@ -185,19 +183,17 @@ def train(
     :raises ConfigError, DataError: before anything is written, with all problems
     """
     refuse_several("fastai")
-    preparation = prepare(
-        train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__
-    )
-    config, optimizer = preparation.config, preparation.optimizer
+    setup = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
+    config, optimizer = setup.config, setup.optimizer
 
-    with start_run(preparation, global_config) as run:
+    with start_run(setup, global_config) as run:
         state = run.state
         learner = Learner(
-            DataLoaders(run.batches, preparation.validation_loader or []),
-            Forward(preparation),
-            loss_func=preparation.loss_function,
+            DataLoaders(run.batches, setup.loaders.validation or []),
+            Forward(setup),
+            loss_func=setup.loss_fn,
             default_cbs=False,  # the run has its own bar, record and modes
-            cbs=Training(preparation, run),
+            cbs=Training(setup, run),
         )
         # Finished: fastai's own way of making one would take weight decay off norms and biases, and forget a state that
         # was restored. fit would set the rates, so it gets them as they are; the schedule is the config's.

@@ -14,7 +14,6 @@ from torch.nn import ELU, GroupNorm
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..config.config import global_config as default_global_config
-from ..config.device import autocast
 from ..config.keys import copy_config
 from ..models.unet import UNET
 from ..utils.data.scenes import SceneDataset
@@ -22,9 +21,9 @@ from ..utils.data.transforms import STANDARD
 from ..utils.loss import f1, iou, multi_class_dice_ce_sum, precision, recall
 from .determinism import seed_step
 from .distributed import join_processes, rank
-from .evaluation import evaluate_batch, to_device
-from .preparation import prepare
+from .evaluation import evaluate_batch
 from .run import Result, start_run
+from .setup import prepare
 
 train_config: dict[str, Any] = {
     "SESSION_NAME": "training-run",
@@ -102,25 +101,23 @@ def train(
     :param validation_dataset: what MONITOR selects by; None takes VALIDATION_FRACTION of the training set
     :raises ConfigError, DataError: before anything is written, with all problems
     """
-    preparation = prepare(
-        train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__
-    )
-    config, device = preparation.config, preparation.device
-    optimizer, scheduler = preparation.optimizer, preparation.scheduler
-    loss_function, scaler, ema = preparation.loss_function, preparation.scaler, preparation.ema
+    setup = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
+    config, device = setup.config, setup.context.device
+    optimizer, scheduler = setup.optimizer, setup.scheduler
+    loss_function, scaler, ema = setup.loss_fn, setup.scaler, setup.ema
 
-    with start_run(preparation, global_config) as run:
-        state, model = run.state, preparation.model
+    with start_run(setup, global_config) as run:
+        state, model = run.state, setup.model
         if idist.get_world_size() > 1:  # of one process that sees several GPUs it would make DataParallel
             model = idist.auto_model(model)
-        evaluation, learning_rate = preparation.new_evaluation(), 0.0
+        evaluation, learning_rate = setup.metrics(), 0.0
 
         def training_step(engine: Engine, batch: Any) -> None:
             nonlocal learning_rate
             inputs, targets = batch
-            inputs, targets = to_device(inputs, device, config["CHANNELS_LAST"]), targets.to(device)
+            inputs, targets = setup.context.move(inputs), targets.to(device)
             seed_step(config["SEED"], run.batch_number, device, rank())
-            with autocast(device, preparation.precision):
+            with setup.autocast():
                 predictions = model(inputs)
             loss = loss_function(predictions.float(), targets)  # in float32, outside of autocast
             scaler.scale(loss * run.loss_weight).backward()
@@ -136,7 +133,7 @@ def train(
             engine.fire_event(StepEvents.STEP_COMPLETED)
 
         def evaluation_step(_: Engine, batch: Any) -> None:
-            evaluate_batch(preparation.evaluated_model(), batch, evaluation, *preparation.place)
+            evaluate_batch(setup.eval_model, batch, evaluation, setup.context)
 
         trainer, evaluator = Engine(training_step), Engine(evaluation_step)
         trainer.register_events(*StepEvents)
@@ -152,23 +149,23 @@ def train(
             if scheduler is not None and config["SCHEDULER_STEP"] == "step":
                 scheduler.step()
             if ema is not None:
-                ema.update_parameters(preparation.model)
+                ema.update_parameters(setup.model)
             run.record_step(learning_rate)
 
         @evaluator.on(Events.STARTED)
         def start_evaluation() -> None:
-            preparation.evaluated_model().eval()
+            setup.eval_model.eval()
 
         @trainer.on(Events.EPOCH_COMPLETED)
         def end_epoch() -> None:
             nonlocal evaluation
             results = {}
-            if preparation.validation_loader is not None:
-                evaluation = preparation.new_evaluation()
-                if len(preparation.validation_loader) > 0:  # of many processes, some may have no part of it
-                    evaluator.run(preparation.validation_loader)
+            if setup.loaders.validation is not None:
+                evaluation = setup.metrics()
+                if len(setup.loaders.validation) > 0:  # of many processes, some may have no part of it
+                    evaluator.run(setup.loaders.validation)
                 results = evaluation.results()
-            preparation.step_schedule_of_epochs(results.get(run.monitored))
+            setup.step_schedule(results.get(run.monitored))
             run.record_epoch(results)
             if state.stopped:
                 trainer.terminate()
@@ -176,7 +173,7 @@ def train(
         if run.awaits_evaluation:
             end_epoch()
         if state.epoch < config["EPOCHS"] and not state.stopped:
-            length, max_epochs = preparation.train_batches.num_batches, config["EPOCHS"]
+            length, max_epochs = setup.loaders.batches.num_batches, config["EPOCHS"]
             trainer.load_state_dict(
                 {"iteration": run.batch_number, "epoch_length": length, "max_epochs": max_epochs}
             )

@@ -18,7 +18,6 @@ from torch.nn import ELU, GroupNorm
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..config.config import global_config as default_global_config
-from ..config.device import autocast
 from ..config.keys import copy_config
 from ..models.unet import UNET
 from ..utils.data.scenes import SceneDataset
@@ -27,9 +26,9 @@ from ..utils.loss import f1, iou, multi_class_dice_ce_sum, precision, recall
 from ..utils.signals import install_handlers
 from .determinism import seed_step
 from .distributed import refuse_several
-from .evaluation import Evaluation, evaluate_batch, to_device
-from .preparation import Preparation, prepare
+from .evaluation import Evaluation, evaluate_batch
 from .run import Result, Run, start_run
+from .setup import Setup, prepare
 
 train_config: dict[str, Any] = {
     "SESSION_NAME": "training-run",
@@ -86,21 +85,17 @@ VARIANTS = {
 class Training(LightningModule):
     """What the Trainer does at each hook, in the order of the other routines."""
 
-    def __init__(self, preparation: Preparation, run: Run) -> None:
+    def __init__(self, setup: Setup, run: Run) -> None:
         super().__init__()
-        self.model, self.preparation, self.run, self.config = (
-            preparation.model,
-            preparation,
-            run,
-            preparation.config,
-        )
+        self.prepared, self.run = setup, run  # Lightning calls a method "setup"
+        self.model, self.config = setup.model, setup.config
         # Lightning's own way would divide the loss by ACCUMULATE also where an epoch's last step has fewer batches.
         self.automatic_optimization = False
-        self.evaluation: Evaluation = preparation.new_evaluation()
+        self.evaluation: Evaluation = setup.metrics()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Of the config; its schedule is stepped below."""
-        return self.preparation.optimizer
+        return self.prepared.optimizer
 
     def train_dataloader(self) -> Any:
         """Asked for in each epoch, since the first one of a run that goes on may be shorter."""
@@ -110,7 +105,7 @@ class Training(LightningModule):
     def val_dataloader(self) -> Any:
         """The validation set, or nothing."""
         install_handlers()
-        return self.preparation.validation_loader or []
+        return self.prepared.loaders.validation or []
 
     def on_train_epoch_start(self) -> None:
         """Lightning leaves the mode to the model."""
@@ -118,14 +113,14 @@ class Training(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         """A batch, and an optimizer step when it is time."""
-        config, run, (device, number_format, channels_last) = self.config, self.run, self.preparation.place
-        preparation, model = self.preparation, self.model
-        optimizer, scheduler, scaler = preparation.optimizer, preparation.scheduler, preparation.scaler
-        inputs, targets = to_device(batch[0], device, channels_last), batch[1].to(device)
-        seed_step(config["SEED"], run.batch_number, device)
-        with autocast(device, number_format):
+        config, run, setup = self.config, self.run, self.prepared
+        context, model = setup.context, self.model
+        optimizer, scheduler, scaler = setup.optimizer, setup.scheduler, setup.scaler
+        inputs, targets = context.move(batch[0]), batch[1].to(context.device)
+        seed_step(config["SEED"], run.batch_number, context.device)
+        with context.autocast():
             predictions = model(inputs)
-        loss = preparation.loss_function(predictions.float(), targets)  # in float32, outside of autocast
+        loss = setup.loss_fn(predictions.float(), targets)  # in float32, outside of autocast
         self.manual_backward(scaler.scale(loss * run.loss_weight))
         if not run.record_batch(loss.item()):  # waits for the GPU
             return
@@ -138,18 +133,18 @@ class Training(LightningModule):
         optimizer.zero_grad()
         if scheduler is not None and config["SCHEDULER_STEP"] == "step":
             scheduler.step()
-        if preparation.ema is not None:
-            preparation.ema.update_parameters(model)
+        if setup.ema is not None:
+            setup.ema.update_parameters(model)
         run.record_step(learning_rate)
 
     def on_validation_epoch_start(self) -> None:
         """An empty evaluation."""
-        self.preparation.evaluated_model().eval()
-        self.evaluation = self.preparation.new_evaluation()
+        self.prepared.eval_model.eval()
+        self.evaluation = self.prepared.metrics()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         """A batch of the validation set."""
-        evaluate_batch(self.preparation.evaluated_model(), batch, self.evaluation, *self.preparation.place)
+        evaluate_batch(self.prepared.eval_model, batch, self.evaluation, self.prepared.context)
 
     def on_train_epoch_end(self) -> None:
         """Lightning goes on, or not."""
@@ -158,8 +153,8 @@ class Training(LightningModule):
 
     def end_epoch(self) -> None:
         """After the validation."""
-        results = self.evaluation.results() if self.preparation.validation_loader is not None else {}
-        self.preparation.step_schedule_of_epochs(results.get(self.run.monitored))
+        results = self.evaluation.results() if self.prepared.loaders.validation is not None else {}
+        self.prepared.step_schedule(results.get(self.run.monitored))
         self.run.record_epoch(results)
 
 
@@ -181,16 +176,14 @@ def train(
     :raises ConfigError, DataError: before anything is written, with all problems
     """
     refuse_several("lightning")
-    preparation = prepare(
-        train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__
-    )
-    config, device = preparation.config, preparation.device
+    setup = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
+    config, device = setup.config, setup.context.device
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the run says on what it trains
 
-    with start_run(preparation, global_config) as run, warnings.catch_warnings():
+    with start_run(setup, global_config) as run, warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)  # advice about loaders and logging
         warnings.filterwarnings("ignore", message="Total length of `list`|`isinstance.treespec")
-        state, module = run.state, Training(preparation, run)
+        state, module = run.state, Training(setup, run)
 
         def new_trainer(num_epochs: int) -> Trainer:
             return Trainer(
@@ -209,12 +202,12 @@ def train(
 
         try:
             if run.awaits_evaluation:
-                if preparation.validation_loader is not None:
+                if setup.loaders.validation is not None:
                     new_trainer(1).validate(module, verbose=False)
                 module.end_epoch()
             if state.epoch < config["EPOCHS"] and not state.stopped:
                 new_trainer(config["EPOCHS"] - state.epoch).fit(module)
         except SystemExit as error:
             raise error.__context__ or error from None  # Lightning makes an exit of Ctrl-C
-        preparation.model.to(device)  # Lightning leaves it on the CPU
+        setup.model.to(device)  # Lightning leaves it on the CPU
         return run.finish()

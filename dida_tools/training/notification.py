@@ -6,9 +6,10 @@ import traceback
 from typing import Any
 
 from ..utils.notify import SMTPNotifier
+from ..utils.redact import Redactor
 from .pictures import save_picture
-from .preparation import Preparation
 from .progress import say
+from .setup import Setup
 
 _MAX_TRACEBACK_CHARACTERS = 3000
 
@@ -16,24 +17,22 @@ _MAX_TRACEBACK_CHARACTERS = 3000
 class Notification:
     """Mails to the receivers that NOTIFY names; what cannot be sent is said, and the run goes on."""
 
-    def __init__(self, preparation: Preparation) -> None:
+    def __init__(self, setup: Setup, redactor: Redactor) -> None:
         """
         Reaches for no server yet.
 
         :raises UserError: if the environment does not say by which server to send
         """
-        self._preparation = preparation
-        self._notifier = SMTPNotifier(preparation.config["NOTIFY"], redact=preparation.redactor.text, say=say)
+        self._setup = setup
+        self._notifier = SMTPNotifier(setup.config["NOTIFY"], redact=redactor.text, say=say)
         self._started = time.monotonic()
 
     def started(self, run: Any) -> None:
         """The run begins, or goes on."""
-        preparation, state = self._preparation, run.state
-        place = f"on {preparation.device}, {preparation.precision}"
+        setup, state = self._setup, run.state
+        place = f"on {setup.context.device}, {setup.context.precision}"
         since = f", after epoch {state.epoch}, step {state.step}" if state.step else ""
-        text = (
-            f"{run.name} trains for {preparation.config['EPOCHS']} epochs {place}{since}.\nLog: {run.log_dir}"
-        )
+        text = f"{run.name} trains for {setup.config['EPOCHS']} epochs {place}{since}.\nLog: {run.log_dir}"
         self._notifier.notify(text, subject=f"started: {run.name}")
 
     def finished(self, run: Any, result: Any) -> None:

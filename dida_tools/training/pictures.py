@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from ..config.device import autocast
 from ..utils.data.contract import PALETTE as _PALETTE
 from ..utils.data.contract import DataContract
-from ..utils.torchutils import evaluation_mode
-from .evaluation import to_device
+from .device import DeviceContext
+from .modules import evaluation_mode
 
 PALETTE = np.array(_PALETTE, np.uint8)
 IGNORED_COLOR = (0, 0, 0)
@@ -42,8 +41,7 @@ def make_panels(
     model: nn.Module,
     dataset: Any,
     contract: DataContract,
-    device: torch.device,
-    precision: str,
+    context: DeviceContext,
     ignore_index: int,
     samples: dict[int, str] | None = None,
 ) -> list[Panel]:
@@ -62,8 +60,8 @@ def make_panels(
             inputs, targets = default_collate([dataset[index]])
             if inputs.ndim != 4 or targets.ndim < 3:
                 return []
-            with autocast(device, precision):
-                logits = model(to_device(inputs, device, channels_last=True))
+            with context.autocast():
+                logits = model(context.move(inputs))
             if not inputs.shape[-2:] == targets.shape[-2:] == logits.shape[-2:]:
                 return []
             target = targets[0]

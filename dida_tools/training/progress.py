@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from ..utils.path import shown
-from .preparation import Preparation
+from .setup import Setup
 
 if TYPE_CHECKING:
     from .run import Result, State
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 class Progress:
     """The terminal's part of a run. Without a terminal there is no bar, only the lines."""
 
-    def __init__(self, name: str, preparation: Preparation, state: "State", monitored: str) -> None:
-        self._config, self._monitored = preparation.config, monitored
+    def __init__(self, name: str, setup: Setup, state: "State", monitored: str) -> None:
+        self._config, self._monitored = setup.config, monitored
         self._latest: float | None = None
-        model = preparation.model
+        model = setup.model
         million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         sets = {
-            "train": preparation.train_set,
-            "validate": preparation.validation_set,
-            "test": preparation.test_set,
+            "train": setup.data.train,
+            "validate": setup.data.validation,
+            "test": setup.data.test,
         }
         sizes = ", ".join(f"{part} {len(dataset)}" for part, dataset in sets.items() if dataset is not None)
-        place = f"{preparation.device}, {preparation.precision}"
+        place = f"{setup.context.device}, {setup.context.precision}"
         say(f"{name}: {type(model).__name__}, {million:.2f} million parameters, on {place}; samples: {sizes}")
-        batches = preparation.train_batches
+        batches = setup.loaders.batches
         samples = min(batches.num_samples, batches.num_batches * batches.batch_size)
         total, done = self._config["EPOCHS"] * samples, state.epoch * samples + state.num_samples
         self._bar = tqdm(

@@ -12,7 +12,6 @@ from torch.nn import ELU, GroupNorm
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..config.config import global_config as default_global_config
-from ..config.device import autocast
 from ..config.keys import copy_config
 from ..models.unet import UNET
 from ..utils.data.scenes import SceneDataset
@@ -20,9 +19,9 @@ from ..utils.data.transforms import STANDARD
 from ..utils.loss import f1, iou, multi_class_dice_ce_sum, precision, recall
 from .determinism import seed_step
 from .distributed import join_processes, parallel, rank
-from .evaluation import evaluate, to_device
-from .preparation import prepare
+from .evaluation import evaluate
 from .run import Result, start_run
+from .setup import prepare
 
 train_config: dict[str, Any] = {
     "SESSION_NAME": "training-run",
@@ -94,21 +93,19 @@ def train(
     :param validation_dataset: what MONITOR selects by; None takes VALIDATION_FRACTION of the training set
     :raises ConfigError, DataError: before anything is written, with all problems
     """
-    preparation = prepare(
-        train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__
-    )
-    config, device = preparation.config, preparation.device
-    optimizer, scheduler = preparation.optimizer, preparation.scheduler
-    loss_function, scaler, ema = preparation.loss_function, preparation.scaler, preparation.ema
+    setup = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
+    config, device = setup.config, setup.context.device
+    optimizer, scheduler = setup.optimizer, setup.scheduler
+    loss_function, scaler, ema = setup.loss_fn, setup.scaler, setup.ema
 
-    with start_run(preparation, global_config) as run:
-        state, model = run.state, parallel(preparation.model, device)
+    with start_run(setup, global_config) as run:
+        state, model = run.state, parallel(setup.model, device)
         while state.epoch < config["EPOCHS"] and not state.stopped:
             model.train()
             for inputs, targets in run.batches:
-                inputs, targets = to_device(inputs, device, config["CHANNELS_LAST"]), targets.to(device)
+                inputs, targets = setup.context.move(inputs), targets.to(device)
                 seed_step(config["SEED"], run.batch_number, device, rank())
-                with autocast(device, preparation.precision):
+                with setup.autocast():
                     predictions = model(inputs)
                 loss = loss_function(predictions.float(), targets)  # in float32, outside of autocast
                 scaler.scale(loss * run.loss_weight).backward()
@@ -124,13 +121,12 @@ def train(
                 if scheduler is not None and config["SCHEDULER_STEP"] == "step":
                     scheduler.step()
                 if ema is not None:
-                    ema.update_parameters(preparation.model)
+                    ema.update_parameters(setup.model)
                 run.record_step(learning_rate)
 
             results = {}
-            if preparation.validation_loader is not None:
-                evaluated, evaluation = preparation.evaluated_model(), preparation.new_evaluation()
-                results = evaluate(evaluated, preparation.validation_loader, evaluation, *preparation.place)
-            preparation.step_schedule_of_epochs(results.get(run.monitored))
+            if setup.loaders.validation is not None:
+                results = evaluate(setup.eval_model, setup.loaders.validation, setup.metrics(), setup.context)
+            setup.step_schedule(results.get(run.monitored))
             run.record_epoch(results)
         return run.finish()

@@ -24,8 +24,8 @@ from ..config.errors import UserError
 from ..config.tree import flatten
 from ..utils.logging.journal import read_journal
 from ..utils.path import create_dirs, shown
+from ..utils.redact import Redactor
 from ..utils.signals import Preempted, stop_on_signals, stop_requested
-from ..utils.torchutils import assert_isfinite, fill_model
 from ..utils.weights import load_weights, save_weights, weights_digest
 from .calibration import calibrate, describe_fit
 from .checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
@@ -33,12 +33,14 @@ from .determinism import deterministic_algorithms
 from .distributed import is_main, num_processes, on_main, refuse_disagreement, sum_up, sync_buffers
 from .environment import describe_environment
 from .evaluation import evaluate
+from .modules import fill_model, find_nonfinite, is_out_of_memory
 from .notification import Notification
+from .optimization import build_scheduler
 from .pictures import choose_samples, make_panels, save_picture
-from .preparation import Preparation, build_scheduler, is_out_of_memory
 from .progress import Progress, say
 from .record import Record, Silent
 from .rerun import compare_runs, differences_from, find_end
+from .setup import Setup
 
 _HEARTBEAT_SECONDS = 60
 
@@ -90,27 +92,29 @@ class Result:
 class RemainingBatches:
     """The batches of the current epoch that are not done yet, each time it is iterated over."""
 
-    def __init__(self, preparation: Preparation, state: State) -> None:
-        self._preparation, self._state = preparation, state
+    def __init__(self, setup: Setup, state: State) -> None:
+        self._setup, self._state = setup, state
 
     def __len__(self) -> int:
-        return self._preparation.train_batches.num_batches - self._state.batch
+        return self._setup.loaders.batches.num_batches - self._state.batch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = self._preparation.train_batches
+        order = self._setup.loaders.batches
         order.epoch, order.first_batch = self._state.epoch, self._state.batch
         if order.first_batch < order.num_batches:
-            yield from self._preparation.train_loader
+            yield from self._setup.loaders.train
 
 
 class Run:
     """A run while it trains. Made by start_run."""
 
-    def __init__(self, preparation: Preparation, global_config: dict[str, str]) -> None:
-        self.preparation, self.config, self.global_config = preparation, preparation.config, global_config
+    def __init__(self, setup: Setup, global_config: dict[str, str]) -> None:
+        self.setup, self.config, self.global_config = setup, setup.config, global_config
+        self.redactor = Redactor(config=self.config)  # keeps secrets out of what is written
+        self.captured = setup.captured | {"config": self.redactor.config(setup.captured["config"])}
         self.state = State()
         self.history: dict[int, dict[str, Any]] = {}
-        self.batches = RemainingBatches(preparation, self.state)
+        self.batches = RemainingBatches(setup, self.state)
         self.record: Any = Silent()
         self.progress: Any = Silent()
         self.notification: Any = Silent()
@@ -120,9 +124,9 @@ class Run:
         self._can_save = True  # while the model holds the training's weights
         self._best: dict[str, Any] | None = None  # the best weights, until they are on the disk
         if self.config["NOTIFY"] is not None and is_main():
-            self.notification = Notification(preparation)
+            self.notification = Notification(setup, self.redactor)
         try:
-            refuse_disagreement(_given(preparation))
+            refuse_disagreement(_given(setup, self.captured))
             self.name, stored = on_main(self._open)
             self.log_dir = Path(global_config["LOG_DIR"]) / self.name
             self.weight_dir = Path(global_config["WEIGHT_DIR"]) / self.name
@@ -141,7 +145,7 @@ class Run:
     @property
     def batch_number(self) -> int:
         """The number of the batch that comes next, counted over all epochs."""
-        return self.state.epoch * self.preparation.train_batches.num_batches + self.state.batch
+        return self.state.epoch * self.setup.loaders.batches.num_batches + self.state.batch
 
     @property
     def loss_weight(self) -> float:
@@ -150,7 +154,7 @@ class Run:
         are fewer batches; in each of several processes, whose gradients are averaged, by its part of the samples.
         """
         batches, batch, accumulate = (
-            self.preparation.train_batches,
+            self.setup.loaders.batches,
             self.state.batch,
             self.config["ACCUMULATE"],
         )
@@ -160,7 +164,7 @@ class Run:
     @property
     def awaits_evaluation(self) -> bool:
         """Whether all batches of the epoch are done, but not its evaluation; so goes on what was interrupted there."""
-        return self.state.batch == self.preparation.train_batches.num_batches
+        return self.state.batch == self.setup.loaders.batches.num_batches
 
     def record_batch(self, loss: float) -> bool:
         """
@@ -170,7 +174,7 @@ class Run:
         :return: whether an optimizer step follows
         :raises NonFiniteLoss: with the step, the batch's files and the last good checkpoint
         """
-        state, batches = self.state, self.preparation.train_batches
+        state, batches = self.state, self.setup.loaders.batches
         num_samples = batches.size(state.batch)
         self._stop = stop_requested()
         if num_processes() > 1:
@@ -199,7 +203,7 @@ class Run:
         event = {"event": "step", "step": state.step, "epoch": state.epoch + 1, "loss": loss}
         self.record.write(event | {"learning_rate": learning_rate})
         if self.awaits_evaluation:
-            sync_buffers(self.preparation.model, self.preparation.ema)
+            sync_buffers(self.setup.model, self.setup.ema)
         if self._stop:
             raise Preempted("a signal was received")
         if time.monotonic() - self._last_checkpoint >= self.config["CHECKPOINT_SECONDS"]:
@@ -262,32 +266,31 @@ class Run:
         :raises NonFiniteLoss: if a parameter is NaN or infinite; such a state is not saved
         :raises OSError: if it cannot be written, such as on a full disk; what was saved before is still there
         """
-        preparation = self.preparation
-        try:
-            assert_isfinite(preparation.model)
-        except AssertionError as error:
+        setup = self.setup
+        problem = find_nonfinite(setup.model)
+        if problem is not None:
             raise NonFiniteLoss(
-                f"after step {self.state.step} a parameter is not finite ({error}). {self._advice()}"
-            ) from error
+                f"after step {self.state.step} a parameter is not finite ({problem}). {self._advice()}"
+            )
         self._last_checkpoint = time.monotonic()
         if not is_main():
             return
         self._save_best()
         self.record.sync()
         self.state.seconds = time.monotonic() - self._started
-        scheduler, ema = preparation.scheduler, preparation.ema
+        scheduler, ema = setup.scheduler, setup.ema
         save_checkpoint(
             self.weight_dir,
             self.state.step,
             {
-                "model": preparation.model.state_dict(),
-                "optimizer": preparation.optimizer.state_dict(),
+                "model": setup.model.state_dict(),
+                "optimizer": setup.optimizer.state_dict(),
                 "scheduler": None if scheduler is None else scheduler.state_dict(),
-                "scaler": preparation.scaler.state_dict(),
+                "scaler": setup.scaler.state_dict(),
                 "ema": None if ema is None else ema.state_dict(),
                 "state": asdict(self.state),
                 "history": list(self.history.values()),
-                "contract": preparation.contract.to_dict(),
+                "contract": setup.contract.to_dict(),
                 "epochs": self.config["EPOCHS"],
             },
         )
@@ -299,37 +302,37 @@ class Run:
 
         :raises Preempted: if a signal has asked to end; going on evaluates again
         """
-        preparation, state = self.preparation, self.state
+        setup, state = self.setup, self.state
         self.progress.close()
         self.save_checkpoint()
         self._can_save = False  # from here on, the model may hold the best weights
-        digest = weights_digest(preparation.model.state_dict())
+        digest = weights_digest(setup.model.state_dict())
         best = self.weight_dir / "best.pt"
-        model = preparation.evaluated_model()
+        model = setup.eval_model
         fill_model(model, on_main(lambda: load_weights(best)["model"]), str(best))
         chosen = self.history.get(state.best_epoch or 0, {})
         metrics = {key: value for key, value in chosen.items() if key.startswith("validation.")}
-        fitted, about_fit = calibrate(preparation, model), {}
+        fitted, about_fit = calibrate(setup, model), {}
         if fitted is not None:
-            preparation.contract = fitted
+            setup.contract = fitted
             self._best = self._weights_and_contract() if is_main() else None  # the same weights
             on_main(self._save_best)
             about_fit = {f"validation.{name}": value for name, value in describe_fit(fitted).items()}
             metrics |= about_fit
-        contract = preparation.contract
+        contract = setup.contract
         counts: Any = None
         panels: list[Any] = []
-        if preparation.test_loader is not None:
-            evaluation = preparation.new_evaluation(contract)
-            results = evaluate(model, preparation.test_loader, evaluation, *preparation.place)
+        if setup.loaders.test is not None:
+            evaluation = setup.metrics(contract)
+            results = evaluate(model, setup.loaders.test, evaluation, setup.context)
             metrics |= {f"test.{name}": value for name, value in results.items()}
             counts = None if evaluation.scores is None else evaluation.scores.confusion
             if is_main():
                 if evaluation.scores is not None:
                     self.record.board.write_pr_curves(evaluation.scores, contract.class_names, state.step)
-                order: Any = preparation.test_loader.batch_sampler
+                order: Any = setup.loaders.test.batch_sampler
                 losses, seed = evaluation.sample_losses, self.config["SEED"]
-                panels = self._panels(choose_samples(preparation.test_set, order.order, losses, seed))
+                panels = self._panels(choose_samples(setup.data.test, order.order, losses, seed))
         self.record.write_scalars(
             {name.replace(".", "/"): value for name, value in about_fit.items()}, state.step
         )
@@ -367,7 +370,7 @@ class Run:
     def _open(self) -> tuple[str, dict[str, Any] | None]:
         if self.config["RERUN_OF"] is not None:
             find_end(Path(self.global_config["LOG_DIR"]) / self.config["RERUN_OF"])
-        self.record = Record(self.config, self.preparation.record, self.global_config, self._say)
+        self.record = Record(self.config, self.captured, self.global_config, self._say)
         if not self.record.goes_on:
             return self.record.name, None
         stored = load_checkpoint(self.record.weight_dir, self._say)
@@ -376,13 +379,13 @@ class Run:
         return self.record.name, stored
 
     def _begin(self) -> None:
-        preparation, state = self.preparation, self.state
+        setup, state = self.setup, self.state
         create_dirs(self.weight_dir)
-        ran_on = {"device": str(preparation.device), "precision": preparation.precision}
-        redactor = preparation.redactor
+        ran_on = {"device": str(setup.context.device), "precision": setup.context.precision}
+        redactor = self.redactor
         environment = (
-            describe_environment(preparation.project.root, preparation.device)
-            | {"data": preparation.data_hashes}
+            describe_environment(setup.project.root, setup.context.device)
+            | {"data": setup.data.hashes}
             | ran_on
         )
         environment = redactor.data(environment) | {"arguments": redactor.arguments(sys.argv)}
@@ -391,28 +394,30 @@ class Run:
         if self.config["RERUN_OF"] is not None:
             for difference in differences_from(self.log_dir.parent / self.config["RERUN_OF"], environment):
                 self._say(f"Not as it was: {difference}")
-        reasons = [preparation.not_rerunnable] if preparation.not_rerunnable else []
+        reasons = [setup.not_rerunnable] if setup.not_rerunnable else []
+        if self.captured != setup.captured:
+            reasons.append("the config holds a secret")
         self.record.begin(start, environment, "; ".join(reasons + self.record.changes_on_the_way(start)))
         self.record.open_tensorboard(state.step, self.awaits_evaluation)
         for event in self.history.values():
             self.record.write(event)  # is there already, unless the journal was damaged
-        self.progress = Progress(self.name, preparation, state, self.monitored)
+        self.progress = Progress(self.name, setup, state, self.monitored)
 
     def _restore(self, stored: dict[str, Any] | None) -> None:
         """Takes up a training state."""
         if stored is None:
             return
-        preparation = self.preparation
-        if stored["contract"] != preparation.contract.to_dict():
+        setup = self.setup
+        if stored["contract"] != setup.contract.to_dict():
             self._say(
                 f"{self.name}: the training data is not what it was: its channels, scale or statistics have changed."
             )
-        fill_model(preparation.model, stored["model"], str(self.weight_dir))
-        preparation.optimizer.load_state_dict(stored["optimizer"])
+        fill_model(setup.model, stored["model"], str(self.weight_dir))
+        setup.optimizer.load_state_dict(stored["optimizer"])
         self._restore_schedule(stored)
-        preparation.scaler.load_state_dict(stored["scaler"])
-        if preparation.ema is not None and stored["ema"] is not None:
-            preparation.ema.load_state_dict(stored["ema"])
+        setup.scaler.load_state_dict(stored["scaler"])
+        if setup.ema is not None and stored["ema"] is not None:
+            setup.ema.load_state_dict(stored["ema"])
         vars(self.state).update(stored["state"])  # in place: batches has the same one
         self.history = {event["epoch"]: event for event in stored["history"]}
         if self.config["EPOCHS"] > stored["epochs"] and self.state.stopped:
@@ -420,24 +425,24 @@ class Run:
         self._say(f"{self.name} goes on after epoch {self.state.epoch}, step {self.state.step}.")
 
     def _restore_schedule(self, stored: dict[str, Any]) -> None:
-        scheduler = self.preparation.scheduler
+        scheduler = self.setup.scheduler
         if scheduler is None or stored["scheduler"] is None:
             return
         saved = stored["scheduler"]
         if stored["epochs"] != self.config["EPOCHS"]:
             # The length of the training is part of some schedules. What a new one of the old length already knows is no
             # state, but comes from the config, so the rest is what has to be restored.
-            rates = [group["lr"] for group in self.preparation.optimizer.param_groups]
+            rates = [group["lr"] for group in self.setup.optimizer.param_groups]
             old_config = self.config | {"EPOCHS": stored["epochs"]}
             optimizer = self.config["OPTIMIZER"](
                 [torch.zeros(1, requires_grad=True)], **self.config["OPTIMIZER_CONFIG"]
             )
-            fresh = build_scheduler(old_config, optimizer, self.preparation.steps_per_epoch)
+            fresh = build_scheduler(old_config, optimizer, self.setup.steps_per_epoch)
             assert fresh is not None
             as_built = fresh.state_dict()
             saved = {key: value for key, value in saved.items() if value != as_built.get(key)}
             scheduler.load_state_dict(scheduler.state_dict() | saved)
-            for group, rate in zip(self.preparation.optimizer.param_groups, rates, strict=True):
+            for group, rate in zip(self.setup.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
         else:
             scheduler.load_state_dict(saved)
@@ -452,7 +457,7 @@ class Run:
         return goal if metric is None or hasattr(metric, "from_counts") else f"{goal}_sample_mean"
 
     def _is_better(self, value: float | None) -> bool:
-        if self.preparation.validation_loader is None:
+        if self.setup.loaders.validation is None:
             return True  # nothing to select by: the last weights are the best
         if value is None or math.isnan(value):
             return self.state.best_epoch is None  # there is always something to predict with
@@ -479,24 +484,23 @@ class Run:
             )
 
     def _weights_and_contract(self) -> dict[str, Any]:
-        model = self.preparation.evaluated_model()
-        return {"model": model.state_dict(), "contract": self.preparation.contract.to_dict()}
+        model = self.setup.eval_model
+        return {"model": model.state_dict(), "contract": self.setup.contract.to_dict()}
 
     def _panels(self, samples: dict[int, str] | None = None) -> list[Any]:
-        preparation = self.preparation
-        if preparation.test_set is None:
+        setup = self.setup
+        if setup.data.test is None:
             return []
-        model, contract = preparation.evaluated_model(), preparation.contract
-        device, precision = preparation.device, preparation.precision
+        model, contract = setup.eval_model, setup.contract
         ignored = self.config["IGNORE_INDEX"]
-        return make_panels(model, preparation.test_set, contract, device, precision, ignored, samples)
+        return make_panels(model, setup.data.test, contract, setup.context, ignored, samples)
 
     # ------------------------------------------------------------------------------------------------------------ end
 
     def end(self, status: str, error: BaseException) -> None:
         """Takes note that the run ends without a result."""
         self.progress.close()
-        text = self.preparation.redactor.text(" ".join(f"{type(error).__name__}: {error}".split()))
+        text = self.redactor.text(" ".join(f"{type(error).__name__}: {error}".split()))
         self.record.end(status, text[:500], round(time.monotonic() - self._started, 1))
         self.notification.ended(self, status, error)
 
@@ -522,9 +526,9 @@ class Run:
 
     def close(self) -> None:
         """Ends all writing, and the processes that load data."""
-        preparation = self.preparation
+        setup = self.setup
         self.progress.close()
-        for loader in (preparation.train_loader, preparation.validation_loader, preparation.test_loader):
+        for loader in (setup.loaders.train, setup.loaders.validation, setup.loaders.test):
             if loader is not None:
                 loader.close()
         self.record.close()
@@ -534,8 +538,8 @@ class Run:
         return f"It goes on with: python train.py --resume {self.name}"
 
     def _about_non_finite(self, loss: float) -> str:
-        indices = self.preparation.train_batches.indices(self.state.epoch, self.state.batch)
-        name_of = getattr(self.preparation.train_set, "sample_name", lambda index: f"sample {index}")
+        indices = self.setup.loaders.batches.indices(self.state.epoch, self.state.batch)
+        name_of = getattr(self.setup.data.train, "sample_name", lambda index: f"sample {index}")
         names = ", ".join(str(name_of(index)) for index in indices)
         place = f"in step {self.state.step + 1} (epoch {self.state.epoch + 1}, batch {self.state.batch + 1})"
         return f"the loss is {loss} {place}, with {names}. {self._advice()}"
@@ -547,7 +551,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def start_run(preparation: Preparation, global_config: dict[str, str]) -> Iterator[Run]:
+def start_run(setup: Setup, global_config: dict[str, str]) -> Iterator[Run]:
     """
     Starts a run, or goes on with the one that RESUME names; from here on things are written.
 
@@ -555,8 +559,8 @@ def start_run(preparation: Preparation, global_config: dict[str, str]) -> Iterat
     :raises Pruned: if AFTER_EPOCH has asked to end
     :raises OutOfMemory: instead of the many errors that mean it
     """
-    with stop_on_signals(), deterministic_algorithms(preparation.device):
-        run = Run(preparation, global_config)
+    with stop_on_signals(), deterministic_algorithms(setup.context.device):
+        run = Run(setup, global_config)
         try:
             yield run
         except Preempted as error:
@@ -569,7 +573,7 @@ def start_run(preparation: Preparation, global_config: dict[str, str]) -> Iterat
             run.end("pruned", error)
             raise
         except BaseException as error:
-            told = _explained(error, preparation)
+            told = _explained(error, setup)
             run.end("failed", told)
             if told is error:
                 raise
@@ -578,23 +582,21 @@ def start_run(preparation: Preparation, global_config: dict[str, str]) -> Iterat
             run.close()
 
 
-def _given(preparation: Preparation) -> dict[str, Any]:
+def _given(setup: Setup, captured: dict[str, Any]) -> dict[str, Any]:
     """What all processes must agree in; folders and devices may have other names on other machines."""
-    config = flatten(
-        preparation.record["config"] | {key: preparation.config[key] for key in ("RESUME", "RERUN_OF")}
-    )
+    config = flatten(captured["config"] | {key: setup.config[key] for key in ("RESUME", "RERUN_OF")})
     ignored = ("DATE", "DEVICE", "DATASET_CONFIG", "INIT_WEIGHTS", "NOTIFY", "LOGFILE")
-    files = [(name, fact["sha256"]) for name, fact in sorted(preparation.data_hashes.items())]
+    files = [(name, fact["sha256"]) for name, fact in sorted(setup.data.hashes.items())]
     return {key: value for key, value in config.items() if not key.startswith(ignored)} | {
         "data (its files differ)": hashlib.sha256(repr(files).encode()).hexdigest(),
-        "data contract": preparation.contract.to_dict(),
-        "number of batches": preparation.train_batches.num_batches,
+        "data contract": setup.contract.to_dict(),
+        "number of batches": setup.loaders.batches.num_batches,
     }
 
 
-def _explained(error: BaseException, preparation: Preparation) -> BaseException:
+def _explained(error: BaseException, setup: Setup) -> BaseException:
     """The error, or one that says in a sentence what to do."""
-    size = preparation.train_batches.batch_size
+    size = setup.loaders.batches.batch_size
     if "Expected more than 1 value per channel" in str(error):
         return UserError(
             "a batch of one small sample is too little for BatchNorm: set DATA_LOADER_CONFIG.drop_last=True, take a "
@@ -603,12 +605,10 @@ def _explained(error: BaseException, preparation: Preparation) -> BaseException:
     if not is_out_of_memory(error):
         return error
     gc.collect()
-    if preparation.device.type == "cuda":
+    if setup.context.device.type == "cuda":
         torch.cuda.empty_cache()
-    smaller = (
-        f"DATA_LOADER_CONFIG.batch_size={max(1, size // 2)} ACCUMULATE={2 * preparation.config['ACCUMULATE']}"
-    )
+    smaller = f"DATA_LOADER_CONFIG.batch_size={max(1, size // 2)} ACCUMULATE={2 * setup.config['ACCUMULATE']}"
     return OutOfMemory(
-        f"the memory of {preparation.device} does not suffice for batch_size={size}: try {smaller}, a smaller crop, or "
+        f"the memory of {setup.context.device} does not suffice for batch_size={size}: try {smaller}, a smaller crop, or "
         "PRECISION=bf16."
     )

@@ -81,6 +81,20 @@ class Redactor:
             return value
         return REDACTED if value and is_secret_name(name) else self.text(value)
 
+    def config(self, captured: Any, path: str = "") -> Any:
+        """Return a captured config without the strings that hold secrets; it cannot be restored then."""
+        if isinstance(captured, list):
+            return [self.config(item, path) for item in captured]
+        if isinstance(captured, dict):
+            return {
+                key: one if key in ("@ref", "@module") else self.config(one, f"{path}.{key}".strip("."))
+                for key, one in captured.items()
+            }
+        redacted = self.data(captured, path.rpartition(".")[2])
+        if redacted == captured or path in ("SESSION_NAME", "__COMMENT"):
+            return redacted
+        return {"@unrecorded": "it holds a secret"}
+
     def arguments(self, arguments: Sequence[str]) -> list[str]:
         """A command line, where a secret may be the word after its option."""
         redacted = []

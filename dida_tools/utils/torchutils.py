@@ -1,23 +1,15 @@
 """Contains small helpers for models: seeds, loading, one step forward and backward, and checks of parameters."""
 
-import contextlib
 import os
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .weights import WeightsError, load_weights, model_state
-
-
-def set_seed(seed: int) -> None:
-    """Seeds Python, numpy and PyTorch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+from ..training.modules import evaluation_mode, fill_model
+from ..training.modules import set_seed as set_seed
+from .weights import load_weights, model_state
 
 
 def load_model(
@@ -40,45 +32,10 @@ def load_model(
     return built.to(device).eval()
 
 
-def fill_model(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
-    """
-    Loads parameters into a model.
-
-    :param origin: where they come from, for the message
-    :raises WeightsError: if they are not those of this model, saying what differs
-    """
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    other = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-    problems = [f"{len(missing)} parameters are missing, such as {missing[0]}"] if missing else []
-    problems += [f"{len(extra)} are not of this model, such as {extra[0]}"] if extra else []
-    for name in sorted(other)[:1]:
-        shapes = f"{tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        problems.append(f"{len(other)} have another shape, such as {name}: {shapes}")
-    if problems:
-        name = type(model).__name__
-        raise WeightsError(
-            f"{origin}: does not fit this {name}: {'; '.join(problems)}. Check MODEL and MODEL_CONFIG."
-        )
-    model.load_state_dict(state)
-
-
 def forward(model: nn.Module, inputs: Tensor) -> Tensor:
     """The model's answer in evaluation mode, without gradients. The mode it was in is restored."""
     with evaluation_mode(model), torch.no_grad():
         return model(inputs)
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Has a model in evaluation mode. Afterwards each of its modules is in the mode it was in, frozen ones too."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
 
 
 def backprop(

@@ -188,10 +188,10 @@ def test_the_fit_changes_the_contract_of_the_best_weights_alone(
 ):
     before: dict[str, Any] = {}
 
-    def look(preparation: Any, model: nn.Module) -> Any:
+    def look(setup: Any, model: nn.Module) -> Any:
         (file,) = global_weights.glob("*/best.pt")
         before.update(load_weights(file))
-        return calibrate(preparation, model)
+        return calibrate(setup, model)
 
     global_weights, calibrate = Path(global_config["WEIGHT_DIR"]), run_module.calibrate
     monkeypatch.setattr(run_module, "calibrate", look)

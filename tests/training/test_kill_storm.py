@@ -232,7 +232,7 @@ def forget_the_optimizer() -> None:
     restore = run_module.Run._restore
 
     def restore_the_rest(run: Any, stored: dict[str, Any] | None) -> None:
-        fresh = run.preparation.optimizer.state_dict()
+        fresh = run.setup.optimizer.state_dict()
         restore(run, None if stored is None else stored | {"optimizer": fresh})
 
     run_module.Run._restore = restore_the_rest  # type: ignore[method-assign]

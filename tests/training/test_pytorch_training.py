@@ -21,9 +21,9 @@ from dida_tools.config.errors import ConfigError, UserError
 from dida_tools.config.project import project_of
 from dida_tools.models import UNET
 from dida_tools.training import pytorch_training
-from dida_tools.training.preparation import prepare
 from dida_tools.training.pytorch_training import train
 from dida_tools.training.run import NonFiniteLoss, OutOfMemory
+from dida_tools.training.setup import prepare
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.data.images import DataError
@@ -506,7 +506,7 @@ def test_the_task_of_masked_targets_is_that_of_what_is_under_the_mask(
         if task == "multi-class" and anything.is_floating_point():
             continue  # NaN is no class number, not even one that does not count
         train_set = TensorDataset(torch.rand(8, 3, 16, 16, generator=generator), anything)
-        contract = prepare(train_set, train_set, tiny_config, global_config).contract
+        contract = prepare(train_set, train_set, tiny_config, global_config, None, "dida_tools").contract
         assert contract.task == task
     result = train(train_set, train_set, tiny_config, global_config)
     assert load_weights(result.weights["best"])["contract"]["task"] == task
@@ -661,10 +661,10 @@ def test_what_does_not_fit_is_told_before_training(datasets, tiny_config, global
 
 def test_a_schedule_that_follows_results_knows_which_way_is_better(datasets, tiny_config, global_config):
     tiny_config |= {"SCHEDULER": torch.optim.lr_scheduler.ReduceLROnPlateau, "SCHEDULER_STEP": "epoch"}
-    preparation = prepare(*datasets, tiny_config, global_config)
-    assert preparation.scheduler.mode == "max"
-    preparation = prepare(*datasets, tiny_config | {"MONITOR": "min loss"}, global_config)
-    assert preparation.scheduler.mode == "min"
+    setup = prepare(*datasets, tiny_config, global_config, None, "dida_tools")
+    assert setup.scheduler.mode == "max"
+    setup = prepare(*datasets, tiny_config | {"MONITOR": "min loss"}, global_config, None, "dida_tools")
+    assert setup.scheduler.mode == "min"
 
 
 def test_parts_with_several_tasks_are_refused(datasets, pairs_dir, tiny_config, global_config):

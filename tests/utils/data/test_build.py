@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from dida_tools.config.project import project_of
 from dida_tools.training.determinism import Samples
-from dida_tools.training.preparation import prepare
+from dida_tools.training.setup import prepare
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.build import build_datasets, use_folder
 from dida_tools.utils.data.images import DataError
@@ -63,15 +63,15 @@ def test_what_a_folder_suggests_can_be_trained(
     train, test, validation = build_datasets(config)
     assert (type(train), len(train.images), len(test.images), validation) == (NpyDataset, 6, 2, None)
     assert train.augment == STANDARD and test.augment == () and test.task == train.task
-    preparation = prepare(train, test, config, global_config)
-    model = preparation.model
-    for loader in (preparation.train_loader, preparation.validation_loader, preparation.test_loader):
+    setup = prepare(train, test, config, global_config, None, "dida_tools")
+    model = setup.model
+    for loader in (setup.loaders.train, setup.loaders.validation, setup.loaders.test):
         inputs, targets = next(iter(loader))
         with torch.no_grad():
-            loss = preparation.loss_function(model(inputs), targets)
+            loss = setup.loss_fn(model(inputs), targets)
         assert inputs.shape[1] == 5 and loss.isfinite()
     tasks = {"numbers": "values", "labels": "multi-label", "labels of 0 and 255": "multi-label"}
-    assert preparation.contract.task == tasks.get(kind, "multi-class")
+    assert setup.contract.task == tasks.get(kind, "multi-class")
     assert {"labels": 4, "labels of 0 and 255": 4, "numbers": 1, "0 and 255": 2}.get(
         kind, 3
     ) == model.head.out_channels
