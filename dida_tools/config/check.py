@@ -48,6 +48,15 @@ def check(config: dict[str, Any], project: Project, more: Sequence[str] = ()) ->
     return captured
 
 
+def find_problems(config: dict[str, Any], project: Project) -> list[str]:
+    """Return the problems of a config, a sentence each; see check."""
+    try:
+        check(config, project)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
 def check_keys(config: dict[str, Any], keys: Mapping[str, Key] = KEYS) -> dict[Any, str]:
     """Return a sentence for each key that is unknown, missing, or holds what it must not."""
     problems = {key: unknown(key, keys) for key in config if key not in keys}

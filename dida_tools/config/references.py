@@ -35,9 +35,9 @@ PUBLIC = (
 
 # The library, while it lies inside the project. Delete this once it is a package of its own, in no list.
 _LIBRARY = {
-    ".training": """calibration checkpoint console determinism device distributed environment evaluation
-        listener modules notification pictures preparation progress record redaction rerun rows routines run
-        scores setup signals tensorboard""",
+    ".training": """calibration checkpoint console determinism device distributed environment evaluation failures
+        listener loaders modules optimization pictures record redaction rerun resume rows routines run scores
+        setup signals targets tensorboard""",
     ".utils": "counts files locks redact scores signals targets weights",
     ".utils.data": "build checks contract dataset doctor facts fingerprint images pairs",
 }
