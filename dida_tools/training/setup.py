@@ -27,8 +27,8 @@ from ..config.project import Project, project_of
 from ..utils.data.contract import DataContract
 from ..utils.data.dataset import Custom, TrainingData, as_dataset
 from ..utils.data.images import DataError
-from ..utils.loss import is_multi_class, unmask
 from ..utils.name import date_now
+from ..utils.targets import is_multi_class, unmask
 from ..utils.weights import load_weights, model_state
 from .device import DeviceContext, choose_context
 from .evaluation import Evaluation

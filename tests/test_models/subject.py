@@ -26,7 +26,7 @@ from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.data.images import DataError
 from dida_tools.utils.logging.journal import read_journal
 from dida_tools.utils.logging.runs import find_run, read_run_config
-from dida_tools.utils.loss import unmask
+from dida_tools.utils.targets import unmask
 from dida_tools.utils.torchutils import evaluation_mode, fill_model, set_seed
 from dida_tools.utils.weights import load_weights, model_state
 
