@@ -20,8 +20,8 @@ class TrainingData(Protocol):
     """
     What a dataset of (input, target) pairs may offer besides, and the defaults.
 
-    NpyDataset offers all of it. What your own dataset has is used, also inside of torch's ConcatDataset and Subset
-    (which is what random_split gives).
+    NpyDataset offers all of it. What your own dataset has is used, also inside of torch's ConcatDataset and
+    Subset (which is what random_split gives).
     """
 
     arguments: Any = None  # what it was built with, for the record
@@ -64,7 +64,7 @@ class TrainingData(Protocol):
         return f"sample {index}"
 
     def sample_shape(self, index: int) -> Any:
-        """Return (height, width) of a sample in evaluation, where they differ: a batch holds samples of one."""
+        """Return (height, width) of a sample in evaluation, where they differ: batches hold one shape."""
 
 
 def as_dataset(dataset: Any) -> TrainingData:
