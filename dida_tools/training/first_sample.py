@@ -85,7 +85,7 @@ def dry_run(
     """
     Evaluate the first sample, so that what would fail after the first epoch fails now.
 
-    :raises ConfigError: if loss or metrics do not take the model's outputs, or if MONITOR is none of the results
+    :raises ConfigError: if loss or metrics do not take the model's outputs, or if MONITOR is no result
     """
     results: dict[str, float] = {}
     predictions, targets = first.predictions.float().to(context.device), first.targets.to(context.device)
