@@ -28,8 +28,10 @@ from ..config.keys import complete
 from ..config.project import project_of
 from ..config.tree import difference
 from ..training.checkpoint import checkpoint_files
+from ..training.failures import NonFiniteLoss, OutOfMemory, Pruned
+from ..training.listener import Result
 from ..training.modules import is_out_of_memory
-from ..training.run import NonFiniteLoss, OutOfMemory, Pruned, Result, Run
+from ..training.run import Run
 from ..utils.files import safe_name, write_atomic
 from ..utils.locks import locked
 from ..utils.logging.runs import remove_unbegun, run_names
