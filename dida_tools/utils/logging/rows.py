@@ -29,13 +29,15 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     kind = event["event"]
     if kind == "start":
+        # Epochs after the checkpoint that are in the journal already are trained again, but not appended again.
+        is_ahead = (row.get("EPOCH") or 0) > event["epoch"]
         columns = {
             "NAME": event["name"],
             "STATUS": "running",
             "STARTED": row.get("STARTED", clock(event["time"])),
             "SECONDS": None,
-            "EPOCH": event["epoch"],
-            "BEST_EPOCH": event["best_epoch"],
+            "EPOCH": row["EPOCH"] if is_ahead else event["epoch"],
+            "BEST_EPOCH": row["BEST_EPOCH"] if is_ahead else event["best_epoch"],
             "HEARTBEAT": None,
             "HOST": event["host"],
             "PID": event["pid"],
