@@ -33,8 +33,8 @@ from ..config.config import global_config as default_global_config
 from ..config.errors import UserError
 from ..config.project import project_of
 from ..utils.data.contract import DataContract
+from ..utils.files import relative_path, write_atomic
 from ..utils.logging.runs import find_run, read_record, read_run_config
-from ..utils.path import shown, write_atomic
 from ..utils.torchutils import load_model
 from ..utils.weights import load_weights, weights_digest
 
@@ -355,7 +355,9 @@ def main() -> int:
     except (UserError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    print(f"{shown(arguments.out)} is written; its largest difference from PyTorch is {difference:.1e}.")
+    print(
+        f"{relative_path(arguments.out)} is written; its largest difference from PyTorch is {difference:.1e}."
+    )
     return 0
 
 

@@ -15,13 +15,12 @@ from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 
-from ..config.errors import UserError
 from ..utils.data.contract import DataContract
 from ..utils.data.images import Grid
-from ..utils.path import create_dirs, sync_dir, write_atomic
+from ..utils.files import sync_dir, write_atomic
+from ..utils.locks import locked
 from .windows import Band
 
 KINDS = ("classes", "probabilities", "confidence", "entropy")
@@ -79,21 +78,19 @@ def only_writer(path: Path) -> Iterator[None]:
     :raises UserError: if another process writes it
     """
     lock_file = path.with_name(f".{path.name}.lock")
-    lock = FileLock(lock_file, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"{path.parent}: another prediction is writing {path.name} there: wait until it has ended, or give another "
-            "OUT_DIR."
-        ) from error
-    try:
-        yield
-    finally:
-        # Removed while it is held: whoever has opened it by then is refused, since FileLock sees that it is gone.
-        with contextlib.suppress(OSError):  # Windows removes no open file: FileLock does, once it is closed
-            lock_file.unlink()
-        lock.release()
+    busy = (
+        f"{path.parent}: another prediction is writing {path.name} there. Wait until it has ended, or give another "
+        "OUT_DIR."
+    )
+    with locked(lock_file, 0, busy):
+        try:
+            yield
+        finally:
+            # Removed while it is held: whoever has opened it by then is refused, since the lock sees that it is gone.
+            with contextlib.suppress(
+                OSError
+            ):  # Windows removes no open file; the lock does, once it is closed
+                lock_file.unlink()
 
 
 class GrowingFile:
@@ -157,7 +154,7 @@ class GrowingFile:
             write_atomic(self._state, lambda file: file.write(json.dumps(state).encode()))
 
     def _open(self, values: np.ndarray) -> None:
-        create_dirs(self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
         if self.num_rows:
             self._file = open(self._rows, "r+b")  # noqa: SIM115  # pylint: disable=consider-using-with
             row_bytes = values.itemsize * values.shape[1] * values.shape[2]

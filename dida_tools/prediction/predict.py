@@ -28,9 +28,9 @@ from ..config.errors import ConfigError
 from ..config.project import project_of
 from ..utils.data.contract import DataContract, default_scale
 from ..utils.data.images import DataError, Grid, ImageReader, Window
+from ..utils.files import write_atomic
 from ..utils.logging.journal import Journal, read_journal
 from ..utils.logging.runs import find_run, read_run_config
-from ..utils.path import create_dirs, write_atomic
 from ..utils.signals import raise_if_stop_requested, stop_on_signals
 from ..utils.weights import weights_digest
 from .jobs import Job, check_jobs, find_inputs, plan
@@ -107,7 +107,7 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
     sizes = check_jobs(jobs, predictor.contract, config["CHECK_VALUES"])
     masks = find_masks([job.stem for job in jobs], config["MASKS"]) if config["MASKS"] is not None else []
-    create_dirs(config["OUT_DIR"])
+    Path(config["OUT_DIR"]).mkdir(parents=True, exist_ok=True)
     with only_writer(_ledger_of(config)):
         with stop_on_signals(), ExitStack() as stack:
             if any(

@@ -10,7 +10,7 @@ from ..config.capture import capture
 from ..config.errors import UserError
 from ..config.project import Project
 from ..training.setup import prepare
-from ..utils.path import shown
+from ..utils.files import relative_path
 from ..utils.redact import Redactor
 from ..utils.signals import Preempted
 from .space import Space, with_values
@@ -82,7 +82,7 @@ def run_search(search: "Search", train: Callable[[dict[str, Any]], Any], argumen
     if arguments.worker:
         Worker(search).work(train, arguments.trials)
         return
-    place = "a database" if "://" in search.storage_place else shown(search.storage_place)
+    place = "a database" if "://" in search.storage_place else relative_path(search.storage_place)
     print(f"{search.name}: up to {arguments.trials} trials for {search.config['MONITOR']}, kept in {place}")
     try:
         if arguments.workers == 1:
@@ -96,7 +96,7 @@ def run_search(search: "Search", train: Callable[[dict[str, Any]], Any], argumen
         if search.best_trials():
             show_results(search)
     if not search.best_trials():
-        raise UserError(f"no trial was trained to its end; see {shown(search.folder)}.")
+        raise UserError(f"no trial was trained to its end; see {relative_path(search.folder)}.")
 
 
 def show_results(search: "Search") -> None:
@@ -106,6 +106,6 @@ def show_results(search: "Search") -> None:
     for trial in best[:_NUM_SHOWN]:
         print(f"  trial {trial.number:>3}  {search.describe(trial)}")
     print(f"  run      {best[0].user_attrs['run']}")
-    print(f"  files    {', '.join(shown(file) for file in search.save_best())}")
+    print(f"  files    {', '.join(relative_path(file) for file in search.save_best())}")
     study = f" --study {search.name}" if search.name != "search" else ""
     print(f"Train it in full: python hyperparameter.py{study} --train-best EPOCHS=100")

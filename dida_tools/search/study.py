@@ -15,8 +15,7 @@ from ..config.errors import UserError
 from ..config.keys import complete
 from ..config.project import Project
 from ..config.tree import difference
-from ..utils.name import safe_name
-from ..utils.path import write_atomic
+from ..utils.files import safe_name, write_atomic
 from ..utils.redact import Redactor
 from .space import Space, with_values
 from .storage import open_storage

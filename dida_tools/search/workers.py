@@ -26,9 +26,10 @@ from ..training.checkpoint import checkpoint_files
 from ..training.failures import NonFiniteLoss, OutOfMemory, Pruned
 from ..training.listener import Result, RunView
 from ..training.modules import is_out_of_memory
+from ..utils.files import relative_path, safe_name, write_atomic
+from ..utils.locks import locked
 from ..utils.logging.runs import remove_unbegun, run_names
-from ..utils.name import date_now, safe_name
-from ..utils.path import shown, write_atomic
+from ..utils.name import date_now
 from ..utils.redact import Redactor
 from ..utils.signals import EXIT_CODE, Preempted, raise_if_stop_requested, stop_on_signals
 from .space import with_values
@@ -78,7 +79,7 @@ class Worker:
         :raises Preempted: if the search that has started this process has ended
         """
         _raise_if_search_ended()
-        with FileLock(self._search.folder / ".claim.lock"):
+        with locked(self._search.folder / ".claim.lock"):
             folder_id = self._folder_id()
             for frozen in self._search.trials(TrialState.RUNNING):
                 # Trials of other folders, on other machines, have their checkpoints and locks there.
@@ -228,7 +229,9 @@ def run_workers(command: Sequence[str], number: int, search: Search) -> None:
     for process, log in zip(processes, logs, strict=True):
         if process.returncode not in (0, EXIT_CODE):
             last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
-            raise UserError(f"a worker has ended with {process.returncode}: {last} (more in {shown(log)})")
+            raise UserError(
+                f"a worker has ended with {process.returncode}: {last} (more in {relative_path(log)})"
+            )
 
 
 def _is_of_machine(error: Exception) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..utils.files import relative_path
 from ..utils.logging.journal import Event
-from ..utils.path import shown
 from .distributed import is_main
 from .listener import Listener, Result, RunView
 
@@ -98,7 +98,11 @@ class ProgressBar(Listener):
         trust |= {name: metrics.get(f"validation.{name}") for name in ("temperature", "threshold")}
         found = ", ".join(f"{name} {value:.4f}" for name, value in of_test.items()) or "(there is none)"
         confidence = ", ".join(f"{name} {value:.4f}" for name, value in trust.items() if value is not None)
-        python = shown(sys.executable) if not os.path.relpath(sys.executable).startswith("..") else "python"
+        python = (
+            relative_path(sys.executable)
+            if not os.path.relpath(sys.executable).startswith("..")
+            else "python"
+        )
         say("")
         say(
             f"{result.name}: trained {state.epoch} epochs in {state.seconds:.0f} s; best epoch {state.best_epoch}"
@@ -107,14 +111,14 @@ class ProgressBar(Listener):
         if confidence:
             say(f"  confidence {confidence}")
         say(
-            f"  weights    {shown(result.weights['best'])}  (and {result.weights['last'].name}, to resume from)"
+            f"  weights    {relative_path(result.weights['best'])}  (and {result.weights['last'].name}, to resume from)"
         )
-        say(f"  log        {shown(result.log_dir)}")
-        say(f"  tracker    {shown(result.log_dir.parent / run.config['LOGFILE'])}")
+        say(f"  log        {relative_path(result.log_dir)}")
+        say(f"  tracker    {relative_path(result.log_dir.parent / run.config['LOGFILE'])}")
         if result.picture:
-            say(f"  picture    {shown(result.picture)}")
+            say(f"  picture    {relative_path(result.picture)}")
         say("Next:")
-        say(f"  {python} -m tensorboard.main --logdir {shown(result.log_dir.parent)}")
+        say(f"  {python} -m tensorboard.main --logdir {relative_path(result.log_dir.parent)}")
         say(f"  {python} run_prediction.py {result.name} -i IMAGES -o DIR")
         say(f"  {python} train.py --resume {result.name} EPOCHS={2 * run.config['EPOCHS']}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..config.errors import UserError
-from ..utils.path import shown
+from ..utils.files import relative_path
 from .checkpoint import checkpoint_files
 from .listener import State
 from .modules import is_out_of_memory
@@ -52,7 +52,7 @@ def write_errors(what: str, weight_dir: Path) -> Iterator[None]:
 def last_checkpoint(weight_dir: Path) -> str:
     """Return a clause about the newest checkpoint of a run."""
     files = checkpoint_files(weight_dir)
-    return f"The last good checkpoint is {shown(files[0])}" if files else "There is no checkpoint yet"
+    return f"The last good checkpoint is {relative_path(files[0])}" if files else "There is no checkpoint yet"
 
 
 def non_finite_loss(setup: Setup, state: State, loss: float, weight_dir: Path) -> NonFiniteLoss:

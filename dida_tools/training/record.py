@@ -6,16 +6,16 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from ..config.errors import ConfigError, UserError
+from ..config.errors import ConfigError
+from ..utils.files import make_unique_dir, write_atomic
+from ..utils.locks import locked
 from ..utils.logging.journal import Event, Journal
 from ..utils.logging.runs import run_names, write_record
-from ..utils.name import make_unique_dir, safe_name
-from ..utils.path import create_dirs, write_atomic
+from ..utils.name import run_name
 from ..utils.redact import Redactor
 from .console import say
 from .distributed import num_processes
@@ -29,35 +29,23 @@ _LOCK_SECONDS = 2.0  # another process may just be looking whether the run is in
 
 
 class Record:
-    """The files of one run, locked while it trains. Of several processes, only the main one has a record."""
+    """The files of one run. Of several processes, the main one alone has a record."""
 
-    def __init__(
-        self,
-        log_dir: Path,
-        weight_dir: Path,
-        captured: dict[str, Any],
-        lock: FileLock,
-        is_resumed: bool,
-    ) -> None:
+    def __init__(self, log_dir: Path, weight_dir: Path, captured: dict[str, Any], is_resumed: bool) -> None:
         """Made by open_record, which has locked the run."""
-        self.name, self.log_dir, self.weight_dir, self.is_resumed = (
-            log_dir.name,
-            log_dir,
-            weight_dir,
-            is_resumed,
-        )
-        self.captured, self._lock = captured, lock
+        self.name, self.log_dir, self.weight_dir = log_dir.name, log_dir, weight_dir
+        self.captured, self.is_resumed = captured, is_resumed
         self.journal = Journal(log_dir / "journal.jsonl")
         if self.journal.num_damaged:
             say(f"{self.journal.path}: {self.journal.num_damaged} damaged lines are left out.")
 
     def begin(self, setup: Setup, state: State) -> None:
         """Write what is known at the start; state is where the training starts."""
-        create_dirs(self.weight_dir)
+        self.weight_dir.mkdir(parents=True, exist_ok=True)
         context, rerun_of, redactor = setup.context, setup.config["RERUN_OF"], Redactor(config=setup.config)
         ran_on = {"device": str(context.device), "precision": context.precision}
-        environment = describe_environment(setup.project.root, context.device) | {"data": setup.data.hashes} | ran_on
-        environment = redactor.data(environment) | {"arguments": redactor.arguments(sys.argv)}
+        environment = describe_environment(setup.project.root, context.device) | {"data": setup.data.hashes}
+        environment = redactor.data(environment | ran_on) | {"arguments": redactor.arguments(sys.argv)}
         if rerun_of is not None:
             for difference in differences_from(self.log_dir.parent / rerun_of, environment):
                 say(f"Not as it was: {difference}")
@@ -89,18 +77,16 @@ class Record:
         found = self.journal.contradictions
         if found:
             say(
-                f"{len(found)} results differ from those before the interruption, first in {found[0]}: code, data, "
-                "config or machine are not what they were."
+                f"{len(found)} results differ from those before the interruption, first in {found[0]}: code, "
+                "data, config or machine are not what they were."
             )
 
     def close(self) -> None:
-        """End all writing, and release the lock."""
+        """End all writing."""
         try:
             self.journal.close()
         except OSError as error:
             say(f"{self.log_dir}: the last lines may not be on the disk ({error}).")
-        finally:
-            self._lock.release()
 
 
 def without_secrets(setup: Setup) -> tuple[dict[str, Any], Callable[[str], str]]:
@@ -109,37 +95,31 @@ def without_secrets(setup: Setup) -> tuple[dict[str, Any], Callable[[str], str]]
     return setup.captured | {"config": redactor.config(setup.captured["config"])}, redactor.text
 
 
-def open_record(setup: Setup, captured: dict[str, Any]) -> Record:
+def open_record(setup: Setup, captured: dict[str, Any], stack: ExitStack) -> Record:
     """
     Make the folder of a new run, or find the one to resume, and lock it.
 
     :param captured: the config as plain data, without secrets
+    :param stack: releases the lock and closes the record
     :raises ConfigError: if RESUME names no run, or one of another config
     :raises UserError: if another process trains it
     """
     log_root, weight_root = (Path(setup.global_config[key]) for key in ("LOG_DIR", "WEIGHT_DIR"))
-    resume = setup.config["RESUME"]
-    if resume == "auto":
-        resume = find_unfinished(log_root, captured)
-    if resume is not None and resume not in run_names(log_root):
-        raise ConfigError([f"RESUME is {resume!r}: there is no such run in {log_root}."])
-    wanted = f"{safe_name(setup.config['DATE'])}_{safe_name(captured['config']['SESSION_NAME'])}"
-    name = make_unique_dir(log_root, wanted) if resume is None else resume
+    name = setup.config["RESUME"]
+    if name == "auto":
+        name = find_unfinished(log_root, captured)
+    is_resumed = name is not None
+    if not is_resumed:
+        name = make_unique_dir(log_root, run_name(setup.config | captured["config"]))
+    elif name not in run_names(log_root):
+        raise ConfigError([f"RESUME is {name!r}: there is no such run in {log_root}."])
     log_dir, weight_dir = log_root / name, weight_root / name
-    lock = FileLock(log_dir / ".lock", timeout=_LOCK_SECONDS)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"the run {name} is being trained by another process: wait, or end it.") from error
-    try:
-        for file in (
-            *log_dir.glob(".*.tmp"),
-            *weight_dir.glob(".*.tmp"),
-        ):  # left by a process that was killed
-            file.unlink(missing_ok=True)
-        if resume is not None:
-            compare_configs(log_dir, weight_dir, captured)
-        return Record(log_dir, weight_dir, captured, lock, is_resumed=resume is not None)
-    except BaseException:
-        lock.release()
-        raise
+    busy = f"the run {name} is being trained by another process: wait, or end it."
+    stack.enter_context(locked(log_dir / ".lock", _LOCK_SECONDS, busy))
+    for file in (*log_dir.glob(".*.tmp"), *weight_dir.glob(".*.tmp")):  # left by a process that was killed
+        file.unlink(missing_ok=True)
+    if is_resumed:
+        compare_configs(log_dir, weight_dir, captured)
+    record = Record(log_dir, weight_dir, captured, is_resumed)
+    stack.callback(record.close)
+    return record

@@ -9,10 +9,10 @@ import torch
 
 from ..config.errors import ConfigError
 from ..config.tree import difference
+from ..utils.files import relative_path
 from ..utils.logging.journal import Event, read_journal
 from ..utils.logging.rows import row_of
 from ..utils.logging.runs import is_in_training, read_record, run_names
-from ..utils.path import shown
 from .console import say
 from .listener import State
 from .modules import fill_model
@@ -69,7 +69,7 @@ def compare_configs(log_dir: Path, weight_dir: Path, captured: dict[str, Any]) -
         elif not key.startswith(RESUME_KEYS):
             refused.append(f"{key} was {before} and is now {now}: that would be another training.")
     if refused:
-        weights = shown(weight_dir / "best.pt")
+        weights = relative_path(weight_dir / "best.pt")
         raise ConfigError(
             [*refused, f"Start a new run, if you like from its weights: INIT_WEIGHTS={weights}."]
         )

@@ -314,8 +314,6 @@ class Run(Position):
             say(comparison)
         return result
 
-    # ---------------------------------------------------------------------------------------------- its end
-
     def end(self, status: str, error: BaseException) -> None:
         """Record an end without a result. A finished run stays finished, whatever happens to its pictures."""
         if self.phase != "finished":
@@ -324,15 +322,6 @@ class Run(Position):
             with contextlib.suppress(WriteError):  # of a full disk, which the run may have ended by
                 self._write(event)
         self.tell(lambda listener: listener.ended(self, status, error))
-
-    def close(self) -> None:
-        """End all writing, and the processes that load data."""
-        loaders = self.setup.loaders
-        for loader in (loaders.train, loaders.validation, loaders.test):
-            if loader is not None:
-                loader.close()
-        if self.record is not None:
-            self.record.close()
 
     def _write(self, event: Event) -> None:
         if self.record is not None:
@@ -358,8 +347,11 @@ def start_run(setup: Setup, listeners: Iterable[Listener] = ()) -> Iterator[Run]
     :raises Pruned: if AFTER_EPOCH has asked to end
     :raises OutOfMemory: instead of the many errors that mean it
     """
-    with stop_on_signals(), deterministic_algorithms(setup.context.device):
-        run = _open_run(setup, list(listeners))
+    with stop_on_signals(), deterministic_algorithms(setup.context.device), contextlib.ExitStack() as stack:
+        for loader in (setup.loaders.train, setup.loaders.validation, setup.loaders.test):
+            if loader is not None:
+                stack.callback(loader.close)
+        run = _open_run(setup, list(listeners), stack)
         try:
             run.tell(lambda listener: listener.started(run))
             yield run
@@ -369,23 +361,21 @@ def start_run(setup: Setup, listeners: Iterable[Listener] = ()) -> Iterator[Run]
             if explained is error:
                 raise
             raise explained from error
-        finally:
-            run.close()
 
 
-def _open_run(setup: Setup, listeners: list[Listener]) -> Run:
-    """Open the files of a run, and restore its state. Every process calls this; the main one opens the files."""
+def _open_run(setup: Setup, listeners: list[Listener], stack: contextlib.ExitStack) -> Run:
+    """Open the files of a run in the main process, and restore its state in all of them."""
     captured, _ = without_secrets(setup)
     refuse_disagreement(_shared_facts(setup, captured))
-    record: Record | None = None
+    records: list[Record] = []  # one in the main process, none in others
 
     def open_files() -> tuple[str, dict[str, Any] | None]:
-        nonlocal record
         for listener in listeners:
             listener.check(setup)
         if setup.config["RERUN_OF"] is not None:
             find_end(Path(setup.global_config["LOG_DIR"]) / setup.config["RERUN_OF"])
-        record = open_record(setup, captured)
+        record = open_record(setup, captured, stack)
+        records.append(record)
         if not record.is_resumed:
             return record.name, None
         stored = load_checkpoint(record.weight_dir, say)
@@ -394,23 +384,16 @@ def _open_run(setup: Setup, listeners: list[Listener]) -> Run:
         return record.name, stored
 
     def begin() -> None:
-        assert record is not None
-        with write_errors("the start of the run", record.weight_dir):
-            record.begin(setup, run.state)
+        run.record, run.tell = records[0], Listeners(listeners)
+        with write_errors("the start of the run", run.weight_dir):
+            run.record.begin(setup, run.state)
             for event in run.history.values():
-                record.write(event)  # is there already, unless the journal was damaged
+                run.record.write(event)  # is there already, unless the journal was damaged
 
-    try:
-        name, stored = on_main(open_files)
-        state, history = (State(), {}) if stored is None else restore(setup, stored, name)
-        run = Run(setup, name, state, history)
-        on_main(begin)
-    except BaseException:
-        if record is not None:
-            record.close()
-        raise
-    if record is not None:
-        run.record, run.tell = record, Listeners(listeners)
+    name, stored = on_main(open_files)
+    state, history = (State(), {}) if stored is None else restore(setup, stored, name)
+    run = Run(setup, name, state, history)
+    on_main(begin)
     return run
 
 
