@@ -124,15 +124,15 @@ class Space:
         """Return the lowest number and the first option of each."""
         return {key: part.ends[0] for key, part in self._parts.items()}
 
-    def suggest(self, trial: Any, key: str) -> None:
-        """Draw what a trial stores for a key, unless it has it already."""
-        part = self._parts[key]
-        if isinstance(part, Choice):
-            trial.suggest_categorical(key, self._labels[key])
-        elif isinstance(part.low, int):
-            trial.suggest_int(key, part.low, part.high, step=part.step or 1, log=part.log)
-        else:
-            trial.suggest_float(key, part.low, part.high, step=part.step, log=part.log)
+    def suggest(self, trial: Any) -> None:
+        """Draw what a trial stores, in the order in which the space is written, unless it has it already."""
+        for key, part in self._parts.items():
+            if isinstance(part, Choice):
+                trial.suggest_categorical(key, self._labels[key])
+            elif isinstance(part.low, int):
+                trial.suggest_int(key, part.low, part.high, step=part.step or 1, log=part.log)
+            else:
+                trial.suggest_float(key, part.low, part.high, step=part.step, log=part.log)
 
     def values(self, stored: dict[str, Any]) -> dict[str, Any]:
         """Return the values that belong to what a trial has stored."""

@@ -1,6 +1,7 @@
 """A study: what is searched, its trials, and the best of them."""
 
 import contextlib
+import hashlib
 import json
 import math
 import warnings
@@ -25,6 +26,29 @@ _FREE_TO_CHANGE = (
     *("DATE", "DEVICE", "LOGFILE", "NOTIFY", "__COMMENT", "CHECKPOINT_SECONDS", "STUDY", "TRIAL"),
     *("DATA_LOADER_CONFIG.num_workers", "DATA_LOADER_CONFIG.pin_memory"),
 )
+
+
+class Sampler(optuna.samplers.BaseSampler):
+    """TPE whose draws follow from seed, trial, name and the trials before alone: the same after a restart."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Any:
+        """Return what is drawn together."""
+        return self._fresh(trial, "").infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Any) -> Any:
+        """Draw that."""
+        return self._fresh(trial, "").sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: Any, trial: FrozenTrial, param_name: str, *arguments: Any) -> Any:
+        """Draw one value."""
+        return self._fresh(trial, param_name).sample_independent(study, trial, param_name, *arguments)
+
+    def _fresh(self, trial: FrozenTrial, name: str) -> optuna.samplers.BaseSampler:
+        digest = hashlib.sha256(f"{self._seed} {trial.number} {name}".encode()).digest()
+        return optuna.samplers.TPESampler(seed=int.from_bytes(digest[:4]))  # <- your sampler here
 
 
 class Search:
@@ -60,10 +84,11 @@ class Search:
         self.storage = open_storage(self.storage_place)
         # Not before a fifth of the epochs: a schedule that warms up makes early results say little.
         pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=self.config["EPOCHS"] // 5)
-        self.study = optuna.create_study(  # <- your pruner here; your sampler: workers.py
+        self.study = optuna.create_study(  # <- your pruner here
             storage=self.storage,
             study_name=name,
             direction="maximize" if direction == "max" else "minimize",
+            sampler=Sampler(self.config["SEED"]),
             pruner=pruner,
             load_if_exists=True,
         )

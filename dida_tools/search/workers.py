@@ -7,7 +7,6 @@ checkpoint.
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import subprocess
@@ -111,12 +110,7 @@ class Worker:
             return None
         trial.set_user_attr("starts", [*starts, progress])
         trial.set_user_attr("run", name)
-        for key in self._search.space.first_values():
-            # Draws follow from seed, trial, name and the trials before alone: the same after a restart.
-            digest = hashlib.sha256(f"{self._search.config['SEED']} {number} {key}".encode()).digest()
-            seed = int.from_bytes(digest[:4])
-            self._study.sampler = optuna.samplers.TPESampler(seed=seed)  # <- your sampler here
-            self._search.space.suggest(trial, key)
+        self._search.space.suggest(trial)
         return trial
 
     def _train(self, trial: optuna.Trial, train: Train) -> str | None:

@@ -25,7 +25,7 @@ TOY_SPACE = {
 
 @pytest.fixture
 def toy_train() -> Callable[[dict[str, Any]], Any]:
-    """What a run is to a search, without training: the value follows from the config, and grows with the epochs."""
+    """What a run is to a search, without training: its value follows from the config, and grows."""
 
     def train(config: dict[str, Any]) -> Any:
         rate, dropout = config["OPTIMIZER_CONFIG"]["lr"], config["MODEL_CONFIG"]["dropout"]

@@ -100,7 +100,7 @@ def test_live_objects_are_stored_by_name_and_come_back_as_the_same_objects():
     space = Space({"MODEL_CONFIG.norm": choice(*stored.values())}, project_of(PACKAGE))
     for label, option in stored.items():
         trial = FixedTrial({"MODEL_CONFIG.norm": label})
-        space.suggest(trial, "MODEL_CONFIG.norm")
+        space.suggest(trial)
         assert space.values(trial.params) == {"MODEL_CONFIG.norm": option}
 
 
