@@ -133,8 +133,8 @@ def _restore_schedule(setup: Setup, stored: dict[str, Any]) -> None:
     if stored["epochs"] == config["EPOCHS"]:
         scheduler.load_state_dict(saved)
         return
-    # The training's length is part of some schedules. What a fresh schedule of the old length knows follows from
-    # the config, so only what differs from it is state. Building one changes learning rates: put them back.
+    # The training's length is part of some schedules. What a fresh schedule of the old length knows follows
+    # from the config, so only what differs from it is state. Learning rates stay as they are.
     rates = [group["lr"] for group in setup.optimizer.param_groups]
     dummy = config["OPTIMIZER"]([torch.zeros(1, requires_grad=True)], **config["OPTIMIZER_CONFIG"])
     fresh = build_scheduler(config | {"EPOCHS": stored["epochs"]}, dummy, setup.steps_per_epoch)
