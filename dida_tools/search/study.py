@@ -75,6 +75,7 @@ class Search:
             raise UserError(f"--study {name}: it names a folder, such as {safe_name(name)}.")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", message="Attempting to set identical", module="optuna")
         self.name, self.space, self.config, self.project = name, space, complete(config), project
         self.log_dir, self.weight_dir = Path(global_config["LOG_DIR"]), Path(global_config["WEIGHT_DIR"])
         self.pruning, self.folder = pruning, self.log_dir / "search" / name

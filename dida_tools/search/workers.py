@@ -18,17 +18,16 @@ from typing import Any
 import optuna
 import torch
 from filelock import FileLock, Timeout
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from ..config.errors import UserError
 from ..training.checkpoint import checkpoint_files
 from ..training.failures import NonFiniteLoss, OutOfMemory, Pruned
 from ..training.listener import Result, RunView
 from ..training.modules import is_out_of_memory
-from ..utils.files import relative_path, safe_name, write_atomic
+from ..utils.files import relative_path, write_atomic
 from ..utils.locks import locked
 from ..utils.logging.runs import remove_unbegun, run_names
-from ..utils.name import date_now
 from ..utils.redact import Redactor
 from ..utils.signals import EXIT_CODE, Preempted, raise_if_stop_requested, stop_on_signals
 from .space import with_values
@@ -47,6 +46,7 @@ class Worker:
     def __init__(self, search: Search) -> None:
         self._search, self._study, self._storage = search, search.study, search.storage
         self._study_id = search.storage.get_study_id_from_name(search.name)
+        self._naming: Any = search.project.module(".utils.name")
 
     def work(self, train: Train, num_trials: int) -> None:
         """
@@ -90,7 +90,7 @@ class Worker:
                     lock.release()
             if len(self._search.trials()) >= num_trials:
                 return None
-            attributes = {"place": folder_id, "date": date_now(), "starts": []}
+            attributes = {"place": folder_id, "date": self._naming.date_now(), "starts": []}
             template = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attributes)
             trial_id = self._storage.create_new_trial(self._study_id, template)
             number = self._storage.get_trial_number_from_id(trial_id)
@@ -102,7 +102,9 @@ class Worker:
         """Record the start of a trial, and draw what it tries; None if its process has died too often."""
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
         frozen, trial = self._storage.get_trial(trial_id), optuna.Trial(self._study, trial_id)
-        name, starts = self._run_name(frozen), frozen.user_attrs["starts"]
+        starts, named = frozen.user_attrs["starts"], {"DATE": frozen.user_attrs["date"]}
+        named["SESSION_NAME"] = f"{self._search.name}-{number}"
+        name = self._naming.run_name(self._search.config | named)
         files = checkpoint_files(self._search.weight_dir / name)
         progress = f"{files[0].name if files else 'no checkpoint'}, {len(frozen.intermediate_values)} epochs"
         if starts.count(progress) >= _MOST_STARTS:
@@ -172,9 +174,6 @@ class Worker:
             with contextlib.suppress(OSError):  # of a full disk, where the output is a file
                 print(f"Trial {trial.number}: cannot reach the storage ({reason}). Training continues.")
             return False
-
-    def _run_name(self, trial: FrozenTrial) -> str:
-        return f"{safe_name(trial.user_attrs['date'])}_{safe_name(f'{self._search.name}-{trial.number}')}"
 
     def _try_lock(self, number: int) -> FileLock | None:
         lock = FileLock(self._search.folder / f".trial-{number}.lock", timeout=0)
