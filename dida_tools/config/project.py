@@ -4,7 +4,9 @@ The project that a run belongs to.
 The library never imports the project by its name: it learns the name from the module that trains, and passes it on.
 """
 
+import contextlib
 import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,3 +54,19 @@ def project_of(module_name: str) -> Project:
         ) from error
     root = Path(settings.__file__ or "").resolve().parents[2]
     return Project(package, root, tuple(settings.ALLOWED_ROOTS), settings.ALIASES)
+
+
+def find_project(module_name: str = "") -> Project:
+    """
+    Return the project of a module or, where it belongs to none, the one that Python finds first.
+
+    :raises UserError: if there is none
+    """
+    if module_name:
+        with contextlib.suppress(UserError):
+            return project_of(module_name)
+    for folder in sys.path:
+        for settings in sorted(Path(folder).glob("*/config/config.py")):
+            if "ALLOWED_ROOTS" in settings.read_text(encoding="utf-8", errors="replace"):
+                return project_of(settings.parts[-3])
+    raise UserError("No project is found: run this in the folder that holds your package.")
