@@ -2,9 +2,10 @@
 
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,88 +17,67 @@ from ..utils.files import sync_dir
 from ..utils.locks import locked
 from .windows import Band
 
-KINDS = ("classes", "probabilities", "confidence", "entropy")
-DTYPES = ("float32", "uint8")
 NODATA = 255  # in uint8; NaN in float32
 _STEPS = 254  # of uint8 from 0 to 1
 
 
-def make_output(kind: str, band: Band, contract: DataContract, dtype: str = "float32") -> np.ndarray:
-    """
-    Return what is written of some rows.
+class Output:
+    """One kind of output: its values, and what pictures and rasters say about them."""
 
-    :param kind: "classes": uint8 numbers of the classes, for multi-label a 0 or 1 for each; "probabilities": of each
-        class; "confidence": the probability of what was decided; "entropy": from 0 (sure) to 1 (all alike). For
-        multi-label the latter two are of each class. Values of a regression stay as they are, whatever the kind.
-    :param dtype: of all but classes: "float32", or "uint8" for 0 to 254 instead of 0 to 1
-    :return: (rows, W, bands); without data 255 in uint8 and NaN in float32
-    """
-    values = probabilities = band.probabilities
-    is_multi_class = contract.task == "multi-class"
-    if contract.task == "values" or kind == "probabilities":
-        pass
-    elif kind == "classes":
-        classes = contract.classes(torch.from_numpy(probabilities)[None])[0].numpy()
-        values = classes if classes.ndim == 3 else classes[None]
-    elif kind == "confidence":
-        of_each = np.maximum(probabilities, 1 - probabilities)
-        values = probabilities.max(0, keepdims=True) if is_multi_class else of_each
-    else:
-        values = _entropy(probabilities, is_multi_class)
-    if values.dtype != np.uint8 and dtype == "uint8" and contract.task != "values":
-        values = np.rint(values * _STEPS).astype(np.uint8)
-    values = np.where(band.valid, values, values.dtype.type(NODATA if values.dtype == np.uint8 else np.nan))
-    return np.ascontiguousarray(np.moveaxis(values, 0, -1))
+    def __init__(self, kind: str, contract: DataContract, dtype: str = "float32") -> None:
+        """
+        :param kind: "classes": uint8 numbers of the classes, for multi-label a 0 or 1 for each;
+            "probabilities": of each class; "confidence": the probability of what was decided; "entropy":
+            from 0 (sure) to 1 (all alike). For multi-label the latter two are of each class. Values of a
+            regression stay as they are.
+        :param dtype: of all but classes: "float32", or "uint8" for 0 to 254 instead of 0 to 1
+        """
+        self.kind, self.contract = "values" if contract.task == "values" else kind, contract
+        self.is_classes = self.kind == "classes"
+        self.is_uint8 = self.is_classes or (dtype == "uint8" and self.kind != "values")
+        self.fill = NODATA if self.is_uint8 else float("nan")  # where there is no data
+        self.scale = 1 / _STEPS if self.is_uint8 and not self.is_classes else 1.0
+        is_decision = contract.task == "multi-class" and kind != "probabilities"
+        self.is_single = is_decision or contract.outputs == 1  # one value a pixel
+        self.colors = contract.colors() if self.is_classes and is_decision else []
+        names = contract.class_names
+        self.band_names = list(names) if not is_decision and len(names) == contract.outputs else []
+        self.tags = {"OUTPUT": self.kind}
+        if names:
+            self.tags["CLASSES"] = ", ".join(f"{number}: {name}" for number, name in enumerate(names))
 
-
-def _entropy(probabilities: np.ndarray, is_multi_class: bool) -> np.ndarray:
-    def terms(p: np.ndarray) -> np.ndarray:
-        return -p * np.log(np.maximum(p, np.finfo(np.float32).tiny))
-
-    if is_multi_class:
-        return terms(probabilities).sum(0, keepdims=True) / np.float32(np.log(max(2, len(probabilities))))
-    return (terms(probabilities) + terms(1 - probabilities)) / np.float32(np.log(2))
-
-
-class Style(NamedTuple):
-    """What pictures and rasters say about their values."""
-
-    nodata: float | None = None
-    tags: dict[str, str] = {}
-    names: tuple[str, ...] = ()  # of the bands
-    colors: list[tuple[int, ...]] = []  # of the classes
-    scale: float = 1.0
-
-
-def style_of(kind: str, contract: DataContract, has_nodata: bool, dtype: str) -> Style:
-    """Return the style of a kind of output."""
-    is_values = contract.task == "values"
-    is_classes = kind == "classes" and not is_values
-    is_uint8 = is_classes or (dtype == "uint8" and not is_values)
-    is_single = contract.task == "multi-class" and kind != "probabilities"
-    names = contract.class_names
-    tags = {"OUTPUT": "values" if is_values else kind}
-    if names:
-        tags["CLASSES"] = ", ".join(f"{number}: {name}" for number, name in enumerate(names))
-    return Style(
-        nodata=(NODATA if is_uint8 else float("nan")) if has_nodata else None,
-        tags=tags,
-        names=tuple(names) if not is_single and len(names) == contract.outputs else (),
-        colors=contract.colors() if is_classes and is_single else [],
-        scale=1 / _STEPS if is_uint8 and not is_classes else 1.0,
-    )
+    def values(self, band: Band) -> np.ndarray:
+        """Return what is written of some rows: (rows, W, bands)."""
+        values = probabilities = band.probabilities
+        is_multi_class = self.contract.task == "multi-class"
+        if self.is_classes:
+            classes = self.contract.classes(torch.from_numpy(probabilities)[None])[0].numpy()
+            values = classes if classes.ndim == 3 else classes[None]
+        elif self.kind == "confidence":
+            of_each = np.maximum(probabilities, 1 - probabilities)
+            values = probabilities.max(0, keepdims=True) if is_multi_class else of_each
+        elif self.kind == "entropy":
+            outcomes = (
+                probabilities[:, None] if is_multi_class else np.stack([probabilities, 1 - probabilities])
+            )
+            terms = -outcomes * np.log(np.maximum(outcomes, np.finfo(np.float32).tiny))
+            values = terms.sum(0) / np.float32(np.log(max(2, len(outcomes))))
+        if self.is_uint8 and not self.is_classes:
+            values = np.rint(values * _STEPS).astype(np.uint8)
+        values = np.where(band.valid, values, values.dtype.type(self.fill))
+        return np.ascontiguousarray(np.moveaxis(values, 0, -1))
 
 
 class OutputFile:
     """An image file that is written from top to bottom. It appears under its name when it is complete."""
 
-    def __init__(self, path: Path, size: tuple[int, int], style: Style, grid: Grid | None = None) -> None:
+    def __init__(self, path: Path, size: tuple[int, int], output: Output, grid: Grid | None = None) -> None:
         """
         :param path: the file, in an existing folder; what a killed process left of it is removed
         :param size: (H, W)
         :param grid: of a raster
         """
-        self.path, self.size, self.style, self.grid = path, size, style, grid
+        self.path, self.size, self.output, self.grid = path, size, output, grid
         self._folder = path.with_name(f".{path.name}.unfinished")
         self._unfinished = self._folder / f"rows{path.suffix}"
         self._num_rows = 0
@@ -146,32 +126,35 @@ class Picture(OutputFile):
 
     def _complete(self) -> Path:
         picture = Image.fromarray(np.load(self._unfinished, mmap_mode="r"))
-        if self.style.colors:
+        if self.output.colors:
+            palette = np.zeros((256, 3), np.uint8)
+            palette[: len(self.output.colors)] = self.output.colors
             picture = picture.convert("P")  # the numbers stay
-            picture.putpalette([value for color in self.style.colors for value in color])
-        file = self._folder / "picture.png"
-        picture.save(file)
-        return file
+            picture.putpalette(palette.tobytes())
+        picture.save(self._folder / "complete.png")
+        return self._folder / "complete.png"
 
 
 class Raster(OutputFile):
-    """A cloud-optimized GeoTIFF: tiles, compressed, with overviews."""
+    """A cloud-optimized GeoTIFF: tiles, compressed, with overviews. Its rows go into a plain one first."""
 
     def _open(self, num_bands: int, dtype: np.dtype) -> Any:
         import rasterio  # imported where used: other formats do not need it
 
-        style, grid = self.style, self.grid or Grid("", None)
-        profile = {"driver": "GTiff", "count": num_bands, "dtype": dtype, "nodata": style.nodata, "crs": grid.crs}
+        output, grid = self.output, self.grid or Grid("", None)
+        profile: dict[str, Any] = {"dtype": dtype, "crs": grid.crs or None, "bigtiff": "if_safer"}
+        profile["photometric"] = "minisblack"  # three classes are no red, green and blue
         if grid.transform is not None:
             profile["transform"] = rasterio.Affine.from_gdal(*grid.transform)
-        profile |= {"height": self.size[0], "width": self.size[1], "bigtiff": "if_safer"}
-        raster = rasterio.open(self._unfinished, "w", **profile)
-        raster.update_tags(**style.tags)
-        raster.scales = (style.scale,) * num_bands
-        for band, name in enumerate(style.names, 1):
-            raster.set_band_description(band, name)
-        if style.colors:
-            raster.write_colormap(1, dict(enumerate(style.colors)))
+        if output.contract.nodata is not None:
+            profile["nodata"] = output.fill
+        height, width = self.size
+        raster = rasterio.open(self._unfinished, "w", "GTiff", width, height, num_bands, **profile)
+        raster.update_tags(**output.tags)
+        raster.scales = [output.scale] * num_bands
+        raster.descriptions = output.band_names or [""] * num_bands
+        if output.colors:
+            raster.write_colormap(1, dict(enumerate(output.colors)))
         return raster
 
     def _append(self, values: np.ndarray) -> None:
@@ -182,14 +165,42 @@ class Raster(OutputFile):
         import rasterio.shutil
 
         file = self._folder / "complete.tif"
-        with rasterio.open(self._unfinished) as raster:
-            is_classes = raster.dtypes[0] == "uint8" and self.style.scale == 1
-        resampling = "nearest" if is_classes else "average"
-        options = {"compress": "deflate", "overview_resampling": resampling, "bigtiff": "if_safer"}
-        # pylint: disable-next=c-extension-no-member
-        rasterio.shutil.copy(self._unfinished, file, driver="COG", **options)
+        between = "nearest" if self.output.is_classes else "average"  # of pixels, in overviews
+        options = {
+            "driver": "COG",
+            "compress": "deflate",
+            "overview_resampling": between,
+            "bigtiff": "if_safer",
+        }
+        rasterio.shutil.copy(self._unfinished, file, **options)  # pylint: disable=c-extension-no-member
         return file
 
 
 # <- your file format here
 FORMATS = {".npy": OutputFile, ".png": Picture, ".tif": Raster, ".tiff": Raster}
+
+
+@contextmanager
+def open_output(
+    path: Path, size: tuple[int, int], output: Output, grid: Grid | None = None
+) -> Iterator[OutputFile]:
+    """Begin a file that no other process can write meanwhile; what is not finished at the end is removed."""
+    with only_writer(path), closing(FORMATS[path.suffix.lower()](path, size, output, grid)) as file:
+        yield file
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """
+    Keep other processes from writing a file, until this one has ended, however it ends.
+
+    :raises UserError: if another process writes it
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    busy = f"{path.parent}: another prediction is writing {path.name} there: wait until it has ended, "
+    with locked(lock, 0, busy + "or give another OUT_DIR."):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows removes no open file
+                lock.unlink()  # while it is held: whoever has opened it by then is refused, for it is gone

@@ -38,7 +38,8 @@ class Predictor:
     ) -> None:
         """
         :param model: put into evaluation mode
-        :param augment: "none", "flips" (4 times the time), "all" (8 times): the mean over so many views of each window
+        :param augment: "none", "flips" (4 times the time), "all" (8 times): the mean over so many views of
+            each window
         """
         choice = find_project(type(model).__module__).module(".config.device")
         chosen = choice.get_device(device)
@@ -96,20 +97,21 @@ def load_predictor(
 
     :param suggest: makes a contract for weights that come without one
     :param options: device, precision, augment of Predictor
-    :raises WeightsError: if the file is damaged, of another model, or without a contract where none is suggested
+    :raises WeightsError: if the file is damaged, of another model, or without a contract where none is
+        suggested
     """
     stored = load_weights(weights)
+    if "contract" not in stored and suggest is None:
+        raise WeightsError(f"{weights}: holds no data contract, without which no image can be scaled.")
     model = model_class(**(model_config or {}))
     fill_model(model, model_state(stored), str(weights))
     if "contract" in stored:
         contract = DataContract.from_dict(stored["contract"])
-    elif suggest is not None:
+    else:
+        contract = suggest()
         with torch.no_grad():
-            contract = suggest()
             outputs = model.eval()(torch.zeros(1, contract.channels, 256, 256)).shape[1]
         contract = replace(contract, outputs=outputs)
-    else:
-        raise WeightsError(f"{weights}: holds no data contract, which says how images are read: give suggest.")
     return Predictor(model, contract, **options)
 
 

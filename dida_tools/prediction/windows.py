@@ -1,8 +1,8 @@
 """
 Sliding windows: predict an image of any size in overlapping windows, and blend the results.
 
-The image is processed in bands of rows, as high as one window. Memory grows with width x window x classes, and never
-with the height. The next rows are read while the current ones are computed.
+The image is processed in bands of rows, as high as one window. Memory grows with width x window x classes,
+and never with the height. The next rows are read while the current ones are computed.
 """
 
 import itertools
@@ -21,8 +21,7 @@ from ..utils.data.facts import has_data
 from ..utils.data.images import DataError, Window
 from ..utils.signals import raise_if_stop_requested
 
-# (N, C, H, W) prepared inputs to (N, K, H, W) probabilities in float32
-PredictBatch = Callable[[Tensor], np.ndarray]
+PredictBatch = Callable[[Tensor], np.ndarray]  # (N, C, H, W) inputs to (N, K, H, W) probabilities
 
 _READ_ROWS = 64  # at least, so that files whose blocks are single rows are not read row by row
 _MAX_READ_ROWS = 1024  # some files are one block
@@ -135,7 +134,7 @@ def _in_batches(
 
 
 def _read_ahead(image: Image, contract: DataContract) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Read every row once, the next ones ahead of time. Yield pixels (rows, W, C), and where there is data."""
+    """Read every row once, the next ones ahead of time. Yield (rows, W, C), and where there is data."""
     height, width, _ = image.shape
     step = min(max(_READ_ROWS, getattr(image, "block_rows", 1)), _MAX_READ_ROWS)
 
