@@ -39,7 +39,7 @@ from dida_tools.search.space import Space, choice, integer, log_uniform, uniform
 from dida_tools.training.routines import DEFAULT_ROUTINE, ROUTINES, load_routine, recorded_routine
 from dida_tools.training.setup import prepare
 from dida_tools.utils.data.build import build_datasets, use_folder
-from dida_tools.utils.path import shown
+from dida_tools.utils.files import relative_path
 from dida_tools.utils.redact import Redactor
 from dida_tools.utils.signals import EXIT_CODE, Preempted
 
@@ -161,8 +161,10 @@ def found_best(found: Any, arguments: argparse.Namespace) -> int:
     print(
         f"{found.name}: up to {arguments.trials} trials for {found.config['MONITOR']}, {arguments.workers} at a time."
     )
-    print(f"  storage  {shown(found.storage_place) if '://' not in found.storage_place else 'a database'}")
-    print(f"  workers  {shown(found.folder / 'worker-*.log')}")
+    print(
+        f"  storage  {relative_path(found.storage_place) if '://' not in found.storage_place else 'a database'}"
+    )
+    print(f"  workers  {relative_path(found.folder / 'worker-*.log')}")
     command = [sys.executable, *sys.argv, "--worker"]
     try:
         watch(found, Workers(command, arguments.workers, found.folder), arguments.trials)
@@ -172,17 +174,19 @@ def found_best(found: Any, arguments: argparse.Namespace) -> int:
     finally:
         best = found.best_trials()
         if best:
-            pictures = ", ".join(shown(file) for file in save_pictures(found))
+            pictures = ", ".join(relative_path(file) for file in save_pictures(found))
             print(f"\nThe best of {len(best)} trials that were trained to their end:")
             for trial in best[:_NUM_SHOWN]:
                 print(f"  trial {trial.number:>3}  {describe(trial, found.goal)}  {values_of(trial)}")
             print(
-                f"  config   {shown(found.save_best())}\n  run      {best[0].user_attrs['run']}\n  pictures {pictures}"
+                f"  config   {relative_path(found.save_best())}\n  run      {best[0].user_attrs['run']}\n  pictures {pictures}"
             )
             study = f" --study {found.name}" if found.name != "search" else ""
             print(f"Train it in full: python hyperparameter.py{study} --train-best EPOCHS=100")
     if not best:
-        raise UserError(f"no trial was trained to its end; why not: {shown(found.folder)}/worker-*.log")
+        raise UserError(
+            f"no trial was trained to its end; why not: {relative_path(found.folder)}/worker-*.log"
+        )
     return 0
 
 

@@ -30,9 +30,10 @@ from ..config.tree import difference
 from ..training.checkpoint import checkpoint_files
 from ..training.modules import is_out_of_memory
 from ..training.run import NonFiniteLoss, OutOfMemory, Pruned, Result, Run
+from ..utils.files import safe_name, write_atomic
+from ..utils.locks import locked
 from ..utils.logging.runs import remove_unbegun, run_names
-from ..utils.name import date_now, safe_name
-from ..utils.path import write_atomic
+from ..utils.name import date_now
 from ..utils.redact import Redactor
 from ..utils.signals import Preempted, raise_if_stop_requested, stop_on_signals
 from .space import Space, with_values
@@ -185,7 +186,7 @@ class Search:
         :raises Preempted: if the search that has started this process has ended
         """
         _raise_if_search_ended()
-        with FileLock(self.folder / ".claim.lock"):
+        with locked(self.folder / ".claim.lock"):
             place = self._place()
             for frozen in self.trials(TrialState.RUNNING):
                 # Trials of other folders, on other machines, have their checkpoints and locks there.

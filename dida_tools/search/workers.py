@@ -13,7 +13,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from ..config.errors import UserError
-from ..utils.path import shown
+from ..utils.files import relative_path
 from ..utils.signals import Preempted, stop_on_signals, stop_requested
 from .study import SEARCH_PID, Search
 
@@ -88,7 +88,9 @@ class Workers:
             if code > 0 or self._deaths > _MOST_DEATHS * self._number:
                 lines = self.log(worker).read_text(errors="replace").strip().splitlines()
                 last = lines[-1] if lines else f"exit code {code}"
-                raise UserError(f"worker {worker} has ended: {last} (more in {shown(self.log(worker))})")
+                raise UserError(
+                    f"worker {worker} has ended: {last} (more in {relative_path(self.log(worker))})"
+                )
             self._start(worker)
         return bool(self._processes)
 

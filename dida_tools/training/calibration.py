@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..utils.data.contract import DataContract
-from ..utils.loss import counting, is_multi_class, precise, unmask
+from ..utils.targets import counting, is_multi_class, precise, unmask
 from .evaluation import evaluate, gather_unless_stopped, holds_classes
 from .setup import Setup
 

@@ -144,10 +144,9 @@ class EvaluationBatches(Sampler):
         self, dataset: Any, batch_size: int, max_pixels: int | None, rank: int = 0, num_processes: int = 1
     ) -> None:
         self.batches: list[list[tuple[int, int]]] = []
-        shape_of = getattr(dataset, "sample_shape", lambda index: None)
         by_shape: dict[Any, list[int]] = {}
         for index in range(len(dataset)):
-            by_shape.setdefault(shape_of(index), []).append(index)
+            by_shape.setdefault(dataset.sample_shape(index), []).append(index)
         for shape, indices in by_shape.items():
             size = batch_size
             if shape is not None and max_pixels is not None:

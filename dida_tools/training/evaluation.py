@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.data.contract import DataContract
-from ..utils.loss import check_shapes, is_multi_class, unmask
+from ..utils.counts import CountMetric
 from ..utils.scores import Scores
 from ..utils.signals import Preempted, raise_if_stop_requested, stop_requested
+from ..utils.targets import check_shapes, is_multi_class, unmask
 from .device import DeviceContext
 from .distributed import gather, num_processes
 from .modules import evaluation_mode
-
-_MORE = ("average_precision", "ece", "ignored_pixels")
 
 
 class Accumulator(Protocol):
@@ -49,9 +48,7 @@ class Evaluation:
         :param contract: whether to tell, besides the metrics, how far probabilities can be trusted and what is ignored;
             all is counted with its threshold and temperature, then, as in prediction. None: with 0.5 and 1
         """
-        self.counted: dict[str, Any] = {
-            key: one for key, one in metrics.items() if hasattr(one, "from_counts")
-        }
+        self.counted = {key: one for key, one in metrics.items() if isinstance(one, CountMetric)}
         self.averaged = {"loss": loss_function} | {
             f"{key}_sample_mean": one for key, one in metrics.items() if key not in self.counted
         }
@@ -109,11 +106,9 @@ class Evaluation:
         )  # of two, the summary is that of class 1
         results: dict[str, float] = {}
         if self._contract is not None:
-            every = scores.results(self.class_names)
-            results = {key: value for key, value in every.items() if key.partition(".")[0] in _MORE}
-            results = (
-                results if has_classes else {key: value for key, value in results.items() if "." not in key}
-            )
+            results = scores.reliability(self.class_names)
+            if not has_classes:
+                results = {key: value for key, value in results.items() if "." not in key}
         for name, metric in self.counted.items():
             results[name] = metric.from_counts(scores.confusion).item()
             if has_classes:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config.errors import UserError
-from .path import write_atomic
+from .files import write_atomic
 
 _PREFIX = b"sha256:"
 _COMMENT_BYTES = len(_PREFIX) + 64

@@ -26,7 +26,7 @@ from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.data.images import DataError
 from dida_tools.utils.logging.journal import read_journal
 from dida_tools.utils.logging.runs import find_run, read_run_config
-from dida_tools.utils.loss import unmask
+from dida_tools.utils.targets import unmask
 from dida_tools.utils.torchutils import evaluation_mode, fill_model, set_seed
 from dida_tools.utils.weights import load_weights, model_state
 
@@ -264,7 +264,7 @@ def subject_of_run(
     fill_model(model, model_state(stored), str(weights))
     try:
         train_set, test_set, validation_set = getattr(module, "DATASETS", build_datasets)(config)
-        setup = prepare(train_set, test_set, config, global_config, validation_set)
+        setup = prepare(train_set, test_set, config, global_config, validation_set, "dida_tools")
     except DataError as error:
         about |= {"loss": _loss(config), "no_data": f"{name}: {error}"}
         inputs, targets = _invented_for(model, contract)

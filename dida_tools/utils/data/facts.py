@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
-from ..path import write_atomic
+from ..files import write_atomic
+from ..locks import locked
 from .images import DataError, ImageInfo, image_info, raster_grid, read_bands
 
 _VERSION = 3  # a change of what is found out gets a new number, so that older caches are not used
@@ -231,7 +231,7 @@ def _read_cache(cache_file: Path | None) -> dict[str, Any]:
 def _write_cache(cache_file: Path, new: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # nothing depends on it
         cache_file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{cache_file}.lock"):
+        with locked(f"{cache_file}.lock"):
             content = json.dumps(_read_cache(cache_file) | new).encode()
             digest = hashlib.sha256(content).hexdigest().encode()
             write_atomic(cache_file, lambda stream: stream.write(digest + b"\n" + content))

@@ -11,17 +11,56 @@ import contextlib
 import csv
 import functools
 import os
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..path import write_atomic
+from ...training.listener import Listener, Result, RunView
+from ..files import write_atomic
+from .journal import Event, read_journal
 
 KEY = "NAME"
 LOCK_SECONDS = 60
 _LONGEST_CELL = 2**31 - 1
+
+
+class CsvTracker(Listener):
+    """Keeps a run's row up to date."""
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        """:param seconds: between two rows within an epoch"""
+        self._seconds, self._written = seconds, 0.0
+
+    def started(self, run: RunView) -> None:
+        """Write the row."""
+        self._write(run)
+
+    def step(self, run: RunView, event: Event) -> None:
+        """Write the row, if the last time is long ago."""
+        if time.monotonic() - self._written >= self._seconds:
+            self._write(run)
+
+    def epoch(self, run: RunView, event: Event) -> None:
+        """Write the row."""
+        self._write(run)
+
+    def finished(self, run: RunView, result: Result) -> None:
+        """Write the row with the results."""
+        self._write(run)
+
+    def ended(self, run: RunView, status: str, error: BaseException) -> None:
+        """Write the row of a run that ends without a result."""
+        self._write(run)
+
+    def _write(self, run: RunView) -> None:
+        from .rows import row_of
+
+        self._written = time.monotonic()
+        file = run.log_dir.parent / run.config["LOGFILE"]
+        write_log(file, row_of(read_journal(run.log_dir / "journal.jsonl")))
 
 
 def write_log(path: str | os.PathLike, content: dict[str, Any]) -> None:

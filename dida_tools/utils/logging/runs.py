@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from ...config.capture import restore
 from ...config.errors import ConfigError, UserError
 from ...config.project import Project
-from ..path import write_atomic
+from ..files import write_atomic
 from .csv import read_log
 from .journal import read_journal
 
