@@ -4,6 +4,7 @@ The project that a run belongs to.
 The library never imports the project by its name: it learns the name from the module that trains.
 """
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Mapping
@@ -64,3 +65,19 @@ def script_name() -> str:
         return spec.name.removesuffix(".__main__")  # python -m module
     file = getattr(main, "__file__", None)
     return Path(file).stem if file else "__main__"
+
+
+def find_project(module_name: str = "") -> Project:
+    """
+    Return the project of a module or, where it belongs to none, the one that Python finds first.
+
+    :raises UserError: if there is none
+    """
+    if module_name:
+        with contextlib.suppress(UserError):
+            return project_of(module_name)
+    for folder in sys.path:
+        for settings in sorted(Path(folder).glob("*/config/config.py")):
+            if "ALLOWED_ROOTS" in settings.read_text(encoding="utf-8", errors="replace"):
+                return project_of(settings.parts[-3])
+    raise UserError("No project is found: run this in the folder that holds your package.")
