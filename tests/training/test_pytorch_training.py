@@ -506,7 +506,7 @@ def test_the_task_of_masked_targets_is_that_of_what_is_under_the_mask(
         if task == "multi-class" and anything.is_floating_point():
             continue  # NaN is no class number, not even one that does not count
         train_set = TensorDataset(torch.rand(8, 3, 16, 16, generator=generator), anything)
-        contract = prepare(train_set, train_set, tiny_config, global_config).contract
+        contract = prepare(train_set, train_set, tiny_config, global_config, None, "dida_tools").contract
         assert contract.task == task
     result = train(train_set, train_set, tiny_config, global_config)
     assert load_weights(result.weights["best"])["contract"]["task"] == task
@@ -661,9 +661,9 @@ def test_what_does_not_fit_is_told_before_training(datasets, tiny_config, global
 
 def test_a_schedule_that_follows_results_knows_which_way_is_better(datasets, tiny_config, global_config):
     tiny_config |= {"SCHEDULER": torch.optim.lr_scheduler.ReduceLROnPlateau, "SCHEDULER_STEP": "epoch"}
-    setup = prepare(*datasets, tiny_config, global_config)
+    setup = prepare(*datasets, tiny_config, global_config, None, "dida_tools")
     assert setup.scheduler.mode == "max"
-    setup = prepare(*datasets, tiny_config | {"MONITOR": "min loss"}, global_config)
+    setup = prepare(*datasets, tiny_config | {"MONITOR": "min loss"}, global_config, None, "dida_tools")
     assert setup.scheduler.mode == "min"
 
 
