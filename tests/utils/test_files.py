@@ -39,9 +39,6 @@ def test_paths_are_shown_relative_where_they_lie_below(
     assert relative_path(tmp_path.parent / "x") == str(tmp_path.parent / "x")
 
 
-# --------------------------------------------------------------------------------------------- atomic files
-
-
 @pytest.mark.parametrize("content", [b"", b"text", bytes(range(256)) * 5000])
 @pytest.mark.parametrize("exists", [False, True])
 def test_content_is_written_and_nothing_else_left(tmp_path: Path, content: bytes, exists: bool) -> None:
@@ -161,8 +158,6 @@ def test_folders_are_synced_where_they_can_be(tmp_path: Path) -> None:
         sync_dir("/proc")
 
 
-# ---------------------------------------------------------------------------------------------------- names
-
 RESERVED = ["con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))]
 TEXTS = st.one_of(
     st.text(max_size=200),
@@ -215,9 +210,6 @@ def test_safe_name_by_example(text: str, expected: str) -> None:
 )
 def test_long_names_are_cut_and_stay_safe(text: str, length: int, expected: str) -> None:
     assert safe_name(text, length) == expected
-
-
-# ------------------------------------------------------------------------------------------ unique folders
 
 
 def test_unique_folders_are_numbered(tmp_path: Path) -> None:

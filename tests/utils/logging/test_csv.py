@@ -58,9 +58,6 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "log.csv"
 
 
-# ----------------------------------------------------------------------------------------------- round trip
-
-
 @settings(unhurried, max_examples=100)
 @given(rows=st.lists(rows, min_size=1, max_size=3), named=st.booleans())
 def test_rows_are_read_back_exactly(tmp_path_factory: Any, rows: list[dict], named: bool) -> None:
@@ -134,9 +131,6 @@ def test_the_file_is_plain_csv(log: Path) -> None:
     assert log.read_bytes() == b'NAME,f1,note\na,0.5,"one, ""two""\nthree"\nb,,\n'
 
 
-# ----------------------------------------------------------------------------------------- rows and columns
-
-
 def test_new_keys_add_columns_and_a_row_is_updated_by_name(log: Path) -> None:
     assert read_log(log) == []
     log.touch()
@@ -196,9 +190,6 @@ def test_a_frame_has_the_same_values(log: Path) -> None:
     assert frame["x"][0] == 0.1 and frame["text"][0] == "=1" and list(frame["NAME"]) == ["a", "b"]
 
 
-# ---------------------------------------------------------------------------------------- others write, too
-
-
 @pytest.mark.parametrize(
     "content, expected",
     [
@@ -228,9 +219,6 @@ def test_bytes_in_another_encoding_survive(log: Path) -> None:
     log.write_bytes("NAME,Größe\na,größer\n".encode("cp1252"))
     write_log(log, {"NAME": "b"})
     assert log.read_bytes() == "NAME,Größe\na,größer\nb,\n".encode("cp1252")
-
-
-# -------------------------------------------------------------------------------- many writers, and crashes
 
 
 WRITER = f"""

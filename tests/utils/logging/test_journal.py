@@ -54,9 +54,6 @@ def read_counted(path: Path) -> tuple[list[dict[str, Any]], int]:
     return events, journal.num_damaged
 
 
-# ----------------------------------------------------------------------------------------------- round trip
-
-
 # fmt: off
 VALUES: list[Any] = [math.nan, math.inf, -math.inf, -0.0, 5e-324, 0.1 + 0.2, 10**30, 1, 1.0, True, False]
 VALUES += [None, "", "nan", "-inf", "ä 日本 🙂", "a\nb\r\n\t", '"quoted", "crc": "00000000"}', "\0", "\u2028"]
@@ -133,9 +130,6 @@ def test_what_was_written_is_in_the_file_at_once(path: Path) -> None:
     journal.close()
 
 
-# ------------------------------------------------------------------------------------------- the same again
-
-
 @pytest.mark.parametrize("make", [step, epoch])
 @pytest.mark.parametrize("reopen", [False, True])
 def test_the_same_event_is_not_written_twice(path: Path, make: Any, reopen: bool) -> None:
@@ -186,9 +180,6 @@ def test_other_events_may_repeat_and_kinds_are_told_apart(path: Path) -> None:
     assert read_journal(path) == events
 
 
-# --------------------------------------------------------------------------------------------------- damage
-
-
 @pytest.mark.parametrize("kept", [0, 1, 10, -10, -3, -2, -1])
 def test_a_line_that_was_cut_off_is_removed_and_writing_continues(path: Path, kept: int) -> None:
     write_all(path, EVENTS[:3])
@@ -226,9 +217,6 @@ def test_every_changed_lost_or_added_byte_is_noticed(path: Path) -> None:
             found = [repr(event) for event in events]
             assert num_damaged >= 1 and found == [event for event in whole if event in found]
             assert len(found) >= 2
-
-
-# -------------------------------------------------------------------------------------------------- crashes
 
 
 WRITER = f"""
