@@ -1,119 +1,67 @@
 """No secret gets into anything that a run writes."""
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
+from dida_tools.training import environment
 from dida_tools.training.pytorch_training import train
-from dida_tools.utils.logging import read_log
+from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.redact import Redactor, is_secret_name
-from tests.helpers import PACKAGE, ROOT, rows_of
+from tests.helpers import rows_of
 
-CANARIES = {
-    "environment": "hunter2-environment", "url": "hunter2-url", "argument": "hunter2-argument",
-    "config": "hunter2-config", "diff": "hunter2-diff", "error": "hunter2-environment2",
-    "comment": "hunter2-comment",
-}  # fmt: skip
-SECRET_DATA = """
-import os
-from .data import NpyDataset
-from .loss import multi_class_dice_ce_sum
+KINDS = ("variable", "error", "comment", "url", "argument", "session", "config", "diff")
+CANARIES = {kind: f"hunter2-{kind}" for kind in KINDS}
+
+
 class SecretDataset(NpyDataset):
-    def __init__(self, x_dir, y_dir, api_key='', url='', **more):
+    def __init__(self, x_dir, y_dir, api_key="", url="", **more) -> None:
         super().__init__(x_dir, y_dir, **more)
-        self.arguments = self.arguments | {'api_key': api_key, 'url': url}
-def failing_loss(pred, target):
-    if pred.requires_grad and os.environ.get('FAIL'):
-        raise RuntimeError('cannot reach with ' + os.environ['FAIL_TOKEN'])
-    return multi_class_dice_ce_sum(pred, target)
-"""
-SCRIPT = f"""
-import sys
-from pathlib import Path
-from {PACKAGE}.config.config import global_config
-from {PACKAGE}.config.errors import exit_code
-from {PACKAGE}.config.overrides import override
-from {PACKAGE}.config.project import project_of
-from {PACKAGE}.training.pytorch_training import train, train_config
-from {PACKAGE}.utils.secret_data import SecretDataset, failing_loss
-data, secrets = Path(sys.argv.pop(1)), {{'api_key': '{CANARIES["config"]}'}}
-secrets['url'] = 'https://me:{CANARIES["url"]}@example.org/x'
-config = train_config | {{'DATASET': SecretDataset, 'LOSS': failing_loss, 'LOSS_CONFIG': {{}}, 'EPOCHS': 1}}
-config['MODEL_CONFIG'] = {{'ch_in': 3, 'ch_out': 3, 'bulk_ch': 4, 'n_recursions': 1}}
-config = override(config, sys.argv[1:], project_of('{PACKAGE}'))
-sets = [SecretDataset(data / split / 'x', data / split / 'y', **secrets) for split in ('train', 'test')]
-sys.exit(exit_code(lambda: train(*sets, config, global_config) and 0))
-"""
+        self.arguments = self.arguments | {"api_key": api_key, "url": url}
 
 
-def project_with_secrets(folder: Path) -> Path:
-    """A repository whose changes, dataset and loss hold secrets."""
-    folder.mkdir()
-    for name in (PACKAGE, "pyproject.toml"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, folder / name)
-    (folder / ".gitignore").write_text("logs/\nweights/\n__pycache__/\n")
-    commit = ["-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm", "first"]
-    for command in (["init", "-q"], ["add", "-A"], commit):
-        subprocess.run(["git", *command], cwd=folder, check=True)
-    data = folder / PACKAGE / "utils" / "data" / "datasets.py"
-    data.write_text(data.read_text() + f'\nSTORAGE_PASSWORD = "{CANARIES["diff"]}"\n')
-    (folder / PACKAGE / "utils" / "secret_data.py").write_text(SECRET_DATA)
-    (folder / "run_it.py").write_text(SCRIPT)
-    return folder
-
-
-@pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_no_file_of_a_run_holds_a_secret(tmp_path, pairs_dir, fails):
-    project = project_with_secrets(tmp_path / "project")
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "ROOT_PATH")}
-    environment |= {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1", "MY_TOKEN": CANARIES["environment"]}
-    environment |= {"COMMENT_SECRET": CANARIES["comment"], "FAIL_TOKEN": CANARIES["error"]}
-    environment |= {"FAIL": "1"} if fails else {}
-    overrides = [f"__COMMENT=with {CANARIES['comment']} inside", "DEVICE=cpu", "PRECISION=fp32"]
-    overrides.append(f"SESSION_NAME=token={CANARIES['argument']}")
-    command = [sys.executable, "run_it.py", str(pairs_dir), *overrides]
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == (1 if fails else 0), done.stderr
-    written = [
-        file for folder in ("logs", "weights") for file in (project / folder).rglob("*") if file.is_file()
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_file_of_a_run_holds_a_secret(pairs_dir, tiny_config, global_config, monkeypatch, fails):
+    for name in ("variable", "error", "comment"):
+        monkeypatch.setenv(f"{name}_token".upper(), CANARIES[name])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--api-key", CANARIES["argument"]])
+    diff = f'+STORAGE_PASSWORD = "{CANARIES["diff"]}"\n+print("{CANARIES["variable"]}")'
+    monkeypatch.setattr(
+        environment, "_git", lambda folder, command, *_: diff if command == "diff" else command
+    )
+    secrets = {"api_key": CANARIES["config"], "url": f"https://me:{CANARIES['url']}@example.org/x"}
+    sets = [
+        SecretDataset(pairs_dir / split / "x", pairs_dir / split / "y", **secrets)
+        for split in ("train", "test")
     ]
-    names = {file.name for file in written}
-    assert {"config.json", "environment.json", "journal.jsonl", "experiments.csv"} <= names
-    for file in written:
+    config = tiny_config | {"__COMMENT": f"with {CANARIES['comment']} inside", "EPOCHS": 1}
+    config |= {"SESSION_NAME": f"token={CANARIES['session']}"}
+
+    def after_epoch(run):
+        if fails:
+            raise RuntimeError(f"cannot reach with {CANARIES['error']}")
+
+    try:
+        train(*sets, config | {"AFTER_EPOCH": after_epoch}, global_config)
+    except RuntimeError as error:
+        assert fails and CANARIES["error"] in str(error)
+    files = [file for file in Path(global_config["ROOT_PATH"]).rglob("*") if file.is_file()]
+    names = {file.name for file in files}
+    assert {"config.json", "environment.json", "journal.jsonl", "experiments.csv", "best.pt"} <= names
+    for file in files:
         content = file.read_bytes() + str(file).encode()
-        found = [place for place, canary in CANARIES.items() if canary.encode() in content]
-        assert not found, (file, found)
-    row = read_log(project / "logs" / "experiments.csv")[0]
+        assert not [kind for kind, canary in CANARIES.items() if canary.encode() in content], file
+    (row,) = rows_of(global_config)
     assert row["RERUNNABLE"].startswith("no: ") and "secret" in row["RERUNNABLE"]
     assert row["__COMMENT"] == "with [redacted] inside"
-    assert row["STATUS"] == ("failed" if fails else "finished")
-    assert not fails or row["ERROR"] == "RuntimeError: cannot reach with [redacted]"
-    environment_text = next(project.glob("logs/*/environment.json")).read_text()
-    assert (
-        "STORAGE_PASSWORD" in environment_text and "[redacted]" in environment_text
-    )  # the change is recorded
-
-
-@pytest.mark.usefixtures("quick")
-def test_an_error_is_recorded_without_the_secret_in_it(datasets, tiny_config, global_config, monkeypatch):
-    monkeypatch.setenv("FAIL_TOKEN", "hunter2-error")
-
-    def fail(run):
-        raise RuntimeError("cannot reach with hunter2-error")
-
-    with pytest.raises(RuntimeError, match="hunter2-error"):
-        train(*datasets, tiny_config | {"AFTER_EPOCH": fail}, global_config)
-    (row,) = rows_of(global_config)
-    assert (row["STATUS"], row["ERROR"]) == ("failed", "RuntimeError: cannot reach with [redacted]")
-    files = [file for file in Path(global_config["LOG_DIR"]).rglob("*") if file.is_file()]
-    assert not [file for file in files if b"hunter2-error" in file.read_bytes()]
+    error = "RuntimeError: cannot reach with [redacted]" if fails else None
+    assert (row["STATUS"], row["ERROR"]) == ("failed" if fails else "finished", error)
+    described = json.loads(next(file for file in files if file.name == "environment.json").read_bytes())
+    assert described["git_diff"] == '+STORAGE_PASSWORD = "[redacted]"\n+print("[redacted]")'
+    assert described["arguments"] == ["train.py", "--api-key", "[redacted]"]
 
 
 @pytest.mark.parametrize(
