@@ -59,9 +59,6 @@ def flipped(content: bytes, bit: int) -> bytes:
     return bytes(damaged)
 
 
-# ----------------------------------------------------------------------------------------------- round trip
-
-
 def test_round_trip_is_equal_bit_for_bit(tmp_path: Path) -> None:
     file = tmp_path / "a" / "b" / "w.pt"
     save_weights(str(file), example())
@@ -94,9 +91,6 @@ def test_round_trip_of_a_model_and_its_optimizer(file: Path) -> None:
 def test_files_of_plain_pytorch_are_read(file: Path) -> None:
     torch.save(example(), file)
     assert leaves(load_weights(file)) == leaves(example())
-
-
-# --------------------------------------------------------------------------------------------------- damage
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +162,6 @@ def test_damage_is_described(file: Path) -> None:
         load_weights(file)
 
 
-# --------------------------------------------------------------------------------------- what is no weights
-
-
 class Hostile:
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -218,9 +209,6 @@ def test_file_of_something_else_than_a_dict_is_refused(file: Path, content: Any,
         load_weights(file)
 
 
-# --------------------------------------------------------------------------------------------------- saving
-
-
 @pytest.mark.parametrize(
     "unsaveable", [lambda: None, np.float64(0.5), np.ones(2), Path("x"), {"deep": [Hostile(Path("x"))]}]
 )
@@ -232,9 +220,6 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, file: Path,
     with pytest.raises(WeightsError, match=r"w\.pt: cannot be (written|read) as weights" + about):
         save_weights(file, {"weight": torch.ones(1000), "more": unsaveable})
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
-
-
-# --------------------------------------------------------------------------------------- states and digests
 
 
 def test_model_state_is_found_under_its_name_or_directly() -> None:
