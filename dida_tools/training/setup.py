@@ -137,7 +137,7 @@ def prepare(
 
     hashes = _hashes(config, data)
     data = _split(config, data)
-    contract = data.train.contract(config["NORMALISE"], cache_file) or contract_of_values(
+    contract = data.train.contract(config["NORMALIZE"], cache_file) or contract_of_values(
         first, config, data.train
     )
     contract = replace(contract, outputs=first.num_outputs or 1)
