@@ -1,23 +1,15 @@
-"""Contains small helpers for models: seeds, loading, one step forward and backward, and checks of parameters."""
+"""Helpers for models: loading, a step forward and backward, freezing, and checks of parameters."""
 
-import contextlib
 import os
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .weights import WeightsError, load_weights, model_state
-
-
-def set_seed(seed: int) -> None:
-    """Seeds Python, numpy and PyTorch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+from ..training.modules import evaluation_mode, fill_model
+from ..training.modules import set_seed as set_seed
+from .weights import load_weights, model_state
 
 
 def load_model(
@@ -27,7 +19,7 @@ def load_model(
     device: str | torch.device = "cpu",
 ) -> nn.Module:
     """
-    Builds a model with the weights of a file: best or last of a run, or a bare state dict.
+    Build a model with the weights of a file: best or last of a run, or a plain state dict.
 
     :param path: the weights file
     :param model: class of the model, or a model to be filled
@@ -40,45 +32,10 @@ def load_model(
     return built.to(device).eval()
 
 
-def fill_model(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
-    """
-    Loads parameters into a model.
-
-    :param origin: where they come from, for the message
-    :raises WeightsError: if they are not those of this model, saying what differs
-    """
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    other = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-    problems = [f"{len(missing)} parameters are missing, such as {missing[0]}"] if missing else []
-    problems += [f"{len(extra)} are not of this model, such as {extra[0]}"] if extra else []
-    for name in sorted(other)[:1]:
-        shapes = f"{tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        problems.append(f"{len(other)} have another shape, such as {name}: {shapes}")
-    if problems:
-        name = type(model).__name__
-        raise WeightsError(
-            f"{origin}: does not fit this {name}: {'; '.join(problems)}. Check MODEL and MODEL_CONFIG."
-        )
-    model.load_state_dict(state)
-
-
 def forward(model: nn.Module, inputs: Tensor) -> Tensor:
-    """The model's answer in evaluation mode, without gradients. The mode it was in is restored."""
+    """Return the model's output in evaluation mode, without gradients; the mode it was in is restored."""
     with evaluation_mode(model), torch.no_grad():
         return model(inputs)
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Has a model in evaluation mode. Afterwards each of its modules is in the mode it was in, frozen ones too."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
 
 
 def backprop(
@@ -88,7 +45,7 @@ def backprop(
     inputs: Tensor,
     targets: Tensor,
 ) -> float:
-    """One training step. The gradients are left for inspection. Returns the loss before the step."""
+    """Do one training step and return the loss before it. The gradients are left for inspection."""
     model.train()
     optimizer.zero_grad()
     value = loss(model(inputs), targets)
@@ -98,35 +55,35 @@ def backprop(
 
 
 def set_module_trainable(module: nn.Module, trainable: bool) -> None:
-    """Freezes or frees all parameters of a module."""
+    """Freeze or free all parameters of a module."""
     for parameter in module.parameters():
         parameter.requires_grad_(trainable)
 
 
 def assert_not_nan(values: Tensor | nn.Module) -> None:
-    """Raises AssertionError if a tensor, or a parameter of a model, holds NaN."""
+    """Raise AssertionError if a tensor, or a parameter of a model, holds NaN."""
     _assert_all(values, lambda tensor: ~tensor.isnan(), "NaN")
 
 
 def assert_isfinite(values: Tensor | nn.Module) -> None:
-    """Raises AssertionError if a tensor, or a parameter of a model, holds NaN or infinite values."""
+    """Raise AssertionError if a tensor, or a parameter of a model, holds NaN or infinite values."""
     _assert_all(values, torch.isfinite, "NaN or infinite")
 
 
 def assert_nonzero(values: Tensor | nn.Module) -> None:
-    """Raises AssertionError if a tensor, or a parameter of a model, is all zero."""
+    """Raise AssertionError if a tensor, or a parameter of a model, is all zero."""
     for name, tensor in _named(values):
         if not bool((tensor != 0).any()):
             raise AssertionError(f"{name}: all {tensor.numel()} values are zero")
 
 
 def assert_upperbound(values: Tensor | nn.Module, bound: float) -> None:
-    """Raises AssertionError if a value of a tensor, or of a parameter of a model, is above a bound."""
+    """Raise AssertionError if a value of a tensor, or of a parameter of a model, is above a bound."""
     _assert_all(values, lambda tensor: tensor <= bound, f"above {bound:g}")
 
 
 def assert_lowerbound(values: Tensor | nn.Module, bound: float) -> None:
-    """Raises AssertionError if a value of a tensor, or of a parameter of a model, is below a bound."""
+    """Raise AssertionError if a value of a tensor, or of a parameter of a model, is below a bound."""
     _assert_all(values, lambda tensor: tensor >= bound, f"below {bound:g}")
 
 

@@ -18,10 +18,9 @@ from PIL import Image
 from rasterio.transform import from_origin
 from torch import nn
 
-from dida_tools.config.capture import ConfigError
-from dida_tools.config.errors import UserError
+from dida_tools.config.errors import ConfigError, UserError
 from dida_tools.prediction import load_predictor, predict, predict_array
-from dida_tools.prediction.outputs import KINDS
+from dida_tools.config.predict_keys import OUTPUTS as KINDS
 from dida_tools.utils.data.contract import PALETTE, DataContract
 from dida_tools.utils.data.images import DataError
 from dida_tools.utils.logging.journal import Journal, read_journal

@@ -29,8 +29,10 @@ from typing import Any
 import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from dida_tools.config.capture import check, override
+from dida_tools.config.check import check
 from dida_tools.config.config import global_config
+from dida_tools.config.overrides import override
+from dida_tools.config.project import project_of
 from dida_tools.training.routines import DEFAULT_ROUTINE, load_routine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,7 +145,10 @@ def check_script(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     arguments = parse(monkeypatch, words)
     overrides = getattr(arguments, "overrides", [])
     problems: list[str] = []
-    check(override(load_routine(DEFAULT_ROUTINE).train_config, overrides, problems), problems)
+    project = project_of("dida_tools")
+    check(
+        override(load_routine(DEFAULT_ROUTINE).train_config, overrides, project, problems), project, problems
+    )
 
 
 def check_module(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:

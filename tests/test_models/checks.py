@@ -295,7 +295,7 @@ def test_results_are_not_below_the_recorded_ones(subject: Subject) -> None:
     _need_data(subject)
     _need(subject.recorded, "the run has no recorded test results: it is not finished")
     results, _ = subject.evaluated
-    bound = subject.bounds["recorded"] * (1 if subject.data.precision == "fp32" else 5)
+    bound = subject.bounds["recorded"] * (1 if subject.context.precision == "fp32" else 5)
     worse = []
     for name, recorded in subject.recorded.items():
         direction, now = _direction(subject, name.partition(".")[0]), results.get(name, np.nan)
@@ -320,7 +320,7 @@ def test_better_than_the_baselines(subject: Subject, show: Show) -> None:
     columns += [[*baseline.per_class(), baseline.mean()] for baseline in (trees, trivial)]
     rows = [list(row) for row in zip([*subject.class_names, "mean"], *columns, strict=True)]
     header = ["", "model", "recorded", "by pixel", "trivial"]
-    show(table(f"Quality on all {len(subject.data.test_set)} test samples: {model.name}", header, rows))
+    show(table(f"Quality on all {len(subject.data.data.test)} test samples: {model.name}", header, rows))
     worse, bound = [], subject.bounds["baselines"]
     for name, own, _, *others in rows:
         for what, other in zip(
@@ -418,8 +418,7 @@ def test_speed_and_memory(subject: Subject, show: Show) -> None:
         rows.append(
             [" x ".join(map(str, inputs.shape)), f"{seconds:.3f} s", speed, f"{memory.peak / 2**20:.0f} MiB"]
         )
-    precision = "fp32" if subject.preparation is None else subject.data.precision
-    title = f"Speed on {subject.device} in {precision}, {torch.get_num_threads()} threads: {parameters:,} parameters"
+    title = f"Speed on {subject.device} in {subject.context.precision}, {torch.get_num_threads()} threads: {parameters:,} parameters"
     show(table(title, ["input", "time", "speed", "peak memory"], rows))
 
 
@@ -491,7 +490,7 @@ def _changes(subject: Subject) -> Iterator[tuple[str, Callable[[Tensor], Tensor]
 def _baselines(subject: Subject) -> tuple[Quality, Quality]:
     """Quality on the test set of trees that learn from some rows of the training set, and of the trivial answer."""
     train_set, task, ignored = (
-        subject.data.train_set,
+        subject.data.data.train,
         subject.contract.task,
         subject.data.config["IGNORE_INDEX"],
     )
@@ -503,7 +502,7 @@ def _baselines(subject: Subject) -> tuple[Quality, Quality]:
     learned_from = _some_rows(
         subject, (default_collate([sample]) for sample in samples), BASELINE_ROWS // number + 1
     )
-    share = TEST_ROWS // len(subject.data.test_set) + 1
+    share = TEST_ROWS // len(subject.data.data.test) + 1
     rows, truth = _some_rows(subject, subject.test_batches(), share)
     trees, trivial = subject.new_quality(), subject.new_quality()
     for quality, predict in zip((trees, trivial), fit_rows(*learned_from, task, ignored), strict=True):
@@ -539,7 +538,7 @@ def _direction(subject: Subject, name: str) -> int:
 
 
 def _about_sample(subject: Subject) -> str:
-    number, every = sum(len(inputs) for inputs, _ in subject.test_sample), len(subject.data.test_set)
+    number, every = sum(len(inputs) for inputs, _ in subject.test_sample), len(subject.data.data.test)
     return f"{number} of {every} test samples" if number < every else f"all {every} test samples"
 
 

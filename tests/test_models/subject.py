@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
-from dida_tools.config.device import autocast, get_device, get_precision
+from dida_tools.config.device import get_device, get_precision
 from dida_tools.config.errors import UserError
+from dida_tools.config.project import project_of
 from dida_tools.training.determinism import EvaluationBatches
-from dida_tools.training.evaluation import evaluate, to_device
-from dida_tools.training.preparation import Preparation, prepare
+from dida_tools.training.device import DeviceContext
+from dida_tools.training.evaluation import evaluate
+from dida_tools.training.setup import Setup, prepare
 from dida_tools.utils.data.build import build_datasets
 from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.data.images import DataError
 from dida_tools.utils.logging.journal import read_journal
 from dida_tools.utils.logging.runs import find_run, read_run_config
-from dida_tools.utils.loss import unmask
+from dida_tools.utils.targets import unmask
 from dida_tools.utils.torchutils import evaluation_mode, fill_model, set_seed
 from dida_tools.utils.weights import load_weights, model_state
 
@@ -56,7 +58,7 @@ class Subject:
     :param untrained: makes a new model
     :param optimizer: makes the optimizer of the training, of parameters
     :param inputs: (N, C, ...) what the model is used to; real ones, where there are data
-    :param preparation: of the run, with its datasets; None where there are none, and no_data says why
+    :param setup: of the run, with its datasets; None where there are none, and no_data says why
     :param recorded: results of the run on its test set, such as {"f1": 0.8, "f1.water": 0.7}
     """
 
@@ -69,7 +71,7 @@ class Subject:
     device: torch.device
     inputs: Tensor
     targets: Tensor
-    preparation: Preparation | None = None
+    setup: Setup | None = None
     no_data: str = ""
     is_trained: bool = True
     recorded: dict[str, float] = field(default_factory=dict)
@@ -98,13 +100,16 @@ class Subject:
         """Classes, or values."""
         return self.answer(self.inputs[:1]).shape[1]
 
+    @property
+    def context(self) -> DeviceContext:
+        """That of the training, or the plainest one."""
+        return DeviceContext(self.device) if self.setup is None else self.setup.context
+
     @torch.no_grad()
     def answer(self, inputs: Tensor) -> Tensor:
         """The model's output, in the precision and memory format of its training."""
-        precision = "fp32" if self.preparation is None else self.preparation.precision
-        channels_last = self.preparation is None or self.preparation.config["CHANNELS_LAST"]
-        with evaluation_mode(self.model), autocast(self.device, precision):
-            return self.model(to_device(inputs, self.device, channels_last)).float()
+        with evaluation_mode(self.model), self.context.autocast():
+            return self.model(self.context.move(inputs)).float()
 
     def probabilities(self, inputs: Tensor) -> Tensor:
         """Probabilities of the classes, or the values."""
@@ -113,22 +118,22 @@ class Subject:
     # ------------------------------------------------------------------------------------------------------ on the data
 
     @property
-    def data(self) -> Preparation:
+    def data(self) -> Setup:
         """The run, with a test set."""
-        assert self.preparation is not None
-        return self.preparation
+        assert self.setup is not None
+        return self.setup
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All of the test set."""
-        yield from _batches(self.data.test_set, self.data.config["DATA_LOADER_CONFIG"].get("batch_size", 1))
+        yield from _batches(self.data.data.test, self.data.config["DATA_LOADER_CONFIG"].get("batch_size", 1))
 
     @functools.cached_property
     def test_sample(self) -> list[tuple[Tensor, Tensor]]:
         """Batches of a part of the test set, for what is measured many times."""
-        order = torch.randperm(len(self.data.test_set), generator=torch.Generator().manual_seed(0)).tolist()
-        pixels = self.data.test_set[0][0][0].numel()
+        order = torch.randperm(len(self.data.data.test), generator=torch.Generator().manual_seed(0)).tolist()
+        pixels = self.data.data.test[0][0][0].numel()
         number = min(len(order), 2000, max(1, SAMPLE_PIXELS // pixels))
-        samples = [self.data.test_set[index] for index in sorted(order[:number])]
+        samples = [self.data.data.test[index] for index in sorted(order[:number])]
         if len({(x.shape, y.shape) for x, y in samples}) > 1 or pixels > 10_000:
             return [default_collate([sample]) for sample in samples]
         return [default_collate(samples[start : start + 64]) for start in range(0, number, 64)]
@@ -136,8 +141,8 @@ class Subject:
     @functools.cached_property
     def evaluated(self) -> tuple[dict[str, float], Any]:
         """Results on the test set, counted as in training, and their Scores (None of values)."""
-        evaluation = self.data.new_evaluation(self.contract)
-        results = evaluate(self.model, self.test_batches(), evaluation, *self.data.place)
+        evaluation = self.data.metrics(self.contract)
+        results = evaluate(self.model, self.test_batches(), evaluation, self.context)
         return results, evaluation.scores
 
     def bare(self, targets: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -235,7 +240,7 @@ def subject_of_run(
         raise UserError(f"{weights}: holds no data contract, so it is no file of a run.")
     contract = DataContract.from_dict(stored["contract"])
     events = read_journal(log_dir / "journal.jsonl")
-    config = read_run_config(log_dir) | {"DEVICE": module.DEVICE}
+    config = read_run_config(log_dir, project_of("dida_tools")) | {"DEVICE": module.DEVICE}
     config |= dict.fromkeys(("RESUME", "RERUN_OF", "INIT_WEIGHTS", "NOTIFY"))
     device = get_device(module.DEVICE)
     started = [event for event in events if event["event"] == "start"]
@@ -259,18 +264,18 @@ def subject_of_run(
     fill_model(model, model_state(stored), str(weights))
     try:
         train_set, test_set, validation_set = getattr(module, "DATASETS", build_datasets)(config)
-        preparation = prepare(train_set, test_set, config, global_config, validation_set)
+        setup = prepare(train_set, test_set, config, global_config, validation_set, "dida_tools")
     except DataError as error:
         about |= {"loss": _loss(config), "no_data": f"{name}: {error}"}
         inputs, targets = _invented_for(model, contract)
     else:
-        if preparation.test_set is None:
+        if setup.data.test is None:
             about["no_data"] = f"{name} has no test data"
-        elif hasattr(preparation.test_set, "with_contract"):
-            preparation.test_set = preparation.test_set.with_contract(contract)
-            preparation.train_set = preparation.train_set.with_contract(contract)
-        about |= {"loss": preparation.loss_function, "preparation": preparation}
-        inputs, targets = _quick_batch(preparation.train_set, model, device)
+        elif hasattr(setup.data.test, "with_contract"):
+            setup.data.test = setup.data.test.with_contract(contract)
+            setup.data.train = setup.data.train.with_contract(contract)
+        about |= {"loss": setup.loss_fn, "setup": setup}
+        inputs, targets = _quick_batch(setup.data.train, model, device)
     return Subject(model=model, inputs=inputs.to(device), targets=targets.to(device), **about)
 
 

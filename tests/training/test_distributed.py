@@ -41,7 +41,7 @@ from dida_tools.training.calibration import calibrate, describe_fit
 from dida_tools.training.checkpoint import checkpoint_files, save_checkpoint
 from dida_tools.training.determinism import EvaluationBatches, TrainingBatches
 from dida_tools.training.evaluation import Evaluation, evaluate
-from dida_tools.training.preparation import prepare
+from dida_tools.training.setup import prepare
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.transforms import STANDARD
 from dida_tools.utils.logging import read_log
@@ -235,7 +235,7 @@ def outcome(result: Any) -> dict[str, Any]:
 
 def without_parts(run: Any) -> float:
     """The loss_weight of one process, in each of several."""
-    batches, accumulate = run.preparation.train_batches, run.config["ACCUMULATE"]
+    batches, accumulate = run.setup.loaders.batches, run.config["ACCUMULATE"]
     return 1 / min(accumulate, batches.num_batches - (run.state.batch - run.state.batch % accumulate))
 
 
@@ -578,7 +578,7 @@ def test_the_samples_of_a_batch_weigh_the_same_wherever_they_are(sizes, accumula
         size_of_step = min(accumulate, own[0].num_batches - (batch - batch % accumulate))
         for one in own:
             run = SimpleNamespace(
-                preparation=SimpleNamespace(train_batches=one),
+                setup=SimpleNamespace(loaders=SimpleNamespace(batches=one)),
                 state=SimpleNamespace(batch=batch),
                 config={"ACCUMULATE": accumulate},
             )
@@ -694,21 +694,21 @@ class TestTwo:
     @pytest.mark.parametrize("name", ["exact", "rich"])
     def test_they_evaluate_as_one(self, two, name, tmp_path):
         config, crops = (exact_config(), 4) if name == "exact" else (rich_config(), 2)
-        prepared = prepare(*make_datasets(two.pairs, crops), config, make_global_config(tmp_path))
+        prepared = prepare(*make_datasets(two.pairs, crops), config, make_global_config(tmp_path), None, "dida_tools")
         best = two.folder / "two" / name / "weights" / two.ranks[0][name]["name"] / "best.pt"
-        model = prepared.evaluated_model()
+        model = prepared.eval_model
         fill_model(model, load_weights(best)["model"], str(best))
         contract = calibrate(prepared, model)
         assert load_weights(best)["contract"] == contract.to_dict() and contract.temperature != 1
         results = {f"validation.{key}": value for key, value in describe_fit(contract).items()} | {
             f"{part}.{key}": value
             for part, loader, how in (
-                ("validation", prepared.validation_loader, None),
-                ("test", prepared.test_loader, contract),
+                ("validation", prepared.loaders.validation, None),
+                ("test", prepared.loaders.test, contract),
             )
-            for key, value in evaluate(model, loader, prepared.new_evaluation(how), *prepared.place).items()
+            for key, value in evaluate(model, loader, prepared.metrics(how), prepared.context).items()
         }
-        assert len(prepared.validation_loader) == (1 if name == "exact" else 4)
+        assert len(prepared.loaders.validation) == (1 if name == "exact" else 4)
         assert results == two.ranks[0][name]["metrics"]
 
     def test_buffers_are_the_same_when_they_evaluate(self, two):

@@ -8,7 +8,8 @@ from sklearn import metrics as reference
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dida_tools.training.evaluation import Evaluation, evaluate, to_device
+from dida_tools.training.device import DeviceContext
+from dida_tools.training.evaluation import Evaluation, evaluate
 from dida_tools.utils.loss import (
     accuracy,
     dice_bce_sum,
@@ -94,7 +95,7 @@ def run(
     loss = options.pop("loss", None) or loss_of(data)
     model = options.pop("model", None) or Answer()
     evaluation = Evaluation(metrics, loss, **options)
-    return evaluate(model, batches(data, batch_size, order), evaluation, CPU, "fp32")
+    return evaluate(model, batches(data, batch_size, order), evaluation, DeviceContext(CPU))
 
 
 def approx(value: float) -> Any:
@@ -137,7 +138,7 @@ def test_results_do_not_depend_on_batch_size_and_order(task: str) -> None:
 def test_counts_are_those_of_all_pixels() -> None:
     data = make_data("multi-class")
     evaluation = Evaluation(COUNTED, multi_class_dice_ce_sum)
-    evaluate(Answer(), batches(data, 4), evaluation, CPU, "fp32")
+    evaluate(Answer(), batches(data, 4), evaluation, DeviceContext(CPU))
     truth, guess = pixels(data)
     assert evaluation.scores.confusion.tolist() == reference.confusion_matrix(truth, guess).tolist()
     assert evaluation.scores.confusion.dtype == torch.int64 and evaluation.num_samples == 13
@@ -363,7 +364,7 @@ def test_the_mode_of_the_model_is_restored_where_the_data_is_broken() -> None:
 
     model = Answer().train()
     with pytest.raises(RuntimeError, match="broken data"):
-        evaluate(model, broken_batches(), Evaluation(COUNTED, dice_bce_sum), CPU, "fp32")
+        evaluate(model, broken_batches(), Evaluation(COUNTED, dice_bce_sum), DeviceContext(CPU))
     assert all(module.training for module in model.modules())
 
 
@@ -400,7 +401,12 @@ def test_loss_and_metrics_are_computed_in_float32_outside_of_autocast(precision:
         seen.append((prediction.dtype, torch.is_autocast_enabled("cpu")))
         return prediction.mean()
 
-    evaluate(Watched(1, 1, 1), batches(make_data("binary"), 4), Evaluation({}, watch), CPU, precision)
+    evaluate(
+        Watched(1, 1, 1),
+        batches(make_data("binary"), 4),
+        Evaluation({}, watch),
+        DeviceContext(CPU, precision),
+    )
     assert set(computed) == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert set(seen) == {(torch.float32, False)}
 
@@ -408,7 +414,7 @@ def test_loss_and_metrics_are_computed_in_float32_outside_of_autocast(precision:
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_images_are_moved_into_the_memory_format_of_convolutions(channels_last: bool) -> None:
     inputs = torch.randn(2, 3, 4, 5)
-    moved = to_device(inputs, CPU, channels_last)
+    moved = DeviceContext(CPU, channels_last=channels_last).move(inputs)
     assert torch.equal(moved, inputs)
     assert moved.is_contiguous(memory_format=torch.channels_last) == channels_last
 
@@ -416,7 +422,7 @@ def test_images_are_moved_into_the_memory_format_of_convolutions(channels_last: 
 @pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 3, 5), (2, 3, 4, 5, 6)])
 def test_other_inputs_are_moved_as_they_are(shape: tuple[int, ...]) -> None:
     inputs = torch.randn(shape)
-    moved = to_device(inputs, CPU, True)
+    moved = DeviceContext(CPU).move(inputs)
     assert torch.equal(moved, inputs) and moved.is_contiguous()
 
 

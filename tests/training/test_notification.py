@@ -19,8 +19,7 @@ from aiosmtpd.controller import Controller
 from torch import Tensor
 
 from dida_tools import training
-from dida_tools.config.capture import ConfigError
-from dida_tools.config.errors import UserError
+from dida_tools.config.errors import ConfigError, UserError
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.logging.runs import run_names
 from dida_tools.utils.loss import multi_class_dice_ce_sum

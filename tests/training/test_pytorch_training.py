@@ -16,13 +16,14 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from dida_tools.config.capture import ConfigError, capture, difference
-from dida_tools.config.errors import UserError
+from dida_tools.config.capture import capture
+from dida_tools.config.errors import ConfigError, UserError
+from dida_tools.config.project import project_of
 from dida_tools.models import UNET
 from dida_tools.training import pytorch_training
-from dida_tools.training.preparation import prepare
 from dida_tools.training.pytorch_training import train
 from dida_tools.training.run import NonFiniteLoss, OutOfMemory
+from dida_tools.training.setup import prepare
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.data.images import DataError
@@ -505,7 +506,7 @@ def test_the_task_of_masked_targets_is_that_of_what_is_under_the_mask(
         if task == "multi-class" and anything.is_floating_point():
             continue  # NaN is no class number, not even one that does not count
         train_set = TensorDataset(torch.rand(8, 3, 16, 16, generator=generator), anything)
-        contract = prepare(train_set, train_set, tiny_config, global_config).contract
+        contract = prepare(train_set, train_set, tiny_config, global_config, None, "dida_tools").contract
         assert contract.task == task
     result = train(train_set, train_set, tiny_config, global_config)
     assert load_weights(result.weights["best"])["contract"]["task"] == task
@@ -535,9 +536,9 @@ def test_a_regression_whose_first_target_is_zero_is_no_classification(tiny_confi
 
 def test_config_files_row_and_result_agree(datasets, tiny_config, global_config, capsys, monkeypatch):
     monkeypatch.undo()  # with a picture and the list of packages
-    before = copy.deepcopy(capture(tiny_config))
+    before = copy.deepcopy(capture(tiny_config, project_of("dida_tools")))
     result = train(*datasets, tiny_config, global_config)
-    assert capture(tiny_config) == before
+    assert capture(tiny_config, project_of("dida_tools")) == before
     row = the_row(global_config)
     assert row["NAME"] == result.name == result.log_dir.name == result.weight_dir.name
     assert row["STATUS"] == "finished"
@@ -660,10 +661,10 @@ def test_what_does_not_fit_is_told_before_training(datasets, tiny_config, global
 
 def test_a_schedule_that_follows_results_knows_which_way_is_better(datasets, tiny_config, global_config):
     tiny_config |= {"SCHEDULER": torch.optim.lr_scheduler.ReduceLROnPlateau, "SCHEDULER_STEP": "epoch"}
-    preparation = prepare(*datasets, tiny_config, global_config)
-    assert preparation.scheduler.mode == "max"
-    preparation = prepare(*datasets, tiny_config | {"MONITOR": "min loss"}, global_config)
-    assert preparation.scheduler.mode == "min"
+    setup = prepare(*datasets, tiny_config, global_config, None, "dida_tools")
+    assert setup.scheduler.mode == "max"
+    setup = prepare(*datasets, tiny_config | {"MONITOR": "min loss"}, global_config, None, "dida_tools")
+    assert setup.scheduler.mode == "min"
 
 
 def test_parts_with_several_tasks_are_refused(datasets, pairs_dir, tiny_config, global_config):
@@ -744,11 +745,14 @@ def test_memory_that_runs_out_is_explained(datasets, tiny_config, global_config)
 
 
 def test_the_shipped_configs_are_sound_and_round_trip():
-    from dida_tools.config.capture import check, restore
+    from dida_tools.config.capture import restore
+    from dida_tools.config.check import check
 
+    project = project_of("dida_tools")
     for config in (pytorch_training.train_config, pytorch_training.small()):
-        check(config)
-        assert difference(restore(json.loads(json.dumps(capture(config)))), config) == {}
+        captured = check(config, project)
+        restored = restore(json.loads(json.dumps(captured)), project)
+        assert capture(restored, project) == captured
     full = pytorch_training.train_config["MODEL_CONFIG"]
     assert sum(parameter.numel() for parameter in UNET(**full).parameters()) > 30e6
     assert math.isclose(pytorch_training.train_config["OPTIMIZER_CONFIG"]["lr"], 1e-3)

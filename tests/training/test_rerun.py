@@ -13,6 +13,7 @@ import torch
 from torch.optim.lr_scheduler import OneCycleLR
 
 from dida_tools.config.errors import UserError
+from dida_tools.config.project import project_of
 from dida_tools.training.environment import find_differences
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.data import NpyDataset
@@ -33,7 +34,9 @@ def rows(global_config: dict) -> list[dict]:
 def rerun(name: str, global_config: dict, **changes):
     """As train.py --rerun does: everything comes from the record."""
     config = (
-        read_run_config(Path(global_config["LOG_DIR"]) / name) | {"RERUN_OF": name, "DATE": None} | changes
+        read_run_config(Path(global_config["LOG_DIR"]) / name, project_of("dida_tools"))
+        | {"RERUN_OF": name, "DATE": None}
+        | changes
     )
     train_dataset, test_dataset, validation_dataset = build_datasets(config)
     return train(train_dataset, test_dataset, config, global_config, validation_dataset)

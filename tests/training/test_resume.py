@@ -19,9 +19,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset
 
 from dida_tools import training
-from dida_tools.config.capture import ConfigError
 from dida_tools.config.config import make_global_config
-from dida_tools.config.errors import UserError
+from dida_tools.config.errors import ConfigError, UserError
 from dida_tools.models import UNET
 from dida_tools.training.checkpoint import checkpoint_files
 from dida_tools.utils.data import NpyDataset

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ...config.keys import copy_config
+from ...config.keys import copy_config, upgrade
 from ...config.project import Project
 from ...config.references import resolve
 from .fingerprint import splits_of, suggest
@@ -18,6 +18,7 @@ def build_datasets(config: dict[str, Any]) -> tuple[Any, Any, Any]:
     :return: the training, test and validation set; None where DATASET_CONFIG has no such split
     :raises DataError: if they cannot be built
     """
+    config = upgrade(config)
     if config.get("DATASET") is None or "train" not in (config.get("DATASET_CONFIG") or {}):
         remedy = 'set DATASET and DATASET_CONFIG["train"], or give a folder'
         raise DataError([f"the config names no training data: {remedy}"])

@@ -225,6 +225,12 @@ class NpyDataset(Dataset):
         order = np.random.default_rng(seed).permutation(len(self.images))
         return self._only(np.sort(order[number:])), self._only(np.sort(order[:number]))
 
+    def select(self, indices: Sequence[int]) -> "NpyDataset":
+        """Return a dataset of the images alone that these samples are taken from."""
+        windows, crops = self._windows, self.crops_per_image
+        numbers = {index // crops if windows is None else windows[index][0] for index in indices}
+        return self._only(np.array(sorted(numbers)))
+
     def _only(self, numbers: np.ndarray) -> "NpyDataset":
         other = self._copy(pairs=self.pairs.only(numbers), _is_part=True)
         return other if self._windows is None else other.for_evaluation()

@@ -9,7 +9,7 @@ import contextlib
 import mmap
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from PIL import Image
 
-from ...config.errors import UserError
+from ...config.errors import Problems
 
 ENDINGS = (".npy", ".npz", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 _WARNINGS = threading.Lock()  # threads share their filters
@@ -26,17 +26,10 @@ _WARNINGS = threading.Lock()  # threads share their filters
 _NUMPY_HEADERS = threading.Lock()
 
 
-class DataError(UserError):
-    """Data that cannot be used. Its message lists every problem."""
+class DataError(Problems):
+    """Data that cannot be used."""
 
-    def __init__(self, problems: Sequence[str], max_listed: int = 50) -> None:
-        # A single string is what DataLoader passes on from its workers.
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        listed = [f"  - {problem}" for problem in self.problems[:max_listed]]
-        if len(self.problems) > max_listed:
-            listed.append(f"  - and {len(self.problems) - max_listed} more")
-        count = f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
-        super().__init__(f"the data has {count}:\n" + "\n".join(listed))
+    about = "the data"
 
 
 class Window(NamedTuple):

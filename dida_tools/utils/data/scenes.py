@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from ...config.config import global_config
+from ..locks import locked
 from .datasets import NpyDataset, Transform
 
 VERSION = 1  # a change of the scenes gets a new number, and with it a new folder
@@ -84,7 +84,7 @@ def make_scenes(data_dir: str | os.PathLike) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with locked(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():
             return folder
         unfinished = folder.with_name(f".{folder.name}.unfinished")

@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from dida_tools.config.project import project_of
 from dida_tools.training.determinism import Samples
-from dida_tools.training.preparation import prepare
+from dida_tools.training.setup import prepare
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.build import build_datasets, use_folder
 from dida_tools.utils.data.images import DataError
 from dida_tools.utils.data.transforms import GEOMETRY, STANDARD
 
+PROJECT = project_of("dida_tools")
 KINDS = [
     "class numbers",
     "0 and 255",
@@ -57,19 +59,19 @@ def test_what_a_folder_suggests_can_be_trained(
     folder: Path, kind: str, tiny_config: dict[str, Any], global_config: dict[str, str]
 ) -> None:
     tiny_config["DATASET_CONFIG"] = {"train": {"augment": STANDARD}}
-    config = use_folder(tiny_config, folder)
+    config = use_folder(tiny_config, folder, PROJECT)
     train, test, validation = build_datasets(config)
     assert (type(train), len(train.images), len(test.images), validation) == (NpyDataset, 6, 2, None)
     assert train.augment == STANDARD and test.augment == () and test.task == train.task
-    preparation = prepare(train, test, config, global_config)
-    model = preparation.model
-    for loader in (preparation.train_loader, preparation.validation_loader, preparation.test_loader):
+    setup = prepare(train, test, config, global_config, None, "dida_tools")
+    model = setup.model
+    for loader in (setup.loaders.train, setup.loaders.validation, setup.loaders.test):
         inputs, targets = next(iter(loader))
         with torch.no_grad():
-            loss = preparation.loss_function(model(inputs), targets)
+            loss = setup.loss_fn(model(inputs), targets)
         assert inputs.shape[1] == 5 and loss.isfinite()
     tasks = {"numbers": "values", "labels": "multi-label", "labels of 0 and 255": "multi-label"}
-    assert preparation.contract.task == tasks.get(kind, "multi-class")
+    assert setup.contract.task == tasks.get(kind, "multi-class")
     assert {"labels": 4, "labels of 0 and 255": 4, "numbers": 1, "0 and 255": 2}.get(
         kind, 3
     ) == model.head.out_channels
@@ -80,7 +82,7 @@ def test_the_callers_config_stays_as_it_is(folder: Path, tiny_config: dict[str, 
     before = copy.copy(tiny_config) | {
         key: dict(value) for key, value in tiny_config.items() if isinstance(value, dict)
     }
-    config = use_folder(tiny_config, folder)
+    config = use_folder(tiny_config, folder, PROJECT)
     assert config["OPTIMIZER_CONFIG"] is not tiny_config["OPTIMIZER_CONFIG"]
     assert tiny_config == before and config["DATASET_CONFIG"]["train"]["augment"] == GEOMETRY
     assert config["MODEL_CONFIG"]["bulk_ch"] == tiny_config["MODEL_CONFIG"]["bulk_ch"]
@@ -94,7 +96,7 @@ def test_a_config_may_lack_what_the_folder_gives(
     tiny_config.pop(lacking, None)
     if by == "None" and lacking == "DATASET_CONFIG":
         tiny_config[lacking] = None
-    config = use_folder(tiny_config, folder)
+    config = use_folder(tiny_config, folder, PROJECT)
     assert config["MODEL_CONFIG"]["ch_in"] == 5
     assert len(build_datasets(config)[0].images) == 6
 
@@ -103,20 +105,20 @@ def test_folders_are_recorded_whole(
     folder: Path, tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder.parent)
-    config = use_folder(tiny_config, Path("data"))
+    config = use_folder(tiny_config, Path("data"), PROJECT)
     assert config["DATASET_CONFIG"]["test"]["x_dir"] == str((folder / "test" / "x").resolve())
 
 
 def test_what_was_found_is_cached(folder: Path, tmp_path: Path, tiny_config: dict[str, Any]) -> None:
-    first = use_folder(tiny_config, folder, tmp_path / "facts.json")
+    first = use_folder(tiny_config, folder, PROJECT, tmp_path / "facts.json")
     assert (tmp_path / "facts.json").is_file() and use_folder(
-        tiny_config, folder, tmp_path / "facts.json"
+        tiny_config, folder, PROJECT, tmp_path / "facts.json"
     ) == first
 
 
 def test_a_folder_without_data_is_refused(tmp_path: Path, tiny_config: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="holds no data"):
-        use_folder(tiny_config, tmp_path / "missing")
+        use_folder(tiny_config, tmp_path / "missing", PROJECT)
 
 
 @pytest.mark.parametrize("config", [{}, {"DATASET": None, "DATASET_CONFIG": None}, {"DATASET": NpyDataset}])

@@ -319,8 +319,7 @@ def test_files_without_permission_are_named(tmp_path: Path, write: Any) -> None:
 
 
 def test_an_error_keeps_all_problems_and_shows_some() -> None:
-    assert "the data has 1 problem" in str(DataError(["one"])) and "one" in str(DataError(["one"]))
-    assert str(DataError(["one", "two"])) == "the data has 2 problems:\n  - one\n  - two"
+    assert str(DataError(["one"])) == "the data has 1 problem: one"
     error = DataError([f"problem {number}" for number in range(70)])
     assert len(error.problems) == 70
     assert str(error).count("\n  - problem ") == 50 and str(error).endswith("\n  - and 20 more")

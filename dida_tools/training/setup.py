@@ -1,0 +1,261 @@
+"""
+Setup of a training, the same for all routines: check config and data against each other, and build.
+
+Nothing is written yet.
+"""
+
+import contextlib
+import hashlib
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
+
+from ..config.capture import restore
+from ..config.check import check
+from ..config.errors import ConfigError, UserError
+from ..config.keys import complete
+from ..config.project import Project, project_of
+from ..utils.data.contract import DataContract
+from ..utils.data.dataset import Custom, as_dataset
+from ..utils.data.images import DataError
+from ..utils.name import date_now
+from .device import DeviceContext, choose_context
+from .evaluation import Evaluation
+from .first_sample import FirstSample, contract_of_values, dry_run, try_model
+from .loaders import Loaders, Splits, build_loaders
+from .optimization import Loss, build_ema, build_loss, build_optimizer, build_scheduler, config_errors
+
+_NO_NAME = "the datasets are not named: set DATASET to their class, and DATASET_CONFIG to their arguments"
+
+
+@dataclass
+class Setup:
+    """Everything that a routine trains with."""
+
+    config: dict[str, Any]
+    global_config: dict[str, str]
+    project: Project
+    captured: dict[str, Any]  # the config as plain data
+    not_rerunnable: str  # why a run cannot be reproduced from its record, or ""
+    context: DeviceContext
+    contract: DataContract
+    data: Splits
+    loaders: Loaders
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler | None
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None
+    loss_fn: Loss
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of optimizer steps in an epoch."""
+        return self.loaders.steps_per_epoch(self.config["ACCUMULATE"])
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The model that is evaluated and saved as best: the moving average, if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def autocast(self) -> torch.autocast:
+        """Return the context manager of the forward pass; compute the loss outside of it, in float32."""
+        return self.context.autocast()
+
+    def metrics(self, contract: DataContract | None = None) -> Evaluation:
+        """Return an empty evaluation of the config's METRICS. See there for the contract."""
+        config, class_names = self.config, self.contract.class_names
+        return Evaluation(config["METRICS"], self.loss_fn, config["IGNORE_INDEX"], class_names, contract)
+
+    def step_schedule(self, value: float | None) -> None:
+        """
+        Step a schedule that goes by epochs.
+
+        :param value: the monitored result, for a schedule that follows it
+        """
+        if self.scheduler is None or self.config["SCHEDULER_STEP"] != "epoch":
+            return
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            assert value is not None  # prepare has checked that there is validation data
+            self.scheduler.step(value)
+        else:
+            self.scheduler.step()
+
+
+def prepare(
+    train_dataset: Any,
+    test_dataset: Any,
+    training_config: dict[str, Any],
+    global_config: dict[str, str],
+    validation_dataset: Any,
+    routine: str,
+) -> Setup:
+    """
+    Check everything, then build everything.
+
+    :param train_dataset: (input, target) pairs; see TrainingData for what else it may offer
+    :param test_dataset: likewise, or None
+    :param validation_dataset: likewise; None takes VALIDATION_FRACTION of the training set
+    :param routine: __name__ of the module that trains, or of the project's package where none does
+    :raises ConfigError: with all problems of the config, and of the data if there are both
+    :raises DataError: with all problems of the data
+    """
+    project, cache_file = project_of(routine), Path(global_config["LOG_DIR"]) / "data_facts.json"
+    config = complete(training_config)
+    config["ROUTINE_NAME"] = None if routine == project.package else sys.modules.get(routine, routine)
+    config["DATE"] = config["DATE"] or date_now()
+    data = Splits(train_dataset, test_dataset, validation_dataset).map(as_dataset)
+
+    problems: list[str] = []
+    data_problems: list[str] = []
+    with _collect(problems):
+        if config["MASK_VALUES"]:
+            data = data.map(lambda dataset: dataset.with_mask_values(config["MASK_VALUES"]))
+    problems += _disagreements(config, data)
+    not_rerunnable = [] if _enter_data(config, data) else [_NO_NAME]
+    with _collect(problems):
+        captured = check(config, project)
+    with _collect(problems):
+        context = choose_context(project, config["DEVICE"], config["PRECISION"], config["CHANNELS_LAST"])
+    first: FirstSample | None = None
+    if not any(problem.startswith(("MODEL", "INIT_WEIGHTS", "SEED")) for problem in problems):
+        with _collect(problems, ConfigError), _collect(data_problems, DataError):
+            first = try_model(config, data.train)
+    data_problems = _data_problems(data, first and first.num_outputs, cache_file) or data_problems
+    if problems:
+        raise ConfigError(problems + data_problems)
+    if data_problems or first is None:
+        raise DataError(data_problems)
+
+    hashes = _hashes(config, data)
+    data = _split(config, data)
+    contract = data.train.contract(config["NORMALIZE"], cache_file) or contract_of_values(
+        first, config, data.train
+    )
+    contract = replace(contract, outputs=first.num_outputs or 1)
+    if constant := contract.constant_channels():
+        where = f"{constant} of the training images has the same value everywhere"
+        effect = "the model learns nothing from it, and prediction will refuse images where it has others"
+        warnings.warn(f"{where}: {effect}.", stacklevel=3)
+    data = data.map(lambda dataset: dataset.with_contract(contract))
+    data.hashes = hashes
+    _check_validation(config, data)
+    with config_errors("LOSS"):
+        loss_fn = build_loss(config, context.device)
+    with config_errors("DATA_LOADER"):
+        loaders = build_loaders(config, data, context.device, first.inputs.shape[1:])
+    dry_run(first, config, loss_fn, contract, context)
+
+    model = first.model.to(context.device)
+    if context.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with config_errors("OPTIMIZER"):
+        optimizer = build_optimizer(config, model)
+    with config_errors("SCHEDULER"):
+        scheduler = build_scheduler(config, optimizer, loaders.steps_per_epoch(config["ACCUMULATE"]))
+    with _collect(not_rerunnable):
+        restore(captured, project)
+    return Setup(
+        config=config,
+        global_config=global_config,
+        project=project,
+        captured=captured,
+        not_rerunnable="; ".join(not_rerunnable),
+        context=context,
+        contract=contract,
+        data=data,
+        loaders=loaders,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=torch.amp.GradScaler(context.device.type, enabled=context.precision == "fp16"),
+        ema=build_ema(config, model),
+        loss_fn=loss_fn,
+    )
+
+
+@contextlib.contextmanager
+def _collect(problems: list[str], kind: type[UserError] = UserError) -> Iterator[None]:
+    """Add what is raised to problems."""
+    try:
+        yield
+    except kind as error:
+        problems += getattr(error, "problems", [str(error)])
+
+
+def _disagreements(config: dict[str, Any], data: Splits) -> list[str]:
+    wanted, problems = config["IGNORE_INDEX"], []
+    for split, dataset in data.items():
+        if dataset.ignore_index not in (None, wanted):
+            ignored = f"the {split} data ignores {dataset.ignore_index}"
+            problems.append(f"IGNORE_INDEX is {wanted}, but {ignored}: give both the same.")
+    tasks = {split: dataset.task for split, dataset in data.items() if dataset.task is not None}
+    if len(set(tasks.values())) > 1:
+        listed = ", ".join(f"{task!r} for {split}" for split, task in tasks.items())
+        problems.append(f"DATASET_CONFIG has several tasks ({listed}): give all splits the same.")
+    return problems
+
+
+def _enter_data(config: dict[str, Any], data: Splits) -> bool:
+    """Enter the datasets into the config. Return whether a record can name them."""
+    datasets = dict(data.items())
+    kinds = {type(one.given if isinstance(one, Custom) else one) for one in datasets.values()}
+    if len(kinds) == 1 and all(dataset.arguments is not None for dataset in datasets.values()):
+        config["DATASET"] = kinds.pop()
+        config["DATASET_CONFIG"] = {split: dict(dataset.arguments) for split, dataset in datasets.items()}
+    elif kinds != {config["DATASET"]} or config["DATASET_CONFIG"] is None:
+        config["DATASET"] = config["DATASET_CONFIG"] = None  # what the config names is not what was given
+    return config["DATASET"] is not None
+
+
+def _data_problems(data: Splits, num_classes: int | None, cache_file: Path) -> list[str]:
+    problems: list[str] = []
+    for split, dataset in data.items():
+        if len(dataset) == 0:
+            problems.append(f"the {split} data is empty")
+            continue
+        with _collect(problems, DataError):
+            dataset.check(cache_file, num_classes, training=split == "train")
+    return problems
+
+
+def _split(config: dict[str, Any], data: Splits) -> Splits:
+    """Return the splits as they are trained on and evaluated on, before normalization."""
+    train, validation, test = data.train, data.validation, data.test
+    if validation is None and config["VALIDATION_FRACTION"] > 0:
+        train, validation = train.split(config["VALIDATION_FRACTION"], config["SEED"])
+    for_evaluation = [None if one is None else as_dataset(one).for_evaluation() for one in (test, validation)]
+    return Splits(train, *for_evaluation).map(as_dataset)
+
+
+def _hashes(config: dict[str, Any], data: Splits) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of the files that the training reads, where the datasets tell."""
+    hashes = {
+        f"{split}/{file.parent.name}/{file.name}": {"bytes": file.stat().st_size, "sha256": facts["sha256"]}
+        for split, dataset in data.items()
+        for file, facts in dataset.scan().items()
+    }
+    if config["INIT_WEIGHTS"] is not None:
+        with open(config["INIT_WEIGHTS"], "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            hashes["INIT_WEIGHTS"] = {"bytes": stream.tell(), "sha256": digest}
+    return hashes
+
+
+def _check_validation(config: dict[str, Any], data: Splits) -> None:
+    if data.validation is not None:
+        return
+    needs = "needs a validation set: give one, or set VALIDATION_FRACTION above 0."
+    problems = [] if config["PATIENCE"] is None else [f"PATIENCE is {config['PATIENCE']}, which {needs}"]
+    if config["SCHEDULER"] is not None and issubclass(config["SCHEDULER"], ReduceLROnPlateau):
+        problems.append(f"SCHEDULER is ReduceLROnPlateau, which {needs}")
+    if problems:
+        raise ConfigError(problems)
