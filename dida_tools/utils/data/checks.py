@@ -135,8 +135,9 @@ def dataset_problems(
         )
     problems += contract_problems(contract, pairs.images, pairs.info)
     if with_values and contract.maximum and not problems:
-        low, high = pairs.value_range()
-        found = contract.range_problems(low, high, low, high) if low.size else []
+        own = pairs.fit(contract, normalize=False)
+        low, high = np.array(own.minimum), np.array(own.maximum)
+        found = contract.range_problems(low, high, low, high)
         problems += [f"{folder}: {problem}" for problem in found]
     return problems
 

@@ -121,7 +121,7 @@ class NpyDataset(Dataset):
         """Choose the image of a sample, and a part of it."""
         if self._windows is not None:
             return self._windows[index]
-        number = index // self.crops_per_image
+        number = self._number(index)
         height, width, _ = self.pairs.info(self.images[number]).shape
         if self.crop is None:
             return number, Window(0, 0, height, width)
@@ -179,19 +179,9 @@ class NpyDataset(Dataset):
 
     def contract(self, normalize: bool = True, cache_file: Path | None = None) -> DataContract:
         """Return how these images are read, and their values; with normalize, fit mean and std on them."""
-        sizes = [max(self.pairs.fact(file, cache_file)["shape"][:2]) for file in self.images]
-        low, high = self.pairs.value_range()
-        contract = dataclasses.replace(
-            self._plain_contract(),
-            minimum=tuple(low.tolist()),
-            maximum=tuple(high.tolist()),
-            tile_size=self.crop or min(self.tile, max(sizes)),
-        )
-        if not normalize:
-            return contract
-        mean, std = (statistic * contract.scale for statistic in self.pairs.mean_and_std())
-        std = np.where(std > 1e-12 * np.abs(mean), std, 1.0)  # a constant channel becomes 0
-        return dataclasses.replace(contract, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+        contract = self.pairs.fit(self._plain_contract(), normalize, cache_file)
+        size = max(max(self.pairs.info(file).shape[:2]) for file in self.images)
+        return dataclasses.replace(contract, tile_size=self.crop or min(self.tile, size))
 
     def with_contract(self, contract: DataContract) -> "NpyDataset":
         """Return a copy that reads by this contract; raise DataError with all images that do not fit it."""
@@ -223,15 +213,13 @@ class NpyDataset(Dataset):
             raise DataError([problem])
         number = min(max(1, round(fraction * len(self.images))), len(self.images) - 1)
         order = np.random.default_rng(seed).permutation(len(self.images))
-        return self._only(np.sort(order[number:])), self._only(np.sort(order[:number]))
+        return self._only(sorted(order[number:])), self._only(sorted(order[:number]))
 
     def select(self, indices: Sequence[int]) -> "NpyDataset":
         """Return a dataset of the images alone that these samples are taken from."""
-        windows, crops = self._windows, self.crops_per_image
-        numbers = {index // crops if windows is None else windows[index][0] for index in indices}
-        return self._only(np.array(sorted(numbers)))
+        return self._only(sorted({self._number(index) for index in indices}))
 
-    def _only(self, numbers: np.ndarray) -> "NpyDataset":
+    def _only(self, numbers: Sequence[int]) -> "NpyDataset":
         other = self._copy(pairs=self.pairs.only(numbers), _is_part=True)
         return other if self._windows is None else other.for_evaluation()
 
@@ -242,13 +230,15 @@ class NpyDataset(Dataset):
 
     def sample_name(self, index: int) -> str:
         """Return the image's file name, for messages."""
-        number = index // self.crops_per_image if self._windows is None else self._windows[index][0]
-        return self.images[number].name
+        return self.images[self._number(index)].name
 
     def sample_shape(self, index: int) -> tuple[int, int]:
         """Return height and width of a sample in evaluation."""
-        _, window = self._choose_window(index)
-        return window.height, window.width
+        return self._choose_window(index)[1][2:]
+
+    def _number(self, index: int) -> int:
+        """Return the number of the image that a sample is taken from."""
+        return index // self.crops_per_image if self._windows is None else self._windows[index][0]
 
 
 class NpyPredictionDataset(Dataset):

@@ -15,7 +15,6 @@ import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,8 +90,7 @@ def _refused(splits: dict[str, Pairs], root: Path, reading: MaskReading) -> Iter
         split: DataContract.of(pairs.info(pairs.images[0]), nodata=pairs.nodata)
         for split, pairs in splits.items()
     }
-    low, high = splits["train"].value_range()
-    of_train = replace(contracts["train"], minimum=tuple(low.tolist()), maximum=tuple(high.tolist()))
+    of_train = splits["train"].fit(contracts["train"], normalize=False)
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for split, pairs in splits.items():
         problems = find_problems(pairs, reading, training=False)

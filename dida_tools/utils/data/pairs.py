@@ -1,13 +1,14 @@
 """Pairs of images and masks: which files belong together, what is known of them, what their masks mean."""
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from .contract import DataContract
 from .facts import Facts, Moments, merge_moments, scan_files, scan_image, scan_mask
 from .images import DataError, ImageInfo, image_info, list_images
 
@@ -25,7 +26,7 @@ class Pairs:
         self._facts: dict[Path, Facts] = {}
         self._infos: dict[Path, ImageInfo] = {}
 
-    def only(self, numbers: Iterable[int]) -> Self:
+    def only(self, numbers: Sequence[int]) -> Self:
         """Return some of the pairs; what is known of their files is shared."""
         other = object.__new__(type(self))
         other.__dict__ = self.__dict__ | {
@@ -61,21 +62,30 @@ class Pairs:
                 self._infos[file] = image_info(file)
         return self._infos[file]
 
-    def mean_and_std(self, cache_file: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and std of each channel over all pixels that hold data, as they stand in the files."""
         moments: Moments = (0, 0.0, 0.0)
         for file in self.images:
-            facts = self.fact(file, cache_file)
+            facts = self.fact(file)
             moments = merge_moments(moments, tuple(np.array(facts[name]) for name in ("count", "mean", "m2")))
         count, mean, m2 = moments
         return np.asarray(mean), np.sqrt(m2 / np.maximum(count, 1))
 
-    def value_range(self, cache_file: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the smallest and largest value of each channel, likewise; empty where there is no data."""
+    def fit(self, contract: DataContract, normalize: bool, cache_file: Path | None = None) -> DataContract:
+        """Return a contract with the range of each channel's values, and mean and std to normalize them."""
         facts = [self.fact(file, cache_file) for file in self.images]
-        ranges = [(one["min"], one["max"]) for one in facts if all(one["count"])]
-        low, high = np.array(ranges).transpose(1, 0, 2) if ranges else np.empty((2, 1, 0))
-        return low.min(0), high.max(0)
+        if limits := [(one["min"], one["max"]) for one in facts if all(one["count"])]:
+            low, high = np.array(limits).transpose(1, 0, 2)
+            contract = replace(contract, minimum=_tuple(low.min(0)), maximum=_tuple(high.max(0)))
+        if not normalize:
+            return contract
+        mean, std = (statistic * contract.scale for statistic in self.mean_and_std())
+        std = np.where(std > 1e-12 * np.abs(mean), std, 1.0)  # a constant channel becomes 0
+        return replace(contract, mean=_tuple(mean), std=_tuple(std))
+
+
+def _tuple(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(values.tolist())
 
 
 def pair_files(x_dir: Path, y_dir: Path) -> tuple[list[Path], list[Path]]:
