@@ -23,6 +23,7 @@ PALETTE = [
     (240, 145, 50), (90, 200, 200), (230, 130, 180), (130, 130, 60), (100, 70, 50), (150, 150, 150),
 ]  # fmt: skip
 _MIN_PIXELS = 64
+Values = np.ndarray  # one for each channel
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,12 @@ class DataContract:
     temperature: float = 1.0
 
     @classmethod
-    def of(
-        cls, info: ImageInfo, scale: float | None = None, nodata: float | None = None, **more: Any
-    ) -> Self:
+    def of(cls, info: ImageInfo, **more: Any) -> Self:
         """Return the contract that an image suggests, without normalization; what is given counts more."""
-        scale = default_scale(info.dtype) if scale is None else scale
-        nodata = info.nodata if nodata is None else nodata
-        return cls(info.shape[2], dtype=info.dtype, scale=scale, nodata=nodata, **more)
+        about = {"dtype": info.dtype, "scale": default_scale(info.dtype), "nodata": info.nodata}
+        return cls(
+            info.shape[2], **(about | {key: value for key, value in more.items() if value is not None})
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: strings, numbers and lists."""
@@ -90,9 +90,9 @@ class DataContract:
         if image.shape[-1] != self.channels:
             names = f" ({', '.join(self.channel_names)})" if self.channel_names else ""
             found.append(
-                f"it has {image.shape[-1]} channels, the model was trained on {self.channels}{names}: "
-                "give those, in this order"
+                f"it has {image.shape[-1]} channels, the model was trained on {self.channels}{names}"
             )
+            found[-1] += ": give those, in this order"
         if image.dtype.name != self.dtype:
             found.append(
                 f"it is {image.dtype}, the model was trained on {self.dtype} files, whose values were "
@@ -118,9 +118,7 @@ class DataContract:
         low, high = pixels.min(0), pixels.max(0)
         return self.range_problems(low, high, *np.percentile(pixels, (1, 99), axis=0))
 
-    def range_problems(
-        self, low: np.ndarray, high: np.ndarray, usual_low: np.ndarray, usual_high: np.ndarray
-    ) -> list[str]:
+    def range_problems(self, low: Values, high: Values, usual_low: Values, usual_high: Values) -> list[str]:
         """Return the same for each channel's smallest and largest value, and where nearly all values lie."""
         minimum, maximum = np.array(self.minimum), np.array(self.maximum)
         span, spread = maximum - minimum, usual_high - usual_low
@@ -163,7 +161,8 @@ class DataContract:
         return self._named(constant) if constant.any() and not constant.all() else ""
 
     def _named(self, which: np.ndarray) -> str:
-        names = [str(self.channel_names[one] if self.channel_names else one) for one in np.flatnonzero(which)]
+        numbers = np.flatnonzero(which).tolist()
+        names = [str(self.channel_names[one]) if self.channel_names else str(one) for one in numbers]
         return f"channel{'s' * (len(names) > 1)} {', '.join(names)}"
 
     def colors(self) -> list[tuple[int, ...]]:

@@ -175,7 +175,7 @@ class NpyDataset(Dataset):
     def _plain_contract(self) -> DataContract:
         """Return how images are read, without normalization: as the first one suggests."""
         info = self.pairs.info(self.images[0])
-        return DataContract.of(info, self.scale, self.nodata, task=self.task, **self.names)
+        return DataContract.of(info, scale=self.scale, nodata=self.nodata, task=self.task, **self.names)
 
     def contract(self, normalize: bool = True, cache_file: Path | None = None) -> DataContract:
         """Return how these images are read, and their values; with normalize, fit mean and std on them."""

@@ -42,9 +42,8 @@ def scan_files(
     cache = _read_cache(cache_file)
     keys = {file: f"{_VERSION}:{scan.__name__}{sorted(options.items())}:{file.absolute()}" for file in files}
     stamps = {file: _stamp(file) for file in files}
-    missing = [
-        file for file in files if not stamps[file] or cache.get(keys[file], {}).get("stamp") != stamps[file]
-    ]
+    known = {file: cache.get(keys[file], {}).get("stamp") for file in files}
+    missing = [file for file in files if not stamps[file] or known[file] != stamps[file]]
 
     def scan_one(file: Path) -> Facts:
         try:
@@ -58,9 +57,7 @@ def scan_files(
         found = {keys[file]: {"stamp": stamps[file], "facts": facts}
                  for file, facts in zip(missing, pool.map(scan_one, missing), strict=True)}  # fmt: skip
     # An unreadable file may become readable without a change, such as of its permissions.
-    _append_to_cache(
-        cache_file, {key: entry for key, entry in found.items() if "problem" not in entry["facts"]}
-    )
+    _append_to_cache(cache_file, {key: one for key, one in found.items() if "problem" not in one["facts"]})
     cache |= found
     return {file: cache[keys[file]]["facts"] for file in files}
 

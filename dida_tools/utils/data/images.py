@@ -61,19 +61,18 @@ class Grid(NamedTuple):
 class Source:
     """An open image file, read by windows. Close it, or use it in a ``with`` statement."""
 
-    def __init__(self, path: Path, array: np.ndarray | None = None, raster: Any = None) -> None:
-        """
-        :param array: all pixels, in memory or mapped into it; or else
-        :param raster: an open dataset of rasterio
-        """
-        self.path, self.array, self.raster = path, array, raster
-        self.nodata = None if raster is None else raster.nodata
-        # Reading fewer rows than a block holds decodes it again and again.
-        self.block_rows = 1 if raster is None else raster.block_shapes[0][0]
-        if array is not None:
-            self.array = array[:, :, None] if array.ndim == 2 else array
-        self.shape = (raster.height, raster.width, raster.count) if raster is not None else self.array.shape
-        dtype = np.dtype(raster.dtypes[0]) if raster is not None else array.dtype
+    nodata: float | None = None
+    block_rows = 1  # rows of a block: reading fewer decodes it again and again
+
+    def __init__(self, path: Path, pixels: Any) -> None:
+        """:param pixels: an array, in memory or mapped into it, or an open dataset of rasterio"""
+        self.path, self._pixels, self._is_raster = path, pixels, not isinstance(pixels, np.ndarray)
+        if self._is_raster:
+            self.shape, dtype = (pixels.height, pixels.width, pixels.count), np.dtype(pixels.dtypes[0])
+            self.nodata, self.block_rows = pixels.nodata, pixels.block_shapes[0][0]
+        else:
+            self._pixels = pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+            self.shape, dtype = pixels.shape, pixels.dtype
         if len(self.shape) != 3 or 0 in self.shape:
             raise ValueError(f"its shape is {self.shape}, an image has (H, W) or (H, W, C)")
         if dtype.kind not in "buif":
@@ -83,9 +82,9 @@ class Source:
     @property
     def grid(self) -> Grid | None:
         """Where on the earth the pixels lie; None for what is no TIFF."""
-        if self.raster is None:
+        if not self._is_raster:
             return None
-        to_map, crs = self.raster.transform, self.raster.crs
+        to_map, crs = self._pixels.transform, self._pixels.crs
         transform = None if to_map.is_identity else tuple(map(float, to_map.to_gdal()))
         return Grid(crs.to_wkt() if crs else "", transform, self.nodata)
 
@@ -98,18 +97,18 @@ class Source:
         top, left, height, width = window or (0, 0, *self.shape[:2])
         rows, columns = (top, top + height), (left, left + width)
         with _named(self.path):
-            if self.array is None:
-                return np.moveaxis(self.raster.read(window=(rows, columns)), 0, -1)
-            pixels = np.array(self.array[slice(*rows), slice(*columns)])
-            mapped = getattr(self.array, "_mmap", None)
+            if self._is_raster:
+                return np.moveaxis(self._pixels.read(window=(rows, columns)), 0, -1)
+            pixels = np.array(self._pixels[slice(*rows), slice(*columns)])
+            mapped = getattr(self._pixels, "_mmap", None)
             if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)  # else what was read counts as memory of this process
             return pixels
 
     def close(self) -> None:
         """Close the file."""
-        if self.raster is not None:
-            self.raster.close()
+        if self._is_raster:
+            self._pixels.close()
 
     def __enter__(self) -> Self:
         return self
@@ -127,7 +126,7 @@ def open_image(path: Path) -> Source:
     ending = path.suffix.lower()
     with _named(path):
         if ending in (".tif", ".tiff"):
-            return Source(path, raster=_open_raster(path))
+            return Source(path, _open_raster(path))
         if ending == ".npy":
             with _NUMPY_HEADERS:
                 return Source(path, np.load(path, mmap_mode="r", allow_pickle=False))
@@ -163,7 +162,7 @@ def _load_picture(path: Path) -> np.ndarray:
     with open(path, "rb") as stream:
         header = stream.read(26)
     if header.startswith(b"\x89PNG") and header[24:25] == b"\x10" and header[25:] != b"\x00":
-        with Source(path, raster=_open_raster(path)) as source:
+        with Source(path, _open_raster(path)) as source:
             return source.read()  # Pillow takes 16-bit colors for 8-bit ones
     with Image.open(path) as image:
         array = np.asarray(image)  # of palette images, the numbers

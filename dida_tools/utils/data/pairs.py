@@ -67,7 +67,8 @@ class Pairs:
         moments: Moments = (0, 0.0, 0.0)
         for file in self.images:
             facts = self.fact(file)
-            moments = merge_moments(moments, tuple(np.array(facts[name]) for name in ("count", "mean", "m2")))
+            count, mean, m2 = (np.array(facts[name]) for name in ("count", "mean", "m2"))
+            moments = merge_moments(moments, (count, mean, m2))
         count, mean, m2 = moments
         return np.asarray(mean), np.sqrt(m2 / np.maximum(count, 1))
 

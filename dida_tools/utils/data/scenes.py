@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,14 +69,15 @@ class SceneDataset(NpyDataset):
         :param split: "train" or "test"
         :param data_dir: where the scenes are kept; None: DATA_DIR of the global config
         """
-        arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         if split not in NUM_SCENES:
             raise ValueError(f"split is {split!r}: choose one of {', '.join(NUM_SCENES)}.")
         folder = make_scenes(data_dir or global_config["DATA_DIR"]) / split
-        about = {"class_names": CLASS_NAMES, "channel_names": CHANNEL_NAMES, "nodata": NODATA}
-        drawn = (crop, crops_per_image, foreground, augment)
-        super().__init__(folder / "x", folder / "y", *drawn, mask_values=mask_values, **about)
-        self.arguments = arguments | {"data_dir": None if data_dir is None else str(data_dir)}
+        options: dict[str, Any] = {"crop": crop, "crops_per_image": crops_per_image, "foreground": foreground}
+        options |= {"augment": augment, "mask_values": mask_values}
+        about: dict[str, Any] = {"class_names": CLASS_NAMES, "channel_names": CHANNEL_NAMES, "nodata": NODATA}
+        super().__init__(folder / "x", folder / "y", **options, **about)
+        data_dir = None if data_dir is None else str(data_dir)
+        self.arguments = {"split": split, "data_dir": data_dir, **options}
 
 
 def make_scenes(data_dir: str | os.PathLike) -> Path:

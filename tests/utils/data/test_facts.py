@@ -200,13 +200,11 @@ def test_a_mask_of_floats_or_too_many_values_has_none(scan: Scan) -> None:
         facts = scan(mask, scan_mask)
         assert (facts["values"], facts["places"]) == (None, [])
     assert facts["damaged"] == 2
-    facts = scan(np.arange(400 * 400).reshape(400, 400) % 4000, scan_mask)
-    assert len(facts["values"]) == 4000
 
 
 def test_noted_places_stay_few_and_colors_are_quick(tmp_path: Path, write: Any) -> None:
     facts = scan_mask(write(tmp_path / "mask.npy", np.arange(400 * 400).reshape(400, 400) % 4000))
-    assert sum(map(len, facts["places"])) == 4000
+    assert len(facts["values"]) == sum(map(len, facts["places"])) == 4000
     colors = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0]], np.uint8)
     path = write(tmp_path / "colors.npy", colors[np.random.default_rng(0).integers(0, 3, (1000, 1000))])
     started = time.process_time()

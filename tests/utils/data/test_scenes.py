@@ -1,4 +1,4 @@
-"""The scenes are the same bytes everywhere, neither trivial nor impossible, and written once and entirely or not."""
+"""The scenes are the same bytes everywhere, neither trivial nor impossible, and written all at once."""
 
 import hashlib
 import json
@@ -91,7 +91,7 @@ def test_every_class_covers_a_good_part_and_some_scenes_have_a_border(arrays: Ar
 
 
 def test_spectra_are_plausible(every: list) -> None:
-    """Plants are dark in red and bright in near infrared, water is dark there, clouds are bright everywhere."""
+    """Plants are dark in red and bright in near infrared, water is dark there, clouds are bright."""
 
     def mean_spectrum(label: int) -> np.ndarray:
         pixels = [image[(mask == label) & (image > 0).all(-1)] for image, mask in every]
@@ -134,7 +134,7 @@ def test_color_says_something_about_a_pixel_but_not_all(arrays: Arrays) -> None:
     assert 0.5 < f1_score(y, classifier.predict(x), average="macro") < 0.88
 
 
-# ---------------------------------------------------------------------------------------------------- equality
+# --------------------------------------------------------------------------------------------------- equality
 
 # Of version 0.1: records of it are trained again, and must end with the same weights.
 FIRST_SCENES = "662b23fa4066bdf291355ab9173273737c4e708db57278607adf17b24830919a"
@@ -169,7 +169,7 @@ def test_a_scene_leaves_global_randomness_alone_and_may_have_another_size() -> N
     assert np.random.get_state()[1].tolist() == before
 
 
-# ----------------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_makers_write_once_together_and_a_killed_one_leaves_nothing(tmp_path: Pa
     assert np.array_equal(np.load(folders[0] / "test" / "x" / "scene_005.npy"), make_scene(5)[0])
 
 
-# ----------------------------------------------------------------------------------------------------- dataset
+# ---------------------------------------------------------------------------------------------------- dataset
 
 
 @SPLITS
