@@ -1,12 +1,11 @@
 """Fixtures for the tests of prediction: a config with an untrained model, and one trained run."""
 
-import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from dida_tools.config.config import make_global_config
 from dida_tools.models import UNET
@@ -26,38 +25,21 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return make_config(tmp_path, Net())
 
 
-@dataclasses.dataclass
-class Run:
-    """A run, and its model."""
-
-    global_config: dict[str, str]
-    name: str
-    weights: Path
-    model: nn.Module
-    model_config: dict[str, Any]
-    contract: DataContract
-
-
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, pairs_dir: Path) -> Run:
-    """A run whose contract has everything: statistics, nodata, a temperature, names and thresholds."""
+def trained(tmp_path_factory: pytest.TempPathFactory, pairs_dir: Path) -> SimpleNamespace:
+    """A run, and its model, whose contract has everything: statistics, nodata, a temperature, names."""
     places = make_global_config(tmp_path_factory.mktemp("project"))
     model_config = {"ch_in": 3, "ch_out": 3, "bulk_ch": 4, "n_recursions": 2}
-    config = {
-        "SESSION_NAME": "exported", "MODEL": UNET, "MODEL_CONFIG": model_config, "LOSS": multi_class_dice_ce_sum,
-        "OPTIMIZER": torch.optim.AdamW, "OPTIMIZER_CONFIG": {"lr": 1e-2}, "EPOCHS": 2, "MONITOR": "min loss",
-        "DATA_LOADER_CONFIG": {"batch_size": 4}, "DEVICE": "cpu", "PRECISION": "fp32", "METRICS": {},
-    }  # fmt: skip
+    config = {"SESSION_NAME": "exported", "MODEL": UNET, "MODEL_CONFIG": model_config, "EPOCHS": 2}
+    config |= {"OPTIMIZER": torch.optim.AdamW, "OPTIMIZER_CONFIG": {"lr": 1e-2}, "DEVICE": "cpu"}
+    config |= {"LOSS": multi_class_dice_ce_sum, "DATA_LOADER_CONFIG": {"batch_size": 4}, "PRECISION": "fp32"}
     splits = [NpyDataset(pairs_dir / split / "x", pairs_dir / split / "y") for split in ("train", "test")]
     name = train(*splits, training_config=config, global_config=places).name
     weights = Path(places["WEIGHT_DIR"]) / name / "best.pt"
     stored = load_weights(weights)
-    contract = dataclasses.replace(
-        DataContract.from_dict(stored["contract"]),
-        nodata=0,
-        temperature=1.7,
-        class_names=("ground", "tree", "house"),
-    )
+    own = {"nodata": 0, "temperature": 1.7, "class_names": ("ground", "tree", "house")}
+    contract = DataContract.from_dict(stored["contract"] | own)
     save_weights(weights, stored | {"contract": contract.to_dict()})
-    model = load_model(weights, UNET, model_config)
-    return Run(places, name, weights, model, model_config, contract)
+    run = SimpleNamespace(global_config=places, name=name, weights=weights, contract=contract)
+    run.model, run.model_config = load_model(weights, UNET, model_config), model_config
+    return run

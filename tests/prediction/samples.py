@@ -14,20 +14,10 @@ from dida_tools.prediction import load_predictor, predict_array
 from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.weights import save_weights
 
-CONTRACT = DataContract(
-    channels=4,
-    channel_names=("B02", "B03", "B04", "B08"),
-    dtype="uint16",
-    scale=1e-4,
-    mean=(0.1, 0.1, 0.1, 0.3),
-    std=(0.05, 0.05, 0.05, 0.1),
-    nodata=0,
-    minimum=(1.0, 1.0, 1.0, 1.0),
-    maximum=(10000.0,) * 4,
-    tile_size=32,
-    outputs=3,
-    class_names=("land", "water", "cloud"),
-)
+STATISTICS = {"mean": (0.1, 0.1, 0.1, 0.3), "std": (0.05, 0.05, 0.05, 0.1)}
+STATISTICS |= {"minimum": (1.0,) * 4, "maximum": (10000.0,) * 4, "nodata": 0, "tile_size": 32}
+NAMES = {"channel_names": ("B02", "B03", "B04", "B08"), "class_names": ("land", "water", "cloud")}
+CONTRACT = DataContract(4, dtype="uint16", scale=1e-4, outputs=3, **STATISTICS, **NAMES)
 GRID = {"crs": "EPSG:32633", "transform": from_origin(399_960, 5_900_040, 10, 10)}
 
 
