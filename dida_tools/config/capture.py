@@ -5,9 +5,9 @@ Reading a record imports the code that it names, so only what references.py allo
 the key wants such an object.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,7 @@ from .references import ReferenceProblem, name_of, resolve
 from .tree import join
 
 VERSION = 1
+_PARTIAL = ("@partial", "args", "kwargs")
 
 
 def capture(config: dict[str, Any], project: Project, problems: list[str] | None = None) -> dict[str, Any]:
@@ -47,29 +48,19 @@ def restore(record: dict[str, Any], project: Project, roots: Iterable[str] = ())
     :raises ConfigError: with everything that is damaged, not found, not allowed, or of another kind than its
         key wants
     """
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+    captured = record.get("config") if isinstance(record, dict) else None
+    if not isinstance(captured, dict) or any(key.startswith("@") for key in captured):
         raise ConfigError("the record is no captured config: it must be {'version': ..., 'config': {...}}.")
     if record.get("version") != VERSION:
         raise ConfigError(f"the record has version {record.get('version')!r}, this code reads {VERSION}.")
     reader = _Reader(project, tuple(roots))
     try:
-        config = reader.read(upgrade(record["config"]), "")
+        config = reader.read(upgrade(captured), "")
     except RecursionError:
         raise ConfigError("the record is damaged: it is nested too deeply.") from None
-    if not reader.problems and not isinstance(config, dict):
-        reader.problems.append(f"the record is damaged: {short(record['config'])} is no config.")
     if reader.problems:
         raise ConfigError(reader.problems)
     return config
-
-
-def find_obstacles(record: dict[str, Any], project: Project) -> list[str]:
-    """Return why a config cannot be restored from its record, a sentence each."""
-    try:
-        restore(record, project)
-    except ConfigError as error:
-        return error.problems
-    return []
 
 
 def short(value: Any) -> str:
@@ -78,10 +69,13 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-@functools.cache
+@cache
 def _kinds() -> dict[type, tuple[tuple[str, ...], Callable[[Any], list], Callable[..., Any]]]:
     """Return for each type of tagged values the keys, what is written under them, and how that is read."""
     import torch
+
+    def dtype(name: Any) -> Any:
+        return _of(torch.dtype, vars(torch).get(name))
 
     return {
         float: (("@float",), lambda value: [repr(value)], _read_float),
@@ -89,12 +83,8 @@ def _kinds() -> dict[type, tuple[tuple[str, ...], Callable[[Any], list], Callabl
         dict: (("@dict",), lambda value: [[list(pair) for pair in value.items()]], _read_dict),
         PurePath: (("@path",), lambda value: [str(value)], lambda text: Path(_of(str, text))),
         torch.device: (("@device",), lambda value: [str(value)], lambda text: torch.device(_of(str, text))),
-        torch.dtype: (("@dtype",), lambda value: [str(value).removeprefix("torch.")], _read_dtype),
-        functools.partial: (
-            ("@partial", "args", "kwargs"),
-            lambda value: [value.func, list(value.args), value.keywords],
-            _read_partial,
-        ),
+        torch.dtype: (("@dtype",), lambda value: [str(value)[len("torch.") :]], dtype),
+        partial: (_PARTIAL, lambda value: [value.func, list(value.args), value.keywords], _read_partial),
     }
 
 
@@ -114,16 +104,10 @@ def _read_dict(pairs: Any) -> dict:
     return dict(_of(list, pair) for pair in _of(list, pairs))
 
 
-def _read_dtype(name: Any) -> Any:
-    import torch
-
-    return _of(torch.dtype, vars(torch).get(name))
-
-
-def _read_partial(function: Any, arguments: Any, keywords: Any) -> functools.partial:
+def _read_partial(function: Any, arguments: Any, keywords: Any) -> partial:
     if not callable(function) or not all(isinstance(keyword, str) for keyword in _of(dict, keywords)):
         raise ValueError("it must hold a function, a list and a dict with strings as keys")
-    return functools.partial(function, *_of(list, arguments), **keywords)
+    return partial(function, *_of(list, arguments), **keywords)
 
 
 class _Writer:
@@ -182,7 +166,7 @@ class _Reader:
         except ReferenceProblem as problem:
             self.problems.append(f"{path}: {problem}.")
         except Exception as error:
-            self.problems.append(f"{path or 'the record'} is damaged: {short(value)} is no {tag} ({error}).")
+            self.problems.append(f"{path} is damaged: {short(value)} is no {tag} ({error}).")
         return None
 
     def _read_tagged(self, tag: str, parts: dict[str, Any], path: str) -> Any:

@@ -24,6 +24,9 @@ class Problems(UserError):
         text = listed[0] if number == 1 else "".join(f"\n  - {problem}" for problem in listed)
         super().__init__(f"{self.about} has {number} problem{'s' * (number != 1)}: {text}")
 
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), (self.problems,)  # to another process, which lists them again
+
 
 class ConfigError(Problems):
     """A config that cannot be used."""

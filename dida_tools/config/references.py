@@ -35,15 +35,13 @@ PUBLIC = (
 
 # The library, while it lies inside the project. Delete this once it is a package of its own, in no list.
 _LIBRARY = {
-    ".training": """calibration checkpoint console determinism device distributed environment evaluation failures
-        listener loaders modules optimization pictures record redaction rerun resume rows routines run scores
-        setup signals targets tensorboard""",
+    ".training": """calibration checkpoint console determinism device distributed environment evaluation
+        failures listener loaders modules optimization pictures record redaction rerun resume rows routines
+        run scores setup signals targets tensorboard""",
     ".utils": "counts files locks redact scores signals targets weights",
     ".utils.data": "build checks contract dataset doctor facts fingerprint images pairs",
 }
 OWN_REFUSED += tuple(f"{folder}.{name}" for folder, names in _LIBRARY.items() for name in names.split())
-
-_OUTSIDE = "is outside of what may be restored"
 
 
 class ReferenceProblem(ValueError):
@@ -57,7 +55,7 @@ def name_of(obj: Any, project: Project) -> str:
     :raises ReferenceProblem: if there is none, or no record may hold it, with the reason and the remedy
     """
     if isinstance(obj, ModuleType):
-        name = _relative(script_name() if obj.__name__ == "__main__" else obj.__name__, project)
+        name = _relative(_known_as(obj.__name__), project)
         if resolve(name, project) is not obj:
             raise ReferenceProblem(f"another module is found under the name {name!r}")
         return name
@@ -95,58 +93,57 @@ def resolve(name: str, project: Project, roots: Iterable[str] = ()) -> Any:
     own = [project.package + home for home in OWN]
     roots = [project.package + root if root.startswith(".") else root for root in (*project.allowed, *roots)]
     if any(part.startswith("_") for part in qualname.split(".")):
-        raise ReferenceProblem(f"{name!r} {_OUTSIDE}: it is private, so give it another name")
+        raise _refused(name, "it is private, so give it another name")
     if not qualname and not _within(place, own):
-        raise ReferenceProblem(
-            f"{name!r} {_OUTSIDE}: only the project's own modules may, such as its routines"
-        )
+        raise _refused(name, "only the project's own modules may, such as its routines")
     importable = (*own, *roots, *TORCH_CLASSES, *TORCH_FUNCTIONS)
     if place not in ("builtins", *PUBLIC) and not _within(place, importable):
-        raise ReferenceProblem(f"{name!r} {_OUTSIDE}: {_remedy(place, project)}")
+        raise _refused(name, _remedy(place, project))
     try:
         obj = _find(place, qualname) if qualname else _module(place)
     except (Exception, SystemExit) as error:  # importing runs code, which may fail in any way
-        reason = f"{error or type(error).__name__}"
-        raise ReferenceProblem(
-            f"{name!r} is not found ({reason}): install or restore it, or add it to ALIASES"
-        ) from error
+        reason = f"({error or type(error).__name__}): install or restore it, or add it to ALIASES"
+        raise ReferenceProblem(f"{name!r} is not found {reason}") from error
     if qualname and not _is_allowed(obj, project, own, roots):
-        raise ReferenceProblem(f"{name!r} {_OUTSIDE}: {_remedy((_home(obj) or [place])[0], project)}")
+        raise _refused(name, _remedy((_home(obj) or [place])[0], project))
     return obj
 
 
+def _refused(name: str, reason: str) -> ReferenceProblem:
+    return ReferenceProblem(f"{name!r} is outside of what may be restored: {reason}")
+
+
 def _is_allowed(obj: Any, project: Project, own: list[str], roots: list[str]) -> bool:
-    home = _home(obj)
-    if home is None:
-        return False
-    place, qualname = (script_name() if home[0] == "__main__" else home[0]), home[1]
-    full_name = f"{place}:{qualname}"
-    if _within(place, own):
-        refused = [project.package + home for home in OWN_REFUSED]
-        return not _within(full_name, refused) and qualname not in REFUSED_NAMES
-    if _within(place, roots):
-        return isinstance(obj, type) or "." not in qualname  # a method may import, load or write
+    place, qualname = _home(obj) or ("", "")
+    if _within(place, [*own, *roots]):
+        refused = _within(place, [project.package + home for home in OWN_REFUSED])
+        is_method = "." in qualname and not isinstance(obj, type)  # it may import, load or write
+        return not refused and not is_method and qualname not in REFUSED_NAMES
     if isinstance(obj, type):
         return obj in BUILTINS or _within(place, TORCH_CLASSES)
-    return (isinstance(obj, FunctionType) and place in TORCH_FUNCTIONS) or _is_tensor_function(obj, place)
+    if isinstance(obj, FunctionType):
+        return place in TORCH_FUNCTIONS
+    return isinstance(obj, BuiltinFunctionType) and place in ("torch", "torch._C._nn") and _computes(obj)
 
 
-def _is_tensor_function(obj: Any, place: str) -> bool:
-    """Tell whether torch's function in C only computes with tensors; torch.from_file and the like do not."""
-    if not isinstance(obj, BuiltinFunctionType) or place not in ("torch", "torch._C._nn"):
-        return False
+def _computes(function: BuiltinFunctionType) -> bool:
+    """Tell whether torch's function in C computes with tensors; torch.from_file and the like do not."""
     import torch
 
-    if getattr(torch, obj.__name__, None) is obj and hasattr(torch.Tensor, obj.__name__):
+    if getattr(torch, function.__name__, None) is function and hasattr(torch.Tensor, function.__name__):
         return True
-    return any(found is obj for found in vars(torch.nn.functional).values())
+    return any(found is function for found in vars(torch.nn.functional).values())
 
 
 def _home(obj: Any) -> tuple[str, str] | None:
     """Return the module that defines a class or function, wherever it was found, and its name in there."""
     module, qualname = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
     is_named = isinstance(qualname, str) and isinstance(module, str | None)
-    return (module or "", qualname) if is_named and callable(obj) else None
+    return (_known_as(module or ""), qualname) if is_named and callable(obj) else None
+
+
+def _known_as(module: str) -> str:
+    return script_name() if module == "__main__" else module
 
 
 def _places(obj: Any, module: str, qualname: str) -> Iterator[tuple[str, str]]:
@@ -158,7 +155,7 @@ def _places(obj: Any, module: str, qualname: str) -> Iterator[tuple[str, str]]:
         functional = vars(torch.nn.functional).items()
         yield from (("torch.nn.functional", alias) for alias, found in functional if found is obj)
     if module:
-        yield (script_name() if module == "__main__" else module), qualname
+        yield module, qualname
 
 
 def _why_unnamed(obj: Any, module: str, qualname: str) -> str:
@@ -172,7 +169,7 @@ def _why_unnamed(obj: Any, module: str, qualname: str) -> str:
 
 
 def _within(place: str, homes: Iterable[str]) -> bool:
-    return any(place == home or place.startswith((home + ".", home + ":")) for home in homes)
+    return any(place == home or place.startswith(f"{home}.") for home in homes)
 
 
 def _is_known(root: str, project: Project) -> bool:
@@ -183,9 +180,7 @@ def _is_known(root: str, project: Project) -> bool:
 def _remedy(place: str, project: Project) -> str:
     root = place.partition(".")[0]
     if root == project.package:
-        return (
-            "it belongs to what runs the project, so define what a config names in models, utils/loss.py, ..."
-        )
+        return "it belongs to what runs the project, so define what a config names in models, utils, ..."
     if _is_known(root, project):
         return "records name models, losses, metrics, datasets, optimizers and tensor functions only"
     return f"if you trust '{root}', add it to ALLOWED_ROOTS in {project.package}/config/config.py"

@@ -104,15 +104,12 @@ class ProgressBar(Listener):
             else "python"
         )
         say("")
-        say(
-            f"{result.name}: trained {state.epoch} epochs in {state.seconds:.0f} s; best epoch {state.best_epoch}"
-        )
+        epochs, best, last = state.epoch, state.best_epoch, result.weights["last"].name
+        say(f"{result.name}: trained {epochs} epochs in {state.seconds:.0f} s; best epoch {best}")
         say(f"  test set   {found}" + (f"; {ignored:,} pixels are ignored" if ignored else ""))
         if confidence:
             say(f"  confidence {confidence}")
-        say(
-            f"  weights    {relative_path(result.weights['best'])}  (and {result.weights['last'].name}, to resume from)"
-        )
+        say(f"  weights    {relative_path(result.weights['best'])}  (and {last}, to resume from)")
         say(f"  log        {relative_path(result.log_dir)}")
         say(f"  tracker    {relative_path(result.log_dir.parent / run.config['LOGFILE'])}")
         if result.picture:

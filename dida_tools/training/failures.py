@@ -44,7 +44,7 @@ def write_errors(what: str, weight_dir: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         raise WriteError(
-            f"Cannot save {what}: {reason}. {last_checkpoint(weight_dir)}. Free some space, then resume with: "
+            f"Cannot save {what}: {reason}. {last_checkpoint(weight_dir)}. Free some space, then resume: "
             f"python train.py --resume {weight_dir.name}"
         ) from error
 

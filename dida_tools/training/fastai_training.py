@@ -1,4 +1,4 @@
-"""The fastai routine: the same training as pytorch_training.py, with a Learner and callbacks. In one process."""
+"""The fastai routine: pytorch_training.py's training by a Learner and callbacks, in one process."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ class Training(Callback):
 
     def __init__(self, setup: Setup, run: Run) -> None:
         super().__init__()
-        self.setup, self.recorded, self.metrics = setup, run, setup.metrics()  # fastai calls a flag "run"
+        self.setup, self.recorded, self.evaluation = setup, run, setup.metrics()  # fastai calls a flag "run"
 
     def __call__(self, event_name: str) -> None:
         """Call what is defined for an event. fastai's own would put its words before those of an error."""
@@ -57,7 +57,9 @@ class Training(Callback):
     def before_batch(self) -> None:
         """Evaluate a batch of the validation set."""
         if not self.training:
-            evaluate_batch(self.setup.eval_model, (self.xb[0], self.yb[0]), self.metrics, self.setup.context)
+            evaluate_batch(
+                self.setup.eval_model, (self.xb[0], self.yb[0]), self.evaluation, self.setup.context
+            )
             raise CancelBatchException
 
     def before_backward(self) -> None:
@@ -93,11 +95,11 @@ class Training(Callback):
         """Begin an evaluation."""
         self.learn.training = False
         self.setup.eval_model.eval()
-        self.metrics = self.setup.metrics()
+        self.evaluation = self.setup.metrics()
 
     def after_epoch(self) -> None:
         """End the epoch, after its validation."""
-        results = self.metrics.results() if self.setup.loaders.validation is not None else {}
+        results = self.evaluation.results() if self.setup.loaders.validation is not None else {}
         self.setup.step_schedule(results.get(self.recorded.monitored))
         self.recorded.end_epoch(results)
         if not self.recorded.epochs_left:
@@ -125,8 +127,8 @@ def train(
             default_cbs=False,  # the run has its own bar, record and modes
             cbs=Training(setup, run),
         )
-        # Ready-made: an optimizer of fastai's would take weight decay off norms and biases, and forget a restored
-        # state. fit would set the learning rates, so it gets them as they are; the schedule is the config's.
+        # Ready-made: one of fastai's own would take weight decay off norms and biases, and forget its state.
+        # fit would set the learning rates, so it gets them as they are; the schedule is the config's.
         learner.opt = OptimWrapper(opt=setup.optimizer)
         if run.epochs_left:
             learner.fit(run.epochs_left, lr=[group["lr"] for group in setup.optimizer.param_groups])

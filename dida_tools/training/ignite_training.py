@@ -1,4 +1,4 @@
-"""The ignite routine: the same training as pytorch_training.py, with engines, events and handlers."""
+"""The ignite routine: pytorch_training.py's training by engines, events and handlers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The Lightning routine: the same training as pytorch_training.py, with a module and a Trainer. In one process."""
+"""The Lightning routine: pytorch_training.py's training by a module and a Trainer, in one process."""
 
 import logging
 import warnings
@@ -32,7 +32,7 @@ class Training(LightningModule):
     def __init__(self, setup: Setup, run: Run) -> None:
         super().__init__()
         self.built, self.run, self.model = setup, run, setup.model  # Lightning calls a method "setup"
-        # Lightning's own way would divide the loss by ACCUMULATE also where an epoch's last step has fewer batches.
+        # Lightning's own way would divide the loss by ACCUMULATE also where a step has fewer batches.
         self.automatic_optimization = False
         self.metrics = setup.metrics()
 
@@ -41,8 +41,8 @@ class Training(LightningModule):
         return self.built.optimizer
 
     def train_dataloader(self) -> Any:
-        """Return the batches of an epoch: called in each, since the first one of a resumed run may be shorter."""
-        install_handlers()  # Lightning has just put its own in their place, which end a training after any batch
+        """Return the batches of an epoch: asked for in each, since that of a resumed run may be shorter."""
+        install_handlers()  # Lightning has just set its own, which end a training after any batch
         return self.run.batches()
 
     def val_dataloader(self) -> Any:

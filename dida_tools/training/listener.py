@@ -1,13 +1,14 @@
 """Listeners: what is told of a run while it trains, such as to the tracker, TensorBoard, bar and mail."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..utils.logging.journal import Event
-
 if TYPE_CHECKING:  # a listener that needs no torch, such as the tracker, imports none
+    from ..utils.logging.journal import Event
     from .evaluation import Evaluation
     from .setup import Setup
 
@@ -41,7 +42,7 @@ class Result:
     history: list[dict[str, Any]]  # one dict an epoch
     state: State = field(default_factory=State)
     identical: bool | None = None  # with RERUN_OF: whether the weights are those of that run
-    evaluation: "Evaluation | None" = None  # of the test set: confusion matrix, loss of each sample
+    evaluation: Evaluation | None = None  # of the test set: confusion matrix, loss of each sample
 
     @property
     def picture(self) -> Path | None:
@@ -66,7 +67,7 @@ class RunView(Protocol):
     name: str
     log_dir: Path
     weight_dir: Path
-    setup: "Setup"
+    setup: Setup
     config: dict[str, Any]
     state: State
     history: dict[int, Event]  # the events of the epochs, by epoch
@@ -92,7 +93,7 @@ class Listener(Protocol):
     An ordinary exception in a listener is logged and never ends a training.
     """
 
-    def check(self, setup: "Setup") -> None:
+    def check(self, setup: Setup) -> None:
         """Raise UserError if this listener cannot work. Nothing is written yet, and nothing will be."""
 
     def started(self, run: RunView) -> None:

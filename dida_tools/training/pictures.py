@@ -48,10 +48,13 @@ class Panel:
     prediction: np.ndarray
     errors: np.ndarray | None  # white where the prediction is wrong
 
-    def row(self) -> np.ndarray:
-        """Return image, target and prediction side by side."""
-        gap = np.full((len(self.image), 4, 3), 255, np.uint8)
-        return np.concatenate([self.image, gap, self.target, gap, self.prediction], axis=1)
+    def row(self, gap: int = 4, with_errors: bool = False) -> np.ndarray:
+        """Return image, target and prediction side by side; if asked for, also the errors."""
+        white = np.full_like(self.image, 255)
+        pictures = [self.image, self.target, self.prediction]
+        if with_errors:
+            pictures.append(white if self.errors is None else self.errors)
+        return np.hstack([part for picture in pictures for part in (picture, white[:, :gap])][:-1])
 
 
 def panels_of(run: RunView, samples: dict[int, str] | None = None) -> list[Panel]:
@@ -241,18 +244,13 @@ def _draw_curves(
 
 def _draw_panel(axis: Any, panel: Panel) -> None:
     """Draw four pictures side by side, as one: axes of their own for each would take most of the time."""
-    height, width = panel.image.shape[:2]
-    gap = np.full((height, max(1, width // 24), 3), 255, np.uint8)
-    errors = np.full((height, width, 3), 255, np.uint8) if panel.errors is None else panel.errors
+    width = panel.image.shape[1]
+    gap = max(1, width // 24)
+    axis.imshow(panel.row(gap, with_errors=True), interpolation="nearest")
     titles = (panel.name, "target", "prediction", "" if panel.errors is None else "errors")
-    axis.imshow(
-        np.hstack([panel.image, gap, panel.target, gap, panel.prediction, gap, errors]),
-        interpolation="nearest",
-    )
-    for number, text in enumerate(titles):
-        center = number * (width + gap.shape[1]) + width / 2
-        style = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 9}
-        axis.annotate(text, (center, -0.5), (0, 3), **style)
+    style = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 9}
+    for number, title in enumerate(titles):
+        axis.annotate(title, (number * (width + gap) + width / 2, -0.5), (0, 3), **style)
     axis.set_axis_off()
 
 

@@ -11,12 +11,13 @@ from ..config.errors import ConfigError
 from ..config.tree import difference
 from ..utils.files import relative_path
 from ..utils.logging.journal import Event, read_journal
-from ..utils.logging.rows import row_of
-from ..utils.logging.runs import is_in_training, read_record, run_names
+from ..utils.logging.rows import is_in_training, row_of
+from ..utils.logging.runs import read_record, run_names
 from .console import say
 from .listener import State
 from .modules import fill_model
-from .setup import Setup, build_scheduler
+from .optimization import build_scheduler
+from .setup import Setup
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +134,8 @@ def _restore_schedule(setup: Setup, stored: dict[str, Any]) -> None:
     if stored["epochs"] == config["EPOCHS"]:
         scheduler.load_state_dict(saved)
         return
-    # The training's length is part of some schedules. What a fresh schedule of the old length knows follows from
-    # the config, so only what differs from it is state. Building one changes learning rates: put them back.
+    # The training's length is part of some schedules. What a fresh schedule of the old length knows follows
+    # from the config, so only what differs from it is state. Learning rates stay as they are.
     rates = [group["lr"] for group in setup.optimizer.param_groups]
     dummy = config["OPTIMIZER"]([torch.zeros(1, requires_grad=True)], **config["OPTIMIZER_CONFIG"])
     fresh = build_scheduler(config | {"EPOCHS": stored["epochs"]}, dummy, setup.steps_per_epoch)

@@ -26,24 +26,13 @@ from .console import say
 from .determinism import deterministic_algorithms, seed_step
 from .distributed import num_processes, on_main, parallel, rank, refuse_disagreement, sum_up, sync_buffers
 from .evaluation import evaluate
-from .failures import (
-    NonFiniteLoss,
-    OutOfMemory,
-    Pruned,
-    WriteError,
-    explain,
-    non_finite_loss,
-    remedy,
-    write_errors,
-)
+from .failures import NonFiniteLoss, Pruned, WriteError, explain, non_finite_loss, remedy, write_errors
 from .listener import Listener, Pending, Result, State
 from .modules import fill_model, find_nonfinite
 from .record import Record, open_record, without_secrets
 from .rerun import compare_runs, find_end
 from .resume import restore, training_state
 from .setup import Setup
-
-__all__ = ["NonFiniteLoss", "OutOfMemory", "Pruned", "Result", "Run", "State", "WriteError", "start_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -148,14 +137,15 @@ class Run(Position):
         self.record: Record | None = None  # in the main process
         self.tell = Listeners([])
         self.pending = Pending()
-        self.phase = (
-            "training"  # then "evaluation", in which the model may hold the best weights, and "finished"
-        )
+        self.phase = "training"  # then "evaluation" (the model may hold the best weights), "finished"
         self._stop = False
         self._started = time.monotonic() - state.seconds
         self._last_checkpoint = time.monotonic()
 
-    # -------------------------------------------------------------------------------- what a routine calls
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, over all interruptions."""
+        return time.monotonic() - self._started
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """Return the model with gradients averaged over all processes: to be called, not to be saved."""
@@ -261,9 +251,8 @@ class Run(Position):
         """
         step, problem = self.state.step, find_nonfinite(self.setup.model)
         if problem is not None:
-            raise NonFiniteLoss(
-                f"after step {step} a parameter is not finite ({problem}). {remedy(self.weight_dir)}"
-            )
+            what = f"after step {step} a parameter is not finite ({problem})"
+            raise NonFiniteLoss(f"{what}. {remedy(self.weight_dir)}")
         self._last_checkpoint = time.monotonic()
         if self.record is not None:
             self.state.seconds = self.seconds
@@ -273,8 +262,8 @@ class Run(Position):
 
     def finish(self) -> Result:
         """
-        Save the last state, fit temperature and thresholds to the best weights, and evaluate these on the test
-        set, once and as prediction will use them.
+        Save the last state, fit temperature and thresholds to the best weights, and evaluate these once on
+        the test set, as prediction will use them.
 
         :raises Preempted: if a signal has asked to end; a resumed run evaluates again
         """
@@ -282,13 +271,8 @@ class Run(Position):
         self.save_checkpoint()
         self.phase = "evaluation"  # from here on, the model may hold the best weights
         digest = weights_digest(setup.model.state_dict())
-        weights = {
-            "best": self.weight_dir / "best.pt",
-            "last": on_main(lambda: checkpoint_files(self.weight_dir)[0]),
-        }
-        fill_model(
-            setup.eval_model, on_main(lambda: load_weights(weights["best"])["model"]), str(weights["best"])
-        )
+        best, last = self.weight_dir / "best.pt", on_main(lambda: checkpoint_files(self.weight_dir)[0])
+        fill_model(setup.eval_model, on_main(lambda: load_weights(best)["model"]), str(best))
         epoch = self.history.get(state.best_epoch or 0, {})
         metrics = {key: value for key, value in epoch.items() if key.startswith("validation.")}
         metrics |= _calibrate(self)
@@ -304,11 +288,18 @@ class Run(Position):
         if self.record is not None:
             self.record.report_contradictions()
         self.phase = "finished"
-        folders, history = (
-            (self.log_dir, self.weight_dir),
-            [self.history[epoch] for epoch in sorted(self.history)],
+        result = Result(
+            name=self.name,
+            log_dir=self.log_dir,
+            weight_dir=self.weight_dir,
+            weights={"best": best, "last": last},
+            digest=digest,
+            metrics=metrics,
+            history=[self.history[epoch] for epoch in sorted(self.history)],
+            state=state,
+            identical=identical,
+            evaluation=evaluation,
         )
-        result = Result(self.name, *folders, weights, digest, metrics, history, state, identical, evaluation)
         self.tell(lambda listener: listener.finished(self, result))
         if comparison:
             say(comparison)
@@ -327,11 +318,6 @@ class Run(Position):
         if self.record is not None:
             with write_errors(f"the journal at step {self.state.step}", self.weight_dir):
                 self.record.write(event)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training, over all interruptions."""
-        return time.monotonic() - self._started
 
     def _is_checkpoint_due(self) -> bool:
         return time.monotonic() - self._last_checkpoint >= self.config["CHECKPOINT_SECONDS"]
@@ -454,7 +440,7 @@ def _save_best(run: Run) -> None:
 
 
 def _calibrate(run: Run) -> dict[str, float]:
-    """Fit temperature and thresholds to the best weights. Save both in the contract, and return them by name."""
+    """Fit temperature and thresholds to the best weights. Save them in the contract, and return them."""
     fitted = calibrate(run.setup, run.setup.eval_model)
     if fitted is None:
         return {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dida_tools.utils.data.contract import DataContract
-from dida_tools.utils.loss import f1
+from dida_tools.utils.metrics import f1
 from dida_tools.utils.scores import CALIBRATION_BINS, NUM_BINS, Scores, counts_by_threshold
 
 TASKS = ("multi-class", "multi-label", "binary")
@@ -51,7 +51,7 @@ def score(task: str, logits: Tensor, targets: Tensor, valid: Tensor | None = Non
 
 
 def state(scores: Scores) -> tuple[Any, ...]:
-    tensors = (scores.confusion, scores.histograms, scores.certainties)
+    tensors = (scores.confusion, scores.histograms, scores.confidences)
     assert all(tensor.dtype == torch.int64 for tensor in tensors)
     return (*(tensor.tolist() for tensor in tensors), scores.num_ignored)
 
@@ -75,7 +75,8 @@ def approx(value: float) -> Any:
     return pytest.approx(value, rel=1e-12, abs=1e-12)
 
 
-# ----------------------------------------------------------------------------------------- the same however it is split
+# ----------------------------------------------------------------------- the same however
+# it is split
 
 
 @settings(max_examples=20, deadline=None)
@@ -145,7 +146,8 @@ def test_scores_of_different_things_are_not_added():
         Scores(3, False, threshold=(0.1, 0.2, 0.3)) + Scores(3, False)
 
 
-# ------------------------------------------------------------------------------------------------ against scikit-learn
+# ----------------------------------------------------------------------- against
+# scikit-learn
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -235,23 +237,8 @@ def test_average_precision_is_within_its_bound_of_that_without_bins(seed, spread
     assert abs(scores.average_precision().item() - exact) <= bound + 1e-9
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_precision_recall_curve_is_that_of_scikit_learn_on_the_same_bins(task):
-    logits, targets = draw(task)
-    truth, _, probabilities = pixels(task, logits, targets)
-    number = logits.shape[1] - 1
-    binned = np.floor(probabilities[:, number] * NUM_BINS) / NUM_BINS
-    labels = labels_of(task, truth, logits.shape[1])[:, number]
-    expected = reference.precision_recall_curve(labels, binned)
-    precision, recall, thresholds = score(task, logits, targets).precision_recall_curve(number)
-    assert len(precision) == len(recall) == NUM_BINS + 1 and precision[-1] == 1 and recall[-1] == 0
-    there = np.searchsorted(thresholds.numpy(), expected[2])
-    assert (thresholds.numpy()[there] == expected[2]).all() and len(there) > 50
-    np.testing.assert_allclose(precision.numpy()[there], expected[0][:-1], rtol=1e-12)
-    np.testing.assert_allclose(recall.numpy()[there], expected[1][:-1], rtol=1e-12)
-
-
-# ----------------------------------------------------------------------------------------- thresholds and calibration
+# ----------------------------------------------------------------------- thresholds and
+# calibration
 
 
 @settings(max_examples=40, deadline=None)
@@ -345,7 +332,8 @@ def test_certain_answers_are_in_the_outermost_bins():
     )
 
 
-# --------------------------------------------------------------------------------------------------- rules of absence
+# ----------------------------------------------------------------------- rules of
+# absence
 
 
 def test_a_class_that_occurs_nowhere_is_nan_and_left_out_of_the_mean():
@@ -392,7 +380,8 @@ def test_where_all_is_ignored_everything_is_nan(task):
     assert scores.best_threshold(0) == 0.5
 
 
-# ----------------------------------------------------------------------------------------- errors that others have made
+# ----------------------------------------------------------------------- errors that others
+# have made
 
 
 def test_the_mean_of_f1_over_batches_is_not_the_f1():
@@ -425,15 +414,15 @@ def test_empty_tiles_with_false_positives_count():
 
 def test_no_pixel_of_a_whole_scene_is_lost():
     """
-    In float32, 72 % of the pixels of 10,980 x 10,980 are: beyond 2 ** 24, adding 1 changes nothing. That none is lost
-    in one call either, see test_loss.py.
+    In float32, 72 % of the pixels of 10,980 x 10,980 are: beyond 2 ** 24, adding 1 changes nothing. That none
+    is lost in one call either, see test_metrics.py.
     """
     strip = torch.tensor([-1.0, 1.0]).reshape(1, 2, 1, 1).expand(1, 2, 1220, 10_980)
     scores = score("multi-class", strip[..., :61, :], torch.ones(1, 61, 10_980, dtype=torch.int64))
     strip_scores = sum([scores] * 19, scores)
     scene = sum([strip_scores] * 8, strip_scores)
     assert scene.confusion.tolist() == [[0, 0], [0, 10_980**2]] and scene.num_valid == 120_560_400
-    assert scene.histograms[1, 1].sum() == scene.certainties[1].sum() == 10_980**2
+    assert scene.histograms[1, 1].sum() == scene.confidences[1].sum() == 10_980**2
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])

@@ -20,8 +20,8 @@ class TrainingData(Protocol):
     """
     What a dataset of (input, target) pairs may offer besides, and the defaults.
 
-    NpyDataset offers all of it. What your own dataset has is used, also inside of torch's ConcatDataset and Subset
-    (which is what random_split gives).
+    NpyDataset offers all of it. What your own dataset has is used, also inside of torch's ConcatDataset and
+    Subset (which is what random_split gives).
     """
 
     arguments: Any = None  # what it was built with, for the record
@@ -59,12 +59,16 @@ class TrainingData(Protocol):
         """Return two datasets: the larger part, and a random fraction."""
         return View([self], _all_samples([self])).split(fraction, seed)
 
+    def select(self, indices: Sequence[int]) -> Any:
+        """Return a dataset of the images alone that these samples are taken from."""
+        return self
+
     def sample_name(self, index: int) -> str:
         """Return what messages call a sample."""
         return f"sample {index}"
 
     def sample_shape(self, index: int) -> Any:
-        """Return (height, width) of a sample in evaluation, where they differ: a batch holds samples of one."""
+        """Return (height, width) of a sample in evaluation, where they differ: batches hold one shape."""
 
 
 def as_dataset(dataset: Any) -> TrainingData:
@@ -96,11 +100,7 @@ class Custom(TrainingData):
 
 
 class View(TrainingData):
-    """
-    Some samples of some datasets.
-
-    Checks and statistics are those of all images of the datasets, weighted by their samples.
-    """
+    """Some samples of some datasets. Statistics are those of their images, as far as these can be selected."""
 
     def __init__(self, datasets: Sequence[Any], samples: Sequence[tuple[int, int]]) -> None:
         """:param samples: of each, which dataset it belongs to and its index there"""
@@ -115,18 +115,18 @@ class View(TrainingData):
         return self.datasets[number][index]
 
     def check(self, cache_file: Path, num_classes: int | None, training: bool) -> None:
-        for one in self.datasets:
+        for one, _ in self._selected():
             one.check(cache_file, num_classes, training)
 
     def scan(self) -> dict[Path, dict[str, Any]]:
-        return {file: facts for one in self.datasets for file, facts in one.scan().items()}
+        return {file: facts for one, _ in self._selected() for file, facts in one.scan().items()}
 
     def contract(self, normalize: bool, cache_file: Path) -> DataContract | None:
-        every = [one.contract(normalize, cache_file) for one in self.datasets]
+        datasets, weights = zip(*self._selected(), strict=True)
+        every = [one.contract(normalize, cache_file) for one in datasets]
         known = [one for one in every if one is not None]
         if len(known) < len(every) or len({(one.channels, one.scale, len(one.mean)) for one in known}) > 1:
             return every[0]  # what does not fit it is refused by with_contract
-        weights = [len(one) for one in self.datasets]
         mean = np.average([one.mean for one in known], 0, weights)
         square = np.average([np.square(one.mean) + np.square(one.std) for one in known], 0, weights)
         statistics = {
@@ -162,6 +162,9 @@ class View(TrainingData):
         parts = sorted(order[number:]), sorted(order[:number])
         return [View(self.datasets, [sample for image in part for sample in every[image]]) for part in parts]
 
+    def select(self, indices: Sequence[int]) -> Any:
+        return View(self.datasets, [self.samples[index] for index in indices])
+
     def sample_name(self, index: int) -> str:
         number, index = self.samples[index]
         return self.datasets[number].sample_name(index)
@@ -169,6 +172,13 @@ class View(TrainingData):
     def sample_shape(self, index: int) -> Any:
         number, index = self.samples[index]
         return self.datasets[number].sample_shape(index)
+
+    def _selected(self) -> list[tuple[TrainingData, int]]:
+        """Return the images of each dataset that samples are taken from, and how many samples."""
+        indices: dict[int, list[int]] = {}
+        for number, index in self.samples:
+            indices.setdefault(number, []).append(index)
+        return [(self.datasets[number].select(some), len(some)) for number, some in indices.items()]
 
     def _image(self, sample: tuple[int, int]) -> Hashable:
         """Identify the image that a sample is taken from, which no split may part."""
