@@ -70,9 +70,8 @@ class DataContract:
     def of(cls, info: ImageInfo, **more: Any) -> Self:
         """Return the contract that an image suggests, without normalization; what is given counts more."""
         about = {"dtype": info.dtype, "scale": default_scale(info.dtype), "nodata": info.nodata}
-        return cls(
-            info.shape[2], **(about | {key: value for key, value in more.items() if value is not None})
-        )
+        given = {key: _tuples(value) for key, value in more.items() if value is not None}
+        return cls(info.shape[2], **(about | given))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: strings, numbers and lists."""
@@ -214,7 +213,7 @@ def _lists(value: Any) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
+    return tuple(_tuples(one) for one in value) if isinstance(value, list | tuple) else value
 
 
 def default_scale(dtype: str) -> float:

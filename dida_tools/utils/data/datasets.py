@@ -84,9 +84,9 @@ class NpyDataset(Dataset):
         self.task, self.mask_values, self.ignore_index = task, mask_values, ignore_index
         self.scale, self.nodata = scale, nodata
         self.names = {
-            "channel_names": tuple(channel_names),
-            "class_names": tuple(class_names),
-            "class_colors": tuple(tuple(color) for color in class_colors),
+            "channel_names": channel_names,
+            "class_names": class_names,
+            "class_colors": class_colors,
         }
         self._contract: DataContract | None = None  # how images are read, once it is set
         self._windows: list[tuple[int, Window]] | None = None  # in evaluation: (image, window) of each sample

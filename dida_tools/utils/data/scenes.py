@@ -33,7 +33,7 @@ CHANNEL_NAMES = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", 
 BLOCK_PIXELS = (6, 1, 1, 1, 2, 2, 2, 1, 2, 6, 2, 2)  # ground resolution of each band in units of 10 m
 
 # Reflectance of each band.
-SPECTRA = {
+_REFLECTANCE = {
     "soil": (0.08, 0.10, 0.13, 0.17, 0.20, 0.22, 0.24, 0.26, 0.27, 0.28, 0.34, 0.29),
     "crop": (0.03, 0.04, 0.08, 0.04, 0.11, 0.31, 0.40, 0.43, 0.45, 0.46, 0.22, 0.11),
     "straw": (0.07, 0.09, 0.14, 0.18, 0.22, 0.26, 0.29, 0.32, 0.34, 0.34, 0.38, 0.26),
@@ -48,6 +48,7 @@ SPECTRA = {
     "bright roof": (0.24, 0.28, 0.31, 0.34, 0.35, 0.36, 0.37, 0.38, 0.39, 0.39, 0.42, 0.40),
     "cloud": (0.55, 0.58, 0.58, 0.60, 0.61, 0.62, 0.63, 0.63, 0.63, 0.58, 0.42, 0.33),
 }
+SPECTRA = {name: np.array(reflectance) for name, reflectance in _REFLECTANCE.items()}
 
 Scene = tuple[np.ndarray, np.ndarray]
 
@@ -126,10 +127,6 @@ def make_scene(number: int, size: int = SIZE) -> Scene:
     return image, mask.astype(np.uint8)
 
 
-def _spectrum(name: str) -> np.ndarray:
-    return np.array(SPECTRA[name])
-
-
 def _smooth_noise(rng: np.random.Generator, size: int, scale: float) -> np.ndarray:
     """Return noise of mean 0 and std near 1 whose hills are about scale pixels wide."""
     cells = max(2, int(np.ceil(size / scale)) + 2)
@@ -165,7 +162,7 @@ def _land(rng: np.random.Generator, size: int) -> Scene:
             surface = _field(rng, y, x, inside)
         elif kind == FOREST:
             share = np.clip(rng.random() + 0.25 * _smooth_noise(rng, size, 12)[inside], 0, 1)[:, None]
-            surface = (share * _spectrum("broadleaf") + (1 - share) * _spectrum("conifer")) * _variety(rng)
+            surface = (share * SPECTRA["broadleaf"] + (1 - share) * SPECTRA["conifer"]) * _variety(rng)
             surface = surface * rng.uniform(0.95, 1.35) * crowns[inside][:, None]
         else:
             surface = _settlement(rng, y, x, inside)
@@ -180,7 +177,7 @@ def _variety(rng: np.random.Generator) -> np.ndarray:
 
 def _field(rng: np.random.Generator, y: np.ndarray, x: np.ndarray, inside: np.ndarray) -> np.ndarray:
     growth = rng.choice([rng.uniform(0, 0.3), rng.uniform(0.7, 1.0)], p=[0.4, 0.6])
-    ground = _spectrum(str(rng.choice(["soil", "straw", "peat", "plastic"], p=[0.4, 0.36, 0.12, 0.12])))
+    ground = SPECTRA[str(rng.choice(["soil", "straw", "peat", "plastic"], p=[0.4, 0.36, 0.12, 0.12]))]
     plants = rng.dirichlet([1, 1, 1]) @ np.array([SPECTRA[name] for name in ("crop", "broadleaf", "conifer")])
     angle, spacing = rng.uniform(0, np.pi), rng.uniform(3.0, 6.0)
     rows = np.sin((y[inside] * np.sin(angle) + x[inside] * np.cos(angle)) * 2 * np.pi / spacing)
@@ -201,7 +198,7 @@ def _settlement(rng: np.random.Generator, y: np.ndarray, x: np.ndarray, inside: 
     of_plot = rng.choice(len(covers), 997, p=[0.12, 0.06, 0.10, 0.16, 0.22, 0.20, 0.14])
     brightness = np.exp(0.2 * rng.standard_normal((997, 1)))
     surface = (np.array([SPECTRA[name] for name in covers])[of_plot] * brightness)[plot]
-    surface[street] = _spectrum("asphalt")
+    surface[street] = SPECTRA["asphalt"]
     return surface * np.exp(0.10 * rng.standard_normal(len(surface)))[:, None]
 
 
@@ -211,9 +208,9 @@ def _waters(rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndar
     lake = _smooth_noise(rng, size, size / 4) > rng.uniform(1.3, 2.2)
     wet = lake | (river if rng.random() < 0.7 else False)
     share = np.clip(rng.random() + 0.2 * _smooth_noise(rng, size, 30), 0, 1)[..., None]
-    water = share * _spectrum("water") + (1 - share) * _spectrum("turbid")
+    water = share * SPECTRA["water"] + (1 - share) * SPECTRA["turbid"]
     plants = rng.uniform(0, 0.25) * np.clip(_smooth_noise(rng, size, 15), 0, 1)[..., None]
-    water = water * (1 - plants) + plants * _spectrum("broadleaf")
+    water = water * (1 - plants) + plants * SPECTRA["broadleaf"]
     water = water * np.exp(0.05 * rng.standard_normal((size, size, 1)))
     return np.where(wet[..., None], water, land), np.where(wet, WATER, mask)
 
@@ -227,7 +224,7 @@ def _clouds(rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndar
     shadow = np.roll(thickness, tuple(shift), (0, 1))
     shaded = land * (1 - 0.85 * shadow[..., None])
     thick = thickness[..., None]
-    return (1 - thick) * shaded + thick * _spectrum("cloud"), np.where(thickness > 0.25, CLOUD, mask)
+    return (1 - thick) * shaded + thick * SPECTRA["cloud"], np.where(thickness > 0.25, CLOUD, mask)
 
 
 def _sensor(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:

@@ -86,10 +86,10 @@ def test_images_and_masks_may_have_different_formats(tmp_path: Path, write: Any)
 
 
 def test_floats_stay_as_they_are_and_a_given_scale_is_used(write_pairs: Pairs) -> None:
-    images = invent_images(2, dtype="float32")
-    folders = write_pairs(images, invent_masks(2))
-    assert np.array_equal(NpyDataset(*folders)[1][0], np.moveaxis(images[1], -1, 0))
-    assert np.array_equal(NpyDataset(*folders, scale=0.25)[1][0], np.moveaxis(images[1], -1, 0) / 4)
+    image = invent_images(1, dtype="float32")[0]
+    folders = write_pairs([image], invent_masks(1))
+    for options, factor in (({}, 1), ({"scale": 0.25}, 0.25)):
+        assert np.array_equal(NpyDataset(*folders, **options)[0][0], np.moveaxis(image, -1, 0) * factor)
 
 
 @FORMATS
@@ -143,28 +143,25 @@ def test_crops_of_images_larger_than_memory_take_little_memory(tmp_path: Path, m
 # ------------------------------------------------------------------------------------------------------ masks
 
 
-@pytest.mark.parametrize("ending", [".npy", ".png"])
-def test_0_and_255_can_be_mapped(write_pairs: Pairs, ending: str) -> None:
-    masks = [mask * 255 for mask in invent_masks(classes=2)]
-    folders = write_pairs(invent_images(), masks, ending)
-    dataset = NpyDataset(*folders, mask_values={255: 1})
-    dataset.check(num_classes=2)
-    assert all(np.array_equal(y, mask // 255) for (_, y), mask in zip(dataset, masks, strict=True))
-    assert all(np.array_equal(NpyDataset(*folders)[n][1], mask) for n, mask in enumerate(masks))
+PALETTE = np.array([[0, 0, 0], [255, 0, 0], [0, 128, 255], [0, 0, 1]], np.uint8)
 
 
 @pytest.mark.parametrize("ending", [".npy", ".png", ".tif"])
-def test_colors_can_be_mapped(write_pairs: Pairs, ending: str) -> None:
-    colors = np.array([[0, 0, 0], [255, 0, 0], [0, 128, 255], [0, 0, 1]], np.uint8)
-    classes = invent_masks(classes=4)
-    mask_values = {tuple(color): number for number, color in enumerate(colors.tolist())}
-    dataset = NpyDataset(*write_pairs(invent_images(), [colors[mask] for mask in classes], ending))
+@pytest.mark.parametrize("values", [np.uint8([0, 255]), np.uint8([10, 20, 30]), PALETTE])
+def test_values_and_colors_can_be_mapped(write_pairs: Pairs, ending: str, values: np.ndarray) -> None:
+    classes = invent_masks(classes=len(values))
+    keys = [tuple(value) if isinstance(value, list) else value for value in values.tolist()]
+    mask_values = {value: number for number, value in enumerate(keys)}
+    dataset = NpyDataset(*write_pairs(invent_images(), [values[mask] for mask in classes], ending))
     mapped = dataset.with_mask_values(mask_values)
-    mapped.check(num_classes=4)
+    mapped.check(num_classes=len(values))
     assert all(np.array_equal(y, mask) for (_, y), mask in zip(mapped, classes, strict=True))
     assert mapped.arguments["mask_values"] == mask_values and dataset.arguments["mask_values"] is None
-    with pytest.raises(DataError, match="it has 3 channels: a multi-class mask has one"):
-        dataset[0]
+    if values.ndim == 1:
+        assert np.array_equal(dataset[1][1], values[classes[1]])
+    else:
+        with pytest.raises(DataError, match="it has 3 channels: a multi-class mask has one"):
+            dataset[0]
 
 
 def test_values_are_swapped_at_once_and_several_can_become_one() -> None:
@@ -270,15 +267,14 @@ def test_statistics_leave_out_pixels_without_data_and_other_parts(write_pairs: P
         np.testing.assert_allclose(part.contract().std, pixels.std(0))
 
 
-@pytest.mark.parametrize("value", [0, 7, 0.1, 1e6 / 3])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_constant_channel_becomes_0(write_pairs: Pairs, value: float, dtype: str) -> None:
-    images = invent_images(3, (17, 13), dtype=dtype)
+def test_a_constant_channel_becomes_0(write_pairs: Pairs, dtype: str) -> None:
+    images = invent_images(3, (17, 13), 5, dtype)
     for image in images:
-        image[..., 1] = value
+        image[..., 1:] = (0, 7, 0.1, 1e6 / 3)
     dataset = NpyDataset(*write_pairs(images, invent_masks(3, (17, 13))))
-    assert dataset.contract().std[1] == 1
-    assert all(image[1].abs().max() < 1e-6 for image, _ in dataset.with_contract(dataset.contract()))
+    assert dataset.contract().std[1:] == (1, 1, 1, 1)
+    assert all(image[1:].abs().max() < 1e-6 for image, _ in dataset.with_contract(dataset.contract()))
 
 
 def test_the_contract_says_how_the_images_are_read(folders: tuple[Path, Path]) -> None:
@@ -483,26 +479,24 @@ def test_each_class_is_drawn_as_often_as_another_and_at_many_places(rare: Any) -
     assert len(windows) > 60
 
 
-@pytest.mark.parametrize("task", ["multi-class", "multi-label"])
-def test_foreground_follows_the_mask_values(write_pairs: Pairs, task: str) -> None:
+def test_foreground_follows_mask_values_colors_and_labels(write_pairs: Pairs) -> None:
+    def make(mask: np.ndarray, folder: str, **options: Any) -> NpyDataset:
+        folders = write_pairs([np.zeros((200, 200, 1), np.uint8)], [mask], folder=folder)
+        return NpyDataset(*folders, crop=16, foreground=1.0, **options)
+
     mask = np.full((200, 200), 9, np.uint8)
     mask[100, 120], mask[5, 5] = 200, 255
-    folders = write_pairs([np.zeros((200, 200, 1), np.uint8)], [mask])
-    dataset = NpyDataset(*folders, crop=16, foreground=1.0, mask_values={9: 0, 200: 1}, task=task)
-    assert fraction_with(dataset, lambda mask: (mask == 1).any(), 30) == 1
-
-
-def test_foreground_finds_colors_and_labels(write_pairs: Pairs) -> None:
+    for task in ("multi-class", "multi-label"):
+        dataset = make(mask, "values", mask_values={9: 0, 200: 1}, task=task)
+        assert fraction_with(dataset, lambda mask: (mask == 1).any(), 30) == 1
     mask = np.zeros((200, 200, 3), np.uint8)
     mask[100, 120], mask[180, 10] = (0, 1, 0), (1, 0, 1)
-    folders = write_pairs([np.zeros((200, 200, 1), np.uint8)], [mask])
-    labels = NpyDataset(*folders, crop=16, foreground=1.0, task="multi-label")
+    labels = make(mask, "labels", task="multi-label")
     for label, part in enumerate((2 / 3, 1 / 3, 2 / 3)):
         found = fraction_with(labels, lambda mask, label=label: (mask[label] == 1).any(), 60)
         assert found == pytest.approx(part, abs=0.2)
-    colors = {(0, 0, 0): 0, (0, 1, 0): 1, (1, 0, 1): 2}
-    dataset = NpyDataset(*folders, crop=16, foreground=1.0).with_mask_values(colors)
-    assert fraction_with(dataset, lambda mask: (mask > 0).any(), 30) == 1
+    colors = make(mask, "labels", mask_values={(0, 0, 0): 0, (0, 1, 0): 1, (1, 0, 1): 2})
+    assert fraction_with(colors, lambda mask: (mask > 0).any(), 30) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- records

@@ -16,7 +16,7 @@ import pytest
 
 import dida_tools
 from dida_tools.utils.data import facts as module
-from dida_tools.utils.data.facts import has_data, merge_moments, scan_files, scan_image, scan_mask
+from dida_tools.utils.data.facts import has_data, scan_files, scan_image, scan_mask
 
 Scan = Callable[..., dict[str, Any]]
 
@@ -75,19 +75,6 @@ def test_statistics_survive_large_means(scan: Scan, dtype: str) -> None:
     facts = scan(image)
     assert_statistics(facts, image.reshape(-1, 2))
     np.testing.assert_allclose(np.sqrt(np.array(facts["m2"]) / 3000), 1, rtol=1e-3)
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64"])
-def test_merged_statistics_are_those_of_all_pixels_together(tmp_path: Path, write: Any, dtype: str) -> None:
-    rng = np.random.default_rng(1)
-    parts = [rng.normal(50 * n, 3, (10 + n, 7, 2)).clip(0, 255).astype(dtype) for n in range(5)]
-    moments: Any = (0, 0.0, 0.0)
-    for number, part in enumerate(parts):
-        facts = scan_image(write(tmp_path / f"{number}.npy", part))
-        moments = merge_moments(moments, tuple(np.array(facts[name]) for name in ("count", "mean", "m2")))
-    pixels = np.concatenate([part.reshape(-1, 2) for part in parts]).astype(np.float64)
-    np.testing.assert_allclose(moments[1], pixels.mean(0), rtol=1e-13)
-    np.testing.assert_allclose(moments[2] / moments[0], pixels.var(0), rtol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -49,17 +49,6 @@ def test_a_fingerprint_tells_what_is_there(write_pairs: Any) -> None:
         np.testing.assert_allclose([row[name] for row in statistics], getattr(np, name)(pixels, 0), rtol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
-def test_statistics_leave_out_what_holds_no_data(write_pairs: Any, dtype: str) -> None:
-    masks = masks_with(np.uint8([0, 1]), count=3)
-    images = [image + np.ones((), dtype) for image in images_of(masks, dtype=dtype)]
-    images[0][:] = images[1][:7] = 0
-    rows = fingerprint(Pairs(*write_pairs(images, masks), nodata=0))["statistics"]
-    pixels = np.concatenate([images[1][7:].reshape(-1, 3), images[2].reshape(-1, 3)]).astype(float)
-    for name in NAMES:
-        np.testing.assert_allclose([row[name] for row in rows], getattr(np, name)(pixels, 0))
-
-
 def test_mixed_data_are_described_too_and_long_lists_shortened(write_pairs: Any) -> None:
     masks = [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8), np.int16)]
     images = [np.zeros((*mask.shape[:2], n), np.uint8) for mask, n in zip(masks, (3, 3, 4), strict=True)]
