@@ -9,7 +9,7 @@ Train a model.
     python train.py --resume NAME EPOCHS=40                  resume a run, or prolong it
     python train.py --resume auto EPOCHS=40                  resume this very run if it was interrupted
     python train.py --rerun NAME                             rerun it: are its weights the same, bit for bit?
-    torchrun --nproc-per-node 2 train.py                     on two GPUs, or by two processes (pytorch, ignite)
+    torchrun --nproc-per-node 2 train.py                     on two GPUs or processes (pytorch, ignite)
 
 Exit codes: 0 trained; 75 ended by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 after saving: start it again with
 --resume; 130 ended at once by a second Ctrl-C; 1 failed, or not identical with --rerun; 2 usage error.

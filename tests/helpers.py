@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -222,3 +223,29 @@ def run_script(
             print(code, file=sys.stderr)
             code = 1
     return CompletedProcess([script, *map(str, arguments)], code, out.getvalue(), err.getvalue())
+
+
+# ------------------------------------------------------------------------------------------------------ runs
+
+
+def begin_run(log_dir: Path, name: str, hours_ago: float = 0, host: str = "", **config: Any) -> Any:
+    """Write what a run writes first, without training, and return its journal."""
+    from dida_tools.utils.logging.journal import Journal
+    from dida_tools.utils.logging.runs import write_record
+
+    record = {"version": 1, "config": {"LOGFILE": "experiments.csv", "MONITOR": "max f1"} | config}
+    about = {"name": name, "not_rerunnable": ""}
+    write_record(log_dir / name, record | about)
+    journal = Journal(log_dir / name / "journal.jsonl")
+    event = {"event": "start", "epoch": 0, "best_epoch": None, "device": "cpu", "precision": "fp32"} | about
+    event |= {"time": time.time() - 3600 * hours_ago, "host": host or socket.gethostname(), "pid": 1}
+    journal.write(event | record)
+    return journal
+
+
+def write_run(log_dir: Path, name: str, results: dict[str, Any], hours_ago: float = 0, **config: Any) -> None:
+    """Write the journal of a finished run with these results, such as {"validation.f1": 0.5}."""
+    journal = begin_run(log_dir, name, hours_ago, **config)
+    about = {"seconds": 1.0, "digest": "d", "time": time.time() - 3600 * hours_ago}
+    journal.write({"event": "test"} | about | results)
+    journal.close()

@@ -11,8 +11,8 @@ from ..config.errors import ConfigError
 from ..config.tree import difference
 from ..utils.files import relative_path
 from ..utils.logging.journal import Event, read_journal
-from ..utils.logging.rows import row_of
-from ..utils.logging.runs import is_in_training, read_record, run_names
+from ..utils.logging.rows import is_in_training, row_of
+from ..utils.logging.runs import read_record, run_names
 from .console import say
 from .listener import State
 from .modules import fill_model

@@ -17,7 +17,7 @@ _DEVICES = {"con", "prn", "aux", "nul"} | {
 
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
     """
-    Write a file such that a reader, even after a crash at any moment, finds either the old or the new content.
+    Write a file such that a reader, even after a crash at any moment, finds the old or the new content.
 
     :param path: the file; its folder is created
     :param write: receives the open temporary file, for reading and writing
@@ -60,8 +60,8 @@ def safe_name(text: str, max_length: int = 100) -> str:
     """
     Return a text as a name that is safe for a file on every system.
 
-    Letters (without accents), digits, ``-``, ``_`` and ``.`` stay, the rest becomes ``-``. Device names of Windows,
-    such as ``nul.txt``, get a ``_`` in front.
+    Letters (without accents), digits, ``-``, ``_`` and ``.`` stay, the rest becomes ``-``. Names that Windows
+    keeps for devices, such as ``nul.txt``, get a ``_`` in front.
 
     :return: 1 to max_length ASCII characters; "unnamed" where nothing is left
     """
@@ -74,7 +74,7 @@ def safe_name(text: str, max_length: int = 100) -> str:
 
 def make_unique_dir(parent: str | os.PathLike, name: str) -> str:
     """
-    Make the folder ``parent/name``, or ``name-2``, ``name-3``, ... where that is taken, also by another process.
+    Make the folder ``parent/name``, or ``name-2``, ... where that is taken, also by another process.
 
     :param name: any text; what is not safe in a file name is replaced
     :return: the name that it got
