@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from dida_tools.config.config import global_config
-from dida_tools.config.errors import UserError, exit_code
+from dida_tools.config.errors import exit_code
 from dida_tools.training.routines import DEFAULT_ROUTINE, ROUTINES, load_routine, recorded_routine
 
 
@@ -59,24 +59,23 @@ def main() -> int:
     from dida_tools.search.space import Space
     from dida_tools.utils.data.build import build_datasets, use_folder
 
-    project = project_of("dida_tools")
-    space, problems = Space(search_space(), project), []
-    routine = load_routine(arguments.routine or DEFAULT_ROUTINE)
+    project, problems = project_of("dida_tools"), list[str]()
+    space, routine = Space(search_space(), project), load_routine(arguments.routine or DEFAULT_ROUTINE)
     if arguments.variant not in ("full", *routine.VARIANTS):
-        raise UserError(f"--variant {arguments.variant}: choose one of full, {', '.join(routine.VARIANTS)}.")
+        print(f"--variant: choose one of full, {', '.join(routine.VARIANTS)}", file=sys.stderr)
+        return 2
     # <- your config here: a model, a loss, ...; or edit train_config
     config = routine.train_config
     if arguments.variant != "full":
         config = routine.VARIANTS[arguments.variant](config)
-
     if arguments.train_best:
         config = open_search(arguments, space, config, global_config, project).best_config()
-        config = override(config, arguments.overrides, project, problems)
-        check(config, project, problems)
         routine = load_routine(arguments.routine or recorded_routine(config))
-        train_dataset, test_dataset, validation_dataset = build_datasets(config)
-        routine.train(train_dataset, test_dataset, config, global_config, validation_dataset)
-        return 0
+    elif arguments.data:
+        override(config, arguments.overrides, project)  # reports typos before the data is read
+        cache_file = Path(global_config["LOG_DIR"]) / "data_facts.json"
+        config = use_folder(config, arguments.data, project, cache_file)
+    config = override(config, arguments.overrides, project, problems)
 
     def datasets(config: dict[str, Any]) -> tuple[Any, Any, Any]:
         # <- your data here: any datasets of (input, target) pairs, for training, test and validation
@@ -86,26 +85,22 @@ def main() -> int:
         train_dataset, test_dataset, validation_dataset = datasets(config)
         return routine.train(train_dataset, test_dataset, config, global_config, validation_dataset)
 
-    if arguments.data:
-        override(config, arguments.overrides, project)  # reports typos before the data is read
-        cache_file = Path(global_config["LOG_DIR"]) / "data_facts.json"
-        config = use_folder(config, arguments.data, project, cache_file)
-    config = override(config, arguments.overrides, project, problems)
-    if arguments.worker:
-        search = open_search(arguments, space, config, global_config, project)
-    else:
+    if arguments.train_best:
+        check(config, project, problems)
+        train(config)
+        return 0
+    captured = None
+    if not arguments.worker:
         captured = dry_run(space, config, datasets, global_config, project, routine.__name__, problems)
-        search = open_search(arguments, space, config, global_config, project)
-        search.begin(captured)
-    run_search(search, train, arguments)
+    search = open_search(arguments, space, config, global_config, project)
+    run_search(search, captured, train, arguments)
     return 0
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("overrides", nargs="*", metavar="KEY=VALUE", help="values of the config, such as EPOCHS=3")
     add("--data", type=Path, metavar="DIR", help="folder with train/{x,y} and test/{x,y}")
