@@ -243,9 +243,11 @@ def begin_run(log_dir: Path, name: str, hours_ago: float = 0, host: str = "", **
     return journal
 
 
-def write_run(log_dir: Path, name: str, results: dict[str, Any], hours_ago: float = 0, **config: Any) -> None:
+def write_run(
+    log_dir: Path, name: str, results: dict[str, Any], hours_ago: float = 0, digest: str = "d", **config: Any
+) -> None:
     """Write the journal of a finished run with these results, such as {"validation.f1": 0.5}."""
     journal = begin_run(log_dir, name, hours_ago, **config)
-    about = {"seconds": 1.0, "digest": "d", "time": time.time() - 3600 * hours_ago}
+    about = {"seconds": 1.0, "digest": digest, "time": time.time() - 3600 * hours_ago}
     journal.write({"event": "test"} | about | results)
     journal.close()

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dida_tools.config.device import PRECISIONS, autocast, get_device, get_precision
+from dida_tools.config.device import PRECISIONS, get_device, get_precision
+from dida_tools.training.device import DeviceContext
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -121,7 +122,7 @@ def product(device, weight):
 
 def test_bf16_really_computes_in_bf16_and_keeps_the_weights():
     weight = torch.ones(1, 1)
-    with autocast(CPU, "bf16"):
+    with DeviceContext(CPU, "bf16").autocast():
         result = product(CPU, weight)
     assert result.dtype == torch.bfloat16
     assert result.item() == 1
@@ -131,19 +132,19 @@ def test_bf16_really_computes_in_bf16_and_keeps_the_weights():
 def test_fp32_computes_in_float32_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with autocast(CPU, "fp32"):
+        with DeviceContext(CPU, "fp32").autocast():
             result = product(CPU, torch.ones(1, 1))
     assert result.dtype == torch.float32
     assert result.item() == 1 + 2**-10
 
 
 def test_fp32_computes_in_float32_within_bf16_too():
-    with autocast(CPU, "bf16"), autocast(CPU, "fp32"):
+    with DeviceContext(CPU, "bf16").autocast(), DeviceContext(CPU, "fp32").autocast():
         assert product(CPU, torch.ones(1, 1)).dtype == torch.float32
 
 
 def test_the_context_ends_with_the_block():
-    with autocast(CPU, "bf16"):
+    with DeviceContext(CPU, "bf16").autocast():
         pass
     assert product(CPU, torch.ones(1, 1)).dtype == torch.float32
 
@@ -153,7 +154,7 @@ def test_the_context_ends_with_the_block():
 def test_the_gpu_computes_in_the_requested_precision(precision, dtype):
     device = get_device("cuda")
     assert get_precision(device, precision) == precision
-    with autocast(device, precision):
+    with DeviceContext(device, precision).autocast():
         assert product(device, torch.ones(1, 1, device=device)).dtype == dtype
 
 
@@ -166,10 +167,10 @@ def test_auto_precision_of_a_gpu_follows_its_hardware():
 @needs_gpu
 def test_fp32_on_the_gpu_computes_in_float32():
     device = get_device("cuda")
-    with autocast(device, "fp32"):
+    with DeviceContext(device, "fp32").autocast():
         assert product(device, torch.ones(1, 1, device=device)).dtype == torch.float32
 
 
 def test_every_precision_has_a_context():
     for precision in PRECISIONS:
-        assert isinstance(autocast(torch.device("cpu"), precision), torch.autocast)
+        assert isinstance(DeviceContext(torch.device("cpu"), precision).autocast(), torch.autocast)

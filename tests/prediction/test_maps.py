@@ -20,7 +20,7 @@ from torch import nn
 
 from dida_tools.config.errors import ConfigError, UserError
 from dida_tools.prediction import load_predictor, predict, predict_array
-from dida_tools.prediction.outputs import KINDS
+from dida_tools.config.predict_keys import OUTPUTS as KINDS
 from dida_tools.utils.data.contract import PALETTE, DataContract
 from dida_tools.utils.data.images import DataError
 from dida_tools.utils.logging.journal import Journal, read_journal

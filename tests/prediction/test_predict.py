@@ -37,6 +37,7 @@ def config(tmp_path) -> dict:
         scale=1 / 255,
         mean=(100 / 255, 50 / 255, 0.0),
         std=(10 / 255, 20 / 255, 40 / 255),
+        outputs=3,
     )
     save_weights(tmp_path / "best.pt", {"model": Brightest().state_dict(), "contract": contract.to_dict()})
     return {

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from dida_tools.training import run as run_module
-from dida_tools.training.calibration import TEMPERATURES, Likelihoods
+from dida_tools.training.calibration import TEMPERATURES, NLL
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.logging import read_log
@@ -61,7 +61,7 @@ def best_temperature(logits: Tensor, targets: Tensor, keep: Tensor) -> float:
 
 
 def fit(logits: Tensor, targets: Tensor, contract: DataContract = CLASSES, **options: Any) -> float:
-    likelihoods = Likelihoods(contract, **options)
+    likelihoods = NLL(contract, **options)
     likelihoods.update(logits, targets)
     return likelihoods.results()["temperature"]
 
@@ -85,7 +85,7 @@ def test_the_temperature_is_that_of_an_optimizer_within_one_percent(task, scale)
 @given(st.data(), st.sampled_from(["multi-class", "multi-label"]), st.integers(1, 3), st.integers(2, 20))
 def test_likelihoods_are_the_same_for_all_batches_tiles_and_orders(data, task, batch_size, width):
     logits, targets = draw(task, 2.0)
-    whole, parts = (Likelihoods(DataContract(1, task=task)) for _ in range(2))
+    whole, parts = (NLL(DataContract(1, task=task)) for _ in range(2))
     whole.update(logits, targets)
     pieces = [
         (logits[batch, ..., left], targets[batch, ..., left])
@@ -98,7 +98,7 @@ def test_likelihoods_are_the_same_for_all_batches_tiles_and_orders(data, task, b
 
 
 def test_where_nothing_is_to_be_fitted_the_temperature_is_one():
-    assert Likelihoods(CLASSES).results() == {"temperature": 1.0}
+    assert NLL(CLASSES).results() == {"temperature": 1.0}
     logits, targets = draw("multi-class", 2.0)
     assert fit(logits, torch.full_like(targets, 255)) == 1.0
     assert fit(torch.zeros_like(logits), targets) == 1.0

@@ -694,7 +694,7 @@ class TestTwo:
     @pytest.mark.parametrize("name", ["exact", "rich"])
     def test_they_evaluate_as_one(self, two, name, tmp_path):
         config, crops = (exact_config(), 4) if name == "exact" else (rich_config(), 2)
-        prepared = prepare(*make_datasets(two.pairs, crops), config, make_global_config(tmp_path))
+        prepared = prepare(*make_datasets(two.pairs, crops), config, make_global_config(tmp_path), None, "dida_tools")
         best = two.folder / "two" / name / "weights" / two.ranks[0][name]["name"] / "best.pt"
         model = prepared.eval_model
         fill_model(model, load_weights(best)["model"], str(best))

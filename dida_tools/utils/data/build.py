@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ...config.keys import copy_config
+from ...config.keys import copy_config, upgrade
 from ...config.project import Project
 from .datasets import NpyDataset
 from .fingerprint import folders_of, suggest
@@ -17,6 +17,7 @@ def build_datasets(config: dict[str, Any]) -> tuple[Any, Any, Any]:
     :return: the training, test and validation set; None where DATASET_CONFIG has no such part
     :raises DataError: if they cannot be made
     """
+    config = upgrade(config)
     if config.get("DATASET") is None or "train" not in (config.get("DATASET_CONFIG") or {}):
         raise DataError(
             ['the config names no training data: set DATASET and DATASET_CONFIG["train"], or give a folder']

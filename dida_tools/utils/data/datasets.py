@@ -324,6 +324,12 @@ class NpyDataset(Dataset):
         other._is_part = True
         return other if self._windows is None else other.for_evaluation()
 
+    def select(self, indices: Sequence[int]) -> "NpyDataset":
+        """Return a dataset of the images alone that these samples are taken from."""
+        windows, crops = self._windows, self.crops_per_image
+        numbers = {index // crops if windows is None else windows[index][0] for index in indices}
+        return self._only(np.array(sorted(numbers)))
+
     def sample_name(self, index: int) -> str:
         """The image's file name, for messages."""
         return (

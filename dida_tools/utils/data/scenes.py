@@ -52,7 +52,7 @@ class SceneDataset(NpyDataset):
 
     def __init__(
         self,
-        part: str,
+        split: str,
         data_dir: str | os.PathLike | None = None,
         crop: int | None = None,
         crops_per_image: int = 1,
@@ -61,13 +61,13 @@ class SceneDataset(NpyDataset):
         mask_values: dict | None = None,
     ) -> None:
         """
-        :param part: "train" or "test"
+        :param split: "train" or "test"
         :param data_dir: where the scenes are kept; None: DATA_DIR of the global config
         """
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        if part not in NUM_SCENES:
-            raise ValueError(f"part is {part!r}: choose one of {', '.join(NUM_SCENES)}.")
-        folder = make_scenes(data_dir or global_config["DATA_DIR"]) / part
+        if split not in NUM_SCENES:
+            raise ValueError(f"split is {split!r}: choose one of {', '.join(NUM_SCENES)}.")
+        folder = make_scenes(data_dir or global_config["DATA_DIR"]) / split
         super().__init__(
             folder / "x",
             folder / "y",

@@ -63,7 +63,7 @@ def test_what_a_folder_suggests_can_be_trained(
     train, test, validation = build_datasets(config)
     assert (type(train), len(train.images), len(test.images), validation) == (NpyDataset, 6, 2, None)
     assert train.augment == STANDARD and test.augment == () and test.task == train.task
-    setup = prepare(train, test, config, global_config)
+    setup = prepare(train, test, config, global_config, None, "dida_tools")
     model = setup.model
     for loader in (setup.loaders.train, setup.loaders.validation, setup.loaders.test):
         inputs, targets = next(iter(loader))
