@@ -39,7 +39,7 @@ def check(config: dict[str, Any], project: Project, more: Sequence[str] = ()) ->
     right = {key: value for key, value in config.items() if key not in wrong}
     problems += _argument_problems(defaults() | right, wrong)
     unrecordable: list[str] = []
-    recorded = {key: config[key] for key in config if key in KEYS and key not in UNRECORDED}
+    recorded = {key: value for key, value in right.items() if key not in UNRECORDED}
     captured = capture(recorded, project, unrecordable)
     if config.get("REQUIRE_RERUNNABLE", True):
         problems += unrecordable

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from ..config.errors import ConfigError
 from ..config.predict_keys import as_list
 from ..utils.data.contract import DataContract
-from ..utils.data.datasets import map_values
 from ..utils.data.images import ENDINGS, DataError, ImageReader, Window, list_images
+from ..utils.data.pairs import map_values
 from ..utils.scores import Scores
 from .outputs import Output
 

@@ -1,7 +1,7 @@
-import copy
 import functools
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -9,15 +9,28 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+from dida_tools.config.check import check
 from dida_tools.config.errors import ConfigError
 from dida_tools.config.keys import KEYS, complete, copy_config
 from dida_tools.config.kinds import REQUIRED
+from dida_tools.config.tree import difference
 from dida_tools.models import UNET
-from dida_tools.utils.data.scenes import SceneDataset
 from dida_tools.utils.loss import f1, smooth_dice_loss
-from tests.config.configs import capture, has, make_config, record, restore, round_trip, same, texts, values
+from tests.config.configs import (
+    PROJECT,
+    capture,
+    has,
+    make_config,
+    record,
+    restore,
+    round_trip,
+    same,
+    texts,
+    values,
+)
 
 OPTIONAL = [key for key, entry in KEYS.items() if entry.default is not REQUIRED]
+RUNS_0_1 = Path(__file__).parents[1] / "data" / "runs_0_1" / "logs"
 SHARED = [1, 2]
 UNET_REF, LINEAR = {"@ref": ".models.unet:UNET"}, {"@ref": "torch.nn:Linear"}
 
@@ -104,21 +117,13 @@ def test_a_config_that_contains_itself_is_refused():
         capture(config)
 
 
-def test_a_record_of_an_earlier_version_comes_back_under_todays_names():
-    old = record(
-        NORMALISE=False,
-        DATASET={"@ref": ".utils.data.scenes:SceneDataset"},
-        DATASET_CONFIG={"train": {"part": "train", "crop": 96}, "test": {"part": "test"}},
-    )
-    before = copy.deepcopy(old)
-    assert restore(old) == {
-        "NORMALIZE": False,
-        "DATASET": SceneDataset,
-        "DATASET_CONFIG": {"train": {"split": "train", "crop": 96}, "test": {"split": "test"}},
-    }
-    assert old == before
-    other = record(DATASET={"@ref": "torch.utils.data:Subset"}, DATASET_CONFIG={"train": {"part": 1}})
-    assert restore(other)["DATASET_CONFIG"] == {"train": {"part": 1}}
+@pytest.mark.parametrize("file", sorted(RUNS_0_1.glob("*/config.json")), ids=lambda file: file.parent.name)
+def test_the_records_of_version_0_1_come_back_and_are_valid(file):
+    stored = json.loads(file.read_bytes())
+    config = restore(stored)
+    captured = check(config, PROJECT)
+    assert difference(captured, {key: stored[key] for key in ("version", "config")}) == {}
+    assert config["MODEL"] is UNET and config["NORMALIZE"] is True and "NORMALISE" not in config
 
 
 # -------------------------------------------------------------------------------------------- damaged records

@@ -15,6 +15,7 @@ from dida_tools.config.check import check, check_keys, find_problems
 from dida_tools.config.errors import ConfigError
 from dida_tools.config.keys import KEYS, complete, copy_config
 from dida_tools.config.kinds import FLAG, NUMBER, REQUIRED, WHOLE, Key
+from dida_tools.config.overrides import assign
 from dida_tools.models import UNET
 from dida_tools.utils.data.scenes import SceneDataset
 from dida_tools.utils.loss import dice_bce_sum, f1
@@ -75,15 +76,6 @@ def test_checking_captures_what_belongs_into_the_record():
         "RESUME",
         "AFTER_EPOCH",
     }
-
-
-def test_old_names_are_captured_under_todays():
-    splits = {"train": {"part": "train"}, "test": {"part": "test"}}
-    config = make_config(NORMALISE=False, DATASET=SceneDataset, DATASET_CONFIG=splits)
-    captured = check(config, PROJECT)["config"]
-    assert captured["NORMALIZE"] is False and "NORMALISE" not in captured
-    assert captured["DATASET_CONFIG"] == {"train": {"split": "train"}, "test": {"split": "test"}}
-    assert config["DATASET_CONFIG"] is splits and splits["train"] == {"part": "train"}
 
 
 def test_lambdas_and_closures_train_where_the_user_asks_for_it():
@@ -218,15 +210,6 @@ def test_each_problem_is_named(case):
     assert all("\n" not in problem and problem.endswith((".", "?")) for problem in problems)
 
 
-def test_a_closure_and_a_circle_are_named():
-    def loss(pred, target): ...
-
-    config = make_config(LOSS=loss)
-    config["MODEL_CONFIG"]["itself"] = config["MODEL_CONFIG"]
-    assert has(problems_of(config), "LOSS cannot be recorded", "defined inside a function")
-    assert has(problems_of(config), "MODEL_CONFIG.itself contains itself")
-
-
 @pytest.mark.parametrize("key", ["MODEL", "OPTIMIZER", "LOSS", "EPOCHS"])
 def test_a_missing_key_is_named_with_what_it_is(key):
     config = make_config()
@@ -249,6 +232,7 @@ def test_a_required_argument_of_a_loss_function_is_missed_and_only_a_schedule_ha
         {"METRICS": 5, "MONITOR": "max f1"},
         {"DATA_LOADER_CONFIG": {"batch_size": "8"}},
         {"EPOCHS": math.nan},
+        {"MODEL": A_UNET},
     ],
 )
 def test_one_mistake_is_not_reported_as_several(changes):
@@ -257,27 +241,35 @@ def test_one_mistake_is_not_reported_as_several(changes):
 
 def test_all_problems_are_reported_at_once_and_nothing_is_written_or_changed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cases = [
-        *({"EPOCH": 3}, {"OPTIMIZER": AN_SGD}, {"LOSS": lambda a, b: 0}, {"PRECISION": "fp64"}),
-        *({"MONITOR": "max iou"}, {"MODEL_CONFIG": {"ch_in": "12", "chout": 2}}, {"SCHEDULER": StepLR}),
-        *({"DATA_LOADER_CONFIG": {"batch_size": -1, "suffle": True}}, {"MASK_VALUES": {1: {1}}}),
-        {"METRICS": {"f1": f1, "odd": nn.ReLU().forward}},
-    ]
-    config = make_config(**{key: value for case in cases for key, value in case.items()})
-    del config["EPOCHS"]
+    wrong = {
+        "EPOCH": 3,
+        "OPTIMIZER": AN_SGD,
+        "LOSS": lambda a, b: 0,
+        "PRECISION": "fp64",
+        "MONITOR": "max iou",
+        "MODEL_CONFIG.ch_in": "12",
+        "MODEL_CONFIG.chout": 2,
+        "SCHEDULER": StepLR,
+        "DATA_LOADER_CONFIG.batch_size": -1,
+        "METRICS.odd": nn.ReLU().forward,
+        "MASK_VALUES": {1: {1}},
+    }
+    config = make_config()
+    assert [problem for key, value in wrong.items() if (problem := assign(config, key, value))] == []
+    del config["EPOCHS"], config["MODEL_CONFIG"]["ch_out"]
     before = copy_config(config)
     with pytest.raises(ConfigError) as caught:
         check(config, PROJECT, ["found before."])
-    for fragments in (
-        *(["found before."], ["EPOCH is no key"], ["EPOCHS is missing"], ["OPTIMIZER is", "not an instance"]),
-        *(["LOSS cannot be recorded"], ["PRECISION is 'fp64'"], ["MONITOR is 'max iou'"]),
-        ["MODEL_CONFIG.ch_in is '12': it must be int"],
-        ["MODEL_CONFIG.chout is no argument of UNET: did you mean ch_out?"],
-        *(["MODEL_CONFIG.ch_out is missing"], ["DATA_LOADER_CONFIG.batch_size is -1"]),
-        ["DATA_LOADER_CONFIG.suffle is no argument of DataLoader: did you mean shuffle?"],
-        *(["METRICS.odd cannot be"], ["SCHEDULER_CONFIG.step_size is missing"], ["MASK_VALUES is {1: {1}}"]),
-    ):
-        assert has(caught.value.problems, *fragments), fragments
+    starts = [
+        "EPOCHS is missing",
+        "MODEL_CONFIG.ch_out is missing",
+        "SCHEDULER_CONFIG.step_size",
+        "found before.",
+    ]
+    del wrong["SCHEDULER"]  # whose argument is missing
+    for start in [*starts, *wrong]:
+        assert any(problem.startswith(start) for problem in caught.value.problems), start
+    assert len(caught.value.problems) == len(starts) + len(wrong)
     assert same(config, before)
     assert list(tmp_path.iterdir()) == []
 

@@ -404,18 +404,6 @@ assert capture(config, project) == record
 assert not any(name.partition(".")[0] == "dida_tools" for name in sys.modules)
 """
 
-SCRIPT = """
-from torch import nn
-from dida_tools.config.capture import capture, restore
-from dida_tools.config.project import project_of
-
-class Net(nn.Module): ...
-
-if __name__ == "__main__":
-    project = project_of("dida_tools")
-    print(restore(capture({"MODEL": Net}, project), project, ["my_train"]) == {"MODEL": Net})
-"""
-
 
 def test_a_record_survives_a_renamed_package(tmp_path):
     shutil.copytree(
@@ -451,8 +439,3 @@ def test_an_object_typed_at_the_prompt_is_refused_with_the_remedy(monkeypatch):
         ReferenceProblem, match="it is defined in a notebook or at the prompt: move it to a mod"
     ):
         name_of(main_module(monkeypatch).Net)
-
-
-def test_a_script_finds_its_own_classes(tmp_path):
-    script = write(tmp_path / "my_train.py", SCRIPT)
-    assert run([script], tmp_path, CHECKOUT) == "True"

@@ -1,17 +1,20 @@
 """
-Contains the built-in scenes: invented satellite images with masks, for first steps, demonstrations and tests.
+The built-in scenes: invented satellite images with masks, for first steps, demonstrations and tests.
 
-They look like Sentinel-2 images (12 bands, 10 m pixels, reflectance times 10,000 in uint16): fields, forest, water,
-settlements and clouds, with sensor noise, blurred 20 m and 60 m bands, haze, cloud shadows and slanted borders without
-data. Color alone does not tell the classes apart: lush fields have the color of forest but not its texture,
-settlements are a mixture of all colors, shadows are as dark as water. Everything follows from the number of a scene.
+They look like Sentinel-2 images (12 bands, 10 m pixels, reflectance times 10,000 in uint16): fields, forest,
+water, settlements and clouds, with noise, blurred 20 m and 60 m bands, haze, cloud shadows and borders
+without data. Color alone does not tell the classes apart: lush fields have the color of forest but not its
+texture, settlements are a mixture of all colors, shadows are as dark as water. Everything follows from the
+number of a scene.
 """
 
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,9 +49,11 @@ SPECTRA = {
     "cloud": (0.55, 0.58, 0.58, 0.60, 0.61, 0.62, 0.63, 0.63, 0.63, 0.58, 0.42, 0.33),
 }
 
+Scene = tuple[np.ndarray, np.ndarray]
+
 
 class SceneDataset(NpyDataset):
-    """The built-in scenes as an NpyDataset; they are made when they are first asked for."""
+    """The built-in scenes as an NpyDataset; they are made on first use."""
 
     def __init__(
         self,
@@ -64,31 +69,19 @@ class SceneDataset(NpyDataset):
         :param split: "train" or "test"
         :param data_dir: where the scenes are kept; None: DATA_DIR of the global config
         """
-        arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         if split not in NUM_SCENES:
             raise ValueError(f"split is {split!r}: choose one of {', '.join(NUM_SCENES)}.")
         folder = make_scenes(data_dir or global_config["DATA_DIR"]) / split
-        super().__init__(
-            folder / "x",
-            folder / "y",
-            crop,
-            crops_per_image,
-            foreground,
-            augment,
-            class_names=CLASS_NAMES,
-            channel_names=CHANNEL_NAMES,
-            mask_values=mask_values,
-            nodata=NODATA,
-        )
-        self.arguments = arguments | {"data_dir": None if data_dir is None else str(data_dir)}
+        options: dict[str, Any] = {"crop": crop, "crops_per_image": crops_per_image, "foreground": foreground}
+        options |= {"augment": augment, "mask_values": mask_values}
+        about: dict[str, Any] = {"class_names": CLASS_NAMES, "channel_names": CHANNEL_NAMES, "nodata": NODATA}
+        super().__init__(folder / "x", folder / "y", **options, **about)
+        data_dir = None if data_dir is None else str(data_dir)
+        self.arguments = {"split": split, "data_dir": data_dir, **options}
 
 
 def make_scenes(data_dir: str | os.PathLike) -> Path:
-    """
-    Writes the scenes as train/{x,y} and test/{x,y}, unless they are there.
-
-    :return: their folder in data_dir
-    """
+    """Write the scenes as train/{x,y} and test/{x,y}, unless they are there, and return their folder."""
     folder = Path(data_dir) / f"scenes-{VERSION}"
     if folder.is_dir():
         return folder
@@ -99,15 +92,15 @@ def make_scenes(data_dir: str | os.PathLike) -> Path:
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:
-            number = 0
-            for part, count in NUM_SCENES.items():
-                for kind in ("x", "y"):
-                    (unfinished / part / kind).mkdir(parents=True)
-                for _ in range(count):
+            numbers = itertools.count()
+            for split, count in NUM_SCENES.items():
+                x_dir, y_dir = unfinished / split / "x", unfinished / split / "y"
+                x_dir.mkdir(parents=True)
+                y_dir.mkdir()
+                for number in itertools.islice(numbers, count):
                     image, mask = make_scene(number)
-                    np.save(unfinished / part / "x" / f"scene_{number:03d}.npy", image)
-                    np.save(unfinished / part / "y" / f"scene_{number:03d}.npy", mask)
-                    number += 1
+                    np.save(x_dir / f"scene_{number:03d}.npy", image)
+                    np.save(y_dir / f"scene_{number:03d}.npy", mask)
             about = {"version": VERSION, "classes": CLASS_NAMES, "channels": CHANNEL_NAMES, "nodata": NODATA}
             (unfinished / "scenes.json").write_text(json.dumps(about, indent=2) + "\n")
             os.replace(unfinished, folder)  # all of them or none
@@ -116,13 +109,11 @@ def make_scenes(data_dir: str | os.PathLike) -> Path:
     return folder
 
 
-def make_scene(number: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
+def make_scene(number: int, size: int = SIZE) -> Scene:
     """
-    Invents a scene.
+    Invent a scene: the image (size, size, 12) in uint16, and the mask (size, size) in uint8.
 
     :param number: which one; equal numbers give equal scenes
-    :param size: its edge in pixels
-    :return: image (size, size, 12) uint16, and mask (size, size) uint8
     """
     rng = np.random.default_rng([VERSION, number])
     land, mask = _land(rng, size)
@@ -140,7 +131,7 @@ def _spectrum(name: str) -> np.ndarray:
 
 
 def _smooth_noise(rng: np.random.Generator, size: int, scale: float) -> np.ndarray:
-    """Noise of zero mean and a deviation near 1 whose hills are about scale pixels wide."""
+    """Return noise of mean 0 and std near 1 whose hills are about scale pixels wide."""
     cells = max(2, int(np.ceil(size / scale)) + 2)
     grid = rng.standard_normal((cells, cells))
     position = np.arange(size) / scale
@@ -151,11 +142,10 @@ def _smooth_noise(rng: np.random.Generator, size: int, scale: float) -> np.ndarr
     return (rows[:, low] * (1 - step) + rows[:, low + 1] * step) * 1.3
 
 
-def _land(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Parcels of fields, forest and settlement: reflectance (H, W, 12) and classes (H, W)."""
+def _land(rng: np.random.Generator, size: int) -> Scene:
+    """Return parcels of fields, forest and settlement: reflectance (H, W, 12) and classes (H, W)."""
     y, x = np.mgrid[0:size, 0:size].astype(float)
-    bent_y = y + 5 * _smooth_noise(rng, size, 25)
-    bent_x = x + 5 * _smooth_noise(rng, size, 25)
+    bent_y, bent_x = (axis + 5 * _smooth_noise(rng, size, 25) for axis in (y, x))
     num_parcels = max(6, int(size * size / 1100))
     centers = rng.uniform(-10, size + 10, (num_parcels, 2))
     distance = (bent_y[..., None] - centers[:, 0]) ** 2 + (bent_x[..., None] - centers[:, 1]) ** 2
@@ -184,7 +174,7 @@ def _land(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _variety(rng: np.random.Generator) -> np.ndarray:
-    """A factor for each band: plants of one kind differ from parcel to parcel."""
+    """Return a factor for each band: plants of one kind differ from parcel to parcel."""
     return np.exp(0.10 * rng.standard_normal(len(CHANNEL_NAMES)) + 0.12 * rng.standard_normal())
 
 
@@ -200,14 +190,13 @@ def _field(rng: np.random.Generator, y: np.ndarray, x: np.ndarray, inside: np.nd
 
 
 def _settlement(rng: np.random.Generator, y: np.ndarray, x: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Streets in a grid, and between them houses of several roofs, gardens and trees."""
+    """Return streets in a grid, and between them houses of several roofs, gardens and trees."""
     angle, spacing = rng.uniform(0, np.pi / 2), rng.uniform(8, 13)
     u = y[inside] * np.cos(angle) + x[inside] * np.sin(angle)
     v = x[inside] * np.cos(angle) - y[inside] * np.sin(angle)
     street = (u % spacing < 1.6) | (v % (1.7 * spacing) < 1.6)
-    plot = (
-        np.floor(u / 4).astype(np.int64) * 73_856_093 ^ np.floor(v / 4).astype(np.int64) * 19_349_663
-    ) % 997
+    row, column = (np.floor(axis / 4).astype(np.int64) for axis in (u, v))
+    plot = (row * 73_856_093 ^ column * 19_349_663) % 997
     covers = ["red roof", "bright roof", "asphalt", "soil", "crop", "broadleaf", "conifer"]
     of_plot = rng.choice(len(covers), 997, p=[0.12, 0.06, 0.10, 0.16, 0.22, 0.20, 0.14])
     brightness = np.exp(0.2 * rng.standard_normal((997, 1)))
@@ -216,9 +205,7 @@ def _settlement(rng: np.random.Generator, y: np.ndarray, x: np.ndarray, inside: 
     return surface * np.exp(0.10 * rng.standard_normal(len(surface)))[:, None]
 
 
-def _waters(
-    rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _waters(rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray) -> Scene:
     valley = _smooth_noise(rng, size, size / 2.2)
     river = np.abs(valley - rng.normal(0, 0.5)) < rng.uniform(0.05, 0.13)
     lake = _smooth_noise(rng, size, size / 4) > rng.uniform(1.3, 2.2)
@@ -226,15 +213,12 @@ def _waters(
     share = np.clip(rng.random() + 0.2 * _smooth_noise(rng, size, 30), 0, 1)[..., None]
     water = share * _spectrum("water") + (1 - share) * _spectrum("turbid")
     plants = rng.uniform(0, 0.25) * np.clip(_smooth_noise(rng, size, 15), 0, 1)[..., None]
-    water = (water * (1 - plants) + plants * _spectrum("broadleaf")) * np.exp(
-        0.05 * rng.standard_normal((size, size, 1))
-    )
+    water = water * (1 - plants) + plants * _spectrum("broadleaf")
+    water = water * np.exp(0.05 * rng.standard_normal((size, size, 1)))
     return np.where(wet[..., None], water, land), np.where(wet, WATER, mask)
 
 
-def _clouds(
-    rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _clouds(rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray) -> Scene:
     if rng.random() < 0.35:
         return land, mask
     cover = _smooth_noise(rng, size, size / 5) + 0.4 * _smooth_noise(rng, size, 9) - rng.uniform(0.7, 1.5)
@@ -247,7 +231,7 @@ def _clouds(
 
 
 def _sensor(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Sun and haze of the day, ground resolution of the bands, noise."""
+    """Add sun and haze of the day, the bands' ground resolution, and noise."""
     bands = len(CHANNEL_NAMES)
     haze = rng.uniform(0, 0.03) * np.linspace(1, 0, bands) ** 2
     image = image * rng.uniform(0.75, 1.15) * rng.normal(1, 0.04, bands) + haze
@@ -266,7 +250,7 @@ def _averaged(band: np.ndarray, block: int) -> np.ndarray:
 
 
 def _beyond_border(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Pixels on the far side of a slanted line, as at the edge of a satellite's track."""
+    """Return the pixels beyond a slanted line, as at the edge of a satellite's track."""
     y, x = np.mgrid[0:size, 0:size] - size / 2
     angle = rng.uniform(0, 2 * np.pi)
     return y * np.sin(angle) + x * np.cos(angle) > rng.uniform(0.3, 0.5) * size
