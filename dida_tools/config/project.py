@@ -73,7 +73,7 @@ def find_project(module_name: str = "") -> Project:
 
     :raises UserError: if there is none
     """
-    if module_name:
+    if module_name not in ("", "__main__"):  # importing a script by its name would run it again
         with contextlib.suppress(UserError):
             return project_of(module_name)
     for folder in sys.path:

@@ -8,20 +8,23 @@ array.
 import json
 import os
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ..config.capture import capture, short
+from ..config.capture import capture
+from ..config.check import check_keys
 from ..config.errors import ConfigError, Preempted
-from ..config.kinds import REQUIRED
+from ..config.keys import complete
 from ..config.predict_keys import PREDICT_KEYS, as_list
 from ..config.project import find_project
+from ..training.console import say
 from ..utils.data.contract import DataContract, default_scale
 from ..utils.data.images import DataError, ImageReader
 from ..utils.files import write_atomic
@@ -55,12 +58,17 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     :raises UserError: if another call is writing into OUT_DIR
     :raises Preempted: if a signal has asked to end; all outputs that are there are complete
     """
-    config = _complete(predict_config)
+    problems = check_keys(predict_config, PREDICT_KEYS)
+    if problems:
+        raise ConfigError(list(problems.values()))
+    config = complete(predict_config, PREDICT_KEYS)
     kinds, out_dir = as_list(config["OUTPUT"]), Path(config["OUT_DIR"])
     if config["MASKS"] is not None and "probabilities" not in kinds:
         kinds.append("probabilities")  # scoring needs them
     inputs = find_inputs(config["FILES"], config["BANDS"])
     options = {key.lower(): config[key] for key in ("DEVICE", "PRECISION", "AUGMENT")}
+    if "LOCAL_RANK" in os.environ and config["DEVICE"] == "auto" and torch.cuda.is_available():
+        options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     predictor = load_predictor(
         config["WEIGHTS"], config["MODEL"], config["MODEL_CONFIG"], lambda: _suggest(inputs[0]), **options
     )
@@ -73,18 +81,18 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     masks = find_masks(jobs, config["MASKS"]) if config["MASKS"] is not None else []
     out_dir.mkdir(parents=True, exist_ok=True)
     with only_writer(out_dir / of_this_process(LEDGER)):
-        with stop_on_signals(), _small_raster_cache(jobs), closing(_Work(predictor, kinds, config)) as work:
+        with stop_on_signals(), _rasters(jobs), closing(_Work(predictor, kinds, config)) as work:
             try:
                 work.predict_all(jobs, sizes)
             except Preempted:
-                print(f"Stopped by a signal; all files in {out_dir} are intact: repeat the call.")
+                say(f"Stopped by a signal; all files in {out_dir} are intact: repeat the call.")
                 raise
         if masks:
             maps = [job.outputs[kinds.index("probabilities")] for job in jobs]
-            scores = score_maps(maps, masks, contract, config["IGNORE_INDEX"], config["MASK_VALUES"])
+            scores = score_maps(maps, masks, contract, config)
             _report(scores.results(contract.class_names), out_dir / of_this_process(SCORES))
     outputs = [output for job in jobs for output in job.outputs]
-    print(f"{len(outputs)} prediction{'s' * (len(outputs) != 1)} in {out_dir}")
+    say(f"{len(outputs)} prediction{'s' * (len(outputs) != 1)} in {out_dir}")
     return outputs
 
 
@@ -113,22 +121,6 @@ def run_config(name: str, global_config: dict[str, str] | None = None) -> dict[s
     return {key: config[key] for key in keys if key in config} | {"WEIGHTS": weights}
 
 
-def _complete(given: dict[str, Any]) -> dict[str, Any]:
-    """Return a predict_config with the defaults of all missing keys."""
-    problems = [f"{key} is no key of a predict_config." for key in given if key not in PREDICT_KEYS]
-    config = {name: given.get(name, key.default) for name, key in PREDICT_KEYS.items()}
-    for name, key in PREDICT_KEYS.items():
-        if key.default is REQUIRED and (config[name] is REQUIRED or config[name] is None):
-            problems.append(f"{name} is missing: it is {key.about}.")
-        elif (problem := key.test(config[name])) is not None:
-            problems.append(f"{name} is {short(config[name])}: it {problem}.")
-    if problems:
-        raise ConfigError(problems)
-    if "LOCAL_RANK" in os.environ and config["DEVICE"] == "auto" and torch.cuda.is_available():
-        config["DEVICE"] = f"cuda:{os.environ['LOCAL_RANK']}"
-    return config
-
-
 def _suggest(inputs: tuple[Path, ...]) -> DataContract:
     """Return the contract that an image suggests, for weights without one."""
     with ImageReader(*inputs) as image:
@@ -136,19 +128,24 @@ def _suggest(inputs: tuple[Path, ...]) -> DataContract:
         return DataContract(image.shape[2], dtype=image.dtype, scale=scale, nodata=image.nodata)
 
 
-def _small_raster_cache(jobs: list[Job]) -> AbstractContextManager:
+@contextmanager
+def _rasters(jobs: list[Job]) -> Iterator[None]:
+    """Have GDAL take little memory, and say nothing of rasters that lie nowhere."""
     files = (file for job in jobs for file in (*job.inputs, *job.outputs))
     if not any(file.suffix.lower() in (".tif", ".tiff") for file in files):
-        return nullcontext()
+        yield
+        return
     import rasterio  # imported where used: other formats do not need it
 
-    return rasterio.Env(GDAL_CACHEMAX=64 * 2**20)  # GDAL would take a fraction of the machine's memory
+    with rasterio.Env(GDAL_CACHEMAX=64 * 2**20), warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        yield
 
 
 def _report(results: dict[str, float], file: Path) -> None:
     write_atomic(file, lambda stream: stream.write(json.dumps(results, indent=2).encode()))
     names = ("f1", "iou", "accuracy", "average_precision", "ece")
-    print(f"{', '.join(f'{name} {results[name]:.4f}' for name in names)}; all scores: {file}")
+    say(f"{', '.join(f'{name} {results[name]:.4f}' for name in names)}; all scores: {file}")
 
 
 class _Work:
@@ -179,7 +176,7 @@ class _Work:
         """
         to_do = [job for job in jobs if not self.ledger.is_done(job)]
         if num_done := len(jobs) - len(to_do):
-            print(f"{num_done} of {len(jobs)} images were predicted before, with the same settings.")
+            say(f"{num_done} of {len(jobs)} images were predicted before, with the same settings.")
         form = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]"
         total = sum(height * width for height, width in (sizes[job] for job in to_do)) / 1e6
         started, problems = time.monotonic(), []
@@ -192,10 +189,10 @@ class _Work:
                     problems += [f"{job.name}: {problem}" for problem in error.problems]
         seconds = max(time.monotonic() - started, 1e-9)
         if total and not problems:
-            print(f"{total:.1f} MP in {seconds:.1f} s: {total / seconds:.2f} MP/s.")
+            say(f"{total:.1f} MP in {seconds:.1f} s: {total / seconds:.2f} MP/s.")
         if self.predictor.num_pixels:
             fraction = self.predictor.num_changed / self.predictor.num_pixels
-            print(
+            say(
                 f"Augmentation took {len(self.predictor.views)} forward passes instead of 1, and changed the "
                 f"class of {fraction:.2%} of the pixels. Its gain on test data: "
                 "python -m pytest tests/test_models --run NAME"

@@ -30,7 +30,7 @@ from dida_tools import training
 from dida_tools.config.config import make_global_config
 from dida_tools.models import UNET
 from dida_tools.prediction import predict
-from dida_tools.prediction.outputs import GrowingFile
+from dida_tools.prediction.outputs import OutputFile
 from dida_tools.training import run as run_module
 from dida_tools.training.checkpoint import checkpoint_files
 from dida_tools.utils.logging import read_log
@@ -704,21 +704,21 @@ def test_prediction_stops_between_two_images(signum, trained, tmp_path):
     process.send_signal(signum)
     told, _ = process.communicate(timeout=30)
     assert process.returncode == 75, told
-    assert "what is written is whole" in told and "Traceback" not in told
+    assert "are intact: repeat the call" in told and "Traceback" not in told
     assert_whole(out_dir, range(3, 500))
 
 
 @EACH_SIGNAL
 def test_prediction_as_a_notebook_calls_it(signum, trained, tiny_config, tmp_path, monkeypatch):
     images = many_images(tmp_path / "images", 8)
-    original, counter = GrowingFile.finish, itertools.count(1)
+    original, counter = OutputFile.finish, itertools.count(1)
 
     def finish(*arguments: Any, **options: Any) -> None:
         if next(counter) == 5:
             os.kill(os.getpid(), signum)
         original(*arguments, **options)
 
-    monkeypatch.setattr(GrowingFile, "finish", finish)
+    monkeypatch.setattr(OutputFile, "finish", finish)
     keys = {key: tiny_config[key] for key in ("MODEL", "MODEL_CONFIG", "DEVICE")} | {"BATCH_SIZE": 1}
     predict_config = keys | {"WEIGHTS": trained.weights["best"], "FILES": images, "OUT_DIR": tmp_path / "out"}
     before = handlers()
