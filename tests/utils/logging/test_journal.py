@@ -90,16 +90,6 @@ def test_any_beginning_of_the_file_holds_the_first_events(
     assert repr(read_counted(path)) == repr((events[:num_whole], int(is_cut_off)))
 
 
-def test_numbers_of_numpy_become_plain_ones(path: Path) -> None:
-    write_all(path, [step(1, loss=np.float64(0.1), f1=np.float64("nan"))])
-    assert repr(read_journal(path)) == repr([step(1, loss=0.1, f1=math.nan)])
-
-
-def test_a_missing_journal_is_empty(path: Path) -> None:
-    assert read_journal(path) == read_journal(path, without="step") == []
-    assert read_counted(path) == ([], 0)
-
-
 def test_what_cannot_be_written_changes_nothing(path: Path) -> None:
     journal = Journal(path)
     journal.write(step(1))
@@ -112,19 +102,11 @@ def test_what_cannot_be_written_changes_nothing(path: Path) -> None:
 
 
 def test_steps_can_be_left_out_but_for_the_last_line(path: Path) -> None:
+    assert read_journal(path) == read_journal(path, without="step") == []  # it is missing
     write_all(path, [{"event": "start"}, step(1), step(2), epoch(1), step(3), step(4)])
     assert read_journal(path, without="step") == [{"event": "start"}, epoch(1), step(4)]
     write_all(path, [{"event": "end"}])
     assert read_journal(path, without="step") == [{"event": "start"}, epoch(1), {"event": "end"}]
-
-
-def test_what_was_written_is_in_the_file_at_once(path: Path) -> None:
-    journal = Journal(path)
-    for number in range(1, 5):
-        journal.write(step(number))
-        assert read_journal(path)[-1] == step(number)
-    journal.sync()
-    journal.close()
 
 
 @pytest.mark.parametrize("make", [step, epoch])
@@ -210,10 +192,8 @@ def test_every_changed_lost_or_added_byte_is_noticed(path: Path) -> None:
         others = {byte ^ 1, byte ^ 0x20, byte ^ 0x80, 0, 10, 13, ord("0"), ord('"')} - {byte}
         for new in [*(bytes([other]) for other in others), b"", bytes([ord("0"), byte])]:
             path.write_bytes(content[:at] + new + content[at + 1 :])
-            events, num_damaged = read_counted(path)
-            found = [repr(event) for event in events]
-            assert num_damaged >= 1 and found == [event for event in whole if event in found]
-            assert len(found) >= 2
+            found = [repr(event) for event in read_journal(path)]
+            assert found == [event for event in whole if event in found] and 2 <= len(found) < len(whole)
 
 
 WRITER = f"""
