@@ -1,17 +1,16 @@
-"""Check a config before anything is made or written."""
+"""Check a config, all problems at once, before anything is made or written."""
 
 import difflib
 import inspect
 import typing
-from collections.abc import Sequence
-from types import SimpleNamespace, UnionType
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Any
 
-import torch
-
-from .capture import capture, encode, short
+from .capture import capture, short
 from .errors import ConfigError
-from .keys import KEYS, REQUIRED, UNRECORDED, complete
+from .keys import KEYS, UNRECORDED, defaults, upgrade
+from .kinds import REQUIRED, Key, is_of
 from .project import Project
 
 # What the routines themselves pass to these objects, and a config therefore must not.
@@ -22,151 +21,126 @@ _FILLED_IN = {
 }
 # What the routines fill in where it is missing: the length of the training, and the learning rate.
 _FILLED_IN_WHERE_MISSING = ("total_steps", "T_max", "max_lr")
+_SPLITS = ("train", "test", "validation")
 
 
 def check(config: dict[str, Any], project: Project, more: Sequence[str] = ()) -> dict[str, Any]:
     """
-    Check a config and return it captured; see capture.
+    Check a config and capture it.
 
     :param more: problems that were found before, such as by override
-    :raises ConfigError: with all problems: unknown keys, missing keys, values of the wrong type or range, arguments
-        that their MODEL, OPTIMIZER, ... does not take, and objects that no record can hold
+    :return: the captured config, with {"@unrecorded": reason} where REQUIRE_RERUNNABLE=False admits it
+    :raises ConfigError: with all problems: unknown keys, missing keys, values of the wrong type or range,
+        arguments that their MODEL, OPTIMIZER, ... does not take, and objects that no record can hold
     """
-    problems = [*more, *find_problems(config, project)]
+    config = upgrade(config)
+    wrong = check_keys(config)
+    problems = [*more, *wrong.values()]
+    right = {key: value for key, value in config.items() if key not in wrong}
+    problems += _argument_problems(defaults() | right, wrong)
+    unrecordable: list[str] = []
+    recorded = {key: value for key, value in right.items() if key not in UNRECORDED}
+    captured = capture(recorded, project, unrecordable)
+    if config.get("REQUIRE_RERUNNABLE", True):
+        problems += unrecordable
     if problems:
         raise ConfigError(problems)
-    return capture({key: value for key, value in config.items() if key not in UNRECORDED}, project, [])
+    return captured
 
 
 def find_problems(config: dict[str, Any], project: Project) -> list[str]:
-    """The problems of a config, a sentence each; see check."""
-    problems = [unknown(key) for key in config if key not in KEYS]
-    sound, unsound = {}, set()
-    for key, entry in KEYS.items():
+    """Return the problems of a config, a sentence each; see check."""
+    try:
+        check(config, project)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def check_keys(config: dict[str, Any], keys: Mapping[str, Key] = KEYS) -> dict[Any, str]:
+    """Return a sentence for each key that is unknown, missing, or holds what it must not."""
+    problems = {key: unknown(key, keys) for key in config if key not in keys}
+    for key, entry in keys.items():
         if key not in config:
             if entry.default is REQUIRED:
-                problems.append(f"{key} is missing: it is {entry.about}.")
-        elif (problem := entry.test(config[key])) is not None:
-            problems.append(f"{key} is {short(config[key])}: it {problem}.")
-            unsound.add(key)
-        else:
-            sound[key] = config[key]
-    problems += _argument_problems(complete({}) | sound, unsound)
-    if config.get("REQUIRE_RERUNNABLE", True):
-        unrecordable: list[str] = []
-        recorded = {key: value for key, value in config.items() if key in KEYS and key not in UNRECORDED}
-        encode(recorded, "", project, unrecordable)
-        problems += unrecordable
+                problems[key] = f"{key} is missing: it is {entry.about}."
+        elif problem := entry.test(config[key]):
+            problems[key] = f"{key} is {short(config[key])}: it {problem}."
     return problems
 
 
-def unknown(key: Any) -> str:
-    near = difflib.get_close_matches(str(key).upper(), KEYS, n=1)
+def unknown(key: Any, keys: Iterable[str] = KEYS) -> str:
+    """Return the sentence about a key that is none."""
+    near = difflib.get_close_matches(str(key).upper(), keys, n=1)
     return f"{key} is no key of a config: " + (f"did you mean {near[0]}?" if near else "see config/keys.py.")
 
 
-def _argument_problems(config: dict[str, Any], unsound: set[str]) -> list[str]:
-    """The problems between keys that are sound by themselves; the unsound ones have their default in config."""
-    problems = []
+def _argument_problems(config: dict[str, Any], wrong: Mapping[Any, str]) -> Iterable[str]:
+    """Yield the problems between keys that are right by themselves; the wrong ones have their default."""
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+    from torch.utils.data import DataLoader
+
     for name in ("MODEL", "OPTIMIZER", "SCHEDULER", "LOSS"):
-        if config.get(name) is not None and f"{name}_CONFIG" not in unsound:
-            problems += _call_problems(config[name], config[f"{name}_CONFIG"], f"{name}_CONFIG", name)
-    problems += _call_problems(
-        torch.utils.data.DataLoader, config["DATA_LOADER_CONFIG"], "DATA_LOADER_CONFIG", "DATA_LOADER"
-    )
-    batch_size = config["DATA_LOADER_CONFIG"].get("batch_size", 1)
-    if batch_size is None or (isinstance(batch_size, int) and batch_size < 1):
-        problems.append(
-            f"DATA_LOADER_CONFIG.batch_size is {batch_size!r}: it must be a whole number of at least 1."
-        )
-    for part, arguments in (config["DATASET_CONFIG"] or {}).items():
-        if part not in ("train", "test", "validation") or not isinstance(arguments, dict):
-            problems.append(
-                f"DATASET_CONFIG.{part} must be one of train, test, validation, and a dict of arguments."
-            )
+        if config.get(name) is not None and f"{name}_CONFIG" not in wrong:
+            yield from _call_problems(config[name], config[f"{name}_CONFIG"], f"{name}_CONFIG", name)
+    loader = config["DATA_LOADER_CONFIG"]
+    yield from _call_problems(DataLoader, loader, "DATA_LOADER_CONFIG", "DATA_LOADER")
+    size = loader.get("batch_size", 1)
+    if size is None or (isinstance(size, int) and size < 1):
+        yield f"DATA_LOADER_CONFIG.batch_size is {size!r}: it must be a whole number of at least 1."
+    for split, arguments in (config["DATASET_CONFIG"] or {}).items():
+        path = f"DATASET_CONFIG.{split}"
+        if split not in _SPLITS or not isinstance(arguments, dict):
+            yield f"{path} must be one of {', '.join(_SPLITS)}, and a dict of arguments."
         elif config["DATASET"] is not None:
-            problems += _call_problems(config["DATASET"], arguments, f"DATASET_CONFIG.{part}", "DATASET")
-    follows_results = issubclass(config["SCHEDULER"] or object, torch.optim.lr_scheduler.ReduceLROnPlateau)
-    if follows_results and config["SCHEDULER_STEP"] != "epoch":
-        problems.append(
-            "SCHEDULER is ReduceLROnPlateau, which follows results of epochs: set SCHEDULER_STEP=epoch."
-        )
-    goal = config["MONITOR"].split()[1]
-    results = ["loss", *config["METRICS"]]
-    if "METRICS" not in unsound and goal.partition(".")[0].removesuffix("_sample_mean") not in results:
-        problems.append(
-            f"MONITOR is {config['MONITOR']!r}: {goal} is not among the results ({', '.join(results)})."
-        )
-    return problems
+            yield from _call_problems(config["DATASET"], arguments, path, "DATASET")
+    if issubclass(config["SCHEDULER"] or object, ReduceLROnPlateau) and config["SCHEDULER_STEP"] != "epoch":
+        yield "SCHEDULER is ReduceLROnPlateau, which follows results of epochs: set SCHEDULER_STEP=epoch."
+    goal, results = config["MONITOR"].split()[1], ["loss", *config["METRICS"]]
+    if "METRICS" not in wrong and goal.partition(".")[0].removesuffix("_sample_mean") not in results:
+        monitor = config["MONITOR"]
+        yield f"MONITOR is {monitor!r}: {goal} is not among the results ({', '.join(results)})."
 
 
-def _call_problems(target: Any, arguments: dict[str, Any], path: str, name: str) -> list[str]:
+def _call_problems(target: Callable, arguments: dict[str, Any], path: str, name: str) -> Iterable[str]:
+    """Yield why a class or function cannot be called with these arguments."""
     try:
-        signature = inspect.signature(target)
+        signature = inspect.signature(target).parameters
     except (TypeError, ValueError):
-        return []  # some C functions have none
-    parameters = {
-        argument: parameter
-        for argument, parameter in signature.parameters.items()
-        if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    }
+        return  # some C functions have none
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = {key: parameter for key, parameter in signature.items() if parameter.kind in by_name}
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.values())
     called = getattr(target, "__name__", repr(target))
-    takes_any = any(
-        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values()
-    )
     filled_in = _FILLED_IN.get(name, ())
     if name == "LOSS" and not isinstance(target, type):
-        filled_in = tuple(signature.parameters)[:2]  # the prediction and the target
-    problems = []
-    for argument in arguments:
-        if argument in filled_in:
-            problems.append(f"{path}.{argument} is set by the routine: leave it out.")
-        elif argument not in parameters and not takes_any:
-            near = difflib.get_close_matches(argument, parameters, n=1)
-            hint = (
-                f"did you mean {near[0]}?"
-                if near
-                else f"it takes {', '.join(p for p in parameters if p not in filled_in)}. {path}={{}} clears old ones."
-            )
-            problems.append(f"{path}.{argument} is no argument of {called}: {hint}")
-    known = {argument: value for argument, value in arguments.items() if argument in parameters}
-    for argument, parameter in parameters.items():
-        given = argument in arguments or argument in filled_in
-        given = given or (name == "SCHEDULER" and argument in _FILLED_IN_WHERE_MISSING)
-        if parameter.default is parameter.empty and not given:
-            problems.append(f"{path}.{argument} is missing: {called} needs it.")
-    function = inspect.unwrap(
-        inspect.getattr_static(target, "__init__") if isinstance(target, type) else target
-    )
-    names = getattr(function, "__globals__", {})
-    hints = {argument: _hint(parameters[argument].annotation, names) for argument in known}
-    return problems + _type_problems(hints, known, path)
+        filled_in = tuple(signature)[:2]  # the prediction and the target
+    for key in arguments:
+        if key in filled_in:
+            yield f"{path}.{key} is set by the routine: leave it out."
+        elif key not in parameters and not takes_any:
+            near = difflib.get_close_matches(key, parameters, n=1)
+            taken = ", ".join(parameter for parameter in parameters if parameter not in filled_in)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {taken}. {path}={{}} clears old ones."
+            yield f"{path}.{key} is no argument of {called}: {hint}"
+    may_lack = (*filled_in, *(_FILLED_IN_WHERE_MISSING if name == "SCHEDULER" else ()))
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in (*arguments, *may_lack):
+            yield f"{path}.{key} is missing: {called} needs it."
+    for key in (key for key in arguments if key in parameters):
+        types = _plain_types(parameters[key].annotation, target)
+        if types and not any(is_of(arguments[key], kind) for kind in types):
+            names = " or ".join("None" if kind is NoneType else kind.__name__ for kind in types)
+            yield f"{path}.{key} is {short(arguments[key])}: it must be {names}."
 
 
-def _hint(annotation: Any, names: dict[str, Any]) -> Any:
-    """A hint as types, or None. They are read one by one: a single unknown name would take the others with it."""
-    try:
-        return typing.get_type_hints(SimpleNamespace(__annotations__={"hint": annotation}), names)["hint"]
+def _plain_types(annotation: Any, target: Callable) -> tuple[type, ...]:
+    """Return the types of a hint where it is made of plain ones alone; () where we cannot judge."""
+    function = inspect.getattr_static(target, "__init__") if isinstance(target, type) else target
+    names = getattr(inspect.unwrap(function), "__globals__", {})
+    try:  # one by one: a single unknown name would take the others with it
+        hint = typing.get_type_hints(SimpleNamespace(__annotations__={"hint": annotation}), names)["hint"]
     except (NameError, TypeError, AttributeError, SyntaxError):
-        return None
-
-
-def _type_problems(hints: dict[str, Any], arguments: dict[str, Any], path: str) -> list[str]:
-    problems = []
-    for argument, value in arguments.items():
-        plain = _plain_types(hints[argument])
-        if (plain and not isinstance(value, plain)) or (
-            bool not in plain and plain and isinstance(value, bool)
-        ):
-            names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in plain)
-            problems.append(f"{path}.{argument} is {short(value)}: it must be {names}.")
-    return problems
-
-
-def _plain_types(hint: Any) -> tuple[type, ...]:
-    """The types of a hint where it is made of these alone; () where we cannot judge."""
-    plain = (bool, int, float, str, type(None))
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
-    if not all(option in plain for option in options):
         return ()
-    return (*options, int) if float in options and int not in options else tuple(options)
+    types = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+    return types if all(kind in (bool, int, float, str, NoneType) for kind in types) else ()

@@ -3,20 +3,18 @@
 import os
 from pathlib import Path
 
-# Libraries, or parts of them, whose models, losses, metrics and datasets may be restored from a record. Other parts of
-# these download files, write logs, or evaluate text.  # <- your libraries here
+# Libraries, or parts of them, whose models, losses, metrics and datasets may be restored from a record. Other
+# parts of these download files, write logs, or evaluate text.  # <- your libraries here
 ALLOWED_ROOTS = (
     "torchmetrics",
     *(f"torchvision.{part}" for part in ("models", "ops", "transforms")),
     *(f"timm.{part}" for part in ("layers", "loss", "optim")),
     *(f"segmentation_models_pytorch.{part}" for part in ("decoders", "losses", "metrics")),
-    *(
-        f"monai.{part}"
-        for part in ("losses", "metrics", "networks.blocks", "networks.layers", "networks.nets")
-    ),
+    *(f"monai.{part}" for part in ("losses", "metrics")),
+    *(f"monai.networks.{part}" for part in ("blocks", "layers", "nets")),
 )
 
-# Old names of what was renamed or moved, so that old records can still be read.  # <- your renamed objects here
+# Old names of what was renamed or moved, so that old records are still read.  # <- your renamed objects here
 ALIASES = {
     "models.unet:UNET": ".models.unet:UNET",
     "utils.loss:smooth_dice_loss": ".utils.loss:smooth_dice_loss",
@@ -27,8 +25,8 @@ def make_global_config(root_path: str | os.PathLike | None = None) -> dict[str, 
     """
     Make the global config. Folders are not created here, but by whatever first writes into them.
 
-    Each value can be redirected by the environment variable of the same name (a relative one is taken from the working
-    directory).
+    Each value can be redirected by the environment variable of the same name; a relative one is taken from
+    the working directory.
 
     :param root_path: the folder that holds the others by default
     """

@@ -24,6 +24,9 @@ class Problems(UserError):
         text = listed[0] if number == 1 else "".join(f"\n  - {problem}" for problem in listed)
         super().__init__(f"{self.about} has {number} problem{'s' * (number != 1)}: {text}")
 
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), (self.problems,)  # to another process, which lists them again
+
 
 class ConfigError(Problems):
     """A config that cannot be used."""
@@ -37,8 +40,12 @@ class Preempted(BaseException):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: what is done is saved, start it again to continue
 
 
-def exit_code(main: Callable[[], int]) -> int:
-    """Run a script's main function and return its exit code; for an error of the user, print a sentence."""
+def exit_code(main: Callable[[], int], of_each_process: bool = False) -> int:
+    """
+    Run a script's main function and return its exit code; for an error of the user, print a sentence.
+
+    :param of_each_process: of several, each has errors of its own; otherwise the first one prints them
+    """
     try:
         return main()
     except Preempted as error:
@@ -46,6 +53,6 @@ def exit_code(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one is enough
+        if of_each_process or os.environ.get("RANK", "0") == "0":
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.errors import ConfigError
+from ..config.tree import difference
 from ..utils.files import make_unique_dir, write_atomic
 from ..utils.locks import locked
 from ..utils.logging.journal import Event, Journal
@@ -47,15 +48,13 @@ class Record:
         environment = describe_environment(setup.project.root, context.device) | {"data": setup.data.hashes}
         environment = redactor.data(environment | ran_on) | {"arguments": redactor.arguments(sys.argv)}
         if rerun_of is not None:
-            for difference in differences_from(self.log_dir.parent / rerun_of, environment):
-                say(f"Not as it was: {difference}")
+            for change in differences_from(self.log_dir.parent / rerun_of, environment):
+                say(f"Not as it was: {change}")
         start = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch} | ran_on
         start["processes"] = num_processes()
         starts = [event for event in self.journal.events if event["event"] == "start"]
-        reasons = [
-            setup.not_rerunnable,
-            "" if self.captured == setup.captured else "the config holds a secret",
-        ]
+        reasons = [setup.not_rerunnable]
+        reasons += [f"{key} holds a secret" for key in difference(self.captured, setup.captured)]
         reasons += changes_on_the_way(starts, start, self.captured)
         about = {"name": self.name, "not_rerunnable": "; ".join(filter(None, reasons))}
         write_record(self.log_dir, self.captured | about)

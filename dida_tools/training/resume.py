@@ -16,7 +16,8 @@ from ..utils.logging.runs import read_record, run_names
 from .console import say
 from .listener import State
 from .modules import fill_model
-from .setup import Setup, build_scheduler
+from .optimization import build_scheduler
+from .setup import Setup
 
 logger = logging.getLogger(__name__)
 

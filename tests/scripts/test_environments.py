@@ -180,7 +180,7 @@ def test_the_configs_of_training_prediction_and_suite_are_of_one_model():
     suite = importlib.import_module("tests.test_models.test_unet")
     shapes = [
         {name: tensor.shape for name, tensor in UNET(**config).state_dict().items()}
-        for config in (trained, script.predict_config["MODEL_CONFIG"], suite.MODEL_CONFIG)
+        for config in (trained, script.predict_config()["MODEL_CONFIG"], suite.MODEL_CONFIG)
     ]
     assert shapes[0] == shapes[1] == shapes[2]
     assert suite.MODEL is UNET

@@ -264,7 +264,7 @@ def subject_of_run(
     fill_model(model, model_state(stored), str(weights))
     try:
         train_set, test_set, validation_set = getattr(module, "DATASETS", build_datasets)(config)
-        setup = prepare(train_set, test_set, config, global_config, validation_set)
+        setup = prepare(train_set, test_set, config, global_config, validation_set, "dida_tools")
     except DataError as error:
         about |= {"loss": _loss(config), "no_data": f"{name}: {error}"}
         inputs, targets = _invented_for(model, contract)
