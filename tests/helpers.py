@@ -1,0 +1,224 @@
+"""Helpers that several test modules share."""
+
+import contextlib
+import gc
+import hashlib
+import importlib
+import io
+import os
+import re
+import runpy
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dida_tools
+from dida_tools.utils.logging.journal import Event
+
+PACKAGE = dida_tools.__name__
+ROOT = Path(dida_tools.__file__).resolve().parents[1]
+ROUTINES = sorted(
+    file.name.removesuffix("_training.py")
+    for file in (Path(dida_tools.__file__).parent / "training").glob("*_training.py")
+)
+FIRST = "pytorch" if "pytorch" in ROUTINES else ROUTINES[0]
+# What the clock and the process put into otherwise equal events, rows and states.
+VOLATILE = {"time", "seconds", "pid", "PID", "STARTED", "HEARTBEAT", "SECONDS"}
+CRASHED = 86  # exit code of a child whose function raised
+HANGS_AFTER_SECONDS = 60.0
+
+
+def load_routine(name: str) -> ModuleType:
+    """Import a routine by its name, such as "pytorch". Skip where its framework is not installed."""
+    try:
+        return importlib.import_module(f"{PACKAGE}.training.{name}_training")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(PACKAGE):
+            raise
+        pytest.skip(f"{error.name} is not installed")
+
+
+def global_config_of(root: Path) -> dict[str, str]:
+    """Return the global config of a project in this folder."""
+    from dida_tools.config.config import make_global_config
+
+    return make_global_config(root)
+
+
+def rows_of(global_config: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the rows of the tracker."""
+    from dida_tools.utils.logging import read_log
+
+    return read_log(Path(global_config["LOG_DIR"]) / "experiments.csv")
+
+
+def events_of(run_dir: Path, *kinds: str) -> list[Event]:
+    """Return the events of a run's journal, all of them or those of some kinds."""
+    from dida_tools.utils.logging.journal import read_journal
+
+    events = read_journal(run_dir / "journal.jsonl")
+    return [event for event in events if not kinds or event["event"] in kinds]
+
+
+def scalars_of(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return what TensorBoard shows of a run: (step, value) by tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    shown.Reload()
+    return {tag: [(one.step, one.value) for one in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
+
+
+# ------------------------------------------------------------------------------------------------ bit by bit
+
+
+def bare(event: Event) -> Event:
+    """Return an event without the clock's values."""
+    return {key: value for key, value in event.items() if key not in ("time", "seconds")}
+
+
+def leaves(value: Any, path: str = "", ignored: frozenset[str] | set[str] = VOLATILE) -> dict[str, Any]:
+    """Return all values by place: tensors by their bits, numbers as text, so that 1, 1.0, -0.0 differ."""
+    if isinstance(value, dict | list | tuple):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        items = [(key, item) for key, item in pairs if key not in ignored]
+        found: dict[str, Any] = {path: f"{type(value).__name__} of {len(items)}"}
+        for key, item in items:
+            found |= leaves(item, f"{path}/{key}", ignored)
+        return found
+    if isinstance(value, Tensor):
+        bits = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return {path: (str(value.dtype), tuple(value.shape), bits)}
+    return {path: repr(value)}
+
+
+def differing(one: Any, other: Any, ignored: frozenset[str] | set[str] = VOLATILE) -> list[str]:
+    """Return the places at which two nested values differ by at least a bit."""
+    ones, others = leaves(one, "", ignored), leaves(other, "", ignored)
+    return [place for place in ones | others if ones.get(place) != others.get(place)]
+
+
+def fingerprint(state: Any) -> str:
+    """Return a digest of everything in a training state but its clock."""
+    digest = hashlib.sha256()
+    for place, value in leaves(state, "", {"time", "seconds"}).items():
+        digest.update(repr((place, value)).encode())
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------- processes
+
+
+class Child:
+    """A forked process in a session of its own. It runs a function and exits with the number it returns."""
+
+    def __init__(self, work: Callable[[], int | None], output: Path) -> None:
+        self.output = output
+        self.code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = CRASHED
+            try:
+                gc.freeze()  # collecting what the test process holds would copy its memory
+                os.setsid()
+                sys.stdout = sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115
+                os.dup2(sys.stderr.fileno(), 2)
+                code = work() or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)  # nothing of the test process, which this was, is to run on
+
+    def wait(self, seconds: float = HANGS_AFTER_SECONDS) -> bool:
+        """Wait for its end. Return False if it takes longer; code is negative after a signal."""
+        deadline = time.monotonic() + seconds
+        while self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                return False
+            else:
+                time.sleep(0.001)
+        return True
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        """End it by a signal, as kill -9 does, or the system when memory runs out."""
+        if self.code is None:
+            os.kill(self.pid, signum)
+            assert self.wait(), "it does not end"
+
+    def said(self) -> str:
+        """Return what it printed."""
+        return self.output.read_text(errors="replace")
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
+    """Wait until a condition holds; fail after so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited for too long"
+        time.sleep(0.01)
+
+
+def processes_of(sessions: set[int]) -> list[str]:
+    """Return the processes that are alive in one of these sessions, by what the kernel says."""
+    alive = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):  # it has just ended
+                text = (folder / "stat").read_text()
+                line = re.fullmatch(r"\d+ \((.*)\) (\S) \d+ \d+ (\d+) .*", text, re.S)
+                assert line is not None
+                if int(line[3]) in sessions and line[2] not in "ZX":
+                    alive.append(f"{folder.name} {line[1]} {line[2]}")
+    return alive
+
+
+def run_script(
+    script: str, *arguments: object, root: Path | None = None, given: str | io.StringIO = "", **variables: str
+) -> "CompletedProcess[str]":
+    """
+    Run a script of the repository's root in this process, where everything is imported already.
+
+    :param root: the project's folder, for logs, weights and data
+    :param given: what is typed
+    :param variables: of the environment
+    :return: returncode, stdout, stderr
+    """
+    from dida_tools.config import config as config_module
+
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        if root is not None:
+            for key, value in global_config_of(root).items():
+                patch.setitem(config_module.global_config, key, value)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.StringIO(given) if isinstance(given, str) else given)
+        code: Any = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code or 0
+        if isinstance(code, str):  # as Python does with a text
+            print(code, file=sys.stderr)
+            code = 1
+    return CompletedProcess([script, *map(str, arguments)], code, out.getvalue(), err.getvalue())
