@@ -125,7 +125,7 @@ def matching(folder: Path, patterns: Iterable[str]) -> list[str]:
 
 def remove(folder: Path, names: set[str]) -> None:
     """Delete parts and routines, their dependencies, and links to their pages."""
-    delete(folder, [file for name in names for file in files_of(folder, name)])
+    delete(folder, sorted({file for name in names for file in files_of(folder, name)}))
     remove_extras(folder, names)
     if "pytorch" in names:  # tests of what all routines share use it
         for file in folder.glob("tests/**/*.py"):

@@ -82,7 +82,7 @@ def make_files(folder: Path, record: dict[str, Any]) -> None:
 
 
 def rename(folder: Path, old: str, new: str) -> None:
-    """Rename the package, and its name in all files of the project's own: crop_yield, crop-yield, crop yield."""
+    """Rename the package, and its name in all files but the library's: crop_yield, crop-yield, crop yield."""
     (folder / old).rename(folder / new)
     first, *others = old.split("_")
     rest = r"(?:[_-]|\s+)".join(others)

@@ -4,13 +4,13 @@ Merge later versions of the template into this project, as git merges a branch.
     python tools/template.py diff                    show what the template has changed since
     python tools/template.py update                  merge it
     python tools/template.py update v1.2.0           merge that version instead of the newest one
-    python tools/template.py update --template PATH  take another template than the recorded one: folder or URL
+    python tools/template.py update --template PATH  another place of the template: folder or URL
 
-A commit in this project's history holds exactly what the template gave; .template.json names its version, and the
-project's name and parts. The new version is rendered with the same name and parts, as a child of that commit, and
-merged: git keeps your edits, follows files and folders that you renamed, and leaves a conflict where both changed
-the same lines. The library has one name everywhere. Imports of modules that you moved are rewritten in new code.
-make template-update then runs the tests.
+A commit in this project's history holds exactly what the template gave; .template.json names its version,
+and the project's name and parts. The new version is rendered with the same name and parts, as a child of
+that commit, and merged: git keeps your edits, follows files and folders that you renamed, and leaves a
+conflict where both changed the same lines. The library has one name everywhere. Imports of modules that you
+moved are rewritten in new code. make template-update then runs the tests.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def main() -> int:
             print("This history lacks the commit of the template (squashed or copied): it is made again.")
             if commit_of(template, record["commit"]) is None:
                 refuse(
-                    f"The template has no commit {record['commit']} (version {record['version']}), from which "
-                    "this project was made: name a clone that has it with TEMPLATE=..."
+                    f"The template has no commit {record['commit']} (version {record['version']}), which made "
+                    "this project: name a clone that has it with TEMPLATE=..."
                 )
             base = render(template, record, record["commit"], Path(folder) / "base")
         new = render(template, record, commit, Path(folder) / "new", base)
