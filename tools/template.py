@@ -71,7 +71,7 @@ def main() -> int:
             print("This history lacks the commit of the template (squashed or copied): it is made again.")
             if commit_of(template, record["commit"]) is None:
                 refuse(
-                    f"The template has no commit {record['commit']} (version {record['version']}), which made "
+                    f"The template has no commit {record['commit']} (version {record['version']}) that made "
                     "this project: name a clone that has it with TEMPLATE=..."
                 )
             base = render(template, record, record["commit"], Path(folder) / "base")
