@@ -28,8 +28,10 @@ TEMPLATE_FILES = (
     "docs/why_not.md",
     "docs/tutorial.md",
     "docs/how_to/from_2021.md",
-    "tests/scripts/test_new_project.py",
-    "tests/scripts/test_packaging.py",
+    *(
+        f"tests/scripts/test_{name}.py"
+        for name in ("docker", "docs", "environments", "makefile", "new_project", "packaging", "slurm")
+    ),
 )
 
 
