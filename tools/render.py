@@ -28,6 +28,7 @@ TEMPLATE_FILES = (
     "docs/why_not.md",
     "docs/tutorial.md",
     "docs/how_to/from_2021.md",
+    "tests/data/*",  # runs of version 0.1
     *(
         f"tests/scripts/test_{name}.py"
         for name in ("docker", "docs", "environments", "makefile", "new_project", "packaging", "slurm")

@@ -26,7 +26,7 @@ MARKS = {
 }
 OF_THE_TEMPLATE = (
     r"^(CHANGELOG|CONTRIBUTING|UPGRADING)\.md$|^CITATION|^new_project|^tools/(render\.py|project_readme)|"
-    r"^docs/(opinions|why_not|tutorial)\.md|from_2021|^tests_core/|"
+    r"^docs/(opinions|why_not|tutorial)\.md|from_2021|^tests_core/|^tests/data/|"
     r"/test_(docker|docs|environments|makefile|new_project|packaging|slurm)\.py$"
 )
 # Name, routines, parts left out. Names before and after the template's in the alphabet.
