@@ -19,6 +19,7 @@ from dida_tools.training.determinism import (
     seed_sample,
     seed_step,
 )
+from dida_tools.utils.data.dataset import as_dataset
 
 CPU = torch.device("cpu")
 
@@ -36,7 +37,7 @@ def draws() -> tuple:
     return random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------------ mix
+# -------------------------------------------------------------------------------------------------------- mix
 
 
 def test_mix_is_splitmix64() -> None:
@@ -79,7 +80,7 @@ def test_mix_takes_any_number(number: int) -> None:
     assert 0 <= mix(number, 1) < 2**63 and mix(number, 1) != mix(1, number)
 
 
-# ---------------------------------------------------------------------------------------------------------------- seeds
+# ------------------------------------------------------------------------------------------------------ seeds
 
 
 def seed_a_step(seed: int, number: int, more: int) -> None:
@@ -123,7 +124,7 @@ def test_dropout_is_a_function_of_seed_and_step() -> None:
     assert not torch.equal(mask(0, 5), mask(0, 6)) and not torch.equal(mask(0, 5), mask(1, 5))
 
 
-# ---------------------------------------------------------------------------------------------------------------- order
+# ------------------------------------------------------------------------------------------------------ order
 
 
 def batches(order: TrainingBatches, epoch: int = 0, first_batch: int = 0) -> list[list[int]]:
@@ -195,7 +196,7 @@ def test_without_shuffling_the_order_is_that_of_the_data(seed: int, epoch: int) 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("first_batch", range(6))
-def test_an_epoch_goes_on_with_the_rest_of_its_order(
+def test_an_epoch_resumes_with_the_rest_of_its_order(
     shuffle: bool, drop_last: bool, first_batch: int
 ) -> None:
     order = TrainingBatches(23, 4, shuffle, drop_last, seed=1)
@@ -215,7 +216,7 @@ def test_large_seeds_are_taken(seed: int) -> None:
     assert sorted(TrainingBatches(9, 2, True, False, seed).order(10**6)) == list(range(9))
 
 
-# -------------------------------------------------------------------------------------------------------------- loaders
+# ---------------------------------------------------------------------------------------------------- loaders
 
 
 class Noise(Dataset):
@@ -264,7 +265,7 @@ def test_loaded_samples_differ_per_epoch_and_seed_but_not_per_visit() -> None:
     assert not (ordered[0][:, 1:] == ordered[1][:, 1:]).any(0).all()
 
 
-def test_a_loader_goes_on_within_an_epoch_as_if_nothing_had_happened() -> None:
+def test_a_loader_resumes_within_an_epoch() -> None:
     whole = load(0, [(3, 0)])[0]
     for first_batch in range(4):
         assert equal(load(0, [(3, first_batch)]), [whole[first_batch:]])
@@ -279,7 +280,7 @@ def test_a_sample_does_not_depend_on_its_neighbors() -> None:
     assert torch.equal(samples[2, 5], alone)
 
 
-# ----------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
 class Images:
@@ -321,19 +322,19 @@ def test_evaluation_fills_its_batches() -> None:
 
 @pytest.mark.parametrize("max_pixels", [None, 1])
 def test_evaluation_takes_data_that_does_not_tell_its_shapes(max_pixels: int | None) -> None:
-    order = EvaluationBatches(Noise(), 4, max_pixels)
+    order = EvaluationBatches(as_dataset(Noise()), 4, max_pixels)
     assert [[index for _, index in batch] for batch in order] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
 
 
 def test_evaluation_draws_the_same_each_time_and_with_workers() -> None:
     found = []
     for num_workers in (0, 0, 2):
-        order = EvaluationBatches(Noise(), 4, None)
+        order = EvaluationBatches(as_dataset(Noise()), 4, None)
         found.append(list(DataLoader(Samples(Noise(), 1), batch_sampler=order, num_workers=num_workers)))
     assert equal([found[0]], [found[1]]) and equal([found[0]], [found[2]])
 
 
-# ----------------------------------------------------------------------------------------------------------- algorithms
+# ------------------------------------------------------------------------------------------------- algorithms
 
 
 def global_settings() -> tuple:
