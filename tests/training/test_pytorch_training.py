@@ -46,6 +46,16 @@ from tests.helpers import PACKAGE, events_of, rows_of
 pytestmark = pytest.mark.usefixtures("quick")
 
 
+@pytest.fixture
+def fit(datasets, tiny_config, global_config):
+    """Train on the tiny datasets, or others, with changes of the tiny config."""
+
+    def train_with(*sets, validation=None, **changes):
+        return train(*(sets or datasets), tiny_config | changes, global_config, validation)
+
+    return train_with
+
+
 def last_state(result) -> dict:
     return load_weights(result.weights["last"])
 
@@ -64,6 +74,10 @@ def initial_model(config: dict) -> nn.Module:
     return config["MODEL"](**config["MODEL_CONFIG"])
 
 
+def is_finite(file: Path) -> bool:
+    return all(torch.isfinite(tensor).all() for tensor in load_weights(file)["model"].values())
+
+
 def rates_of(result) -> list[float]:
     return [event["learning_rate"] for event in events_of(result.log_dir, "step")]
 
@@ -71,8 +85,8 @@ def rates_of(result) -> list[float]:
 # ------------------------------------------------------------------------------------------ what it learns
 
 
-def test_it_learns(datasets, tiny_config, global_config):
-    result = train(*datasets, tiny_config | {"EPOCHS": 25}, global_config)
+def test_it_learns(fit, tiny_config):
+    result = fit(EPOCHS=25)
     losses = [event["train.loss"] for event in result.history]
     assert len(losses) == 25 and losses[-1] < 0.6 * losses[0]
     assert result.metrics["test.f1"] > 0.8
@@ -80,22 +94,22 @@ def test_it_learns(datasets, tiny_config, global_config):
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_seed_decides_and_nothing_outside_does(datasets, tiny_config, global_config):
-    first = train(*datasets, tiny_config, global_config)
+def test_seed_decides_and_nothing_outside_does(fit):
+    first = fit()
     torch.manual_seed(1234)
     np.random.seed(99)
-    assert train(*datasets, tiny_config, global_config).digest == first.digest
-    assert train(*datasets, tiny_config | {"SEED": 1}, global_config).digest != first.digest
+    assert fit().digest == first.digest
+    assert fit(SEED=1).digest != first.digest
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_the_number_of_workers_does_not_change_the_weights(datasets, tiny_config, global_config, precision):
+def test_the_number_of_workers_does_not_change_the_weights(fit, tiny_config, precision):
     loader = tiny_config["DATA_LOADER_CONFIG"]
     configs = [
         tiny_config | {"PRECISION": precision, "DATA_LOADER_CONFIG": loader | {"num_workers": n}}
         for n in (0, 2)
     ]
-    results = [train(*datasets, config, global_config) for config in configs]
+    results = [fit(**config) for config in configs]
     assert results[0].digest == results[1].digest
     losses = [[event["train.loss"] for event in result.history] for result in results]
     assert losses[0] == losses[1]
@@ -119,12 +133,9 @@ class ModeLog(nn.Module):
         return self.norm(self.conv(x))
 
 
-def test_every_epoch_trains_in_training_mode_and_evaluates_in_evaluation_mode(
-    datasets, tiny_config, global_config
-):
+def test_every_epoch_trains_in_training_mode_and_evaluates_in_evaluation_mode(fit):
     ModeLog.modes.clear()
-    config = tiny_config | {"MODEL": ModeLog, "MODEL_CONFIG": {"ch_in": 3, "ch_out": 3}, "EPOCHS": 3}
-    result = train(*datasets, config, global_config)
+    result = fit(MODEL=ModeLog, MODEL_CONFIG={"ch_in": 3, "ch_out": 3}, EPOCHS=3)
     trained = [size for training, size in ModeLog.modes if training]
     assert len(trained) == 3 * 4 and len(ModeLog.modes) > len(trained) + 3
     # Evaluation left the statistics alone.
@@ -145,13 +156,10 @@ class Recorded(Dataset):
         return self.dataset[index]
 
 
-def test_training_is_shuffled_and_complete_and_the_test_set_is_read_in_order(
-    pairs_dir, tiny_config, global_config
-):
+def test_training_is_shuffled_and_complete_and_the_test_set_is_read_in_order(fit, pairs_dir):
     sets = [NpyDataset(pairs_dir / split / "x", pairs_dir / split / "y") for split in ("train", "test")]
     train_log, test_log = [], []
-    config = tiny_config | {"EPOCHS": 3, "VALIDATION_FRACTION": 0}
-    train(Recorded(sets[0], train_log), Recorded(sets[1], test_log), config, global_config)
+    fit(Recorded(sets[0], train_log), Recorded(sets[1], test_log), EPOCHS=3, VALIDATION_FRACTION=0)
     epochs = [train_log[start : start + 10] for start in range(len(train_log) - 30, len(train_log), 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != list(range(10))
@@ -159,24 +167,19 @@ def test_training_is_shuffled_and_complete_and_the_test_set_is_read_in_order(
     assert in_order[:3] == [0, 1, 2]
 
 
-def test_the_test_set_takes_no_part_in_selection_and_need_not_be(
-    datasets, pairs_dir, tiny_config, global_config
-):
-    usual = train(*datasets, tiny_config, global_config)
+def test_the_test_set_takes_no_part_in_selection_and_need_not_be(fit, datasets, pairs_dir):
+    usual = fit()
     swapped = NpyDataset(pairs_dir / "train" / "x", pairs_dir / "train" / "y")
-    other = train(datasets[0], swapped, tiny_config, global_config)
-    without = train(datasets[0], None, tiny_config, global_config)
+    other, without = fit(datasets[0], swapped), fit(datasets[0], None)
     for result in (other, without):
         assert (usual.digest, usual.state.best_epoch) == (result.digest, result.state.best_epoch)
     assert usual.metrics["test.f1"] != other.metrics["test.f1"]
     assert {key.partition(".")[0] for key in without.metrics} == {"validation"}
 
 
-def test_the_best_weights_are_those_of_the_best_epoch_and_give_the_test_result(
-    datasets, tiny_config, global_config
-):
+def test_the_best_weights_are_those_of_the_best_epoch_and_give_the_test_result(fit, datasets, tiny_config):
     # The smallest F1 is wanted, so that the best epoch is not the last one.
-    result = train(*datasets, tiny_config | {"EPOCHS": 6, "MONITOR": "min f1"}, global_config)
+    result = fit(EPOCHS=6, MONITOR="min f1")
     scores = [event["validation.f1"] for event in result.history]
     assert result.state.best_epoch == 1 + int(np.argmin(scores)) != 6
     assert result.metrics["validation.f1"] == min(scores)
@@ -192,8 +195,8 @@ def test_the_best_weights_are_those_of_the_best_epoch_and_give_the_test_result(
     assert [result.metrics[f"test.f1.{label}"] for label in range(3)] == pytest.approx(per_class, abs=1e-12)
 
 
-def test_the_contract_holds_the_statistics_of_the_training_split_alone(datasets, tiny_config, global_config):
-    contract = best_weights(train(*datasets, tiny_config, global_config))["contract"]
+def test_the_contract_holds_the_statistics_of_the_training_split_alone(fit, datasets):
+    contract = best_weights(fit())["contract"]
     train_split, _ = datasets[0].split(0.2, seed=0)
     pixels = np.concatenate([np.load(file).reshape(-1, 3) for file in train_split.images]) / 255
     assert contract["mean"] == pytest.approx(pixels.mean(0))
@@ -201,13 +204,12 @@ def test_the_contract_holds_the_statistics_of_the_training_split_alone(datasets,
     assert len(train_split.images) == 8
 
 
-def test_what_selects(datasets, tiny_config, global_config, capsys):
-    result = train(*datasets, tiny_config, global_config, validation_dataset=datasets[1])
+def test_what_selects(fit, datasets, capsys):
+    result = fit(validation=datasets[1])
     assert result.metrics["validation.f1"] == result.metrics["test.f1"]
-    result = train(*datasets, tiny_config | {"VALIDATION_FRACTION": 0}, global_config)
+    result = fit(VALIDATION_FRACTION=0)
     assert weights_digest(best_weights(result)["model"]) == result.digest and result.state.best_epoch == 2
-    config = tiny_config | {"EPOCHS": 30, "PATIENCE": 2, "OPTIMIZER_CONFIG": {"lr": 0.0}}
-    result = train(*datasets, config, global_config)
+    result = fit(EPOCHS=30, PATIENCE=2, OPTIMIZER_CONFIG={"lr": 0.0})
     assert result.state.stopped and len(result.history) == result.state.best_epoch + 2 < 30
     assert "training stops here" in capsys.readouterr().out
 
@@ -215,25 +217,25 @@ def test_what_selects(datasets, tiny_config, global_config, capsys):
 # ---------------------------------------------------------------------------------------- the optimization
 
 
-def test_accumulation_makes_the_steps_of_larger_batches(datasets, tiny_config, global_config):
+def test_accumulation_makes_the_steps_of_larger_batches(fit, tiny_config):
     tiny_config |= {"OPTIMIZER": torch.optim.SGD, "OPTIMIZER_CONFIG": {"lr": 0.1}, "EPOCHS": 1}
     tiny_config["MODEL_CONFIG"] |= {"dropout": 0.0, "norm": None}
     states = []
     for batch_size, accumulate in ((8, 1), (4, 2), (2, 4)):
-        loader = {"DATA_LOADER_CONFIG": {"batch_size": batch_size}, "ACCUMULATE": accumulate}
-        result = train(*datasets, tiny_config | loader | {"VALIDATION_FRACTION": 0}, global_config)
+        loader = {"batch_size": batch_size}
+        result = fit(DATA_LOADER_CONFIG=loader, ACCUMULATE=accumulate, VALIDATION_FRACTION=0)
         assert result.state.step == 3  # 20 samples: 8, 8, and 4 in fewer batches
         states.append(last_state(result)["model"])
     for state, name in itertools.product(states[1:], states[0]):
         torch.testing.assert_close(states[0][name], state[name], rtol=1e-4, atol=1e-5)
 
 
-def test_the_norm_of_the_gradient_is_clipped(datasets, tiny_config, global_config):
+def test_the_norm_of_the_gradient_is_clipped(fit, tiny_config):
     tiny_config |= {"OPTIMIZER": torch.optim.SGD, "OPTIMIZER_CONFIG": {"lr": 1.0}, "EPOCHS": 1}
     tiny_config |= {"DATA_LOADER_CONFIG": {"batch_size": 100}}
     before, moved = initial_model(tiny_config), {}
     for clip in (None, 1e-3):
-        after = last_state(train(*datasets, tiny_config | {"CLIP_NORM": clip}, global_config))["model"]
+        after = last_state(fit(CLIP_NORM=clip))["model"]
         steps = [(after[name] - weight.detach()).flatten() for name, weight in before.named_parameters()]
         moved[clip] = torch.cat(steps).norm().item()
     assert moved[1e-3] == pytest.approx(1e-3, rel=1e-2)
@@ -251,10 +253,10 @@ class SteppedSGD(torch.optim.SGD):
         SteppedSGD.after_steps.append([parameter.detach().clone() for parameter in parameters])
 
 
-def test_the_moving_average_is_evaluated_and_becomes_the_best(datasets, tiny_config, global_config):
+def test_the_moving_average_is_evaluated_and_becomes_the_best(fit, tiny_config):
     tiny_config |= {"OPTIMIZER": SteppedSGD, "OPTIMIZER_CONFIG": {"lr": 0.1}, "EPOCHS": 1, "EMA": 0.5}
     SteppedSGD.after_steps.clear()
-    result = train(*datasets, tiny_config, global_config)
+    result = fit()
     expected = SteppedSGD.after_steps[0]
     for weights in SteppedSGD.after_steps[1:]:
         expected = [0.5 * old + 0.5 * new for old, new in zip(expected, weights, strict=True)]
@@ -274,16 +276,14 @@ def test_the_moving_average_is_evaluated_and_becomes_the_best(datasets, tiny_con
         (ReduceLROnPlateau, {"patience": 0, "threshold": 10.0, "mode": "max"}, "epoch", [0.1] * 8),
     ],
 )
-def test_the_schedule_steps_when_it_should(
-    datasets, tiny_config, global_config, scheduler, options, when, expected
-):
-    tiny_config |= {"SCHEDULER": scheduler, "SCHEDULER_CONFIG": options, "SCHEDULER_STEP": when}
-    result = train(*datasets, tiny_config | {"OPTIMIZER_CONFIG": {"lr": 0.1}}, global_config)
+def test_the_schedule_steps_when_it_should(fit, scheduler, options, when, expected):
+    schedule = {"SCHEDULER": scheduler, "SCHEDULER_CONFIG": options, "SCHEDULER_STEP": when}
+    result = fit(OPTIMIZER_CONFIG={"lr": 0.1}, **schedule)
     assert rates_of(result) == pytest.approx(expected)
 
 
-def test_what_a_schedule_lacks_is_filled_in(datasets, tiny_config, global_config):
-    result = train(*datasets, tiny_config | {"SCHEDULER": OneCycleLR, "EPOCHS": 3}, global_config)
+def test_what_a_schedule_lacks_is_filled_in(fit, datasets, tiny_config, global_config):
+    result = fit(SCHEDULER=OneCycleLR, EPOCHS=3)
     rates = rates_of(result)
     assert len(rates) == 12 and max(rates) <= 1e-2 and rates[-1] < 1e-3 < rates[3]
     plateau = {"SCHEDULER": ReduceLROnPlateau, "SCHEDULER_STEP": "epoch"}
@@ -291,25 +291,23 @@ def test_what_a_schedule_lacks_is_filled_in(datasets, tiny_config, global_config
         config = tiny_config | plateau | {"MONITOR": monitor}
         assert prepare(*datasets, config, global_config, None, train.__module__).scheduler.mode == mode
     options = {"patience": 0, "threshold": 10.0}
-    result = train(
-        *datasets, tiny_config | plateau | {"SCHEDULER_CONFIG": options, "EPOCHS": 6}, global_config
-    )
+    result = fit(SCHEDULER_CONFIG=options, EPOCHS=6, **plateau)
     assert rates_of(result)[0] == 1e-2 and rates_of(result)[-1] < 1e-4
 
 
-def test_it_starts_from_given_weights(datasets, tiny_config, global_config, tmp_path):
+def test_it_starts_from_given_weights(fit, tiny_config, tmp_path):
     torch.manual_seed(7)
     given = UNET(**tiny_config["MODEL_CONFIG"])
     save_weights(tmp_path / "ours.pt", {"model": given.state_dict()})
     torch.save(given.state_dict(), tmp_path / "plain.pt")
     for file in ("ours.pt", "plain.pt"):
         options = {"OPTIMIZER_CONFIG": {"lr": 0.0, "weight_decay": 0.0}, "INIT_WEIGHTS": str(tmp_path / file)}
-        after = last_state(train(*datasets, tiny_config | options, global_config))["model"]
+        after = last_state(fit(**options))["model"]
         assert all(torch.equal(after[name], tensor) for name, tensor in given.named_parameters())
 
 
-def test_bf16_trains_to_nearly_the_same_and_keeps_weights_in_float32(datasets, tiny_config, global_config):
-    results = [train(*datasets, tiny_config | {"PRECISION": one}, global_config) for one in ("fp32", "bf16")]
+def test_bf16_trains_to_nearly_the_same_and_keeps_weights_in_float32(fit):
+    results = [fit(PRECISION=one) for one in ("fp32", "bf16")]
     assert results[0].digest != results[1].digest
     tensors = [tensor for tensor in last_state(results[1])["model"].values() if tensor.ndim]
     assert all(tensor.dtype == torch.float32 for tensor in tensors)
@@ -319,9 +317,8 @@ def test_bf16_trains_to_nearly_the_same_and_keeps_weights_in_float32(datasets, t
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_it_trains_on_a_gpu_repeatably(datasets, tiny_config, global_config, precision):
-    config = tiny_config | {"DEVICE": "cuda", "PRECISION": precision, "EPOCHS": 10}
-    results = [train(*datasets, config, global_config) for _ in range(2)]
+def test_it_trains_on_a_gpu_repeatably(fit, precision):
+    results = [fit(DEVICE="cuda", PRECISION=precision, EPOCHS=10) for _ in range(2)]
     assert results[0].digest == results[1].digest
     assert results[0].history[-1]["train.loss"] < results[0].history[0]["train.loss"]
 
@@ -337,24 +334,24 @@ def split_pairs(inputs: Tensor, targets: Tensor, number: int) -> tuple[TensorDat
     return TensorDataset(inputs[:number], targets[:number]), TensorDataset(inputs[number:], targets[number:])
 
 
-def test_a_classifier_of_another_library_trains(tiny_config, global_config):
+def test_a_classifier_of_another_library_trains(fit, tiny_config, global_config):
     features = torch.randn(120, 5, generator=torch.Generator().manual_seed(0))
     sets = split_pairs(features, (features[:, 0] + features[:, 1] > 0).long(), 90)
     tiny_config |= {"MODEL": nn.Linear, "MODEL_CONFIG": {"in_features": 5, "out_features": 2}, "EPOCHS": 30}
     tiny_config |= {"LOSS": nn.CrossEntropyLoss, "METRICS": {"accuracy": accuracy, "f1": f1}}
-    result = train(*sets, tiny_config, global_config)
+    result = fit(*sets)
     assert result.metrics["test.accuracy"] > 0.9
     assert the_row(global_config)["RERUNNABLE"].startswith("no: the datasets are not named")
 
 
-def test_a_regression_trains_and_plain_metrics_are_means_over_samples(tiny_config, global_config):
+def test_a_regression_trains_and_plain_metrics_are_means_over_samples(fit, tiny_config):
     features = torch.randn(150, 4, generator=torch.Generator().manual_seed(0))
     values = features @ torch.tensor([[1.0], [-2.0], [0.5], [0.0]])
     values[0] = 0  # a first target of zero makes no classification of it
     linear = {"in_features": 4, "out_features": 1}
     tiny_config |= {"MODEL": nn.Linear, "MODEL_CONFIG": linear, "EPOCHS": 60, "MONITOR": "min error"}
     tiny_config |= {"LOSS": nn.functional.mse_loss, "METRICS": {"error": absolute_error}}
-    result = train(*split_pairs(features, values, 120), tiny_config, global_config)
+    result = fit(*split_pairs(features, values, 120))
     model = load_model(result.weights["best"], nn.Linear, linear)
     with torch.no_grad():
         expected = (model(features[120:]) - values[120:]).abs().mean().item()
@@ -362,7 +359,7 @@ def test_a_regression_trains_and_plain_metrics_are_means_over_samples(tiny_confi
     assert expected < 0.2 and best_weights(result)["contract"]["task"] == "values"
 
 
-def test_binary_masks_of_0_and_255_are_mapped_by_the_config(pairs_dir, tmp_path, tiny_config, global_config):
+def test_binary_masks_of_0_and_255_are_mapped_by_the_config(fit, pairs_dir, tmp_path, tiny_config):
     for file in pairs_dir.glob("*/*/*.npy"):
         array, copied = np.load(file), tmp_path / file.relative_to(pairs_dir)
         copied.parent.mkdir(parents=True, exist_ok=True)
@@ -371,17 +368,16 @@ def test_binary_masks_of_0_and_255_are_mapped_by_the_config(pairs_dir, tmp_path,
     sets = [make(tmp_path / split / "x", tmp_path / split / "y") for split in ("train", "test")]
     tiny_config["MODEL_CONFIG"]["ch_out"] = 1
     tiny_config |= {"LOSS": smooth_dice_loss, "EPOCHS": 30, "MASK_VALUES": {255: 1}}
-    result = train(*sets, tiny_config, global_config)
-    assert result.metrics["test.f1"] > 0.7
+    assert fit(*sets).metrics["test.f1"] > 0.7
     with pytest.raises(DataError, match=r"255.*MASK_VALUES"):
-        train(*sets, tiny_config | {"MASK_VALUES": None}, global_config)
+        fit(*sets, MASK_VALUES=None)
 
 
-def test_a_lambda_trains_where_the_user_asks_for_it_and_the_row_says_so(datasets, tiny_config, global_config):
-    config = tiny_config | {"LOSS": lambda pred, target: multi_class_dice_ce_sum(pred, target)}
+def test_a_lambda_trains_where_the_user_asks_for_it_and_the_row_says_so(fit, tiny_config, global_config):
+    tiny_config["LOSS"] = lambda pred, target: multi_class_dice_ce_sum(pred, target)
     with pytest.raises(ConfigError, match="lambda"):
-        train(*datasets, config, global_config)
-    train(*datasets, config | {"REQUIRE_RERUNNABLE": False}, global_config)
+        fit()
+    fit(REQUIRE_RERUNNABLE=False)
     assert "LOSS" in the_row(global_config)["RERUNNABLE"]
 
 
@@ -411,7 +407,9 @@ class MeanClassifier(nn.Module):
         return self.linear(x.mean((-2, -1)))
 
 
-def test_images_with_plain_numbers_as_labels_train_and_get_no_name_of_other_data(tiny_config, global_config):
+def test_images_with_plain_numbers_as_labels_train_and_get_no_name_of_other_data(
+    fit, tiny_config, global_config
+):
     tiny_config |= {
         "MODEL": MeanClassifier,
         "MODEL_CONFIG": {},
@@ -420,7 +418,7 @@ def test_images_with_plain_numbers_as_labels_train_and_get_no_name_of_other_data
     }
     tiny_config |= {"LOSS": nn.CrossEntropyLoss, "METRICS": {"accuracy": accuracy}, "MONITOR": "max accuracy"}
     tiny_config |= {key: small()[key] for key in ("DATASET", "DATASET_CONFIG")}  # which is not what is given
-    result = train(LabeledImages(40, 0), LabeledImages(20, 1), tiny_config, global_config)
+    result = fit(LabeledImages(40, 0), LabeledImages(20, 1))
     assert result.metrics["test.accuracy"] == 1.0
     assert best_weights(result)["contract"]["task"] == "multi-class"
     row = the_row(global_config)
@@ -431,9 +429,7 @@ def test_images_with_plain_numbers_as_labels_train_and_get_no_name_of_other_data
     ("loss", "channels", "task"),
     [(masked_multi_class_dice_ce_sum, 2, "multi-class"), (masked_dice_bce_sum, 4, "multi-label")],
 )
-def test_the_task_of_masked_targets_is_that_of_what_is_under_the_mask(
-    tiny_config, global_config, loss, channels, task
-):
+def test_the_task_of_masked_targets_is_that_of_what_is_under_the_mask(fit, tiny_config, loss, channels, task):
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(0, 2 if task == "multi-label" else 3, (8, channels, 16, 16), generator=generator)
     targets[:, 0] = 1  # all usable
@@ -444,7 +440,7 @@ def test_the_task_of_masked_targets_is_that_of_what_is_under_the_mask(
         kinds.append(targets.float().masked_fill(targets == 77, math.nan))
     for anything in kinds:
         train_set = TensorDataset(torch.rand(8, 3, 16, 16, generator=generator), anything)
-        result = train(train_set, train_set, tiny_config, global_config)
+        result = fit(train_set, train_set)
         assert best_weights(result)["contract"]["task"] == task
 
 
@@ -492,19 +488,18 @@ def test_config_files_row_and_result_agree(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_lines_that_cannot_be_printed_end_no_training(datasets, tiny_config, global_config, monkeypatch):
+def test_lines_that_cannot_be_printed_end_no_training(fit, global_config, monkeypatch):
     with open("/dev/full", "wb", buffering=0) as file:  # as a job's output on a disk that is full
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, write_through=True))
         with pytest.raises(OSError):
             print("anything")
-        train(*datasets, tiny_config, global_config)
+        fit()
         monkeypatch.undo()
     assert the_row(global_config)["STATUS"] == "finished"
 
 
-def test_two_runs_within_a_second_get_two_names(datasets, tiny_config, global_config):
-    config = tiny_config | {"EPOCHS": 1, "DATE": "2021-01-01"}
-    names = [train(*datasets, config, global_config).name for _ in range(2)]
+def test_two_runs_within_a_second_get_two_names(fit, global_config):
+    names = [fit(EPOCHS=1, DATE="2021-01-01").name for _ in range(2)]
     assert names == ["2021-01-01_tiny", "2021-01-01_tiny-2"]
     assert len(rows_of(global_config)) == 2
 
@@ -513,12 +508,11 @@ def test_two_runs_within_a_second_get_two_names(datasets, tiny_config, global_co
 
 
 def test_all_problems_are_reported_at_once_and_nothing_is_written(
-    tmp_path, datasets, tiny_config, global_config
+    fit, tmp_path, datasets, tiny_config, global_config
 ):
-    config = tiny_config | {"EPOCH": 3, "DEVICE": "cuda:77", "LOSS": lambda a, b: a, "ACCUMULATE": 0}
-    config["MODEL_CONFIG"] = tiny_config["MODEL_CONFIG"] | {"dropuot": 0.1}
+    wrong = {"EPOCH": 3, "DEVICE": "cuda:77", "LOSS": lambda a, b: a, "ACCUMULATE": 0}
     with pytest.raises(ConfigError) as caught:
-        train(*datasets, config, global_config)
+        fit(MODEL_CONFIG=tiny_config["MODEL_CONFIG"] | {"dropuot": 0.1}, **wrong)
     for text in ("EPOCHS?", "cuda:77", "lambda", "ACCUMULATE", "dropout?"):
         assert text in str(caught.value)
     for kind, content in (
@@ -529,7 +523,7 @@ def test_all_problems_are_reported_at_once_and_nothing_is_written(
         np.save(tmp_path / kind / "broken.npy", content)
     broken = NpyDataset(tmp_path / "x", tmp_path / "y", crop=16)
     with pytest.raises(ConfigError) as caught:
-        train(broken, datasets[1], tiny_config | {"EPOCHS": 0}, global_config)
+        fit(broken, datasets[1], EPOCHS=0)
     for text in ("EPOCHS", "broken.npy", "NaN", "77"):
         assert text in str(caught.value)
     assert not list(Path(global_config["ROOT_PATH"]).rglob("config.json"))
@@ -552,18 +546,16 @@ def test_all_problems_are_reported_at_once_and_nothing_is_written(
         ({"IGNORE_INDEX": 9}, "IGNORE_INDEX is 9, but the train data ignores 255"),
     ],
 )
-def test_what_does_not_fit_is_reported_before_training(
-    datasets, tiny_config, global_config, changes, message
-):
+def test_what_does_not_fit_is_reported_before_training(fit, global_config, changes, message):
     with pytest.raises(ValueError, match=message):
-        train(*datasets, tiny_config | changes, global_config)
+        fit(**changes)
     assert not list(Path(global_config["ROOT_PATH"]).rglob("journal.jsonl"))
 
 
-def test_splits_with_several_tasks_are_refused(datasets, pairs_dir, tiny_config, global_config):
+def test_splits_with_several_tasks_are_refused(fit, datasets, pairs_dir):
     other = NpyDataset(pairs_dir / "test" / "x", pairs_dir / "test" / "y", task="values")
     with pytest.raises(ConfigError, match="several tasks"):
-        train(datasets[0], other, tiny_config, global_config)
+        fit(datasets[0], other)
 
 
 class NanAfterSomeSteps(nn.Module):
@@ -578,28 +570,23 @@ class NanAfterSomeSteps(nn.Module):
         return multi_class_dice_ce_sum(pred, target) * (math.nan if is_nan else 1.0)
 
 
-def test_a_loss_that_becomes_nan_stops_the_run_and_names_step_files_and_checkpoint(
-    datasets, tiny_config, global_config
-):
+def test_a_loss_that_becomes_nan_stops_the_run_and_names_step_files_and_checkpoint(fit, global_config):
     NanAfterSomeSteps.calls = 0
-    config = tiny_config | {"LOSS": NanAfterSomeSteps, "CHECKPOINT_SECONDS": 0}
     with pytest.raises(NonFiniteLoss) as caught:
-        train(*datasets, config, global_config)
+        fit(LOSS=NanAfterSomeSteps, CHECKPOINT_SECONDS=0)
     message = str(caught.value)
     assert "step 6 (epoch 2, batch 2)" in message and "last-00000005.pt" in message
     assert message.count(".npy") == 4
     row = the_row(global_config)
     assert row["STATUS"] == "failed" and "NonFiniteLoss" in row["ERROR"]
-    state = load_weights(Path(global_config["WEIGHT_DIR"]) / row["NAME"] / "last-00000005.pt")
-    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
+    assert is_finite(Path(global_config["WEIGHT_DIR"]) / row["NAME"] / "last-00000005.pt")
 
 
-def test_weights_that_are_not_finite_are_never_saved(datasets, tiny_config, global_config):
+def test_weights_that_are_not_finite_are_never_saved(fit, global_config):
     sgd = {"OPTIMIZER": torch.optim.SGD, "OPTIMIZER_CONFIG": {"lr": 1e38}, "CHECKPOINT_SECONDS": 0}
     with pytest.raises(NonFiniteLoss):
-        train(*datasets, tiny_config | sgd, global_config)
-    for file in Path(global_config["WEIGHT_DIR"]).rglob("last-*.pt"):
-        assert all(torch.isfinite(tensor).all() for tensor in load_weights(file)["model"].values())
+        fit(**sgd)
+    assert all(map(is_finite, Path(global_config["WEIGHT_DIR"]).rglob("last-*.pt")))
 
 
 class Glutton(nn.Module):
@@ -615,14 +602,14 @@ class Glutton(nn.Module):
         return self.conv(x)
 
 
-def test_what_goes_wrong_in_a_batch_is_explained(pairs_dir, datasets, tiny_config, global_config):
+def test_what_goes_wrong_in_a_batch_is_explained(fit, pairs_dir, global_config):
     with pytest.raises(OutOfMemory, match=r"batch_size=4.*batch_size=2 ACCUMULATE=2"):
-        train(*datasets, tiny_config | {"MODEL": Glutton, "MODEL_CONFIG": {}}, global_config)
+        fit(MODEL=Glutton, MODEL_CONFIG={})
     assert the_row(global_config)["STATUS"] == "failed"
     folders = [pairs_dir / split for split in ("train", "test")]
     tiny = [NpyDataset(folder / "x", folder / "y", crop=2) for folder in folders]
     with pytest.raises(UserError, match=r"BatchNorm.*drop_last=True.*GroupNorm"):
-        train(*tiny, tiny_config | {"DATA_LOADER_CONFIG": {"batch_size": 1}}, global_config)
+        fit(*tiny, DATA_LOADER_CONFIG={"batch_size": 1})
 
 
 def test_the_shipped_configs_are_valid_and_round_trip():
@@ -655,20 +642,18 @@ def write_set(folder: Path, change) -> NpyDataset:
     ],
 )
 def test_test_images_unlike_those_of_training_are_refused_before_it(
-    tmp_path, tiny_config, global_config, change, message
+    fit, tmp_path, global_config, change, message
 ):
     train_set, test_set = (
         write_set(tmp_path / "train", lambda image: image),
         write_set(tmp_path / "test", change),
     )
     with pytest.raises(DataError, match=message):
-        train(train_set, test_set, tiny_config | {"EPOCHS": 1}, global_config)
+        fit(train_set, test_set)
     assert not list(Path(global_config["LOG_DIR"]).glob("*/journal.jsonl"))
 
 
-def test_a_channel_that_is_constant_in_training_is_reported_and_trained_with(
-    tmp_path, tiny_config, global_config
-):
+def test_a_channel_that_is_constant_in_training_is_reported_and_trained_with(fit, tmp_path):
     sets = [write_set(tmp_path / split, lambda image: image * [1, 0, 1]) for split in ("train", "test")]
     with pytest.warns(UserWarning, match="channel 1 of the training images has the same value everywhere"):
-        train(*sets, tiny_config | {"EPOCHS": 1}, global_config)
+        fit(*sets, EPOCHS=1)

@@ -26,8 +26,8 @@ def find_problems(
     values or sizes, masks of another size than their image or with values outside the classes.
 
     :param num_classes: number of the model's output channels, if masks are to be checked against it
-    :param training: whether crops are taken, or whole images evaluated
-    :param crop: size of the crops; None trains on whole images
+    :param training: crops are taken; else entire images are evaluated
+    :param crop: size of the crops; None trains on entire images
     """
     facts = pairs.scan(cache_file)
     problems = [fact["problem"] for fact in facts.values() if "problem" in fact]
