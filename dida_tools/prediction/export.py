@@ -84,9 +84,7 @@ class RawModel(nn.Module):
         return self.contract.probabilities(self.model(values))
 
 
-def export_run(
-    global_config: dict[str, str] | None, wanted: str, path: str | Path, kind: str | None = None
-) -> float:
+def export_run(global_config: dict[str, str] | None, wanted: str, path: str | Path, kind: str = "") -> float:
     """
     Export the best weights of a run; see export_model.
 
@@ -102,16 +100,12 @@ def export_run(
 
 
 def export_model(
-    model: nn.Module,
-    contract: DataContract,
-    path: str | Path,
-    kind: str | None = None,
-    notes: Notes | None = None,
+    model: nn.Module, contract: DataContract, path: str | Path, kind: str = "", notes: Notes | None = None
 ) -> float:
     """
     Export a model with its contract.
 
-    :param kind: one of KINDS; None takes the ending of the path
+    :param kind: one of KINDS; by default the ending of the path
     :param notes: further metadata
     :return: largest difference from PyTorch
     :raises ExportError: if it cannot be exported, or differs by more than TOLERANCE; then nothing is written
@@ -194,9 +188,8 @@ def _export(raw: RawModel, metadata: Notes) -> tuple[torch.export.ExportedProgra
             reason = " ".join(str(error).split())[:300]
     else:
         raise ExportError(f"{name}: fails for images of {_MULTIPLES[-1]} x n pixels: {reason}")
-    metadata["input"] = "float32 (N, {channels}, H, W), values as in the {dtype} files".format(
-        **raw.contract.to_dict()
-    )
+    channels, dtype = raw.contract.channels, raw.contract.dtype
+    metadata["input"] = f"float32 (N, {channels}, H, W), values as in the {dtype} files"
     metadata["sizes"] = f"multiples of {multiple} pixels" if multiple > 1 else "any"
     dims: list[Any] = [torch.export.Dim.DYNAMIC] * 3
     if multiple > 1:
@@ -242,7 +235,7 @@ def main() -> int:
     )
     parser.add_argument("name", metavar="NAME", help="the run: its name or part of it, latest, or best")
     parser.add_argument("-o", "--out", required=True, metavar="FILE", help="the file to be written")
-    parser.add_argument("--to", choices=KINDS, help="the format (default: by the ending of FILE)")
+    parser.add_argument("--to", choices=KINDS, default="", help="the format (default: by the ending of FILE)")
     arguments = parser.parse_args()
     # The exporters warn of optional libraries and of their own future.
     warnings.simplefilter("ignore")

@@ -1,6 +1,7 @@
 """What there is to predict: the images, the outputs that are made of each, and masks to score them with."""
 
 import glob
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,7 @@ def find_inputs(paths: Any, bands: Sequence[str] | None = None) -> list[tuple[Pa
     """
     Find the images: files, all of a folder, all that match a pattern.
 
-    :param bands: patterns of file names: each of the paths is a folder then, whose files are the channels
-        of one image
+    :param bands: patterns of file names: each path is a folder then, whose files are one image's channels
     :return: the file of each image, or its files in the order of the bands
     :raises DataError: with each path that gives no image
     """
@@ -108,13 +108,12 @@ def plan(
             ends = [f"_{kind}{end}" for kind, end in zip(kinds, ends, strict=True)]
         jobs.append(Job(files, tuple(out_dir / f"{start}{end}" for end in ends)))
     images = {file.resolve() for files in inputs for file in files}
-    problems, seen = [], set()
-    for output in (output for job in jobs for output in job.outputs):
-        if output.resolve() in images:
-            problems.append(f"{output}: would overwrite an input: give another OUT_DIR, PREFIX or SUFFIX")
-        if output in seen:
-            problems.append(f"{output}: several inputs would be written to this file")
-        seen.add(output)
+    counts = Counter(path for job in jobs for path in job.outputs)
+    other = "would overwrite an input: give another OUT_DIR, PREFIX or SUFFIX"
+    problems = [f"{path}: {other}" for path in counts if path.resolve() in images]
+    problems += [
+        f"{path}: several inputs would be written to it" for path, number in counts.items() if number > 1
+    ]
     if problems:
         raise DataError(problems)
     return jobs
@@ -164,29 +163,23 @@ def find_masks(jobs: Iterable[Job], folder: str | Path) -> list[Path]:
     return [masks[job.stem] for job in jobs]
 
 
-def score_maps(
-    maps: Sequence[Path],
-    masks: Sequence[Path],
-    contract: DataContract,
-    ignore_index: int = 255,
-    mask_values: dict | None = None,
-) -> Scores:
+def score_maps(maps: list[Path], masks: list[Path], contract: DataContract, config: dict[str, Any]) -> Scores:
     """
-    Compare maps of probabilities with masks, with the same counts as in training; pixels without data count
-    nowhere.
+    Compare maps of probabilities with masks, by the same counts as in training and without missing pixels.
 
     :param maps: outputs of the kind "probabilities", in float32 or uint8
     :param masks: one for each, as in training
+    :param config: IGNORE_INDEX and MASK_VALUES of a predict_config
     :raises DataError: if a mask has another size than its map, or values that are no classes
     """
-    multi_class = contract.task == "multi-class"
+    multi_class, ignore_index = contract.task == "multi-class", config["IGNORE_INDEX"]
     scores = Scores(contract.outputs, multi_class, ignore_index, contract.threshold)
     for map_file, mask_file in zip(maps, masks, strict=True):
         with ImageReader(map_file) as predicted, ImageReader(mask_file) as mask:
             height, width, _ = predicted.shape
             if mask.shape[:2] != (height, width):
-                sizes = "{} x {}".format(*mask.shape), "{} x {}".format(*predicted.shape)
-                raise DataError(f"{mask_file}: its size is {sizes[0]} pixels, that of the map {sizes[1]}")
+                size = f"{mask.shape[0]} x {mask.shape[1]} pixels, that of the map {height} x {width}"
+                raise DataError(f"{mask_file}: its size is {size}")
             for top in range(0, height, _ROWS):
                 window = Window(top, 0, min(_ROWS, height - top), width)
                 values = predicted.read(window)
@@ -194,7 +187,7 @@ def score_maps(
                 missing = (values == 255 if is_uint8 else np.isnan(values)).all(-1)
                 p = np.clip(values / 254 if is_uint8 else values.astype(np.float64), 1e-12, 1 - 1e-12)
                 logits = np.where(missing[..., None], 0, np.log(p) if multi_class else np.log(p / (1 - p)))
-                targets = map_values(mask.read(window), mask_values)
+                targets = map_values(mask.read(window), config["MASK_VALUES"])
                 targets = targets.astype(np.int64 if multi_class else np.float32)
                 targets[missing] = ignore_index
                 batch = [torch.from_numpy(array).movedim(-1, 0) for array in (logits, targets)]

@@ -48,18 +48,15 @@ class Output:
 
     def values(self, band: Band) -> np.ndarray:
         """Return what is written of some rows: (rows, W, bands)."""
-        values = probabilities = band.probabilities
+        values = p = band.probabilities
         is_multi_class = self.contract.task == "multi-class"
         if self.is_classes:
-            classes = self.contract.classes(torch.from_numpy(probabilities)[None])[0].numpy()
+            classes = self.contract.classes(torch.from_numpy(p)[None])[0].numpy()
             values = classes if classes.ndim == 3 else classes[None]
         elif self.kind == "confidence":
-            of_each = np.maximum(probabilities, 1 - probabilities)
-            values = probabilities.max(0, keepdims=True) if is_multi_class else of_each
+            values = p.max(0, keepdims=True) if is_multi_class else np.maximum(p, 1 - p)
         elif self.kind == "entropy":
-            outcomes = (
-                probabilities[:, None] if is_multi_class else np.stack([probabilities, 1 - probabilities])
-            )
+            outcomes = p[:, None] if is_multi_class else np.stack([p, 1 - p])
             terms = -outcomes * np.log(np.maximum(outcomes, np.finfo(np.float32).tiny))
             values = terms.sum(0) / np.float32(np.log(max(2, len(outcomes))))
         if self.is_uint8 and not self.is_classes:
@@ -71,7 +68,7 @@ class Output:
 class OutputFile:
     """An image file that is written from top to bottom. It appears under its name when it is complete."""
 
-    def __init__(self, path: Path, size: tuple[int, int], output: Output, grid: Grid | None = None) -> None:
+    def __init__(self, path: Path, size: tuple[int, int], output: Output, grid: Grid | None) -> None:
         """
         :param path: the file, in an existing folder; what a killed process left of it is removed
         :param size: (H, W)
@@ -115,7 +112,7 @@ class OutputFile:
         return stream
 
     def _append(self, values: np.ndarray) -> None:
-        self._stream.write(np.ascontiguousarray(values))
+        self._stream.write(values)
 
     def _complete(self) -> Path:
         return self._unfinished
@@ -125,14 +122,14 @@ class Picture(OutputFile):
     """A PNG, which shows classes in their colors."""
 
     def _complete(self) -> Path:
-        picture = Image.fromarray(np.load(self._unfinished, mmap_mode="r"))
+        picture = Image.fromarray(np.load(self._unfinished))
         if self.output.colors:
             palette = np.zeros((256, 3), np.uint8)
             palette[: len(self.output.colors)] = self.output.colors
             picture = picture.convert("P")  # the numbers stay
             picture.putpalette(palette.tobytes())
-        picture.save(self._folder / "complete.png")
-        return self._folder / "complete.png"
+        picture.save(self._unfinished)
+        return self._unfinished
 
 
 class Raster(OutputFile):
@@ -166,13 +163,8 @@ class Raster(OutputFile):
 
         file = self._folder / "complete.tif"
         between = "nearest" if self.output.is_classes else "average"  # of pixels, in overviews
-        options = {
-            "driver": "COG",
-            "compress": "deflate",
-            "overview_resampling": between,
-            "bigtiff": "if_safer",
-        }
-        rasterio.shutil.copy(self._unfinished, file, **options)  # pylint: disable=c-extension-no-member
+        options = {"compress": "deflate", "overview_resampling": between, "bigtiff": "if_safer"}
+        rasterio.shutil.copy(self._unfinished, file, driver="COG", **options)
         return file
 
 
@@ -181,9 +173,7 @@ FORMATS = {".npy": OutputFile, ".png": Picture, ".tif": Raster, ".tiff": Raster}
 
 
 @contextmanager
-def open_output(
-    path: Path, size: tuple[int, int], output: Output, grid: Grid | None = None
-) -> Iterator[OutputFile]:
+def open_output(path: Path, size: tuple[int, int], output: Output, grid: Grid | None) -> Iterator[OutputFile]:
     """Begin a file that no other process can write meanwhile; what is not finished at the end is removed."""
     with only_writer(path), closing(FORMATS[path.suffix.lower()](path, size, output, grid)) as file:
         yield file

@@ -89,7 +89,7 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
                 raise
         if masks:
             maps = [job.outputs[kinds.index("probabilities")] for job in jobs]
-            scores = score_maps(maps, masks, contract, config["IGNORE_INDEX"], config["MASK_VALUES"])
+            scores = score_maps(maps, masks, contract, config)
             _report(scores.results(contract.class_names), out_dir / of_this_process(SCORES))
     outputs = [output for job in jobs for output in job.outputs]
     say(f"{len(outputs)} prediction{'s' * (len(outputs) != 1)} in {out_dir}")

@@ -146,7 +146,7 @@ def test_nothing_overwrites_an_input_or_another_output(tmp_path, rgb):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         write_arrays(tmp_path / folder, an_image())
-    with pytest.raises(DataError, match="several inputs would be written to this file"):
+    with pytest.raises(DataError, match="several inputs would be written to it"):
         predict(rgb | {"FILES": [tmp_path / "one", tmp_path / "two"]})
     with pytest.raises(DataError, match="would overwrite an input"):
         predict(rgb | {"FILES": tmp_path / "one", "OUT_DIR": tmp_path / "one"})
