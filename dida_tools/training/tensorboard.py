@@ -1,6 +1,10 @@
 """TensorBoard: numbers, images, precision-recall curves, and runs by their config."""
 
+import os
+import socket
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..config.tree import flatten
@@ -30,6 +34,7 @@ class TensorBoard(Listener):
         is_tested = any(event["event"] == "test" and event["step"] == state.step for event in events)
         # An epoch's or a test's results have the step of the last checkpoint: write that step again.
         first = state.step if run.awaits_evaluation or is_tested else state.step + 1
+        _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(str(folder), purge_step=first)
         for event in events:
             if event["event"] == "step" and first <= event["step"] <= state.step:
@@ -98,3 +103,13 @@ class TensorBoard(Listener):
         plain = {key: value if isinstance(value, kinds) else str(value) for key, value in config.items()}
         for summary in hparams(plain, {name.replace(".", "/"): value for name, value in metrics.items()}):
             self._writer.file_writer.add_summary(summary)
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """TensorBoard reads files in the order of their names, which hold second, host and process."""
+    newest = max((file.name for file in folder.iterdir()), default="")
+    process = f"{socket.gethostname()}.{os.getpid()}"
+    for _ in range(20):
+        if newest < f"events.out.tfevents.{int(time.time()):010d}.{process}":
+            return
+        time.sleep(0.1)
