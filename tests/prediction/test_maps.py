@@ -1,8 +1,9 @@
 """Large images and many of them: rasters, scores, what is done already, kills, several processes."""
 
+import functools
+import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from rasterio.enums import ColorInterp
 from dida_tools.config.errors import Preempted, UserError
 from dida_tools.config.predict_keys import OUTPUTS
 from dida_tools.prediction import predict
+from dida_tools.prediction.ledger import Ledger
+from dida_tools.prediction.outputs import OutputFile
 from dida_tools.utils.data.contract import PALETTE
 from dida_tools.utils.data.images import DataError
 from dida_tools.utils.logging.journal import Journal
@@ -288,30 +291,44 @@ def begun(config: dict[str, Any], name: str) -> bool:
     return any((config["OUT_DIR"] / f".{name}.unfinished").glob("*"))
 
 
-def test_a_killed_prediction_resumes_file_by_file(tmp_path, config, start):
-    write_raster(tmp_path / "a.tif", reflectance(150, 60))
-    files = [tmp_path / "a.tif", *write_arrays(tmp_path, *[reflectance(80, 50, seed) for seed in range(3)])]
+def predict_until(config: dict[str, Any], moment: int) -> int:
+    """Predict in a process that kills itself before its so-many-th step."""
+    steps = itertools.count(1)
+
+    def watched(step: Callable) -> Callable:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if next(steps) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*arguments, **options)
+
+        return call
+
+    names = {Net: ["forward"], OutputFile: ["write", "finish"], Ledger: ["add"], os: ["fsync", "replace"]}
+    for owner, attributes in names.items():
+        for name in attributes:
+            setattr(owner, name, watched(getattr(owner, name)))
+    return len(predict(config)) * 0
+
+
+def test_a_killed_prediction_resumes_file_by_file(tmp_path, config):
+    files = [*write_arrays(tmp_path, reflectance(90, 50), reflectance(20, 20)), tmp_path / "a.tif"]
+    write_raster(files[-1], reflectance(100, 60))
     config |= {"FILES": files, "OUTPUT": ["classes", "probabilities"]}
     predict(config | {"OUT_DIR": tmp_path / "undisturbed"})
-    undisturbed = contents(tmp_path / "undisturbed")
-    rng, kills, finished = random.Random(0), 0, {}
-    while len(finished) < len(undisturbed):
-        child = start(config, 0.0 if kills > 30 else 0.02)
-        ended = child.wait(rng.uniform(0.05, 0.4))
-        child.kill()
-        kills += not ended
-        assert child.code in (0, -signal.SIGKILL), child.said()
+    undisturbed, finished, codes = contents(tmp_path / "undisturbed"), {}, []
+    for moment in itertools.count(1, 2):
+        child = Child(functools.partial(predict_until, config, moment), tmp_path / "said")
+        assert child.wait() and child.code in (0, -signal.SIGKILL), child.said()
+        codes.append(child.code)
         found = contents(config["OUT_DIR"])
         assert found.items() <= undisturbed.items()  # no half of a file has a name
         stamps = {name: (config["OUT_DIR"] / name).stat().st_mtime_ns for name in found}
         assert finished.items() <= stamps.items()  # what is finished is not done again
-        # Of an image with several outputs, the first may have been recorded without the second.
-        pairs = {name.partition("_")[0] for name in stamps}
-        complete = {stem for stem in pairs if sum(name.startswith(f"{stem}_") for name in stamps) == 2}
-        finished = {name: stamp for name, stamp in stamps.items() if name.partition("_")[0] in complete}
-    assert kills >= 3
-    predict(config)
-    assert contents(config["OUT_DIR"]) == undisturbed and not list(config["OUT_DIR"].glob(".*"))
+        if child.code == 0:
+            break
+        # Only once the next image is begun, both outputs of one are known to be in the ledger.
+        finished = {name: stamps[name] for name in sorted(stamps)[: 2 * ((len(stamps) - 1) // 2)]}
+    assert len(codes) > 8 and found == undisturbed and not list(config["OUT_DIR"].glob(".*"))
 
 
 def test_what_was_left_unfinished_is_begun_anew(tmp_path, config):
