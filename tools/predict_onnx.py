@@ -1,4 +1,4 @@
-"""Predicts an image with an exported model, without this project: python predict_onnx.py MODEL.onnx IMAGE OUT.npy"""
+"""Predict an image with an exported model alone: python predict_onnx.py MODEL.onnx IMAGE OUT.npy"""
 
 import json
 import sys
@@ -15,13 +15,11 @@ image = image[:, :, None] if image.ndim == 2 else image
 found, known = (image.dtype.name, image.shape[2]), (contract["dtype"], contract["channels"])
 if found != known:
     sys.exit(f"{source}: its dtype and channels are {found}, those of the model {known}")
-probabilities = session.run(None, {"image": np.moveaxis(image, -1, 0)[None].astype(np.float32)})[0][
-    0
-]  # (K, H, W)
+inputs = np.moveaxis(image, -1, 0)[None].astype(np.float32)
+probabilities = session.run(None, {"image": inputs})[0][0]  # (K, H, W)
 if contract["task"] == "multi-class":
     probabilities = probabilities.argmax(0).astype(np.uint8)
 elif contract["task"] == "multi-label":
-    probabilities = (
-        probabilities >= np.reshape(contract["threshold"], (-1, 1, 1)).astype(np.float32)
-    ).astype(np.uint8)
+    thresholds = np.reshape(contract["threshold"], (-1, 1, 1)).astype(np.float32)
+    probabilities = (probabilities >= thresholds).astype(np.uint8)
 np.save(target, probabilities)

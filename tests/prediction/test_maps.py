@@ -26,7 +26,7 @@ from dida_tools.prediction.ledger import Ledger
 from dida_tools.prediction.outputs import OutputFile
 from dida_tools.utils.data.contract import PALETTE
 from dida_tools.utils.data.images import DataError
-from dida_tools.utils.logging.journal import Journal
+from dida_tools.utils.logging.journal import Journal, read_journal
 from dida_tools.utils.weights import save_weights
 from tests.helpers import ROOT, Child, run_script, wait_until
 from tests.prediction.samples import (
@@ -385,31 +385,22 @@ def test_a_signal_ends_it_between_two_batches(tmp_path, config, start):
     assert {path.name for path in config["OUT_DIR"].iterdir()} == {"predictions.jsonl"}
 
 
-def test_torchrun_shares_the_files(tmp_path, config):
+def test_processes_of_torchrun_share_the_files(tmp_path, config):
     images = [reflectance(20, 24, number) for number in range(5)]
-    settings = config | {"MODEL": None, "FILES": write_arrays(tmp_path, *images)}
-    script = tmp_path / "predict_all.py"
-    script.write_text(
-        f"""
-import os, sys; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
-from tests.prediction.samples import Net
-from dida_tools.prediction import predict
-files = predict({{**{settings!r}, "MODEL": Net}})
-Path("{tmp_path}/" + os.environ["RANK"]).write_text(" ".join(file.name for file in files))
-""".replace("PosixPath", "Path")
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*torchrun, script], check=True, capture_output=True, env=environment)
-    shares = [(tmp_path / rank).read_text() for rank in "01"]
-    assert shares == ["0.npy 2.npy 4.npy", "1.npy 3.npy"]
+    config |= {"FILES": write_arrays(tmp_path, *images)}
+
+    def predict_as(rank: str) -> int:
+        os.environ |= {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
+        return len(predict(config))
+
+    children = [Child(functools.partial(predict_as, rank), tmp_path / f"said.{rank}") for rank in "01"]
+    assert all(child.wait() for child in children) and [child.code for child in children] == [3, 2]
+    assert [len(read_journal(file)) for file in sorted(config["OUT_DIR"].glob("*.jsonl"))] == [3, 4]
     for number, image in enumerate(images):
         found = np.load(config["OUT_DIR"] / f"{number}.npy")
         assert np.array_equal(found, expected(config, image).argmax(0))
     Net.calls = 0
-    predict(settings | {"MODEL": Net})
-    assert Net.calls == 0  # one process finds what two have done
+    assert len(predict(config)) == 5 and Net.calls == 0  # one process finds what two have done
 
 
 def test_a_run_predicts_by_its_name(tmp_path, trained):
