@@ -5,7 +5,9 @@ import gc
 import hashlib
 import importlib
 import io
+import itertools
 import os
+import random
 import re
 import runpy
 import signal
@@ -14,9 +16,9 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import PIPE, CompletedProcess, Popen
 from types import ModuleType
 from typing import Any
 
@@ -171,6 +173,27 @@ def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited for too long"
         time.sleep(0.01)
+
+
+def killed_writers(code: str, path: Path, num_kills: int, at_once: int = 1) -> Iterator[list[str]]:
+    """
+    Run programs that print what they have written, and kill them at random moments.
+
+    :param code: of a program; its arguments are the path and a number that no other gets
+    :return: all whole lines that the programs of one turn printed
+    """
+    chance, number = random.Random(0), itertools.count()
+    for _ in range(num_kills):
+        commands = [[sys.executable, "-c", code, str(path), str(next(number))] for _ in range(at_once)]
+        writers = [Popen(command, stdout=PIPE, text=True, cwd=ROOT) for command in commands]
+        lines = [writer.stdout.readline().strip() for writer in writers if writer.stdout]
+        time.sleep(chance.random() * 0.05)
+        for writer in writers:
+            writer.send_signal(signal.SIGKILL)
+            time.sleep(chance.random() * 0.01)
+        lines += [line for writer in writers for line in writer.communicate()[0].split("\n")[:-1]]
+        assert all(writer.returncode == -signal.SIGKILL for writer in writers)
+        yield lines
 
 
 def processes_of(sessions: set[int]) -> list[str]:

@@ -25,9 +25,8 @@ class Kind(NamedTuple):
             return isinstance(value, str) and value in self.what
         if isinstance(self.what, str):
             module, _, name = self.what.partition(":")
-            return isinstance(value, type) and issubclass(
-                value, getattr(importlib.import_module(module), name)
-            )
+            base = getattr(importlib.import_module(module), name)
+            return isinstance(value, type) and issubclass(value, base)
         return self.what(value)
 
 
@@ -56,9 +55,8 @@ class Key:
             return None
         wanted = self.kind.name
         if type(value).__module__ != "builtins" and self.kind.fits(type(value)):
-            wanted = (
-                f"the class {type(value).__name__}, not an instance of it (arguments go into the _CONFIG)"
-            )
+            name = type(value).__name__
+            wanted = f"the class {name}, not an instance of it (its arguments go into the _CONFIG)"
         elif self.low is not None:
             wanted += f" {'above' if self.above_low else 'of at least'} {self.low:g}"
             wanted += f" and below {self.high:g}" if self.high < float("inf") else ""

@@ -17,8 +17,8 @@ from .project import Project, script_name
 # What a record may name, by the module in which it is defined, or one above it. Of the project:
 OWN = (".layers", ".models", ".training", ".utils")
 # But not what writes files or sends mail, and no loop or script.
-OWN_REFUSED = (".utils.logging", ".utils.name", ".utils.notify", ".utils.path")
-REFUSED_NAMES = ("main", "make_scenes", "train")
+OWN_REFUSED: tuple[str, ...] = (".utils.logging", ".utils.name", ".utils.notify", ".utils.path")
+REFUSED_NAMES = ("load_model", "main", "make_scenes", "train")
 # Of torch, besides the functions in C that compute with tensors:
 TORCH_CLASSES = ("torch.nn", "torch.optim", "torch.utils.data.dataset", "torch.utils.data.sampler")
 TORCH_FUNCTIONS = ("torch.nn.functional",)
@@ -36,9 +36,9 @@ PUBLIC = (
 # The library, while it lies inside the project. Delete this once it is a package of its own, in no list.
 _LIBRARY = {
     ".training": """calibration checkpoint console determinism device distributed environment evaluation
-        failures listener loaders modules optimization pictures record redaction rerun resume rows routines
-        run scores setup signals targets tensorboard""",
-    ".utils": "counts files locks redact scores signals targets weights",
+        failures first_sample listener loaders modules optimization pictures record redaction rerun resume
+        rows routines run scores setup signals targets tensorboard""",
+    ".utils": "counts files locks redact scores signals table targets weights",
     ".utils.data": "build checks contract dataset doctor facts fingerprint images pairs",
 }
 OWN_REFUSED += tuple(f"{folder}.{name}" for folder, names in _LIBRARY.items() for name in names.split())
@@ -138,8 +138,9 @@ def _computes(function: BuiltinFunctionType) -> bool:
 def _home(obj: Any) -> tuple[str, str] | None:
     """Return the module that defines a class or function, wherever it was found, and its name in there."""
     module, qualname = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
-    is_named = isinstance(qualname, str) and isinstance(module, str | None)
-    return (_known_as(module or ""), qualname) if is_named and callable(obj) else None
+    if not isinstance(qualname, str) or not isinstance(module, str | None) or not callable(obj):
+        return None
+    return _known_as(module or ""), qualname
 
 
 def _known_as(module: str) -> str:

@@ -49,7 +49,7 @@ def _as_text(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     tag = next((key for key in value if key.startswith("@")), None)
-    content = value.get(tag)
+    content: Any = value.get(tag)
     if tag == "@tuple":
         return f"({_listed(content)})"
     if tag == "@partial":

@@ -44,44 +44,40 @@ def dry_run(
     setup = prepare(train, test, on_cpu, global_config, validation, routine)
     if setup.data.validation is None:
         raise UserError("there is no validation set to compare trials on: set VALIDATION_FRACTION=0.2.")
-    given = {key: first[key] for key in ("DEVICE", "PRECISION") if key in first}
+    given: dict[str, Any] = {key: first[key] for key in ("DEVICE", "PRECISION") if key in first}
     captured = Redactor(config=setup.config).config(setup.captured["config"])
     return setup.captured | {"config": captured | capture(given, project)["config"]}
 
 
 def open_search(
-    arguments: Namespace,
-    space: Space,
-    config: dict[str, Any],
-    global_config: dict[str, str],
-    project: Project,
+    arguments: Namespace, space: Space, config: dict[str, Any], folders: dict[str, str], project: Project
 ) -> "Search":
-    """
-    Open the study that the arguments name.
-
-    :raises UserError: if Optuna is not installed, or the storage cannot be opened
-    """
+    """Open the study that the arguments name. Raise UserError if it cannot be opened."""
     try:
         from .study import Search
     except ModuleNotFoundError as error:
         install = f'{Path(sys.executable).name} -m pip install -c constraints.txt -e ".[search]"'
         raise UserError(f"a search needs {error.name}, which is not installed: {install}") from error
     storage, pruning = arguments.storage, not arguments.no_pruning
-    return Search(arguments.study, space, config, global_config, project, storage, pruning)
+    return Search(arguments.study, space, config, folders, project, storage, pruning)
 
 
-def run_search(search: "Search", train: Callable[[dict[str, Any]], Any], arguments: Namespace) -> None:
+def run_search(
+    search: "Search", captured: dict[str, Any] | None, train: Callable[..., Any], arguments: Namespace
+) -> None:
     """
     Train the trials, in this process or in several of them, and show the results.
 
+    :param captured: what dry_run returned; None: this is one of the several
     :param train: trains a run; its config is the only argument
-    :raises UserError: if no trial was trained to its end
+    :raises UserError: if it is another search than before, or no trial was trained to its end
     """
     from .workers import Worker, run_workers
 
-    if arguments.worker:
+    if captured is None:
         Worker(search).work(train, arguments.trials)
         return
+    search.begin(captured)
     place = "a database" if "://" in search.storage_place else relative_path(search.storage_place)
     print(f"{search.name}: up to {arguments.trials} trials for {search.config['MONITOR']}, kept in {place}")
     try:

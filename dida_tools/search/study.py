@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -169,7 +168,7 @@ class Search:
         text = json.dumps(self.best_record(), indent=2)
         files = [self.folder / "best_config.json"]
         write_atomic(files[0], lambda stream: stream.write(text.encode()))
-        axes = {"history": visualization.plot_optimization_history(self.study)}
+        axes: dict[str, Any] = {"history": visualization.plot_optimization_history(self.study)}
         axes["slices"] = visualization.plot_slice(self.study)
         if len({trial.value for trial in self.best_trials()}) >= 4:  # fewer tell nothing about importance
             # PED-ANOVA (https://arxiv.org/abs/2304.10255) needs no further library.
@@ -191,13 +190,12 @@ class Search:
 
     def describe(self, trial: FrozenTrial) -> str:
         """Return what became of a trial, and what it has tried, by the last parts of the names."""
-        values = []
-        for key, value in trial.params.items():
-            text = f"{value:.3g}" if isinstance(value, float) else str(value).rpartition(":")[2]
-            values.append(f"{key.rpartition('.')[2]}={text}")
         found = f"failed: {trial.user_attrs.get('error', 'no reason is known')}"
         if trial.state == TrialState.COMPLETE:
-            found = f"{self.goal} {trial.value or math.nan:.4f}"
+            found = f"{self.goal} {trial.value:.4f}"
         if trial.state == TrialState.PRUNED:
             found = f"pruned after epoch {trial.last_step}"
-        return f"{found}  {', '.join(values)}"
+        for key, value in trial.params.items():
+            text = f"{value:.3g}" if isinstance(value, float) else str(value).rpartition(":")[2]
+            found += f"  {key.rpartition('.')[2]}={text}"
+        return found

@@ -192,10 +192,9 @@ class Worker:
 
 def run_workers(command: Sequence[str], number: int, search: Search) -> None:
     """
-    Start processes that each train one trial at a time, with their share of threads and GPUs, and wait for
-    them.
+    Start processes that each train one trial at a time, and wait for them; none is left, whatever goes wrong.
 
-    None is left, whatever goes wrong. They print to worker-N.log.
+    Each gets its share of this machine's threads and GPUs, and prints to worker-N.log.
 
     :raises Preempted: if a signal has asked to end, when they have saved
     :raises UserError: if one has failed, with its last words
@@ -206,8 +205,7 @@ def run_workers(command: Sequence[str], number: int, search: Search) -> None:
     logs = [search.folder / f"worker-{worker}.log" for worker in range(number)]
     processes: list[subprocess.Popen] = []
     with stop_on_signals(), contextlib.ExitStack() as stack:
-        stack.callback(lambda: [process.wait() for process in processes])
-        stack.callback(lambda: [process.terminate() for process in processes])  # they save, then end
+        stack.callback(_end, processes)
         for worker, log in enumerate(logs):
             environment["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[worker % len(gpus.split(","))]
             # In a group of their own: Ctrl-C reaches the search alone, which passes it on, once.
@@ -222,9 +220,15 @@ def run_workers(command: Sequence[str], number: int, search: Search) -> None:
     for process, log in zip(processes, logs, strict=True):
         if process.returncode not in (0, EXIT_CODE):
             last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
-            raise UserError(
-                f"a worker has ended with {process.returncode}: {last} (more in {relative_path(log)})"
-            )
+            code, more = process.returncode, f"more in {relative_path(log)}"
+            raise UserError(f"a worker has ended with exit code {code}: {last} ({more})")
+
+
+def _end(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        process.terminate()  # it saves, then ends
+    for process in processes:
+        process.wait()
 
 
 def _is_of_machine(error: Exception) -> bool:
@@ -239,7 +243,6 @@ def _one_line(error: Exception, redactor: Redactor) -> str:
 
 
 def _raise_if_search_ended() -> None:
-    # A worker whose search was killed would train on for nobody; it has no terminal, and no signal reaches
-    # it.
+    # A worker whose search was killed would train on for nobody: no signal reaches it.
     if os.environ.get(SEARCH_PID, str(os.getppid())) != str(os.getppid()):
         raise Preempted("the search has ended")

@@ -57,13 +57,13 @@ def describe_environment(root_path: str | os.PathLike, device: torch.device) -> 
 
 def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return what differs between two environments and may lead to other numbers, a sentence each."""
-    pairs = {name: (before.get(key), now.get(key)) for key, name in _CONDITIONS.items()}
     versions = before.get("packages", {}), now.get("packages", {})
-    pairs |= {package: (versions[0].get(package), versions[1].get(package)) for package in _COMPUTING}
+    conditions = [(name, before.get(key), now.get(key)) for key, name in _CONDITIONS.items()]
+    conditions += [(name, versions[0].get(name), versions[1].get(name)) for name in _COMPUTING]
     differences = []
-    for name, (then, here) in pairs.items():
+    for name, then, here in conditions:
         if then != here:
-            is_long = "changes" in name
+            is_long = name == _CONDITIONS["git_diff"]
             differences.append(
                 f"{name}: not what they were" if is_long else f"{name}: {then} then, {here} now"
             )

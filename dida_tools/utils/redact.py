@@ -61,12 +61,9 @@ class Redactor:
         :param arguments: of the command line; None: sys.argv
         :param config: what holds secrets under their names, at any depth
         """
-        variables = [name for name in environment if name not in _NO_SECRETS]
-        found = {
-            environment[name] for name in variables if is_secret_name(name) or _SECRET_VARIABLE.search(name)
-        }
-        found |= set(_passwords(environment.values()))
-        found |= set(_in_arguments(sys.argv if arguments is None else arguments)) | set(_in_data(config))
+        found = {value for name, value in environment.items() if _is_secret_variable(name)}
+        found |= {*_passwords(environment.values()), *_in_data(config)}
+        found |= set(_in_arguments(sys.argv if arguments is None else arguments))
         forms = {form for value in found for form in _forms(value) if len(form) >= _SHORTEST}
         self._secrets = sorted(forms, key=len, reverse=True)  # longest first: one may be a part of another
 
@@ -81,10 +78,10 @@ class Redactor:
     def data(self, value: Any, name: str = "") -> Any:
         """Return dicts and lists without secrets in their strings; what has a secret's name is left out."""
         if isinstance(value, dict):
-            items = (
-                (self.text(key) if isinstance(key, str) else key, str(key), one) for key, one in value.items()
-            )
-            return {key: self.data(one, name) for key, name, one in items}
+            return {
+                self.text(key) if isinstance(key, str) else key: self.data(one, str(key))
+                for key, one in value.items()
+            }
         if isinstance(value, list | tuple):
             return type(value)(self.data(item, name) for item in value)
         if not isinstance(value, str):
@@ -96,14 +93,11 @@ class Redactor:
         if isinstance(captured, list):
             return [self.config(item, path) for item in captured]
         if isinstance(captured, dict):
-            return {
-                key: one if key in ("@ref", "@module") else self.config(one, f"{path}.{key}".strip("."))
-                for key, one in captured.items()
-            }
-        redacted = self.data(captured, path.rpartition(".")[2])
-        if redacted == captured or path in ("SESSION_NAME", "__COMMENT"):
-            return redacted
-        return {"@unrecorded": "it holds a secret"}
+            return {key: self.config(one, f"{path}.{key}".strip(".")) for key, one in captured.items()}
+        name = path.rpartition(".")[2]
+        redacted = captured if name in ("@ref", "@module") else self.data(captured, name)
+        is_text = path in ("SESSION_NAME", "__COMMENT")
+        return redacted if redacted == captured or is_text else {"@unrecorded": "it holds a secret"}
 
     def arguments(self, arguments: Sequence[str]) -> list[str]:
         """Return a command line without secrets, where one may be the word after its option."""
@@ -111,9 +105,14 @@ class Redactor:
         return [REDACTED if _is_secret_option(before) else self.text(word) for before, word in pairs]
 
 
+def _is_secret_variable(name: str) -> bool:
+    return name not in _NO_SECRETS and (is_secret_name(name) or _SECRET_VARIABLE.search(name) is not None)
+
+
 def _forms(value: str) -> Iterator[str]:
     """A secret as it may be written: as it is, in code, in JSON, in a URL, and line by line."""
-    yield from (value, repr(value)[1:-1], json.dumps(value)[1:-1], quote(value, safe=""), quote_plus(value))
+    yield from (value, repr(value)[1:-1], json.dumps(value)[1:-1])
+    yield from (quote(value), quote(value, safe=""), quote_plus(value))
     yield from value.splitlines() if "\n" in value else ()
 
 

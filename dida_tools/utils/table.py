@@ -12,7 +12,7 @@ import functools
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,8 @@ def rebuild(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
         if path.exists():
             content = path.read_bytes()
             write_atomic(path.with_name(f"{path.name}.old"), lambda file: file.write(content))
-        named = [
-            {key: cell for key, cell in row.items() if cell} for row in _read_cells(path)[1] if row.get(KEY)
-        ]
-        _write_records(path, *_merge([], [], [*named, *cells]))
+        old = [{key: cell for key, cell in row.items() if cell} for row in _read_cells(path)[1]]
+        _write_records(path, *_merge([], [], [*(row for row in old if KEY in row), *cells]))
 
 
 def _locked(path: Path) -> AbstractContextManager[None]:
@@ -85,7 +83,7 @@ def _merge(columns: list[str], records: list[str], rows: list[dict[str, str]]) -
     columns, records = columns + new, [record + "," * len(new) for record in records]
     places: dict[str, int] = {}
     for place, name in enumerate(_names(columns, records)):
-        places.setdefault(name, place)
+        places.setdefault(name, place)  # of several rows with a name, the first one counts
     for cells in rows:
         name = cells.get(KEY, "")
         if name and name in places:
@@ -114,18 +112,17 @@ def _read_records(path: Path) -> tuple[list[str], list[str]]:
     return columns, [_to_record(columns, cells) for cells in rows]
 
 
-def _names(columns: list[str], records: list[str]) -> Iterator[str]:
-    """The cell of each row that holds its name."""
-    index = columns.index(KEY) if KEY in columns else 0
-    for record in records:
-        cells = record.split(",", index + 1)[: index + 1]
-        yield (
-            ""
-            if KEY not in columns
-            else _parse([record])[0][index]
-            if '"' in "".join(cells)
-            else cells[index]
-        )
+def _names(columns: list[str], records: list[str]) -> list[str]:
+    """Return the cell of each row that holds its name."""
+    if KEY not in columns:
+        return [""] * len(records)
+    index = columns.index(KEY)
+    heads = [record.split(",", index + 1)[: index + 1] for record in records]
+    is_quoted = ['"' in "".join(head) for head in heads]
+    return [
+        _parse([record])[0][index] if quoted else head[index]
+        for record, head, quoted in zip(records, heads, is_quoted, strict=True)
+    ]
 
 
 def _write_records(path: Path, columns: list[str], records: list[str]) -> None:

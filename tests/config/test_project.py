@@ -10,7 +10,7 @@ import dida_tools
 from dida_tools.config import device
 from dida_tools.config.config import ALIASES, ALLOWED_ROOTS
 from dida_tools.config.errors import ConfigError, Preempted, Problems, UserError, exit_code
-from dida_tools.config.project import Project, project_of
+from dida_tools.config.project import Project, find_project, project_of
 
 CHECKOUT = Path(dida_tools.__file__).parents[1]
 # What a script imports before it has parsed its arguments.
@@ -37,6 +37,18 @@ def test_a_module_tells_its_project(name):
 def test_what_belongs_to_no_project_is_told_where_to_go(name):
     with pytest.raises(UserError, match=rf"{name} belongs to no project.* is not found.*into your package"):
         project_of(name)
+
+
+def test_a_project_is_found_where_no_module_tells_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(CHECKOUT)])
+    (tmp_path / "other" / "config").mkdir(parents=True)
+    (tmp_path / "other" / "config" / "config.py").touch()
+    assert find_project() == find_project("torch.nn.modules") == project_of("dida_tools")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(
+        UserError, match="No project is found: run this in the folder that holds your package"
+    ):
+        find_project()
 
 
 def test_a_settings_module_that_fails_is_not_taken_for_a_missing_one(tmp_path, monkeypatch):

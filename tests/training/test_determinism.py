@@ -37,7 +37,7 @@ def draws() -> tuple:
     return random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------------ mix
+# -------------------------------------------------------------------------------------------------------- mix
 
 
 def test_mix_is_splitmix64() -> None:
@@ -80,7 +80,7 @@ def test_mix_takes_any_number(number: int) -> None:
     assert 0 <= mix(number, 1) < 2**63 and mix(number, 1) != mix(1, number)
 
 
-# ---------------------------------------------------------------------------------------------------------------- seeds
+# ------------------------------------------------------------------------------------------------------ seeds
 
 
 def seed_a_step(seed: int, number: int, more: int) -> None:
@@ -124,7 +124,7 @@ def test_dropout_is_a_function_of_seed_and_step() -> None:
     assert not torch.equal(mask(0, 5), mask(0, 6)) and not torch.equal(mask(0, 5), mask(1, 5))
 
 
-# ---------------------------------------------------------------------------------------------------------------- order
+# ------------------------------------------------------------------------------------------------------ order
 
 
 def batches(order: TrainingBatches, epoch: int = 0, first_batch: int = 0) -> list[list[int]]:
@@ -216,7 +216,7 @@ def test_large_seeds_are_taken(seed: int) -> None:
     assert sorted(TrainingBatches(9, 2, True, False, seed).order(10**6)) == list(range(9))
 
 
-# -------------------------------------------------------------------------------------------------------------- loaders
+# ---------------------------------------------------------------------------------------------------- loaders
 
 
 class Noise(Dataset):
@@ -280,7 +280,7 @@ def test_a_sample_does_not_depend_on_its_neighbors() -> None:
     assert torch.equal(samples[2, 5], alone)
 
 
-# ----------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
 class Images:
@@ -334,7 +334,7 @@ def test_evaluation_draws_the_same_each_time_and_with_workers() -> None:
     assert equal([found[0]], [found[1]]) and equal([found[0]], [found[2]])
 
 
-# ----------------------------------------------------------------------------------------------------------- algorithms
+# ------------------------------------------------------------------------------------------------- algorithms
 
 
 def global_settings() -> tuple:

@@ -1,14 +1,9 @@
 """Files are written intact or not at all, and names are safe and used once."""
 
 import os
-import random
 import re
-import signal
 import stat
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -20,10 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dida_tools.utils.files import make_unique_dir, relative_path, safe_name, sync_dir, write_atomic
-from tests.helpers import PACKAGE, ROOT
+from tests.helpers import PACKAGE, killed_writers
 
-IMPORT = f"import sys, time; from {PACKAGE}.utils.files import write_atomic\n"
-SIZE = 200_000
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
 
 
@@ -37,9 +30,6 @@ def test_paths_are_shown_relative_where_they_lie_below(
     monkeypatch.chdir(tmp_path)
     assert relative_path(tmp_path / "a" / "b") == os.path.join("a", "b")
     assert relative_path(tmp_path.parent / "x") == str(tmp_path.parent / "x")
-
-
-# --------------------------------------------------------------------------------------------- atomic files
 
 
 @pytest.mark.parametrize("content", [b"", b"text", bytes(range(256)) * 5000])
@@ -111,26 +101,22 @@ def test_permissions_follow_the_umask(tmp_path: Path, umask: None, mask: int, mo
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
 
 
+WRITER = f"""
+import sys
+from {PACKAGE}.utils.files import write_atomic
+for turn in range(10**9):
+    part = b"ab"[turn % 2:][:1] * 20_000
+    write_atomic(sys.argv[1], lambda file: [file.write(part) for _ in range(10)])
+    print("written", flush=True)
+"""
+
+
 @POSIX
 @pytest.mark.parametrize("num_kills", [12, pytest.param(60, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_leaves_an_intact_file(tmp_path: Path, num_kills: int) -> None:
-    path, moments = tmp_path / "file", random.Random(0)
-    path.write_bytes(b"a" * SIZE)
-    code = (
-        "print('ready', flush=True)\n"
-        "for turn in range(10**9):\n"
-        f"    write_atomic(sys.argv[1], lambda file: [file.write(b'ab'[turn % 2:][:1] * {SIZE // 10})"
-        " for _ in range(10)])"
-    )
-    for _ in range(num_kills):
-        command = [sys.executable, "-c", IMPORT + code, str(path)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(moments.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        content = path.read_bytes()
-        assert len(content) == SIZE and len(set(content)) == 1
+    for _ in killed_writers(WRITER, tmp_path / "file", num_kills):
+        content = (tmp_path / "file").read_bytes()
+        assert len(content) == 200_000 and len(set(content)) == 1
 
 
 def test_readers_and_rival_writers_see_intact_files_only(tmp_path: Path) -> None:
@@ -160,8 +146,6 @@ def test_folders_are_synced_where_they_can_be(tmp_path: Path) -> None:
     if Path("/proc/self").is_dir():  # a file system whose folders cannot be synced
         sync_dir("/proc")
 
-
-# ---------------------------------------------------------------------------------------------------- names
 
 RESERVED = ["con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))]
 TEXTS = st.one_of(
@@ -215,9 +199,6 @@ def test_safe_name_by_example(text: str, expected: str) -> None:
 )
 def test_long_names_are_cut_and_stay_safe(text: str, length: int, expected: str) -> None:
     assert safe_name(text, length) == expected
-
-
-# ------------------------------------------------------------------------------------------ unique folders
 
 
 def test_unique_folders_are_numbered(tmp_path: Path) -> None:

@@ -127,11 +127,13 @@ class SMTPNotifier:
                 try:
                     self._send(mail)
                 except OSError as error:  # as those of smtplib are
-                    if isinstance(error, _LASTING) or self._is_over.wait(RETRY_SECONDS):
+                    lasting = isinstance(error, _LASTING) or getattr(error, "smtp_code", 0) >= 500
+                    if lasting or self._is_over.wait(RETRY_SECONDS):
                         raise
                     self._send(mail)
             except Exception as error:
-                self._complain(mail["Subject"], error)
+                if not self._is_over.is_set():  # else close has reported it
+                    self._complain(mail["Subject"], error)
 
     def _send(self, mail: EmailMessage) -> None:
         context = self._ssl_context or ssl.create_default_context()
@@ -145,7 +147,8 @@ class SMTPNotifier:
                 connection.starttls(context=context)  # raises unless the server confirms it
             if self._user:
                 connection.login(self._user, _password())
-            if refused := connection.send_message(mail):
+            receivers = list(dict.fromkeys(self._receivers + self._cc))
+            if refused := connection.sendmail(self._sender, receivers, mail.as_bytes()):
                 self._complain(mail["Subject"], f"refused: {refused}")
             with contextlib.suppress(OSError):
                 connection.putcmd("QUIT")  # without waiting for the reply: all is done

@@ -3,12 +3,9 @@
 import csv
 import math
 import os
-import random
-import signal
 import string
 import subprocess
 import sys
-import time
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from dida_tools.utils import table
 from dida_tools.utils.logging import read_frame
 from dida_tools.utils.logging.csv import read_log, write_log
 from dida_tools.utils.table import rebuild, remove_rows, write_rows
-from tests.helpers import PACKAGE, ROOT
+from tests.helpers import PACKAGE, ROOT, killed_writers
 
 # fmt: off
 FORMULAS = ["=1+1", "=cmd|' /C calc'!A0", "+49 30 1234", "-2+3", "@SUM(A1)", "\t=1+1", "\r=1+1"]
@@ -56,9 +53,6 @@ def cells(path: Path) -> list[list[str]]:
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     return tmp_path / "log.csv"
-
-
-# ----------------------------------------------------------------------------------------------- round trip
 
 
 @settings(unhurried, max_examples=100)
@@ -134,9 +128,6 @@ def test_the_file_is_plain_csv(log: Path) -> None:
     assert log.read_bytes() == b'NAME,f1,note\na,0.5,"one, ""two""\nthree"\nb,,\n'
 
 
-# ----------------------------------------------------------------------------------------- rows and columns
-
-
 def test_new_keys_add_columns_and_a_row_is_updated_by_name(log: Path) -> None:
     assert read_log(log) == []
     log.touch()
@@ -196,9 +187,6 @@ def test_a_frame_has_the_same_values(log: Path) -> None:
     assert frame["x"][0] == 0.1 and frame["text"][0] == "=1" and list(frame["NAME"]) == ["a", "b"]
 
 
-# ---------------------------------------------------------------------------------------- others write, too
-
-
 @pytest.mark.parametrize(
     "content, expected",
     [
@@ -230,29 +218,22 @@ def test_bytes_in_another_encoding_survive(log: Path) -> None:
     assert log.read_bytes() == "NAME,Größe\na,größer\nb,\n".encode("cp1252")
 
 
-# -------------------------------------------------------------------------------- many writers, and crashes
-
-
 WRITER = f"""
 import sys, time
 from {PACKAGE}.utils.logging.csv import write_log
-path, writer, count, pause = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-for number in range(count):
+path, writer = sys.argv[1:]
+for number in range(40 if writer[0] == "w" else 10_000):
     name, column = f"{{writer}}-{{number}}", f"{{writer}}.{{number // 4}}"
     write_log(path, {{"NAME": name, "text": "x, \\r" * 20, column: number / 3}})
     print(name, flush=True)
-    time.sleep(pause)
+    time.sleep(0.002)  # a lock is unfair
 """
-
-
-def start_writer(path: Path, writer: str, count: int, pause: float = 0.0) -> subprocess.Popen:
-    command = [sys.executable, "-c", WRITER, str(path), writer, str(count), str(pause)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("num_writers", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_several_processes_lose_no_row(log: Path, num_writers: int) -> None:
-    writers = [start_writer(log, f"w{number}", 40) for number in range(num_writers)]
+    commands = [[sys.executable, "-c", WRITER, str(log), f"w{number}"] for number in range(num_writers)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for command in commands]
     for writer in writers:
         assert len(writer.communicate(timeout=120)[0].split()) == 40 and writer.returncode == 0
     rows = {row["NAME"]: row for row in read_log(log)}
@@ -263,23 +244,14 @@ def test_several_processes_lose_no_row(log: Path, num_writers: int) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-@pytest.mark.parametrize("num_kills", [12, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [6, pytest.param(60, marks=pytest.mark.slow)])
 def test_killed_writers_lose_no_acknowledged_row(log: Path, num_kills: int) -> None:
-    chance = random.Random(0)
     acknowledged: list[str] = []
-    for pair in range(num_kills // 2):
-        writers = [start_writer(log, f"w{2 * pair + number}", 10_000, 0.002) for number in range(2)]
-        lines = [writer.stdout.readline().strip() for writer in writers if writer.stdout]
-        time.sleep(chance.random() * 0.1)
-        for writer in writers:
-            writer.send_signal(signal.SIGKILL)
-            time.sleep(chance.random() * 0.01)
-        lines += [line for writer in writers for line in writer.communicate()[0].split("\n")[:-1]]
-        assert all(writer.returncode == -signal.SIGKILL for writer in writers)
+    for lines in killed_writers(WRITER, log, num_kills, at_once=2):
         acknowledged += lines
         names = [row["NAME"] for row in read_log(log)]
         assert len(names) == len(set(names)) and set(acknowledged) <= set(names)
-    assert len(acknowledged) >= num_kills
+    assert len(acknowledged) >= 2 * num_kills
     write_log(log, {"NAME": "at last"})
     assert len(read_log(log)) >= len(acknowledged) + 1
 

@@ -23,9 +23,6 @@ def log_of(global_config: dict) -> Path:
     return Path(global_config["LOG_DIR"]) / "experiments.csv"
 
 
-# ---------------------------------------------------------------------------------------- rows from journals
-
-
 def test_a_run_is_killed_if_it_neither_ended_nor_is_in_training(tmp_path):
     begin_run(tmp_path, "run").close()
     with locked(tmp_path / "run" / ".lock"):
@@ -81,9 +78,6 @@ def test_a_copied_run_has_its_own_name_and_a_run_without_a_start_no_row(tmp_path
     (tmp_path / "lost" / "journal.jsonl").write_text("damaged\n")
     assert sorted(row["NAME"] for row in find_rows(tmp_path)) == ["copy", "run"]
     assert current_row(tmp_path / "empty") == current_row(tmp_path / "lost") == {}
-
-
-# -------------------------------------------------------------------------------------- rows of trainings
 
 
 def test_a_killed_run_is_shown_as_killed_when_the_next_one_starts(

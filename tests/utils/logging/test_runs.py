@@ -66,9 +66,6 @@ def write_results(log_dir: Path, *values: Any, monitor: str = "max f1", **config
         write_run(log_dir, name, results, hours_ago=10 - number, MONITOR=monitor, **config)
 
 
-# --------------------------------------------------------------------------------------- names and numbers
-
-
 @pytest.mark.parametrize(
     "wanted, name",
     [*zip(NAMES, NAMES, strict=True), ("trees", NAMES[2]), ("01-03", NAMES[3]), ("2024-01-01", NAMES[0])],
@@ -130,9 +127,6 @@ def test_one_function_numbers_runs_by_their_start_whatever_the_file_says(tmp_pat
     assert find(tmp_path, "1", logfile="other.csv") == "another"
 
 
-# -------------------------------------------------------------------------------------------------- the best
-
-
 @pytest.mark.parametrize(
     "monitor, values, best",
     [
@@ -183,9 +177,6 @@ def test_without_a_result_there_is_no_best(log_dir: Path) -> None:
         find(log_dir, "best")
 
 
-# --------------------------------------------------------------------------------------------------- configs
-
-
 def test_the_config_of_a_run_is_read_back_to_the_same_objects(log_dir: Path) -> None:
     config = read_run_config(str(log_dir / NAMES[0]), PROJECT)
     assert config == CONFIG and config["MODEL"] is UNET and config["METRICS"]["f1"] is f1
@@ -226,9 +217,6 @@ def test_a_missing_config_is_refused_with_its_path(log_dir: Path) -> None:
         read_run_config(log_dir / "not-a-run", PROJECT)
 
 
-# --------------------------------------------------------------------------------------- the folder of a run
-
-
 @pytest.mark.parametrize("left", [(), (".lock",), (".lock", "journal.jsonl", ".config.json.123.tmp")])
 def test_a_folder_in_which_no_run_has_begun_is_none_and_can_be_removed(tmp_path: Path, left: tuple) -> None:
     (tmp_path / "run").mkdir()
@@ -252,9 +240,6 @@ def test_a_folder_that_holds_anything_is_not_removed(tmp_path: Path, file: str) 
 def test_what_is_being_removed_is_no_run(log_dir: Path) -> None:
     os.replace(log_dir / NAMES[-1], log_dir / f".deleted-{NAMES[-1]}")
     assert run_names(log_dir) == NAMES[:-1]
-
-
-# ----------------------------------------------------------------------------------------------------- locks
 
 
 def test_looking_at_a_lock_writes_nothing_and_keeps_nobody_away(tmp_path: Path) -> None:
