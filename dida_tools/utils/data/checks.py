@@ -26,8 +26,8 @@ def find_problems(
     values or sizes, masks of another size than their image or with values outside the classes.
 
     :param num_classes: number of the model's output channels, if masks are to be checked against it
-    :param training: whether crops are taken, or whole images evaluated
-    :param crop: size of the crops; None trains on whole images
+    :param training: crops are taken; else entire images are evaluated
+    :param crop: size of the crops; None trains on entire images
     """
     facts = pairs.scan(cache_file)
     problems = [fact["problem"] for fact in facts.values() if "problem" in fact]
@@ -118,21 +118,17 @@ def contract_problems(
     return problems
 
 
-def dataset_problems(
-    contract: DataContract, pairs: Pairs, nodata: float | None, with_values: bool = True
-) -> list[str]:
+def dataset_problems(contract: DataContract, pairs: Pairs, with_values: bool = True) -> list[str]:
     """
     Return in what a dataset is not as the contract of the training data has it.
 
-    :param nodata: of the dataset
     :param with_values: compare the range of its values too
     """
     folder, problems = pairs.images[0].parent, []
+    nodata = pairs.info(pairs.images[0]).nodata if pairs.nodata is None else pairs.nodata
     if nodata not in (None, contract.nodata) and str(nodata) != str(contract.nodata):  # NaN is not NaN
-        problems.append(
-            f"{folder}: its nodata value is {nodata}, that of the training data {contract.nodata}: "
-            "give both the same nodata"
-        )
+        other = f"its nodata value is {nodata}, that of the training data {contract.nodata}"
+        problems.append(f"{folder}: {other}: give both the same nodata")
     problems += contract_problems(contract, pairs.images, pairs.info)
     if with_values and contract.maximum and not problems:
         own = pairs.fit(contract, normalize=False)

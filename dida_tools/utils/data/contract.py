@@ -17,7 +17,7 @@ from .images import ImageInfo
 
 TASKS = ("multi-class", "multi-label", "values")
 
-# Colors of classes that have none of their own, by number.  # <- your colors here
+# Colors of classes whose dataset gives no class_colors, by number.
 PALETTE = [
     (222, 205, 120), (34, 110, 60), (45, 100, 190), (200, 70, 60), (235, 235, 235), (145, 95, 170),
     (240, 145, 50), (90, 200, 200), (230, 130, 180), (130, 130, 60), (100, 70, 50), (150, 150, 150),
@@ -69,9 +69,9 @@ class DataContract:
     @classmethod
     def of(cls, info: ImageInfo, **more: Any) -> Self:
         """Return the contract that an image suggests, without normalization; what is given counts more."""
-        about = {"dtype": info.dtype, "scale": default_scale(info.dtype), "nodata": info.nodata}
-        given = {key: _tuples(value) for key, value in more.items() if value is not None}
-        return cls(info.shape[2], **(about | given))
+        given = {"dtype": info.dtype, "scale": default_scale(info.dtype), "nodata": info.nodata}
+        given |= {key: value for key, value in more.items() if value is not None}
+        return cls.from_dict({"channels": info.shape[2], **given})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: strings, numbers and lists."""
@@ -106,10 +106,10 @@ class DataContract:
 
     def value_problems(self, pixels: np.ndarray) -> list[str]:
         """
-        Return what values tell against being like those of training: another scale, another offset, a missing
+        Return what shows that values are unlike those of training: another scale, another offset, a missing
         band. Values that are merely unusual are no problem.
 
-        :param pixels: (..., C), of an image or a sample of it, as read from the file; few tell nothing
+        :param pixels: (..., C), of an image or a sample of it, as read from the file; few show nothing
         """
         pixels = pixels[has_data(pixels, self.nodata)].astype(np.float64)
         if len(pixels) < _MIN_PIXELS or pixels.shape[-1] != self.channels or not self.maximum:

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...config.errors import exit_code
 from .checks import dataset_problems, find_problems
 from .contract import DataContract
 from .facts import Facts
 from .fingerprint import fingerprint, splits_of, suggest
-from .images import DataError
 from .pairs import MaskReading, Pairs
 
 _SMALLEST_OVERLAP = 0.01  # of the smaller tile: neighbors may touch
@@ -34,7 +34,7 @@ _OTHER_RANGE_OF_ONE = 1000.0  # of an image; in the dark, images of one microsco
 
 
 class Finding(NamedTuple):
-    """What is wrong (a problem) or odd (a remark), what to do, and the files or pairs of files concerned."""
+    """A problem or a remark: what it is and what to do, and the files, or pairs of files, concerned."""
 
     is_problem: bool
     text: str
@@ -86,15 +86,11 @@ def _axes(pairs: list[_Pair]) -> Iterator[Finding]:
 
 def _refused(splits: dict[str, Pairs], root: Path, reading: MaskReading) -> Iterator[Finding]:
     """Find what training would refuse."""
-    contracts = {
-        split: DataContract.of(pairs.info(pairs.images[0]), nodata=pairs.nodata)
-        for split, pairs in splits.items()
-    }
-    of_train = splits["train"].fit(contracts["train"], normalize=False)
+    train = splits["train"]
+    contract = train.fit(DataContract.of(train.info(train.images[0]), nodata=train.nodata), normalize=False)
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for split, pairs in splits.items():
-        problems = find_problems(pairs, reading, training=False)
-        for problem in problems or dataset_problems(of_train, pairs, contracts[split].nodata):
+    for pairs in splits.values():
+        for problem in find_problems(pairs, reading, training=False) or dataset_problems(contract, pairs):
             name, _, text = problem.partition(": ")
             if "as if they had been" not in text:  # _ranges sees smaller factors, too
                 groups[re.sub(r"\d+", "0", text)].append((_name(Path(name), root), text))
@@ -174,8 +170,8 @@ def _rectangles(grids: list[dict[str, Any]], crs: str) -> np.ndarray:
         corners[chosen] = np.where(np.isfinite(points), points, np.nan).reshape(-1, 4, 2)
     edges = np.diff(corners, axis=1)[:, :2]  # along the first row, and down the last column
     sizes = np.linalg.norm(edges, axis=2)
-    is_turned = abs(edges[:, 0, 0]) < abs(edges[:, 0, 1])  # by a right angle
-    return np.stack([corners.mean(1), np.where(is_turned[:, None], sizes[:, ::-1], sizes)], 1)
+    is_rotated = abs(edges[:, 0, 0]) < abs(edges[:, 0, 1])  # by a right angle
+    return np.stack([corners.mean(1), np.where(is_rotated[:, None], sizes[:, ::-1], sizes)], 1)
 
 
 def shared_area(one: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -239,7 +235,7 @@ def _classes(pairs: list[_Pair], reading: MaskReading) -> Iterator[Finding]:
     for split, found in of_split.items():
         for missing, has, lacks, so in (
             (found - train, split, "train", "nothing can be learned of it"),
-            (train - found, "train", split, f"the results on {split} tell nothing of it"),
+            (train - found, "train", split, f"the results on {split} say nothing about it"),
         ):
             if missing:
                 text = f"{_count(missing, 'class')} of {has} not in {lacks}: {so}."
@@ -321,17 +317,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="holds x and y, or train/x, train/y, ...")
     folder = parser.parse_args(arguments).folder
-    try:
-        splits = {split: Pairs(*places) for split, places in splits_of(folder).items()}
-        for split, pairs in splits.items():
-            _print([(split, str(folder)), *describe(fingerprint(pairs))])
-            print()
-        suggestion = suggest(splits["train"])
-        reading = MaskReading(suggestion["DATASET_CONFIG"]["task"], suggestion.get("MASK_VALUES"))
-        findings = examine(splits, folder, reading)
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return 1
+    splits = {split: Pairs(*places) for split, places in splits_of(folder).items()}
+    for split, pairs in splits.items():
+        _print([(split, str(folder)), *describe(fingerprint(pairs)), ("", "")])
+    suggestion = suggest(splits["train"])
+    reading = MaskReading(suggestion["DATASET_CONFIG"]["task"], suggestion.get("MASK_VALUES"))
+    findings = examine(splits, folder, reading)
     _print(report(findings))
     print("\nThis suggests (train.py --data does so by itself):")
     print("\n".join(f"  {key} = {_readable(value)}" for key, value in suggestion.items()))
@@ -339,4 +330,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

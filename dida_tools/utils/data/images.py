@@ -43,7 +43,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What is known of an image without reading its pixels."""
+    """Size, dtype and nodata of an image, known without reading its pixels."""
 
     shape: tuple[int, int, int]  # (H, W, C)
     dtype: str

@@ -10,6 +10,7 @@ import pytest
 from rasterio.transform import Affine, from_origin, xy
 from rasterio.warp import transform
 
+from dida_tools.config.errors import exit_code
 from dida_tools.utils.data import doctor as module
 from dida_tools.utils.data import fingerprint as fingerprint_module
 from dida_tools.utils.data.doctor import Finding, examine, main, shared_area
@@ -308,13 +309,17 @@ def test_the_command_prints_what_is_there_and_what_is_wrong(
 def test_the_command_names_what_is_wrong(
     tmp_path: Path, examined: Examine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(tmp_path / "missing")]) == 1
+    assert exit_code(lambda: main([str(tmp_path / "missing")])) == 1
     out, error = capsys.readouterr()
-    assert out == "" and error.startswith("the data has 1 problem:") and str(tmp_path / "missing") in error
+    assert (
+        out == ""
+        and error.startswith("DataError: the data has 1 problem:")
+        and str(tmp_path / "missing") in error
+    )
     examined(train=(images(), masks()))
     (tmp_path / "train" / "y" / "0.npy").unlink()
     (tmp_path / "train" / "y" / "1.npy").unlink()
-    assert main([str(tmp_path)]) == 1
+    assert exit_code(lambda: main([str(tmp_path)])) == 1
     error = capsys.readouterr().err
     assert "0.npy: has no mask" in error and "1.npy: has no mask" in error
 

@@ -22,17 +22,10 @@ from dida_tools.config.config import global_config
 from dida_tools.utils.data import SceneDataset
 from dida_tools.utils.data import scenes as module
 from dida_tools.utils.data.scenes import (
-    BLOCK_PIXELS,
     CHANNEL_NAMES,
     CLASS_NAMES,
-    CLOUD,
-    FOREST,
     NODATA,
     NUM_SCENES,
-    SIZE,
-    SPECTRA,
-    VERSION,
-    WATER,
     make_scene,
     make_scenes,
 )
@@ -65,15 +58,15 @@ def every(arrays: Arrays) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def test_there_are_as_many_scenes_as_stated_and_all_differ(scenes: Path, every: list) -> None:
-    assert scenes.name == f"scenes-{VERSION}" and NUM_SCENES == {"train": 40, "test": 12}
+    assert scenes.name == f"scenes-{module.VERSION}" and NUM_SCENES == {"train": 40, "test": 12}
     for kind in ("x", "y"):
         names = [sorted(file.name for file in (scenes / split / kind).iterdir()) for split in NUM_SCENES]
         assert [len(of_split) for of_split in names] == [40, 12]
         assert names[0] + names[1] == [f"scene_{number:03d}.npy" for number in range(52)]
     assert len({image.tobytes() for image, _ in every}) == 52
     for image, mask in every:
-        assert (image.shape, image.dtype) == ((SIZE, SIZE, 12), np.uint16)
-        assert (mask.shape, mask.dtype) == ((SIZE, SIZE), np.uint8)
+        assert (image.shape, image.dtype) == ((module.SIZE, module.SIZE, 12), np.uint16)
+        assert (mask.shape, mask.dtype) == ((module.SIZE, module.SIZE), np.uint8)
         assert mask.max() < len(CLASS_NAMES) and image.max() < 20_000
 
 
@@ -98,10 +91,11 @@ def test_spectra_are_plausible(every: list) -> None:
         return np.concatenate(pixels).mean(0) / 10_000
 
     assert all(
-        len(spectrum) == len(CHANNEL_NAMES) == len(BLOCK_PIXELS) == 12 for spectrum in SPECTRA.values()
+        len(spectrum) == len(CHANNEL_NAMES) == len(module.BLOCK_PIXELS) == 12
+        for spectrum in module.SPECTRA.values()
     )
     red, near_infrared, short_wave = (CHANNEL_NAMES.index(name) for name in ("B04", "B08", "B12"))
-    forest, water, cloud = (mean_spectrum(label) for label in (FOREST, WATER, CLOUD))
+    forest, water, cloud = (mean_spectrum(label) for label in (module.FOREST, module.WATER, module.CLOUD))
     assert forest[near_infrared] > 3 * forest[red]
     assert water[near_infrared] < water[red] and water[short_wave] < 0.06
     assert (cloud > forest).all() and cloud[:4].min() > 0.25
@@ -196,7 +190,7 @@ def test_scenes_are_written_once_with_a_description(tmp_path: Path, monkeypatch:
         folder.parent.chmod(0o500)
         assert make_scenes(folder.parent) == folder
         folder.parent.chmod(0o700)
-    monkeypatch.setattr(module, "VERSION", VERSION + 1)
+    monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
     other = make_scenes(tmp_path / "new" / "data")
     first = [np.load(one / "train" / "x" / "scene_000.npy") for one in (folder, other)]
     assert folder != other and not np.array_equal(*first)
@@ -298,7 +292,7 @@ def test_borders_are_ignored_and_classes_can_be_merged(scenes: Path, arrays: Arr
         missing = (image == NODATA).all(-1)
         assert np.array_equal(y.numpy() == 255, missing) and (x.numpy()[:, missing] == 0).all()
     merged = SceneDataset(
-        "test", scenes.parent, mask_values={label: int(label == WATER) for label in range(5)}
+        "test", scenes.parent, mask_values={label: int(label == module.WATER) for label in range(5)}
     )
     merged.check(num_classes=2)
     assert all(set(y.unique().tolist()) <= {0, 1, 255} for _, y in merged)
@@ -318,7 +312,7 @@ def test_scenes_lie_in_data_dir_unless_another_folder_is_given(
 def test_a_dataset_can_be_built_again_from_its_arguments(scenes: Path) -> None:
     options: dict[str, Any] = {"crop": 32, "crops_per_image": 2, "foreground": 0.5, "augment": STANDARD}
     first = SceneDataset("train", scenes.parent, **options)
-    for dataset in (first, first.with_mask_values({CLOUD: 255})):
+    for dataset in (first, first.with_mask_values({module.CLOUD: 255})):
         again = SceneDataset(**dataset.arguments)
         samples = []
         for built in (dataset, again):
