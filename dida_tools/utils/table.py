@@ -54,7 +54,7 @@ def remove_rows(path: str | os.PathLike, names: Iterable[str]) -> None:
 
 def rebuild(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
     """
-    Write the file anew: these rows, and what it has by name. The old file stays, with .old behind its name.
+    Rewrite the file: these rows, and what it has by name. The old file stays, with .old behind its name.
 
     Rows without a name and columns without a cell go.
     """

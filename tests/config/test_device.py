@@ -33,13 +33,13 @@ def refusal(choose: Any, *arguments: Any) -> str:
 
 
 @pytest.mark.parametrize("requested", [None, "auto"])
-def test_auto_takes_the_best_device_of_the_machine(requested: Any) -> None:
+def test_auto_takes_the_best_device_of_the_machine(requested):
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert get_device(requested) == torch.device(best)
 
 
 @pytest.mark.parametrize("requested", ["cpu", CPU])
-def test_a_requested_cpu_is_given(requested: Any) -> None:
+def test_a_requested_cpu_is_given(requested):
     assert get_device(requested) == CPU
 
 
@@ -53,42 +53,42 @@ def test_a_requested_cpu_is_given(requested: Any) -> None:
         pytest.param("cuda:99", "DEVICE is 'cuda:99' but there are .* GPUs", marks=needs_gpu),
     ],
 )
-def test_other_devices_are_refused_in_a_sentence(requested: Any, expected: str) -> None:
+def test_other_devices_are_refused_in_a_sentence(requested, expected):
     assert re.match(expected, refusal(get_device, requested))
 
 
 @needs_gpu
-def test_cuda_is_given_where_it_is() -> None:
+def test_cuda_is_given_where_it_is():
     assert get_device("cuda") == torch.device("cuda") and get_device("cuda:0") == torch.device("cuda", 0)
     expected = "bf16" if torch.cuda.get_device_capability() >= (8, 0) or torch.version.hip else "fp32"
     assert get_precision(torch.device("cuda")) == expected
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="x86 Linux")
-def test_auto_precision_is_bf16_exactly_where_the_cpu_computes_it() -> None:
+def test_auto_precision_is_bf16_exactly_where_the_cpu_computes_it():
     text = Path("/proc/cpuinfo").read_text()
     flags = next(line for line in text.splitlines() if line.startswith("flags")).split()
     expected = "bf16" if {"avx512_bf16", "amx_tile"} & set(flags) else "fp32"
     assert get_precision(CPU) == get_precision(CPU, "auto") == expected
 
 
-def test_auto_precision_is_fp32_where_torch_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_precision_is_fp32_where_torch_cannot_tell(monkeypatch):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.delattr(torch.cpu, name, raising=False)
     assert get_precision(CPU) == get_precision(torch.device("mps")) == "fp32"
 
 
 @pytest.mark.parametrize("requested", ["fp32", "bf16"])
-def test_a_requested_precision_is_given(requested: str) -> None:
+def test_a_requested_precision_is_given(requested):
     assert get_precision(CPU, requested) == requested
 
 
 @pytest.mark.parametrize("requested", UNKNOWN_PRECISIONS)
-def test_an_unknown_precision_is_refused_with_the_known_ones(requested: Any) -> None:
+def test_an_unknown_precision_is_refused_with_the_known_ones(requested):
     assert "choose one of auto, fp32, bf16, fp16" in refusal(get_precision, CPU, requested)
 
 
-def test_fp16_on_the_cpu_is_refused() -> None:
+def test_fp16_on_the_cpu_is_refused():
     assert "PRECISION is 'fp16' but the device is 'cpu'" in refusal(get_precision, CPU, "fp16")
 
 
@@ -110,7 +110,7 @@ def product(device: torch.device) -> Tensor:
         pytest.param("cuda", "fp16", torch.float16, marks=needs_gpu),
     ],
 )
-def test_the_forward_pass_is_computed_in_the_precision(device: str, precision: str, dtype: Any) -> None:
+def test_the_forward_pass_is_computed_in_the_precision(device, precision, dtype):
     context = DeviceContext(torch.device(device), precision)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -120,14 +120,14 @@ def test_the_forward_pass_is_computed_in_the_precision(device: str, precision: s
     assert product(context.device).dtype == torch.float32
 
 
-def test_every_precision_has_a_context() -> None:
+def test_every_precision_has_a_context():
     for precision in PRECISIONS:
         assert isinstance(DeviceContext(CPU, precision).autocast(), torch.autocast)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 3, 5), (2, 3, 4, 5), (2, 3, 4, 5, 6)])
-def test_images_alone_are_moved_into_the_memory_format(shape: Any, channels_last: bool) -> None:
+def test_images_alone_are_moved_into_the_memory_format(shape, channels_last):
     inputs = torch.randn(shape)
     moved = DeviceContext(CPU, channels_last=channels_last).move(inputs)
     is_changed = channels_last and len(shape) == 4
@@ -135,7 +135,7 @@ def test_images_alone_are_moved_into_the_memory_format(shape: Any, channels_last
     assert not is_changed or moved.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_device_and_precision_are_those_that_the_project_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_and_precision_are_those_that_the_project_chooses(monkeypatch):
     project = project_of(make_global_config.__module__)
     assert choose_context(project, "cpu", "bf16", False) == DeviceContext(CPU, "bf16", False)
     assert choose_context(project).device == get_device()

@@ -115,7 +115,7 @@ def pixels(data: Data) -> tuple[list, list]:
 
 
 @pytest.mark.parametrize("task", ["binary", "multi-class", "multi-label"])
-def test_results_do_not_depend_on_batch_size_and_order(task: str) -> None:
+def test_results_do_not_depend_on_batch_size_and_order(task):
     data = make_data(task)
     metrics = COUNTED | ({} if task == "multi-class" else {"distance": mean_distance})
     expected = run(data, metrics, batch_size=1)
@@ -129,7 +129,7 @@ def test_results_do_not_depend_on_batch_size_and_order(task: str) -> None:
                 assert math.isclose(value, expected[name], rel_tol=1e-6 if is_mean else 0), name
 
 
-def test_counts_are_those_of_all_pixels() -> None:
+def test_counts_are_those_of_all_pixels():
     data = make_data("multi-class")
     evaluation = Evaluation(COUNTED, multi_class_dice_ce_sum)
     evaluate(Answer(), batches(data, 4), evaluation, DeviceContext(CPU))
@@ -144,7 +144,7 @@ def test_counts_are_those_of_all_pixels() -> None:
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("task", ["binary", "multi-class", "multi-label"])
-def test_results_equal_scikit_learn(name: str, task: str, classes: int) -> None:
+def test_results_equal_scikit_learn(name, task, classes):
     data = make_data(task, classes=classes)
     (truth, guess), found = pixels(data), run(data, COUNTED)
     if task == "binary" or (task, classes) == ("multi-class", 2):  # summarized by the second class
@@ -164,7 +164,7 @@ def test_results_equal_scikit_learn(name: str, task: str, classes: int) -> None:
 
 @pytest.mark.parametrize("task", ["binary", "multi-class", "multi-label"])
 @pytest.mark.parametrize("name", SCORES)
-def test_classification_results_equal_scikit_learn(name: str, task: str) -> None:
+def test_classification_results_equal_scikit_learn(name, task):
     data = make_data(task, num_samples=60, shape=())
     truth, guess = pixels(data)
     average = {"binary": "binary", "multi-class": "macro", "multi-label": "macro"}[task]
@@ -176,7 +176,7 @@ def test_classification_results_equal_scikit_learn(name: str, task: str) -> None
 # --------------------------------------------------------------------------------------------------- averages
 
 
-def test_a_mean_of_f1_over_batches_is_another_number() -> None:
+def test_a_mean_of_f1_over_batches_is_another_number():
     target = torch.zeros(8, 1, 10, 10)
     target[0] = 1
     logits = torch.full((8, 1, 10, 10), -1.0)
@@ -192,7 +192,7 @@ def test_a_mean_of_f1_over_batches_is_another_number() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 13])
-def test_plain_functions_become_means_over_samples(batch_size: int) -> None:
+def test_plain_functions_become_means_over_samples(batch_size):
     data = make_data("binary")
     each = [mean_distance(logits[None], target[None]).item() for logits, target in data]
     found = run(data, {"distance": mean_distance, "f1": f1}, batch_size)
@@ -202,13 +202,13 @@ def test_plain_functions_become_means_over_samples(batch_size: int) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 4, 13])
 @pytest.mark.parametrize("task", ["binary", "multi-class", "multi-label"])
-def test_the_loss_is_the_mean_over_samples(task: str, batch_size: int) -> None:
+def test_the_loss_is_the_mean_over_samples(task, batch_size):
     data = make_data(task)
     each = [loss_of(data)(logits[None], target[None]).item() for logits, target in data]
     assert run(data, {}, batch_size) == {"loss": pytest.approx(sum(each) / len(each), rel=1e-6)}
 
 
-def test_plain_functions_may_return_numbers() -> None:
+def test_plain_functions_may_return_numbers():
     found = run(
         make_data("binary"), {"one": lambda prediction, target: 1, "size": lambda p, t: p.numel() / 2}
     )
@@ -216,7 +216,7 @@ def test_plain_functions_may_return_numbers() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_regression_needs_no_counts(batch_size: int) -> None:
+def test_regression_needs_no_counts(batch_size):
     data = [(torch.tensor([float(number)]), torch.tensor([0.0])) for number in range(6)]
     found = run(data, {"mae": functional.l1_loss}, batch_size, loss=functional.mse_loss)
     assert found == {"loss": approx(55 / 6), "mae_sample_mean": approx(2.5)}
@@ -226,7 +226,7 @@ def test_regression_needs_no_counts(batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("task", ["binary", "multi-class", "multi-label"])
-def test_masked_metrics_equal_scikit_learn_on_the_usable_pixels(task: str) -> None:
+def test_masked_metrics_equal_scikit_learn_on_the_usable_pixels(task):
     data = make_data(task, classes=3)
     generator = torch.Generator().manual_seed(2)
     masks = [(torch.rand(1, 6, 7, generator=generator) < 0.6).long() for _ in data]
@@ -250,7 +250,7 @@ def test_masked_metrics_equal_scikit_learn_on_the_usable_pixels(task: str) -> No
 
 @pytest.mark.parametrize("ignore_index", [255, 7])
 @pytest.mark.parametrize("task", ["binary", "multi-class", "multi-label"])
-def test_ignored_pixels_count_nowhere(task: str, ignore_index: int) -> None:
+def test_ignored_pixels_count_nowhere(task, ignore_index):
     data = make_data(task)
     expected = run([(logits[..., :4], target[..., :4]) for logits, target in data], COUNTED)
     for _, target in data:
@@ -265,7 +265,7 @@ def test_ignored_pixels_count_nowhere(task: str, ignore_index: int) -> None:
 
 
 @pytest.mark.parametrize("task", ["multi-class", "multi-label"])
-def test_results_of_classes_bear_their_names(task: str) -> None:
+def test_results_of_classes_bear_their_names(task):
     data = make_data(task, classes=3)
     numbered = run(data, COUNTED)
     named = run(data, COUNTED, class_names=("water", "forest", "road"))
@@ -274,12 +274,12 @@ def test_results_of_classes_bear_their_names(task: str) -> None:
 
 
 @pytest.mark.parametrize("class_names", [(), ("one",), ("a", "b", "c", "d")])
-def test_without_a_name_for_each_class_they_are_numbered(class_names: tuple[str, ...]) -> None:
+def test_without_a_name_for_each_class_they_are_numbered(class_names):
     found = run(make_data("multi-class", classes=3), {"f1": f1}, class_names=class_names)
     assert list(found) == ["loss", "f1", "f1.0", "f1.1", "f1.2"]
 
 
-def test_a_class_that_occurs_nowhere_is_nan_and_left_out_of_the_mean() -> None:
+def test_a_class_that_occurs_nowhere_is_nan_and_left_out_of_the_mean():
     data = make_data("multi-class", classes=3)
     data = [(torch.cat([logits, torch.full((1, 6, 7), -99.0)]), target) for logits, target in data]
     found = run(data, COUNTED)
@@ -288,14 +288,14 @@ def test_a_class_that_occurs_nowhere_is_nan_and_left_out_of_the_mean() -> None:
         assert found[name] == approx(score(*pixels(data), average="macro"))
 
 
-def test_a_class_that_is_only_in_the_target_or_only_predicted_is_zero() -> None:
+def test_a_class_that_is_only_in_the_target_or_only_predicted_is_zero():
     target = torch.tensor([[0, 0, 1, 1]])
     logits = functional.one_hot(torch.tensor([[0, 0, 2, 2]]), 3).movedim(-1, 0).float()
     found = run([(logits, target)], COUNTED)
     assert [found[f"f1.{index}"] for index in range(3)] == [1.0, 0.0, 0.0] and found["f1"] == approx(1 / 3)
 
 
-def test_where_nothing_is_usable_results_are_nan() -> None:
+def test_where_nothing_is_usable_results_are_nan():
     data = [(logits, torch.full_like(target, 255)) for logits, target in make_data("multi-class")]
     found = run(data, COUNTED)
     assert math.isnan(found["f1"]) and math.isnan(found["f1.0"]) and math.isnan(found["loss"])
@@ -306,7 +306,7 @@ def test_where_nothing_is_usable_results_are_nan() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("broken", ["nothing", "model", "loss", "data"])
-def test_the_mode_of_the_model_is_restored(training: bool, broken: str) -> None:
+def test_the_mode_of_the_model_is_restored(training, broken):
     def fails(*_: Any) -> Any:
         raise RuntimeError("it is broken")
 
@@ -327,7 +327,7 @@ def test_the_mode_of_the_model_is_restored(training: bool, broken: str) -> None:
     assert (model.training, model.drop.training, model.norm.training) == (training, training, not training)
 
 
-def test_nothing_has_a_gradient() -> None:
+def test_nothing_has_a_gradient():
     model = Answer()
     seen = []
 
@@ -340,7 +340,7 @@ def test_nothing_has_a_gradient() -> None:
     assert torch.is_grad_enabled() and model.factor.grad is None
 
 
-def test_the_model_is_not_changed() -> None:
+def test_the_model_is_not_changed():
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     run(make_data("binary"), COUNTED, model=model)
@@ -348,7 +348,7 @@ def test_the_model_is_not_changed() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_loss_and_metrics_are_computed_in_float32_outside_of_autocast(precision: str) -> None:
+def test_loss_and_metrics_are_computed_in_float32_outside_of_autocast(precision):
     computed, seen = [], []
 
     class Watched(nn.Conv2d):

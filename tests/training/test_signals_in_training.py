@@ -23,6 +23,8 @@ from torch import Tensor
 from dida_tools.config import config as config_module
 from dida_tools.config.errors import exit_code
 from dida_tools.models import UNET
+from dida_tools.prediction import predict
+from dida_tools.prediction.outputs import OutputFile
 from dida_tools.training import run as run_module
 from dida_tools.training.checkpoint import checkpoint_files
 from dida_tools.utils.signals import EXIT_CODE, Preempted, stop_requested
@@ -505,19 +507,54 @@ def test_train_py_ends(routine, arguments, folders, tmp_path):
     assert 1 <= len(steps) < 1500
 
 
-def test_prediction_stops_between_two_images(datasets, tiny_config, folders, tmp_path):
-    trained = load_routine(FIRST).train(*datasets, tiny_config | {"EPOCHS": 1}, folders)
-    images, out_dir = tmp_path / "images", tmp_path / "predicted"
-    images.mkdir()
-    np.save(images / "000.npy", np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8))
-    for index in range(1, 500):  # one image under many names
-        os.link(images / "000.npy", images / f"{index:03d}.npy")
+@pytest.fixture
+def trained(datasets, tiny_config, folders) -> Any:
+    return load_routine(FIRST).train(*datasets, tiny_config | {"EPOCHS": 1}, folders)
+
+
+def many_images(folder: Path, number: int) -> Path:
+    """Make one image under many names."""
+    folder.mkdir()
+    np.save(folder / "000.npy", np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8))
+    for index in range(1, number):
+        os.link(folder / "000.npy", folder / f"{index:03d}.npy")
+    return folder
+
+
+def assert_intact(out_dir: Path, numbers: range) -> None:
+    maps = [np.load(file) for file in out_dir.iterdir() if file.suffix == ".npy"]
+    assert len(maps) in numbers and not list(out_dir.glob(".*")) and not list(out_dir.glob("*.tmp"))
+    assert maps[0].shape == (128, 128) and all(np.array_equal(one, maps[0]) for one in maps)
+
+
+def test_prediction_stops_between_two_images(trained, tmp_path):
+    images, out_dir = many_images(tmp_path / "images", 500), tmp_path / "predicted"
     command = ["run_prediction.py", trained.name, "-i", images, "-o", out_dir]
     with script(tmp_path / "project", *command) as process:
         wait_until(lambda: out_dir.is_dir() and len(list(out_dir.glob("*.npy"))) >= 3, 60)
         process.terminate()
         said, _ = process.communicate(timeout=30)
     assert process.returncode == 75 and "Traceback" not in said, said
-    maps = [np.load(file) for file in out_dir.glob("*.npy")]
-    assert 3 <= len(maps) < 500 and maps[0].shape == (128, 128)
-    assert all(np.array_equal(one, maps[0]) for one in maps)
+    assert_intact(out_dir, range(3, 500))
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_prediction_as_a_notebook_calls_it(signum, trained, tiny_config, tmp_path, monkeypatch):
+    original, counter = OutputFile.finish, itertools.count(1)
+
+    def finish(*arguments: Any, **options: Any) -> None:
+        if next(counter) == 5:
+            os.kill(os.getpid(), signum)
+        original(*arguments, **options)
+
+    monkeypatch.setattr(OutputFile, "finish", finish)
+    config = {key: tiny_config[key] for key in ("MODEL", "MODEL_CONFIG", "DEVICE")} | {"BATCH_SIZE": 1}
+    config |= {"WEIGHTS": trained.weights["best"], "OUT_DIR": tmp_path / "out"}
+    config |= {"FILES": many_images(tmp_path / "images", 8)}
+    before = handlers()
+    with pytest.raises(Preempted, match="was received"):
+        predict(config)
+    assert handlers() == before
+    assert_intact(tmp_path / "out", range(5, 6))
+    assert len(predict(config)) == 8
+    assert_intact(tmp_path / "out", range(8, 9))

@@ -74,12 +74,12 @@ class Rich(Plain):
         return Rich(len(mask_values))
 
 
-def test_what_offers_everything_stays_as_it_is(folder: Path) -> None:
+def test_what_offers_everything_stays_as_it_is(folder):
     for dataset in (npy(folder), as_dataset(Plain()), as_dataset(Subset(npy(folder), [1]))):
         assert isinstance(dataset, TrainingData) and as_dataset(dataset) is dataset
 
 
-def test_a_plain_dataset_gets_the_defaults(tmp_path: Path) -> None:
+def test_a_plain_dataset_gets_the_defaults(tmp_path):
     plain = as_dataset(Plain())
     assert isinstance(plain, Custom) and len(plain) == 10 and plain[3][0].mean() == 3
     assert (plain.arguments, plain.task, plain.ignore_index) == (None, None, None)
@@ -91,7 +91,7 @@ def test_a_plain_dataset_gets_the_defaults(tmp_path: Path) -> None:
         plain.with_mask_values({255: 1})
 
 
-def test_what_a_dataset_offers_comes_before_the_defaults(tmp_path: Path) -> None:
+def test_what_a_dataset_offers_comes_before_the_defaults(tmp_path):
     rich = as_dataset(Rich())
     assert (rich.arguments, rich.task, rich.ignore_index) == ({"offset": 0}, "multi-class", 7)
     assert rich.sample_name(3) == "file 1" and rich.for_evaluation().offset == 100
@@ -104,14 +104,14 @@ def test_what_a_dataset_offers_comes_before_the_defaults(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "dataset", [Plain(), Rich(), Subset(Rich(), [3, 1]), ConcatDataset([Plain(), Rich()])]
 )
-def test_workers_can_be_given_it(dataset: Any) -> None:
+def test_workers_can_be_given_it(dataset):
     adapted = as_dataset(dataset)
     again = pickle.loads(pickle.dumps(adapted))
     assert len(again) == len(adapted) and torch.equal(again[1][0], adapted[1][0])
     assert again.sample_name(1) == adapted.sample_name(1)
 
 
-def test_wrappers_pass_samples_and_names_on(folder: Path) -> None:
+def test_wrappers_pass_samples_and_names_on(folder):
     base, joined = npy(folder, crop=None, crops_per_image=1), ConcatDataset([Plain(), Rich()])
     nested = as_dataset(Subset(Subset(ConcatDataset([joined, base]), [22, 5, 13]), [2, 0]))
     assert isinstance(nested, View) and [nested.sample_name(index) for index in range(2)] == [
@@ -124,7 +124,7 @@ def test_wrappers_pass_samples_and_names_on(folder: Path) -> None:
         nested[2]
 
 
-def test_a_wrapper_that_changes_samples_keeps_its_ways(folder: Path) -> None:
+def test_a_wrapper_that_changes_samples_keeps_its_ways(folder):
     class Doubled(Subset):
         def __getitem__(self, index: Any) -> Any:
             return self.dataset[self.indices[index]][0] * 2
@@ -135,7 +135,7 @@ def test_a_wrapper_that_changes_samples_keeps_its_ways(folder: Path) -> None:
     assert as_dataset(Doubled(Plain(), [4]))[0].mean() == 8
 
 
-def test_a_part_is_split_as_before() -> None:
+def test_a_part_is_split_as_before():
     order = np.random.default_rng(5).permutation(10)
     expected = [sorted(order[3:]), sorted(order[:3])]
     for dataset in (Plain(), Subset(Plain(), range(10))):
@@ -145,7 +145,7 @@ def test_a_part_is_split_as_before() -> None:
         as_dataset(Subset(Plain(), [3])).split(0.2, 0)
 
 
-def test_no_image_is_parted_by_a_split(folder: Path, tmp_path: Path) -> None:
+def test_no_image_is_parted_by_a_split(folder, tmp_path):
     other = write(tmp_path / "other", [55, 65])
     for dataset in (Subset(npy(folder), range(12)), ConcatDataset([npy(folder), npy(other)]), Rich()):
         adapted = as_dataset(dataset)
@@ -155,7 +155,7 @@ def test_no_image_is_parted_by_a_split(folder: Path, tmp_path: Path) -> None:
         assert not places[0] & places[1] and len(train) + len(validation) == len(adapted)
 
 
-def test_the_validation_part_of_a_subset_has_each_pixel_of_its_images_once(folder: Path) -> None:
+def test_the_validation_part_of_a_subset_has_each_pixel_of_its_images_once(folder):
     _, validation = random_split(npy(folder, augment=set_to_zero, tile=16), [6, 6], torch.Generator())
     adapted = as_dataset(validation)
     assert adapted[0][0].abs().max() == 0 and adapted[0][0].shape[-1] == 8
@@ -168,14 +168,14 @@ def test_the_validation_part_of_a_subset_has_each_pixel_of_its_images_once(folde
     assert as_dataset(Subset(Plain(), [2, 1])).for_evaluation()[0][0].mean() == 2  # in its own order
 
 
-def test_images_of_one_name_in_two_datasets_are_two(folder: Path, tmp_path: Path) -> None:
+def test_images_of_one_name_in_two_datasets_are_two(folder, tmp_path):
     joined = ConcatDataset([npy(folder), npy(write(tmp_path / "other", [55, 65]))])
     evaluated = as_dataset(Subset(joined, [0, 1, 2])).for_evaluation()  # crops of the first image
     assert [evaluated.sample_name(index) for index in range(len(evaluated))] == ["0.npy"]
     assert torch.equal(evaluated[0][0], npy(folder).for_evaluation()[0][0])
 
 
-def test_joined_datasets_have_the_statistics_of_all(folder: Path, tmp_path: Path) -> None:
+def test_joined_datasets_have_the_statistics_of_all(folder, tmp_path):
     cache, every = tmp_path / "facts.json", write(tmp_path / "every", [50, 60, 70, 80, 200, 210])
     parts = [tmp_path / "first", tmp_path / "second"]
     for part, names in zip(parts, (range(4), range(4, 6)), strict=True):
@@ -194,7 +194,7 @@ def test_joined_datasets_have_the_statistics_of_all(folder: Path, tmp_path: Path
     assert as_dataset(ConcatDataset([Plain(), npy(folder)])).contract(True, cache) is None
 
 
-def test_statistics_are_those_of_the_images_that_samples_are_taken_from(folder: Path, tmp_path: Path) -> None:
+def test_statistics_are_those_of_the_images_that_samples_are_taken_from(folder, tmp_path):
     cache = tmp_path / "facts.json"
     subset = as_dataset(Subset(npy(folder), [3, 4, 11]))  # crops of images 1 and 3
     only = View([npy(folder)], [(0, 3), (0, 9)])
@@ -204,7 +204,7 @@ def test_statistics_are_those_of_the_images_that_samples_are_taken_from(folder: 
     assert {file.name for file in subset.scan()} == {"1.npy", "3.npy"}
 
 
-def test_all_that_is_wrong_is_found_in_every_dataset(folder: Path, tmp_path: Path) -> None:
+def test_all_that_is_wrong_is_found_in_every_dataset(folder, tmp_path):
     (folder / "x" / "1.npy").write_bytes(b"")
     with pytest.raises(DataError, match=r"1\.npy"):
         as_dataset(ConcatDataset([Plain(), npy(folder)])).check(tmp_path / "facts.json", 2, training=True)
@@ -212,8 +212,8 @@ def test_all_that_is_wrong_is_found_in_every_dataset(folder: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("wrap", [lambda data: Subset(data, range(12)), lambda data: ConcatDataset([data])])
 def test_a_wrapped_dataset_is_normalized_in_training_and_not_augmented_in_evaluation(
-    folder: Path, tmp_path: Path, tiny_config: dict[str, Any], global_config: dict[str, str], wrap: Any
-) -> None:
+    folder, tmp_path, tiny_config, global_config, wrap
+):
     model = {"MODEL_CONFIG": tiny_config["MODEL_CONFIG"] | {"ch_in": 2}}
     plain, zeroed = npy(folder), npy(folder, augment=set_to_zero)
     expected = prepare(plain, plain, tiny_config | model, global_config, None, "dida_tools")
