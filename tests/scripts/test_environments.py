@@ -21,7 +21,7 @@ FRAMEWORKS = [requirement for extra in EXTRAS if extra != "dev" for requirement 
 DEV = [requirement for requirement in EXTRAS["dev"] if not requirement.startswith("dida-tools")] + FRAMEWORKS
 
 OPTIONAL = {"pandas"}  # read_frame works where it is there
-LOADED_BY_NAME = {"onnxscript"}  # torch.onnx does
+LOADED_BY_NAME = {"onnx", "onnxscript"}  # torch.onnx does
 
 
 def name_of(requirement: str) -> str:
