@@ -140,16 +140,16 @@ class Scores:
         """
         tp, fp, fn = (int(part.sum()) for part in tp_fp_fn(self.confusion))
         pooled = torch.tensor([[[0, fp], [fn, tp]]])  # true negatives count in none
-        accuracies = accuracy_per_class(self.confusion)
-        results = {"accuracy": summarize(accuracies, self.confusion).item()}
-        results |= self.by_class("accuracy", accuracies, class_names)
         micro = {name: metric(pooled).item() for name, metric in _METRICS.items()}
         per_class = {name: metric(self.confusion) for name, metric in _METRICS.items()}
         micro["average_precision"] = _average_precision(self.histograms.sum(0))
         per_class["average_precision"] = self.average_precision()
+        accuracies = accuracy_per_class(self.confusion)
+        results = {"accuracy": summarize(accuracies, self.confusion).item()}
         for name, values in per_class.items():
             results[name] = summarize(values, self.confusion).item()
             results |= {f"{name}_macro": values.nanmean().item(), f"{name}_micro": micro[name]}
+        for name, values in (per_class | {"accuracy": accuracies}).items():
             results |= self.by_class(name, values, class_names)
         results |= {"ece": self.expected_calibration_error(), "valid_pixels": self.num_valid}
         return results | {"ignored_pixels": self.num_ignored}
