@@ -42,14 +42,14 @@ RUN pip --python /venv/bin/python install --no-cache-dir --constraint constraint
 
 FROM base AS train
 COPY --from=train-packages /venv /venv
-COPY LICENSE pyproject.toml *.py ./
+COPY LICENSE* pyproject.toml *.py ./
 COPY dida_tools dida_tools
 USER 1000:1000
 ENTRYPOINT ["python", "train.py"]
 
 FROM base AS predict
 COPY --from=predict-packages /venv /venv
-COPY LICENSE pyproject.toml *.py ./
+COPY LICENSE* pyproject.toml *.py ./
 COPY dida_tools dida_tools
 USER 1000:1000
 ENTRYPOINT ["python", "run_prediction.py"]

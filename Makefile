@@ -1,13 +1,13 @@
-# make help lists what there is.
+# make help lists the targets.
 
-# Which environment: venv (a folder .venv) or conda; taken from what is active where it is not given.
+# Environment: venv (a folder .venv) or conda; default: what is active.
 ENV ?= $(if $(CONDA_DEFAULT_ENV),$(if $(filter base,$(CONDA_DEFAULT_ENV)),venv,conda),venv)
-# Which PyTorch: cuda or cpu (several gigabytes less); what is installed, else by whether there is an NVIDIA GPU.
+# PyTorch: cuda or cpu (several gigabytes less); default: what is installed, else by whether there is an NVIDIA GPU.
 INSTALLED = $(patsubst .venv/.ready-%,%,$(firstword $(wildcard .venv/.ready-cpu .venv/.ready-cuda)))
 TORCH ?= $(if $(INSTALLED),$(INSTALLED),$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu))
-# Which Python makes the .venv.
+# The Python that makes the .venv.
 PYTHON ?= python3
-# A tool that is only a function of the shell says in a variable where its program is.
+# Where the tool is a function of the shell, a variable names its program.
 CONDA ?= $(firstword $(foreach tool,mamba micromamba conda,$(if $(shell command -v $(tool) 2>/dev/null),$(tool))) \
 	$(MAMBA_EXE) $(CONDA_EXE))
 # Further arguments of train.py: make train ARGS="EPOCHS=3".
@@ -15,10 +15,10 @@ ARGS ?=
 
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 ifeq ($(ENV),conda)
-# --json prints the same in all three: a line for each environment's folder. Empty where there is none.
+# --json prints a line for each environment's folder in all three. Empty where there is none.
 CONDA_DIR = $(shell $(CONDA) env list --json 2>/dev/null | sed -nE 's|^ *"(.*[/\\]dida-tools)",?$$|\1|p' | head -n 1)
 ENV_PYTHON = $(CONDA_DIR)/bin/python
-# None of them must ask anything.
+# None of them may prompt.
 export CONDA_ALWAYS_YES = true
 export MAMBA_ALWAYS_YES = true
 READY = env
@@ -30,7 +30,7 @@ DEV_READY = .venv/.dev-ready-$(TORCH)
 OTHER = $(if $(filter cpu,$(TORCH)),cuda,cpu)
 endif
 
-.PHONY: help env env-dev env-remove train test test-all lint format doc template-diff template-update clean
+.PHONY: help env env-dev env-remove train test test-all lint format template-diff template-update clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -55,9 +55,6 @@ lint: $(DEV_READY)  ## check style, types and common mistakes
 format: $(DEV_READY)  ## format the code
 	$(ENV_PYTHON) -m ruff check --fix .
 	$(ENV_PYTHON) -m ruff format .
-
-doc: $(DEV_READY)  ## build the documentation: docs/_build/index.html
-	$(ENV_PYTHON) -m sphinx -W --keep-going -b html docs docs/_build
 
 ifeq ($(ENV),conda)
 .PHONY: conda-env
@@ -87,12 +84,12 @@ endif
 		echo "$$($(PYTHON) --version) is too old: install Python 3.11 or newer, or give PYTHON=python3.12."; exit 1; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@test ! -e .venv/.ready-$(OTHER) || { rm -f .venv/.*ready-$(OTHER); .venv/bin/python -m pip uninstall -q -y torch; }
-	@echo "Installing PyTorch ($(TORCH); the other with TORCH=$(OTHER)) and what else is needed: some minutes."
+	@echo "Installing PyTorch ($(TORCH); the other with TORCH=$(OTHER)) and the rest: some minutes."
 ifeq ($(TORCH),cpu)
-	@# The build without CUDA has an index of its own; where that cannot be reached, pip's usual places must do.
+	@# The build without CUDA has an index of its own; where it is unreachable, pip's usual indexes must do.
 	@.venv/bin/python -m pip install --quiet --no-deps --retries 0 --timeout 10 --constraint constraints.txt \
 		--index-url $(TORCH_CPU_INDEX) torch >/dev/null 2>&1 || \
-		echo "PyTorch's index of CPU builds gave none: pip takes what it finds, on Linux perhaps gigabytes with CUDA."
+		echo "PyTorch's index of CPU builds is unreachable: pip takes what it finds, on Linux perhaps gigabytes with CUDA."
 endif
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt -e .
 	@touch $@
@@ -102,12 +99,12 @@ endif
 	@.venv/bin/python tools/check_torchvision.py
 	@touch $@
 
--include docker.mk  # images
+-include docs/docs.mk docker.mk  # documentation, images
 
-template-diff:  ## in a project: what its template has changed since; TAG=v1.2.0 TEMPLATE=folder or URL
+template-diff:  ## in a project: show later changes of its template; TAG=v1.2.0 TEMPLATE=folder or URL
 	$(PYTHON) tools/template.py diff $(TAG) $(if $(TEMPLATE),--template "$(TEMPLATE)")
 
-template-update:  ## in a project: merge that, then run the tests
+template-update:  ## in a project: merge them, then run the tests
 	$(PYTHON) tools/template.py update $(TAG) $(if $(TEMPLATE),--template "$(TEMPLATE)")
 	$(MAKE) test
 

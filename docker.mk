@@ -2,11 +2,11 @@
 
 DOCKER ?= docker
 IMAGE = dida-tools
-# Which trained run goes into an image, or predicts.
+# The trained run that goes into an image, or predicts.
 RUN ?=
-# Which image runs: train, predict, or the one with the run.
+# The image that runs: train, predict, or the one with the run.
 IMAGE_TAG ?= $(if $(RUN),$(RUN),train)
-# What a model or routine needs besides: make docker-build PACKAGES="monai pytorch-ignite".
+# Further packages of a model or routine: make docker-build PACKAGES="monai pytorch-ignite".
 PACKAGES ?=
 BASE_IMAGE ?=
 GPUS ?= $(shell nvidia-smi >/dev/null 2>&1 && echo --gpus all)
@@ -23,7 +23,7 @@ docker-build:  ## build the images dida-tools:predict and :train; with RUN=NAME,
 else
 docker-build:
 	@test -f weights/$(RUN)/best.pt -a -f logs/$(RUN)/config.json || { \
-		echo "There is no weights/$(RUN)/best.pt with logs/$(RUN)/config.json: give the whole NAME of a run in logs/."; exit 1; }
+		echo "There is no weights/$(RUN)/best.pt with logs/$(RUN)/config.json: give the full NAME of a run in logs/."; exit 1; }
 	$(BUILD) --target run --build-arg RUN=$(RUN) --tag $(IMAGE):$(RUN) .
 endif
 

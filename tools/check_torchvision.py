@@ -1,8 +1,8 @@
 """
-Removes a torchvision that cannot be imported beside the installed torch.
+Remove a torchvision that cannot be imported beside the installed torch.
 
-It comes with other packages, and in a build for another torch its import fails, and with it that of torchmetrics, which
-works without torchvision.
+It comes with other packages. A build for another torch fails on import, and with it torchmetrics, which works
+without torchvision. One that was installed by name (pip records that) stays; report how it can be fixed.
 """
 
 import importlib.metadata
@@ -12,22 +12,19 @@ import sys
 
 
 def main() -> None:
-    """Tries the import in a process of its own."""
+    """Try the import in a process of its own."""
     if importlib.util.find_spec("torchvision") is None:
         return
-    if (
-        subprocess.run(
-            [sys.executable, "-c", "import torchvision"], capture_output=True, check=False
-        ).returncode
-        == 0
-    ):
+    attempt = [sys.executable, "-c", "import torchvision"]
+    if subprocess.run(attempt, capture_output=True, check=False).returncode == 0:
         return
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
+    torch, torchvision = (importlib.metadata.distribution(name) for name in ("torch", "torchvision"))
+    found = f"torchvision {torchvision.version} cannot be imported beside torch {torch.version}"
+    if torchvision.read_text("REQUESTED") is not None:
+        print(f"{found}: install the build for that torch (https://pytorch.org/get-started).")
+        return
     subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
-    print(
-        f"torchvision {versions['torchvision']} cannot be imported beside torch {versions['torch']} and was removed; "
-        "nothing in this project needs it."
-    )
+    print(f"{found} and was removed; nothing in this project needs it.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Predict an image with an exported model alone: python predict_onnx.py MODEL.onnx IMAGE OUT.npy"""
+"""Predict with an exported model, without this project: python predict_onnx.py MODEL.onnx IMAGE OUT.npy"""
 
 import json
 import sys
@@ -12,14 +12,14 @@ session = onnxruntime.InferenceSession(model, providers=onnxruntime.get_availabl
 contract = json.loads(session.get_modelmeta().custom_metadata_map["contract"])
 image = np.load(source) if source.endswith(".npy") else np.asarray(Image.open(source))
 image = image[:, :, None] if image.ndim == 2 else image
-found, known = (image.dtype.name, image.shape[2]), (contract["dtype"], contract["channels"])
-if found != known:
-    sys.exit(f"{source}: its dtype and channels are {found}, those of the model {known}")
-inputs = np.moveaxis(image, -1, 0)[None].astype(np.float32)
-probabilities = session.run(None, {"image": inputs})[0][0]  # (K, H, W)
+found, expected = (image.dtype.name, image.shape[2]), (contract["dtype"], contract["channels"])
+if found != expected:
+    sys.exit(f"{source}: dtype and channels are {found}, the model expects {expected}")
+[output] = session.run(None, {"image": np.moveaxis(image, -1, 0)[None].astype(np.float32)})
+result = output[0]  # probabilities (K, H, W)
 if contract["task"] == "multi-class":
-    probabilities = probabilities.argmax(0).astype(np.uint8)
+    result = result.argmax(0).astype(np.uint8)
 elif contract["task"] == "multi-label":
     thresholds = np.reshape(contract["threshold"], (-1, 1, 1)).astype(np.float32)
-    probabilities = (probabilities >= thresholds).astype(np.uint8)
-np.save(target, probabilities)
+    result = (result >= thresholds).astype(np.uint8)
+np.save(target, result)

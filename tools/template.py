@@ -1,15 +1,16 @@
 """
-Brings later versions of the template into this project, as git merges a branch.
+Merge later versions of the template into this project, as git merges a branch.
 
-    python tools/template.py diff                    what has changed in the template since this project's version of it
-    python tools/template.py update                  merges that
-    python tools/template.py update v1.2.0           that version instead of the newest one
-    python tools/template.py update --template PATH  another place of the template than the recorded one: folder or URL
+    python tools/template.py diff                    show what the template has changed since
+    python tools/template.py update                  merge it
+    python tools/template.py update v1.2.0           merge that version instead of the newest one
+    python tools/template.py update --template PATH  another place of the template: folder or URL
 
-A commit in this project's history holds exactly what the template gave; .template.json says from which version, with
-which name and parts. The new version is made with the same name and parts, as a child of that commit, and merged: git
-keeps your edits, follows files and folders that you renamed, and leaves a conflict where both changed the same lines.
-Imports of modules that you moved are rewritten in what has arrived. make template-update then runs the tests.
+A commit in this project's history holds exactly what the template gave; .template.json names its version,
+and the project's name and parts. The new version is rendered with the same name and parts, as a child of
+that commit, and merged: git keeps your edits, follows files and folders that you renamed, and leaves a
+conflict where both changed the same lines. The library has one name everywhere. Imports of modules that you
+moved are rewritten in new code. make template-update then runs the tests.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ".template.json"
-TREE = "Template-Tree"  # the line in a commit's message that tells what the template gave from what people commit
+TREE = "Template-Tree"  # the line in the message of a commit that the template made
 
 
 def main() -> int:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,35 +47,35 @@ def main() -> int:
     arguments = parser.parse_args()
     if not (ROOT / RECORD).is_file():
         refuse(
-            f"There is no {RECORD} in {ROOT}: this project was not made by new_project.py, or is the template itself."
+            f"There is no {RECORD} in {ROOT}: it was not made by new_project.py, or is the template itself."
         )
     if arguments.command == "update" and git("status", "--porcelain", "--untracked-files=no"):
-        refuse("There are changes that are not committed: commit them, or put them aside with git stash.")
+        refuse("There are uncommitted changes: commit them, or put them aside with git stash.")
     record = json.loads((ROOT / RECORD).read_text())
+    if arguments.template:
+        record["template"] = place_of(arguments.template)
+    if not record["template"]:
+        refuse(f"{RECORD} names no place of the template: TEMPLATE=folder or URL, or --template.")
     with tempfile.TemporaryDirectory() as folder:
-        template = clone(arguments.template or record["template"], Path(folder) / "template")
+        template = clone(record["template"], Path(folder) / "template")
         version = arguments.version or newest_version(template)
         if (commit := commit_of(template, version)) is None:
             versions = ", ".join(git("tag", "--sort=version:refname", folder=template).split())
             refuse(f"The template has no version {version!r}: it has {versions or 'no tags'}.")
         if not try_git("merge-base", "--is-ancestor", commit, record["commit"], folder=template).returncode:
-            print(
-                f"This project has what is in version {version} of the template already (commit {commit[:10]})."
-            )
+            print(f"This project already has version {version} of the template (commit {commit[:10]}).")
             return 0
         base = find_rendered(record)
         joined = base is not None
         if base is None:
-            print(
-                "This history has no commit with what the template gave (a squashed or copied one): it is made again."
-            )
+            print("This history lacks the commit of the template (squashed or copied): it is made again.")
             if commit_of(template, record["commit"]) is None:
                 refuse(
-                    f"The template has no commit {record['commit']} (version {record['version']}), from which this "
-                    "project was made: name a clone that has it with TEMPLATE=..."
+                    f"The template has no commit {record['commit']} (version {record['version']}) that made "
+                    "this project: name a clone that has it with TEMPLATE=..."
                 )
-            base = render(template, record["commit"], Path(folder) / "base")
-        new = render(template, commit, Path(folder) / "new", base)
+            base = render(template, record, record["commit"], Path(folder) / "base")
+        new = render(template, record, commit, Path(folder) / "new", base)
     if arguments.command == "diff":
         return subprocess.run(["git", "diff", base, new], cwd=ROOT, check=False).returncode
     if not joined:
@@ -84,12 +85,12 @@ def main() -> int:
 
 
 def refuse(sentence: str) -> NoReturn:
-    """Ends the command with a sentence that says what to do."""
+    """End the command with a sentence that says what to do."""
     sys.exit(sentence)
 
 
 def git(*arguments: str | Path, folder: Path = ROOT, **variables: str) -> str:
-    """What a git command prints; where it fails, the command ends with what git says."""
+    """Return what a git command prints; where it fails, end the command with git's message."""
     done = try_git(*arguments, folder=folder, **variables)
     if done.returncode:
         refuse(f"git {arguments[0]} failed: {done.stderr.strip() or done.stdout.strip()}")
@@ -97,7 +98,7 @@ def git(*arguments: str | Path, folder: Path = ROOT, **variables: str) -> str:
 
 
 def try_git(*arguments: str | Path, folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
-    """Runs a git command that may fail."""
+    """Run a git command that may fail."""
     # What a hook or another git command sets would have git work elsewhere.
     ours = {
         key: value
@@ -113,17 +114,22 @@ def try_git(*arguments: str | Path, folder: Path = ROOT, **variables: str) -> su
         refuse("There is no git: install it.")
 
 
-# ----------------------------------------------------------------------------------- the template's versions as commits
+# ----------------------------------------------------------------------- the template's versions as commits
+
+
+def place_of(template: str) -> str:
+    """Return a template's place as the record names it: a URL, or a folder relative to this project."""
+    return os.path.relpath(template, ROOT) if Path(template).is_dir() else template
 
 
 def clone(template: str, folder: Path) -> Path:
-    """A copy of the template's repository, all versions."""
-    git("clone", "--quiet", "--no-checkout", "--", template, folder)
+    """Clone the template's repository, all versions."""
+    git("clone", "--quiet", "--no-checkout", "--", template, folder)  # a relative place is relative to ROOT
     return folder
 
 
 def commit_of(template: Path, version: str) -> str | None:
-    """The commit of a tag, of a branch or of a shortened commit."""
+    """Return the commit of a tag, of a branch or of a shortened commit."""
     names = (version, f"origin/{version}")
     answers = (
         try_git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", folder=template) for name in names
@@ -132,13 +138,13 @@ def commit_of(template: Path, version: str) -> str | None:
 
 
 def newest_version(template: Path) -> str:
-    """The last tag of the form v1.2.3, or HEAD where there is none."""
+    """Return the last tag of the form v1.2.3, or HEAD where there is none."""
     tags = git("tag", "--sort=version:refname", folder=template).split()
     return next((tag for tag in reversed(tags) if re.fullmatch(r"v\d+\.\d+\.\d+", tag)), "HEAD")
 
 
 def find_rendered(record: dict[str, Any]) -> str | None:
-    """The commit in this history that holds exactly what the recorded version of the template gave."""
+    """Return the commit in this history that the recorded version of the template made."""
     form = f"--format=%H %T %(trailers:key={TREE},valueonly,separator=%x20)"
     for commit, tree, *noted in map(str.split, git("log", "--no-show-signature", form).splitlines()):
         if noted == [tree] and json.loads(git("show", f"{commit}:{RECORD}"))["commit"] == record["commit"]:
@@ -146,10 +152,14 @@ def find_rendered(record: dict[str, Any]) -> str | None:
     return None
 
 
-def render(template: Path, commit: str, folder: Path, parent: str | None = None) -> str:
-    """Makes a commit of what a version of the template, by its own new_project.py, gives for this project."""
+def render(
+    template: Path, record: dict[str, Any], commit: str, folder: Path, parent: str | None = None
+) -> str:
+    """Commit what a version of the template, by its own new_project.py, gives for this project."""
     git("checkout", "--quiet", "--detach", commit, folder=template)
-    command = [sys.executable, str(template / "new_project.py"), str(folder), "--like", str(ROOT / RECORD)]
+    like = folder.with_suffix(".json")
+    like.write_text(json.dumps({"command": "", **record}))  # version 0.1 copies a command
+    command = [sys.executable, str(template / "new_project.py"), str(folder), "--like", str(like)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         refuse(f"The template's new_project.py failed at {commit}: {done.stderr.strip()}")
@@ -157,7 +167,7 @@ def render(template: Path, commit: str, folder: Path, parent: str | None = None)
 
 
 def commit_folder(folder: Path, repository: Path, parent: str | None = None) -> str:
-    """Makes a commit of a folder that the template gave, in a repository, on no branch; returns its hash."""
+    """Commit a folder that the template gave, in a repository, on no branch; return its hash."""
     record = json.loads((folder / RECORD).read_text())
     with tempfile.TemporaryDirectory() as index:
         options = {"GIT_INDEX_FILE": str(Path(index) / "index")}
@@ -168,11 +178,11 @@ def commit_folder(folder: Path, repository: Path, parent: str | None = None) -> 
     return git("commit-tree", tree, "-m", message, *(("-p", parent) if parent else ()), folder=repository)
 
 
-# -------------------------------------------------------------------------------------------------------------- merging
+# -------------------------------------------------------------------------------------------------- merging
 
 
 def merge(base: str, new: str, version: str) -> int:
-    """Merges the new version; leaves conflicts as git does."""
+    """Merge the new version; leave conflicts as git does."""
     moved = Moved(base, new)
     # A file that is new in the template goes where you have moved its folder.
     follow = ("-c", "merge.renames=true", "-c", "merge.directoryRenames=true")
@@ -182,25 +192,25 @@ def merge(base: str, new: str, version: str) -> int:
     git("checkout", new, "--", RECORD)  # made from this project's, with all that has been edited there
     for path in deleted_here():
         git("rm", "--quiet", "--", path)
-        print(f"stays deleted, although the template has changed it: {path}")
+        print(f"stays deleted, although changed in the template: {path}")
     conflicts = git("diff", "--name-only", "--diff-filter=U").splitlines()
     for path in git("diff", "--name-only", "--diff-filter=d", "HEAD").splitlines():
         if path not in conflicts and rewrite_imports(ROOT / path, moved):
             git("add", "--", path)
-            print(f"imports of what you have moved are rewritten in {path}")
+            print(f"imports of moved modules rewritten: {path}")
     if conflicts:
         print(f"You and the template have changed the same lines: {', '.join(conflicts)}")
         print(
-            "Mend these files, git add them, and git commit; or take all back with git merge --abort. Then: make test"
+            "Fix these files, git add them, and git commit; or undo with git merge --abort. Then: make test"
         )
         return 1
     git("commit", "--quiet", "--message", f"Merge version {version} of the template")
-    print(f"Merged version {version} of the template. Take it back with: git reset --hard HEAD^")
+    print(f"Merged version {version} of the template. Undo with: git reset --hard HEAD^")
     return 0
 
 
 def deleted_here() -> list[str]:
-    """The files in conflict that this project has deleted and the template has changed."""
+    """Return the files in conflict that this project has deleted and the template has changed."""
     stages: dict[str, set[str]] = {}
     for line in git("ls-files", "--unmerged").splitlines():
         entry, _, path = line.partition("\t")
@@ -217,7 +227,7 @@ class Moved:
     """
 
     def __init__(self, base: str, new: str) -> None:
-        """Asks git."""
+        """Ask git."""
         lines = git("diff", "--find-renames", "--diff-filter=R", "--name-status", base, "HEAD").splitlines()
         pairs = [(Path(old), Path(now)) for _, old, now in (line.split("\t") for line in lines)]
         self.given = set(git("ls-tree", "-r", "--name-only", new).splitlines())
@@ -230,7 +240,7 @@ class Moved:
                     self.modules.setdefault(old.parent.parts, now.parent.parts)
 
     def now(self, module: tuple[str, ...]) -> tuple[str, ...]:
-        """Where a module of the template is to be found here; the same where that is not known."""
+        """Return where a module of the template is found here; the same where that is not known."""
         for length in range(len(module), 0, -1):
             if module[:length] in self.modules:
                 there = self.modules[module[:length]] + module[length:]
@@ -238,7 +248,7 @@ class Moved:
         return module
 
     def template_path(self, path: Path) -> Path:
-        """Where the template has a file of this project."""
+        """Return where the template has a file of this project."""
         if path.as_posix() in self.given:
             return path
         if path in self.files:
@@ -248,18 +258,18 @@ class Moved:
 
 
 def module_of(path: Path) -> tuple[str, ...]:
-    """a/b/c.py is a.b.c, a/b/__init__.py is a.b."""
+    """Return a.b.c for a/b/c.py, a.b for a/b/__init__.py."""
     return path.parent.parts if path.stem == "__init__" else (*path.parent.parts, path.stem)
 
 
 def exists(module: tuple[str, ...]) -> bool:
-    """Whether this project has a module or package."""
+    """Return True if this project has a module or package."""
     place = ROOT.joinpath(*module)
     return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
 
 
 def rewrite_imports(path: Path, moved: Moved) -> bool:
-    """Has a file import moved modules from where they are; whether it had to be changed."""
+    """Let a file import moved modules from where they are; return True if it had to be changed."""
     if path.suffix != ".py" or not moved.modules or not path.is_file():
         return False
     text = path.read_text(encoding="utf-8")
@@ -289,7 +299,7 @@ def rewrite_imports(path: Path, moved: Moved) -> bool:
 
 
 def relative_imports(text: str) -> Iterator[tuple[int, int, tuple[str, ...]]]:
-    """Index of the line, number of dots and name of each relative import."""
+    """Yield line index, number of dots and name of each relative import."""
     try:
         nodes = list(ast.walk(ast.parse(text)))
     except SyntaxError:
@@ -300,13 +310,13 @@ def relative_imports(text: str) -> Iterator[tuple[int, int, tuple[str, ...]]]:
 
 
 def absolute(path: Path, dots: int, name: tuple[str, ...]) -> tuple[str, ...]:
-    """The module that a relative import in a file names."""
+    """Return the module that a relative import in a file names."""
     package = path.parent.parts
     return package[: len(package) - dots + 1] + name
 
 
 def relative(path: Path, module: tuple[str, ...]) -> str:
-    """How a file names a module relatively: shared.py in a/b/c.py is ...shared."""
+    """Return how a file names a module relatively: shared.py in a/b/c.py is ...shared."""
     package = path.parent.parts
     shared = 0
     while package[: shared + 1] == module[: shared + 1] and shared < len(package):

@@ -1,7 +1,7 @@
 """
-The Dockerfile, read; and built and run where ENGINE_FOR_TESTS names docker or podman:
+The Dockerfile, read; built and run where ENGINE_FOR_TESTS names docker or podman (minutes; see BASE_IMAGE):
 
-    ENGINE_FOR_TESTS=docker python -m pytest tests/scripts/test_docker.py -n 0 -m slow      minutes; BASE_IMAGE counts
+    ENGINE_FOR_TESTS=docker python -m pytest tests/scripts/test_docker.py -n 0 -m slow
 """
 
 import ast
@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
+
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 ENGINE = os.environ.get("ENGINE_FOR_TESTS", "")
+PACKAGES = [name for name in ("dida_tools", "dida_core") if (ROOT / name).is_dir()]
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
-    """The instructions of each stage, without comments and line breaks; the last stage, without a name, as ""."""
+    """The instructions of each stage, without comments and line breaks; the last stage has the name ""."""
     text = re.sub(r"^\s*#.*\n", "", DOCKERFILE, flags=re.MULTILINE)
     found: dict[str, list[tuple[str, str]]] = {}
     name = "before"
@@ -36,7 +38,6 @@ def stages() -> dict[str, list[tuple[str, str]]]:
 
 
 STAGES = stages()
-IMAGES = ("train", "predict", "run", "")
 
 
 def ancestors(stage: str) -> list[str]:
@@ -53,50 +54,13 @@ def last(stage: str, word: str) -> str:
 
 def installed(stage: str) -> set[str]:
     """What pip installs by name in a stage and before it."""
-    names: set[str] = set()
-    for name in ancestors(stage):
-        commands = " ".join(rest for word, rest in STAGES[name] if word == "RUN")
-        for arguments in re.findall(r"install (--[^&;]*)", commands):
-            names |= {word for word in arguments.split() if re.fullmatch(r"[a-z][a-z-]+", word)}
-    return names
-
-
-def test_every_image_runs_as_nobody_special():
-    for stage in IMAGES:
-        assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last(stage, "USER")), stage
-
-
-def test_the_image_without_a_target_predicts():
-    assert last("", "ENTRYPOINT") == last("predict", "ENTRYPOINT") == '["python", "run_prediction.py"]'
-    assert last("train", "ENTRYPOINT") == '["python", "train.py"]'
-
-
-def test_python_is_slim_and_torch_without_cuda_unless_asked_for():
-    assert ("ARG", "BASE_IMAGE=python:3.12-slim") in STAGES["before"]
-    assert ("ARG", "TORCH=cpu") in STAGES["predict-packages"]
-
-
-def test_all_that_pip_installs_is_constrained_and_leaves_no_cache():
-    commands = [
-        one for one in re.findall(r"pip [^&;]*", re.sub(r"\s*\\\n\s*", " ", DOCKERFILE)) if " install " in one
-    ]
-    assert len(commands) == 3
-    for command in commands:
-        assert "--no-cache-dir" in command
-        assert "--constraint constraints.txt" in command
-    assert "rm -rf /var/lib/apt/lists/*" in DOCKERFILE
-
-
-def test_nothing_secret_is_given_to_a_build():
-    for word, rest in (one for stage in STAGES.values() for one in stage):
-        assert not (word in ("ARG", "ENV") and re.search(r"(?i)token|secret|passw|key|credential", rest)), (
-            rest
-        )
-        assert not (word in ("COPY", "ADD") and rest.split()[0] in (".", "./")), "copies all there is"
+    commands = [rest for name in ancestors(stage) for word, rest in STAGES[name] if word == "RUN"]
+    arguments = re.findall(r"install (--[^&;]*)", "; ".join(commands))
+    return {word for one in arguments for word in one.split() if re.fullmatch(r"[a-z][a-z-]+", word)}
 
 
 def imports_of_prediction() -> set[str]:
-    """What run_prediction.py imports, also later and by way of the project's modules, without the training routines."""
+    """What run_prediction.py imports, also later and by way of the project's modules."""
     todo, seen, found = [ROOT / "run_prediction.py"], set(), set()
     while todo:
         file = todo.pop()
@@ -105,55 +69,61 @@ def imports_of_prediction() -> set[str]:
         seen.add(file)
         package = file.relative_to(ROOT).parent.parts
         for node in ast.walk(ast.parse(file.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
                 parent = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
                 module = ".".join(filter(None, (parent, node.module)))
                 names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
             for name in names:
-                if name.startswith("dida_tools"):
-                    path = ROOT / name.replace(".", "/")
-                    todo += [path.with_suffix(".py"), path / "__init__.py"]
-                    todo += [
-                        above / "__init__.py"
-                        for above in path.parents
-                        if above.is_relative_to(ROOT / "dida_tools")
-                    ]
-                elif (ROOT / f"{name.partition('.')[0]}.py").is_file():
-                    todo.append(ROOT / f"{name.partition('.')[0]}.py")
-                elif name.partition(".")[0] not in sys.stdlib_module_names:
-                    found.add({"PIL": "pillow"}.get(name.partition(".")[0], name.partition(".")[0]))
+                root = name.partition(".")[0]
+                paths = [ROOT / Path(*name.split(".")[:n]) for n in range(1, name.count(".") + 2)]
+                inside = [one for path in paths for one in (path.with_suffix(".py"), path / "__init__.py")]
+                if root in PACKAGES or (ROOT / f"{root}.py").is_file():
+                    todo += inside
+                elif root not in sys.stdlib_module_names:
+                    found.add({"PIL": "pillow"}.get(root, root))
     return found
 
 
-def test_each_image_has_what_is_imported_in_it():
+def test_images_have_what_is_imported_in_them_and_run_as_nobody_special():
+    for stage in ("train", "predict", "run", ""):
+        assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last(stage, "USER")), stage
+    assert last("", "ENTRYPOINT") == last("predict", "ENTRYPOINT") == '["python", "run_prediction.py"]'
+    assert last("train", "ENTRYPOINT") == '["python", "train.py"]'
+    optional = {"pandas"}  # read_frame works where it is there
+    assert installed("predict-packages") == imports_of_prediction() - optional
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert installed("predict-packages") == imports_of_prediction() - {
-        "pandas"
-    }  # read_frame works where it is there
     assert installed("train-packages") == {re.match(r"[a-z]+", one)[0] for one in dependencies}
 
 
-def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern of .dockerignore fits a path or a folder that it is in."""
-    expression = re.escape(pattern).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
-    return re.fullmatch(f"{expression}(/.*)?", path) is not None
+def test_installs_are_slim_constrained_and_without_secrets():
+    assert ("ARG", "BASE_IMAGE=python:3.12-slim") in STAGES["before"]
+    assert ("ARG", "TORCH=cpu") in STAGES["predict-packages"]
+    commands = re.findall(r"pip [^&;]*", re.sub(r"\s*\\\n\s*", " ", DOCKERFILE))
+    commands = [command for command in commands if " install " in command]
+    assert len(commands) == 3
+    for command in commands:
+        assert "--no-cache-dir" in command and "--constraint constraints.txt" in command
+    assert "rm -rf /var/lib/apt/lists/*" in DOCKERFILE
+    for word, rest in (one for stage in STAGES.values() for one in stage):
+        secret = re.search(r"(?i)token|secret|passw|key|credential", rest)
+        assert not (word in ("ARG", "ENV") and secret), rest
+        assert not (word in ("COPY", "ADD") and rest.split()[0] in (".", "./")), "copies all there is"
 
 
 def is_sent(path: str) -> bool:
-    """Whether a file is sent to the build: the last pattern that fits decides."""
+    """Whether a file is sent to the build: the last pattern of .dockerignore that matches decides."""
     sent = True
     for line in (ROOT / ".dockerignore").read_text().splitlines():
-        if line and not line.startswith("#") and matches(line.removeprefix("!"), path):
+        pattern = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+        if line and not line.startswith("#") and re.fullmatch(f"{pattern}(/.*)?", path):
             sent = line.startswith("!")
     return sent
 
 
 SENT = [
     "LICENSE", "constraints.txt", "pyproject.toml", "train.py", "run_prediction.py", "my_script.py",
-    *(str(path.relative_to(ROOT)) for path in ROOT.glob("dida_tools/**/*.py")),
+    *(str(path.relative_to(ROOT)) for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py")),
     "weights/2026-01-02_some.run/best.pt", "logs/2026-01-02_some.run/config.json",
 ]  # fmt: skip
 NOT_SENT = [
@@ -165,32 +135,28 @@ NOT_SENT = [
 ]  # fmt: skip
 
 
-def test_the_build_gets_the_code_and_nothing_else():
+def test_the_build_gets_the_code_and_nothing_else_and_copies_what_it_gets():
     assert [path for path in SENT if not is_sent(path)] == []
     assert [path for path in NOT_SENT if is_sent(path)] == []
+    copied = [rest.split()[:-1] for stage in STAGES.values() for word, rest in stage if word == "COPY"]
+    for source in (source for sources in copied if not sources[0].startswith("--from") for source in sources):
+        example = source.replace("${RUN}", "a.run").replace("*", "a")
+        assert is_sent(f"{example}/a.py" if (ROOT / source).is_dir() else example), source
+    assert set(PACKAGES) <= {source for sources in copied for source in sources}
 
 
-def test_all_that_is_copied_is_sent():
-    for stage in STAGES.values():
-        for word, rest in stage:
-            if word == "COPY" and not rest.startswith("--from"):
-                for source in rest.split()[:-1]:
-                    example = source.replace("${RUN}", "a.run").replace("*", "a")
-                    assert is_sent(
-                        example if "." in example or example == "LICENSE" else f"{example}/a.py"
-                    ), source
+# ----------------------------------------------------------------------------------------- built and run
 
 
 needs_engine = pytest.mark.skipif(
-    shutil.which(ENGINE or "docker") is None or not ENGINE,
+    not ENGINE or shutil.which(ENGINE) is None,
     reason="ENGINE_FOR_TESTS names no docker or podman: images are not built",
 )
 
 
 def engine(*arguments: object) -> str:
-    return subprocess.run(
-        [ENGINE, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
+    command = [ENGINE, *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 @pytest.mark.slow
@@ -200,54 +166,44 @@ def test_the_engine_sends_what_dockerignore_says(tmp_path):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     shutil.copy(ROOT / ".dockerignore", tmp_path)
-    (tmp_path / "Dockerfile").write_text(
-        "ARG BASE_IMAGE=python:3.12-slim\nFROM ${BASE_IMAGE}\nCOPY . /context\nENTRYPOINT find /context -type f\n"
-    )
+    text = "FROM ${BASE_IMAGE}\nCOPY . /context\nENTRYPOINT find /context -type f\n"
+    (tmp_path / "Dockerfile").write_text(f"ARG BASE_IMAGE=python:3.12-slim\n{text}")
     base = ["--build-arg", f"BASE_IMAGE={os.environ['BASE_IMAGE']}"] if "BASE_IMAGE" in os.environ else []
     engine("build", *base, "--tag", "dida-tools:context-of-test", tmp_path)
     try:
         sent = engine("run", "--rm", "--network", "none", "dida-tools:context-of-test").split()
-        assert {path.removeprefix("/context/") for path in sent} - {"Dockerfile", ".dockerignore"} == set(
-            SENT
-        )
+        found = {path.removeprefix("/context/") for path in sent}
+        assert found - {"Dockerfile", ".dockerignore"} == set(SENT)
     finally:
         engine("rmi", "dida-tools:context-of-test")
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy with images for prediction and training."""
-    folder = tmp_path_factory.mktemp("docker") / "project"
-    unwanted = shutil.ignore_patterns(".git", ".venv", ".*_cache", "data", "logs", "weights", "predictions")
-    shutil.copytree(ROOT, folder, ignore=lambda at, names: unwanted(at, names) if Path(at) == ROOT else set())
-    make(folder, "docker-build")
-    return folder
-
-
-def make(folder: Path, *arguments: str) -> None:
-    command = ["make", *arguments, f"DOCKER={ENGINE}", "IMAGE=dida-tools-test", "TORCH=cpu"]
-    subprocess.run(command, cwd=folder, check=True, stdin=subprocess.DEVNULL)
 
 
 @pytest.mark.slow
 @needs_engine
 @pytest.mark.timeout(3600)
-def test_a_run_trained_in_an_image_predicts_in_an_image_of_its_own(project):
-    quick = (
-        "EPOCHS=1 MODEL_CONFIG.bulk_ch=8 MODEL_CONFIG.n_recursions=1 DATASET_CONFIG.train.crops_per_image=1"
+def test_a_run_trained_in_an_image_predicts_in_an_image_of_its_own(tmp_path):
+    project = tmp_path / "project"
+    unwanted = shutil.ignore_patterns(".git", ".venv", ".*_cache", "data", "logs", "weights", "predictions")
+    shutil.copytree(
+        ROOT, project, ignore=lambda at, names: unwanted(at, names) if Path(at) == ROOT else set()
     )
-    make(project, "docker-run", f"ARGS={quick}")
+
+    def make(*arguments: str) -> None:
+        command = ["make", *arguments, f"DOCKER={ENGINE}", "IMAGE=dida-tools-test", "TORCH=cpu"]
+        subprocess.run(command, cwd=project, check=True, stdin=subprocess.DEVNULL)
+
+    make("docker-build")
+    quick = "EPOCHS=1 MODEL_CONFIG.bulk_ch=8 MODEL_CONFIG.n_recursions=1"
+    make("docker-run", f"ARGS={quick} DATASET_CONFIG.train.crops_per_image=1")
     [weights] = (project / "weights").glob("*/best.pt")
     assert weights.stat().st_uid == os.getuid()
     name = weights.parent.name
-    make(project, "docker-build", f"RUN={name}")
+    make("docker-build", f"RUN={name}")
     shutil.rmtree(project / "weights")
     shutil.rmtree(project / "logs")
     [images] = (project / "data").glob("*/test/x")
-    make(project, "docker-run", f"RUN={name}", f"ARGS=-i {images.relative_to(project)} -o predictions")
+    make("docker-run", f"RUN={name}", f"ARGS=-i {images.relative_to(project)} -o predictions")
     for image in images.iterdir():
         prediction = np.load(project / "predictions" / image.name)
-        assert prediction.shape == np.load(image, mmap_mode="r").shape[:2]
-        assert prediction.max() < 5
-    user = engine("run", "--rm", "--entrypoint", "id", f"dida-tools-test:{name}", "-u")
-    assert user.strip() == "1000"
+        assert prediction.shape == np.load(image, mmap_mode="r").shape[:2] and prediction.max() < 5
+    assert engine("run", "--rm", "--entrypoint", "id", f"dida-tools-test:{name}", "-u").strip() == "1000"

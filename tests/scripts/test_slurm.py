@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def job(tmp_path: Path) -> dict:
-    """A folder with stand-ins: srun runs what it is given, scontrol and torchrun write down what they are given."""
+    """A folder with stand-ins: srun runs its arguments, scontrol and torchrun write theirs down."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     stand_ins = {
         "srun": 'exec "$@"',

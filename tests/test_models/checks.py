@@ -1,15 +1,14 @@
 """
-Contains the checks of the suite, which know nothing of a model but what the subject tells.
+The checks of the suite, which know nothing of a model but its subject.
 
-A test file for a model is its config and ``from .checks import *``: see test_unet.py. Your own checks stand there, or
-here for all models: functions of (subject), and of (subject, show) where there is something to tell.
+A test file for a model is its config and ``from .checks import *``: see test_unet.py. Write your own
+checks there, or here for all models: functions of (subject), and of (subject, show) that print a table.
 """
 
 # pylint: disable=redefined-outer-name
-import copy
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +30,8 @@ from dida_tools.utils.torchutils import (
     forward,
 )
 
-from .measures import (
-    PeakMemory,
-    Quality,
-    as_in_files,
-    fit_rows,
-    read_export,
-    rows_of,
-    table,
-    with_gain,
-    with_noise,
-    without_channel,
-)
+from . import measures
+from .measures import Quality, table
 from .subject import Subject, choose_subject
 
 Show = Callable[[str], None]
@@ -66,7 +55,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 @pytest.fixture
 def show(record_property: Callable[[str, object], None]) -> Show:
-    """Takes text for the end of the test session."""
+    """Take text for the end of the test session."""
     return lambda text: record_property("shown", text)
 
 
@@ -80,26 +69,30 @@ def _need_data(subject: Subject) -> None:
 
 
 def _need_map(subject: Subject) -> None:
-    _need(subject.is_map, "the model answers with no image of the input's size")
+    _need(subject.is_map, "the model's output is no image of the input's size")
 
 
-def _need_classes(subject: Subject) -> None:
-    _need(subject.contract.task != "values", "values have no probabilities")
+def _need_flips(subject: Subject) -> None:
+    _need_data(subject)
+    _need_map(subject)
+    augment = (subject.run.config["DATASET_CONFIG"] or {}).get("train", {}).get("augment", ())
+    names = {getattr(getattr(one, "func", one), "__name__", "") for one in np.atleast_1d(augment).flat}
+    _need(names & {"flip", "strong"}, "the training has no flips among its augmentation")
 
 
 def _compare(output: Tensor, wanted: Tensor, bound: float, what: str) -> None:
-    """Raises AssertionError if outputs differ by more than a part of the largest one."""
+    """Fail if outputs differ by more than a fraction of the largest one."""
     difference = (output - wanted).abs().max().item() / max(wanted.abs().max().item(), 1e-6)
     assert difference <= bound, (
-        f"{what}: outputs differ by {difference:.2g} of the largest one, {bound:g} is allowed"
+        f"{what}: outputs differ by {difference:.2g} of the largest; allowed: {bound:g}"
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- parameters
+# ---------------------------------------------------------------------------------------------- parameters
 
 
 def test_parameters_are_finite_and_within_bounds(subject: Subject) -> None:
-    """Protects from weights of a training that diverged, or of a damaged file."""
+    """Guard against weights of a training that diverged, or of a damaged file."""
     assert_not_nan(subject.model)
     assert_isfinite(subject.model)
     assert_upperbound(subject.model, subject.bounds["parameter"])
@@ -108,88 +101,78 @@ def test_parameters_are_finite_and_within_bounds(subject: Subject) -> None:
         assert bool(torch.isfinite(buffer).all()), f"{name}: NaN or infinite values"
 
 
-def test_contract_is_that_of_the_model(subject: Subject) -> None:
-    """Protects from a contract of other channels or classes, by which prediction would read images wrongly."""
-    contract, of_model = subject.contract, (subject.inputs.shape[1], subject.num_outputs)
-    assert (contract.channels, contract.outputs) == of_model, (
-        f"the contract says {contract.channels} channels and {contract.outputs} outputs, "
-        f"the model has {of_model[0]} and {of_model[1]}"
-    )
-    assert len(contract.class_names) in (0, of_model[1]), (
-        f"{len(contract.class_names)} names of {of_model[1]} classes"
-    )
+def test_contract_matches_the_model(subject: Subject) -> None:
+    """Guard against a contract of other channels or classes, by which prediction would misread images."""
+    contract = subject.contract
+    stated, found = (contract.channels, contract.outputs), (subject.inputs.shape[1], subject.num_outputs)
+    assert stated == found, f"channels and outputs of the contract: {stated}, of the model: {found}"
+    names = len(contract.class_names)
+    assert names in (0, subject.num_outputs), f"{names} names of {subject.num_outputs} classes"
 
 
-# --------------------------------------------------------------------------------------------------------------- shapes
+# -------------------------------------------------------------------------------------------------- shapes
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
 def test_batches_of_any_size(subject: Subject, batch: int) -> None:
-    """Protects from code that drops or squeezes the batch's dimension, as for the last, smaller batch."""
-    wanted = subject.answer(subject.inputs[:1])
+    """Guard against code that drops or squeezes the batch dimension, as for the last, smaller batch."""
+    wanted = subject.output(subject.inputs[:1])
     inputs = subject.inputs[:1].expand(batch, *subject.inputs.shape[1:])
-    output = subject.answer(inputs)
+    output = subject.output(inputs)
     assert output.shape == (batch, *wanted.shape[1:]), f"{tuple(inputs.shape)} became {tuple(output.shape)}"
     assert_isfinite(output)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 63), (33, 100), (128, 32), (17, 250), (8, 8), (1, 1)])
 def test_images_of_any_size(subject: Subject, size: tuple[int, int]) -> None:
-    """Protects from crashes, and shifted maps, at the edge of a scene, where tiles have odd sizes."""
+    """Guard against crashes, and shifted maps, at the edge of a scene, where tiles have odd sizes."""
     _need_map(subject)
     inputs = _canvas(subject, max(size))[..., : size[0], : size[1]]
-    output = subject.answer(inputs)
+    output = subject.output(inputs)
     assert output.shape == (len(inputs), subject.num_outputs, *size), f"{size} became {tuple(output.shape)}"
     assert_isfinite(output)
 
 
-# ------------------------------------------------------------------------------------------------------- what it sees
+# ------------------------------------------------------------------------------------------------ behavior
 
 
 def test_evaluation_is_deterministic(subject: Subject) -> None:
-    """Protects from dropout or running statistics that are at work in prediction: no map could be made again."""
+    """Guard against dropout or running statistics in prediction: no map could be reproduced."""
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
-    first, again = subject.answer(subject.inputs), subject.answer(subject.inputs)
-    assert torch.equal(first, again), "two answers to the same images differ"
-    changed = [
-        name for name, value in subject.model.state_dict().items() if not torch.equal(value, before[name])
-    ]
-    assert not changed, f"an answer changes the model: {', '.join(changed[:3])}"
+    first, again = subject.output(subject.inputs), subject.output(subject.inputs)
+    assert torch.equal(first, again), "two outputs of the same images differ"
+    after = subject.model.state_dict()
+    changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    assert not changed, f"a prediction changes the model: {', '.join(changed[:3])}"
 
 
-def test_answer_depends_on_the_input(subject: Subject) -> None:
-    """Protects from a model that has collapsed to a constant, whose loss can look fair."""
+def test_output_depends_on_the_input(subject: Subject) -> None:
+    """Guard against a model that has collapsed to a constant, whose loss can look fair."""
     other = subject.inputs.flip(0) if len(subject.inputs) > 1 else subject.inputs + 1
-    assert not torch.equal(subject.answer(subject.inputs), subject.answer(other)), (
-        "all images get the same answer"
-    )
+    assert not torch.equal(subject.output(subject.inputs), subject.output(other)), "all outputs are equal"
 
 
 def test_each_channel_matters(subject: Subject) -> None:
-    """Protects from channels that are lost on the way, as by a wrong slice: their data would be bought in vain."""
-    wanted = subject.answer(subject.inputs)
+    """Guard against channels that are lost on the way, as by a wrong slice: they would be bought in vain."""
+    wanted, names = subject.output(subject.inputs), dict(enumerate(subject.contract.channel_names))
     for channel in range(subject.inputs.shape[1]):
         changed = subject.inputs.clone()
         changed[:, channel] += 1
-        name = dict(enumerate(subject.contract.channel_names)).get(channel, channel)
-        assert not torch.equal(subject.answer(changed), wanted), (
-            f"the answer does not depend on channel {name}"
-        )
+        depends = not torch.equal(subject.output(changed), wanted)
+        assert depends, f"the output does not depend on channel {names.get(channel, channel)}"
 
 
 def test_neighbors_in_the_batch_change_nothing(subject: Subject) -> None:
-    """Protects from normalization over the batch, by which a tile's answer depends on what it is predicted with."""
-    alone = subject.answer(subject.inputs[:1])
-    others = torch.cat([subject.inputs[1:], 10 * subject.inputs[:1], torch.zeros_like(subject.inputs[:1])])
-    batch = torch.cat([subject.inputs[:1], others])
-    _compare(subject.answer(batch)[:1], alone, subject.bounds["batch"], "with other neighbors")
-    _compare(
-        subject.answer(batch.flip(0))[-1:], alone, subject.bounds["batch"], "at another place in the batch"
-    )
+    """Guard against normalization over the batch: a tile's prediction would depend on the other tiles."""
+    first = subject.inputs[:1]
+    alone, bound = subject.output(first), subject.bounds["batch"]
+    batch = torch.cat([subject.inputs, 10 * first, torch.zeros_like(first)])
+    _compare(subject.output(batch)[:1], alone, bound, "with other neighbors")
+    _compare(subject.output(batch.flip(0))[-1:], alone, bound, "at another index of the batch")
 
 
 def test_translation_by_a_tile(subject: Subject) -> None:
-    """Protects from a model that knows where in the image a pixel is: scenes cut into other tiles get other maps."""
+    """Guard against a model that knows a pixel's position: scenes cut into other tiles get other maps."""
     _need_map(subject)
     canvas = _canvas(subject, CANVAS)[:1]
     plain = subject.probabilities(canvas)
@@ -199,99 +182,86 @@ def test_translation_by_a_tile(subject: Subject) -> None:
     change = (moved - plain).abs()[..., inside, :][..., inside].mean().item()
     change /= plain.std().item() if subject.contract.task == "values" else 1
     bound = subject.bounds["translation"]
-    assert change <= bound, f"answers change by {change:.3f} on average, {bound:g} is allowed"
+    assert change <= bound, f"outputs change by {change:.3f} on average; allowed: {bound:g}"
 
 
 def test_flips(subject: Subject, show: Show) -> None:
-    """Protects from a model that has learned the direction of light or of flight instead of the classes."""
-    _need_data(subject)
-    _need_map(subject)
-    _need(_learned_flips(subject), "the training has no flips among its augmentation")
-    plain = subject.plain_quality
-    rows = [["as they are", plain.mean(), *plain.per_class()]]
-    for name, dims in FLIPS.items():
-        flipped = subject.quality(answer=_flipped(subject, dims))
-        rows.append([f"flipped {name}", flipped.mean(), *flipped.per_class()])
-    show(table(f"Flips on {_about_sample(subject)}: {plain.name}", ["", "mean", *subject.class_names], rows))
-    worst = min(rows[1:], key=lambda row: row[1])
-    bound = subject.bounds["flips"]
-    assert worst[1] >= plain.mean() - bound, (
-        f"{worst[0]}, images have {plain.name} {worst[1]:.3f}, otherwise {plain.mean():.3f}; {bound:g} less is allowed"
-    )
+    """Guard against a model that has learned the direction of light or of flight instead of the classes."""
+    _need_flips(subject)
+    flipped = {
+        f"flipped {name}": subject.quality(predict=_flipped(subject, dims)) for name, dims in FLIPS.items()
+    }
+    _show_qualities(subject, show, "Flips", flipped)
+    worst = min(flipped, key=lambda name: flipped[name].mean())
+    _keeps_quality(subject, "flips", worst, flipped[worst])
 
 
-# ---------------------------------------------------------------------------------------------------------- odd inputs
+# ---------------------------------------------------------------------------------------------- odd inputs
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
 def test_constant_images(subject: Subject, value: float) -> None:
-    """Protects from a division by a deviation of zero, on water, clouds, or where there are no data."""
-    output = subject.answer(torch.full_like(subject.inputs, value))
-    assert bool(torch.isfinite(output).all()), (
-        f"images that are {value:g} all over get NaN or infinite answers"
-    )
+    """Guard against a division by a std of zero, on water, clouds, or where there are no data."""
+    output = subject.output(torch.full_like(subject.inputs, value))
+    assert bool(torch.isfinite(output).all()), f"images of {value:g} alone: NaN or infinite outputs"
 
 
 @pytest.mark.parametrize("factor", [1e2, 1e4])
 def test_values_out_of_range(subject: Subject, factor: float) -> None:
-    """Protects from overflow by saturated pixels, or by a file in other units."""
-    output = subject.answer(subject.inputs * factor)
-    assert bool(torch.isfinite(output).all()), f"images times {factor:g} get NaN or infinite answers"
+    """Guard against overflow by saturated pixels, or by a file in other units."""
+    output = subject.output(subject.inputs * factor)
+    assert bool(torch.isfinite(output).all()), f"images times {factor:g}: NaN or infinite outputs"
 
 
 def test_nan_stays_in_its_image(subject: Subject) -> None:
-    """Protects from a damaged image that spoils its neighbors' answers, or all later ones; and from its being read."""
-    clean = subject.answer(subject.inputs)
+    """Guard against a damaged image that spoils the predictions of its neighbors, or all later ones."""
+    clean, contract = subject.output(subject.inputs), subject.contract
     damaged = torch.cat([subject.inputs, subject.inputs[:1]])
     damaged[-1].flatten()[0] = torch.nan
-    output = subject.answer(damaged)[:-1]
-    assert bool(torch.isfinite(output).all()), "a NaN in one image makes the answer to others NaN"
+    output = subject.output(damaged)[:-1]
+    assert bool(torch.isfinite(output).all()), "a NaN in one image makes the output of others NaN"
     _compare(output, clean, subject.bounds["batch"], "beside an image with NaN")
-    assert torch.equal(subject.answer(subject.inputs), clean), "after an image with NaN, answers are others"
-    if np.dtype(subject.contract.dtype).kind == "f":
-        image = np.full((4, 4, subject.contract.channels), np.nan, subject.contract.dtype)
+    assert torch.equal(subject.output(subject.inputs), clean), "after an image with NaN, outputs change"
+    if np.dtype(contract.dtype).kind == "f":
+        image = np.full((4, 4, contract.channels), np.nan, contract.dtype)
         image[1:] = 1
-        assert subject.contract.nodata is not None or subject.contract.problems(image), (
-            "the contract lets NaN pass"
-        )
+        assert contract.nodata is not None or contract.problems(image), "the contract lets NaN pass"
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------ training
 
 
 def test_a_step_reaches_every_parameter(subject: Subject) -> None:
-    """Protects from layers that never learn: not connected, cut off by detach(), or not given to the optimizer."""
+    """Guard against layers that never learn: not connected, detached, or missing in the optimizer."""
     model = subject.copy()
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     before = {name: one.detach().clone() for name, one in trained.items()}
     backprop(model, subject.loss, subject.optimizer(trained.values()), subject.inputs, subject.targets)
     for name, parameter in trained.items():
-        assert parameter.grad is not None, f"{name}: has no gradient"
-        assert bool(torch.isfinite(parameter.grad).all()), f"{name}: its gradient is NaN or infinite"
-        assert bool((parameter.grad != 0).any()), f"{name}: its gradient is zero"
-        assert not torch.equal(parameter, before[name]), f"{name}: the optimizer does not change it"
+        assert parameter.grad is not None, f"{name}: no gradient"
+        assert bool(torch.isfinite(parameter.grad).all()), f"{name}: NaN or infinite gradient"
+        assert bool((parameter.grad != 0).any()), f"{name}: zero gradient"
+        assert not torch.equal(parameter, before[name]), f"{name}: not changed by the optimizer"
 
 
-def test_one_batch_can_be_learned_by_heart(subject: Subject) -> None:
-    """Protects from a loss, target or learning rate with which the architecture cannot learn at all."""
+def test_one_batch_can_be_memorized(subject: Subject) -> None:
+    """Guard against a loss, target or learning rate with which the architecture cannot learn at all."""
     model = subject.untrained()
     optimizer = subject.optimizer([one for one in model.parameters() if one.requires_grad])
     losses: list[float] = []
     while len(losses) < STEPS and (not losses or losses[-1] >= losses[0] / 2):
         losses.append(backprop(model, subject.loss, optimizer, subject.inputs, subject.targets))
         assert np.isfinite(losses[-1]), f"the loss is {losses[-1]} in step {len(losses)}"
-    best = min(losses)
-    assert best < losses[0] / 2, (
-        f"after {STEPS} steps with one batch, the loss is {best:.3g}; it was {losses[0]:.3g}"
-    )
+    first, best = losses[0], min(losses)
+    assert best < first / 2, f"after {STEPS} steps with one batch, the loss is {best:.3g}; it was {first:.3g}"
     assert_nonzero(subject.targets.float() + 1)  # a batch without a target would prove nothing
 
 
-# -------------------------------------------------------------------------------------------------- quality on the data
+# ---------------------------------------------------------------------------------------- quality on the data
 
 
 def test_results_are_not_below_the_recorded_ones(subject: Subject) -> None:
-    """Protects from weights, data or code that are not those that the recorded results were reached with."""
+    """Guard against weights, data or code that are not those of the recorded results."""
     _need_data(subject)
     _need(subject.recorded, "the run has no recorded test results: it is not finished")
     results, _ = subject.evaluated
@@ -306,125 +276,95 @@ def test_results_are_not_below_the_recorded_ones(subject: Subject) -> None:
 
 
 def test_better_than_the_baselines(subject: Subject, show: Show) -> None:
-    """Protects from a network not worth its price: always the commonest class, or pixels one by one, do as well."""
+    """Guard against a network not worth its price: the most frequent class, or single pixels, do as well."""
     _need_data(subject)
     pytest.importorskip("sklearn", reason="the baselines need scikit-learn")
-    model, (trees, trivial) = subject.quality_on_all(), _baselines(subject)
-    recorded = [
-        subject.recorded.get(f"f1.{name}") if model.name == "F1" else None for name in subject.class_names
-    ]
-    recorded.append(subject.recorded.get("f1"))
-    if len(subject.class_names) == 2 and recorded[1] is None:  # what is called f1 is then that of the second
+    qualities = [subject.quality(batches=subject.test_batches()), *_baselines(subject)]
+    names, metric = [*subject.class_names, "mean"], qualities[0].name
+    recorded = [subject.recorded.get(f"f1.{name}") for name in names[:-1]] + [subject.recorded.get("f1")]
+    if len(names) == 3 and recorded[1] is None:  # f1 is then that of the second class
         recorded[1:] = [recorded[2], None]
-    columns = [[*model.per_class(), model.mean()], recorded]
-    columns += [[*baseline.per_class(), baseline.mean()] for baseline in (trees, trivial)]
-    rows = [list(row) for row in zip([*subject.class_names, "mean"], *columns, strict=True)]
-    header = ["", "model", "recorded", "by pixel", "trivial"]
-    show(table(f"Quality on all {len(subject.data.data.test)} test samples: {model.name}", header, rows))
+    columns = [[*quality.per_class(), quality.mean()] for quality in qualities]
+    columns.insert(1, recorded if metric == "F1" else [None] * len(names))
+    rows = [list(row) for row in zip(names, *columns, strict=True)]
+    title = f"Quality on all {len(subject.test_set)} test samples: {metric}"
+    show(table(title, ["", "model", "recorded", "by pixel", "trivial"], rows))
     worse, bound = [], subject.bounds["baselines"]
     for name, own, _, *others in rows:
-        for what, other in zip(
-            ("trees that see a pixel at a time", "the trivial answer"), others, strict=True
-        ):
+        for what, other in zip(("trees on single pixels", "the trivial prediction"), others, strict=True):
             if not (np.isnan(own) and np.isnan(other)) and not (own > other - bound or own == 1):
                 worse.append(f"{name}: {own:.3f}, {what} {other:.3f}")
     assert not worse, f"no better than a baseline: {'; '.join(worse)}"
 
 
 def test_calibration(subject: Subject, show: Show) -> None:
-    """Protects from probabilities that cannot be taken at their word, as for a threshold or a risk."""
+    """Guard against probabilities that cannot be trusted, as for a threshold or a risk."""
     _need_data(subject)
-    _need_classes(subject)
+    _need(subject.contract.task != "values", "values have no probabilities")
     results, scores = subject.evaluated
     centers = (torch.arange(scores.histograms.shape[-1]) + 0.5) / scores.histograms.shape[-1]
     rows = []
     for name, histogram in zip(subject.class_names, scores.histograms.double(), strict=True):
-        number, there = histogram.sum(), histogram[1].sum()
-        gaps = (histogram[1] - histogram.sum(0) * centers).reshape(CALIBRATION_BINS, -1).sum(-1).abs().sum()
-        row = [(histogram.sum(0) * centers).sum() / number, there / number, gaps / number]
+        number, predicted = histogram.sum(), histogram.sum(0) * centers
+        gaps = (histogram[1] - predicted).reshape(CALIBRATION_BINS, -1).sum(-1).abs().sum()
+        row = predicted.sum() / number, histogram[1].sum() / number, gaps / number
         rows.append([name, *(value.item() for value in row)])
-    title = (
-        f"Calibration at temperature {subject.contract.temperature:.2f}: expected error {results['ece']:.3f}"
-    )
+    error, bound = results["ece"], subject.bounds["calibration"]
+    title = f"Calibration at temperature {subject.contract.temperature:.2f}: expected error {error:.3f}"
     show(table(title, ["", "probability", "frequency", "error"], rows))
-    bound = subject.bounds["calibration"]
-    assert results["ece"] <= bound, (
-        f"the expected calibration error is {results['ece']:.3f}, {bound:g} is allowed"
-    )
+    assert error <= bound, f"the expected calibration error is {error:.3f}; allowed: {bound:g}"
 
 
 def test_robustness(subject: Subject, show: Show) -> None:
-    """Protects from a model that small changes of the sensor, the light or a lost channel throw off its track."""
+    """Guard against a model that small changes of the sensor, the light or a lost channel confuse."""
     _need_data(subject)
-    plain = subject.plain_quality
-    rows = [["as they are", plain.mean(), *plain.per_class()]]
-    for name, change in _changes(subject):
-        changed = subject.quality(change)
-        assert np.isfinite(changed.mean()), f"{name}: quality is {changed.mean()}"
-        rows.append([name, changed.mean(), *changed.per_class()])
-    show(
-        table(
-            f"Robustness on {_about_sample(subject)}: {plain.name}", ["", "mean", *subject.class_names], rows
-        )
-    )
-    name, mildest = rows[1][:2]
-    bound = subject.bounds["robustness"]
-    assert mildest >= plain.mean() - bound, (
-        f"with {name}, {plain.name} falls from {plain.mean():.3f} to {mildest:.3f}; {bound:g} less is allowed"
-    )
+    perturbed = {name: subject.quality(perturb) for name, perturb in _perturbations(subject).items()}
+    _show_qualities(subject, show, "Robustness", perturbed)
+    for name, quality in perturbed.items():
+        assert np.isfinite(quality.mean()), f"{name}: quality is {quality.mean()}"
+    _keeps_quality(subject, "robustness", *next(iter(perturbed.items())))
 
 
 def test_gain_and_cost_of_averaged_flips(subject: Subject, show: Show) -> None:
-    """Protects from paying for test-time augmentation that gains nothing, or spoils: an average must not be worse."""
-    _need_data(subject)
-    _need_map(subject)
-    _need(_learned_flips(subject), "the training has no flips among its augmentation")
-    rows, times = [], []
-    for name, answer in {"plain": subject.probabilities, "averaged over 4 flips": _averaged(subject)}.items():
-        started = time.perf_counter()
-        quality = subject.quality(answer=answer)
-        times.append(time.perf_counter() - started)
-        rows.append([name, f"{times[-1] / times[0]:.1f} x", quality.mean(), *quality.per_class()])
-    show(
-        table(
-            f"Test-time augmentation: time and {quality.name}",
-            ["", "time", "mean", *subject.class_names],
-            rows,
-        )
-    )
-    plain, averaged = rows[0][2], rows[1][2]
-    bound = subject.bounds["averaged"]
-    assert averaged >= plain - bound, (
-        f"averaged over flips, {quality.name} falls from {plain:.3f} to {averaged:.3f}; {bound:g} less is allowed"
-    )
+    """Guard against paying for test-time augmentation that gains nothing, or harms."""
+    _need_flips(subject)
+    started = time.perf_counter()
+    subject.quality()
+    plain_seconds = time.perf_counter() - started
+    quality = subject.quality(predict=_averaged(subject))
+    times = (time.perf_counter() - started - plain_seconds) / plain_seconds
+    _show_qualities(subject, show, "Test-time augmentation", {f"4 flips, {times:.1f} x the time": quality})
+    _keeps_quality(subject, "averaged", "averaged over flips", quality)
 
 
-# ------------------------------------------------------------------------------------------------------ speed and forms
+# ------------------------------------------------------------------------------------- speed, memory, export
 
 
 def test_speed_and_memory(subject: Subject, show: Show) -> None:
-    """Protects from surprises in use: a model that does not fit the machine. Times are told, and not judged."""
-    parameters = sum(one.numel() for one in subject.model.parameters())
+    """Guard against a model that does not fit the machine. Times are reported, not judged."""
     rows = []
     for size in (256, 512) if subject.is_map else (None,):
         inputs = subject.inputs if size is None else _canvas(subject, size)[:1]
-        with PeakMemory() as memory:
-            subject.answer(inputs)
+        with measures.PeakMemory() as memory:
+            subject.output(inputs)
         assert memory.peak > 0, "no tensor was made"
-        seconds = _seconds(subject, inputs)
-        speed = (
-            f"{size * size / 1e6 / seconds:.2f} MP/s" if size else f"{len(inputs) / seconds:.0f} samples/s"
-        )
-        rows.append(
-            [" x ".join(map(str, inputs.shape)), f"{seconds:.3f} s", speed, f"{memory.peak / 2**20:.0f} MiB"]
-        )
-    title = f"Speed on {subject.device} in {subject.context.precision}, {torch.get_num_threads()} threads: {parameters:,} parameters"
-    show(table(title, ["input", "time", "speed", "peak memory"], rows))
+        times: list[float] = []
+        while len(times) < 3 and sum(times) < 1:
+            started = time.perf_counter()
+            subject.output(inputs).sum().item()  # CPU-GPU sync point
+            times.append(time.perf_counter() - started)
+        seconds = min(times)
+        speed = f"{size**2 / 1e6 / seconds:.2f} MP/s" if size else f"{len(inputs) / seconds:.0f} samples/s"
+        shape, peak = " x ".join(map(str, inputs.shape)), f"{memory.peak / 2**20:.0f} MiB"
+        rows.append([shape, f"{seconds:.3f} s", speed, peak])
+    parameters, threads = sum(one.numel() for one in subject.model.parameters()), torch.get_num_threads()
+    title = f"Speed on {subject.device} in {subject.context.precision}, {threads} threads"
+    show(table(f"{title}: {parameters:,} parameters", ["input", "time", "speed", "peak memory"], rows))
 
 
 @pytest.mark.parametrize("kind", ["pt2", "onnx"])
 def test_exported_forms_agree(subject: Subject, tmp_path: Path, kind: str) -> None:
-    """Protects from a delivered file that answers otherwise than the model that was tested."""
+    """Guard against a delivered file that predicts otherwise than the model that was tested."""
     _need(subject.is_trained, "an untrained model is not delivered: give --run NAME or --weights FILE")
     try:
         from dida_tools.prediction.export import export_model
@@ -438,31 +378,22 @@ def test_exported_forms_agree(subject: Subject, tmp_path: Path, kind: str) -> No
         export_model(subject.model, subject.contract, file)
     except UserError as error:
         raise AssertionError(str(error)) from error
-    model = copy.deepcopy(subject.model).float().cpu()
-    wanted = subject.contract.probabilities(forward(model, subject.inputs.cpu()))
-    found = read_export(file)(as_in_files(subject.inputs.cpu(), subject.contract))
+    inputs = subject.inputs.cpu()
+    wanted = subject.contract.probabilities(forward(subject.copy().float().cpu(), inputs))
+    found = measures.read_export(file)(measures.as_in_files(inputs, subject.contract))
     _compare(found, wanted, subject.bounds["export"], file.name)
 
 
-# -------------------------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------------- helpers
 
 
 def _canvas(subject: Subject, size: int) -> Tensor:
-    """Square images of any size from the model's own: mirrored, so that there are no seams, and repeated."""
+    """Return square images of any size from the model's own: mirrored, for lack of seams, and repeated."""
     images = subject.inputs
     images = torch.cat([images, images.flip(-1)], -1)
     images = torch.cat([images, images.flip(-2)], -2)
-    repeats = [-(-size // edge) for edge in images.shape[-2:]]
+    repeats = [-(-size // length) for length in images.shape[-2:]]
     return images.repeat(1, 1, *repeats)[..., :size, :size]
-
-
-def _learned_flips(subject: Subject) -> bool:
-    arguments = (subject.data.config["DATASET_CONFIG"] or {}).get("train", {})
-    augment = arguments.get("augment", ())
-    functions = (augment,) if callable(augment) else augment
-    return bool(
-        {getattr(getattr(one, "func", one), "__name__", "") for one in functions} & {"flip", "strong"}
-    )
 
 
 def _flipped(subject: Subject, dims: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
@@ -474,79 +405,73 @@ def _averaged(subject: Subject) -> Callable[[Tensor], Tensor]:
     return lambda inputs: torch.stack([_flipped(subject, dims)(inputs) for dims in ways]).mean(0)
 
 
-def _changes(subject: Subject) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """What is done to images, the mildest first."""
-    contract = subject.contract
-    for deviations in (0.1, 0.3, 1.0):
-        yield f"noise of {deviations:g} deviations", functools.partial(with_noise, deviations=deviations)
+def _perturbations(subject: Subject) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return what is done to images, the mildest first."""
+    contract, partial = subject.contract, functools.partial
+    found = {f"noise of {std:g} std": partial(measures.with_noise, std=std) for std in (0.1, 0.3, 1.0)}
     for factor in (0.8, 1.25):
-        yield f"values times {factor:g}", functools.partial(with_gain, factor=factor, contract=contract)
+        found[f"values times {factor:g}"] = partial(measures.with_gain, factor=factor, contract=contract)
     names = dict(enumerate(contract.channel_names))
     for channel in range(min(contract.channels, MAX_CHANNELS)):
         name = names.get(channel, f"channel {channel}")
-        yield f"without {name}", functools.partial(without_channel, channel=channel, contract=contract)
+        found[f"without {name}"] = partial(measures.without_channel, channel=channel, contract=contract)
+    return found
+
+
+def _show_qualities(subject: Subject, show: Show, title: str, qualities: dict[str, Quality]) -> None:
+    """Print a table of the quality as it is and of others, on test_sample."""
+    rows = {"unchanged": subject.plain_quality} | qualities
+    number, every = sum(len(inputs) for inputs, _ in subject.test_sample), len(subject.test_set)
+    title = f"{title} on {number} of {every} test samples: {subject.plain_quality.name}"
+    cells = [[name, quality.mean(), *quality.per_class()] for name, quality in rows.items()]
+    show(table(title, ["", "mean", *subject.class_names], cells))
+
+
+def _keeps_quality(subject: Subject, bound: str, what: str, quality: Quality) -> None:
+    """Fail if a quality lies by more than a bound below the unchanged one."""
+    plain, changed, allowed = subject.plain_quality.mean(), quality.mean(), subject.bounds[bound]
+    message = f"{what}: {quality.name} falls from {plain:.3f} to {changed:.3f}; allowed: {allowed:g}"
+    assert changed >= plain - allowed, message
 
 
 def _baselines(subject: Subject) -> tuple[Quality, Quality]:
-    """Quality on the test set of trees that learn from some rows of the training set, and of the trivial answer."""
-    train_set, task, ignored = (
-        subject.data.data.train,
-        subject.contract.task,
-        subject.data.config["IGNORE_INDEX"],
-    )
+    """Return the test quality of trees trained on some rows of the training set, and of the trivial one."""
+    train_set, contract = subject.train_set, subject.contract
     train_set = train_set.for_evaluation() if hasattr(train_set, "for_evaluation") else train_set
     number = min(len(train_set), TRAINING_SAMPLES if subject.is_map else BASELINE_ROWS)
-    samples = (
-        train_set[int(index)] for index in np.random.default_rng(0).permutation(len(train_set))[:number]
-    )
-    learned_from = _some_rows(
-        subject, (default_collate([sample]) for sample in samples), BASELINE_ROWS // number + 1
-    )
-    share = TEST_ROWS // len(subject.data.data.test) + 1
-    rows, truth = _some_rows(subject, subject.test_batches(), share)
+    chosen = np.random.default_rng(0).permutation(len(train_set))[:number]
+    samples = (default_collate([train_set[int(index)]]) for index in chosen)
+    learned_from = _some_rows(subject, samples, BASELINE_ROWS // number + 1)
+    rows, truth = _some_rows(subject, subject.test_batches(), TEST_ROWS // len(subject.test_set) + 1)
     trees, trivial = subject.new_quality(), subject.new_quality()
-    for quality, predict in zip((trees, trivial), fit_rows(*learned_from, task, ignored), strict=True):
-        answers = torch.from_numpy(predict(rows))
-        if task == "multi-class":
-            answers = torch.nn.functional.one_hot(answers.long(), subject.num_outputs)
-        quality.update(answers.float(), torch.from_numpy(truth))
+    fitted = measures.fit_rows(*learned_from, contract.task, subject.run.config["IGNORE_INDEX"])
+    for quality, predict in zip((trees, trivial), fitted, strict=True):
+        predicted = torch.from_numpy(predict(rows))
+        if contract.task == "multi-class":
+            predicted = torch.nn.functional.one_hot(predicted.long(), subject.num_outputs)
+        quality.update(predicted.float(), torch.from_numpy(truth))
     return trees, trivial
 
 
 def _some_rows(
-    subject: Subject, batches: Iterable[tuple[Tensor, Tensor]], share: int
+    subject: Subject, batches: Iterable[tuple[Tensor, Tensor]], per_image: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Some pixels of each image, always the same ones."""
+    """Return some pixels of each image, always the same ones."""
     rng, parts = np.random.default_rng(0), []
     for inputs, targets in batches:
-        rows, truth = rows_of(inputs, *subject.bare(targets), subject.contract.task)
-        chosen = rng.permutation(len(rows))[: share * len(inputs)]
+        rows, truth = measures.rows_of(inputs, *subject.unmasked(targets), subject.contract.task)
+        chosen = rng.permutation(len(rows))[: per_image * len(inputs)]
         parts.append((rows[chosen], truth[chosen]))
     features, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return features, labels
 
 
 def _direction(subject: Subject, name: str) -> int:
-    """Whether more (1) or less (-1) of a result is better; 0 where nobody knows."""
-    config = subject.data.config
+    """Return whether more (1) or less (-1) of a result is better; 0 where nobody knows."""
+    config = subject.run.config
     direction, goal = config["MONITOR"].split()
     if name in ("loss", "ece"):
         return -1
     if name in (goal, f"{goal}_sample_mean"):
         return 1 if direction == "max" else -1
     return 1 if name == "average_precision" or hasattr(config["METRICS"].get(name), "from_counts") else 0
-
-
-def _about_sample(subject: Subject) -> str:
-    number, every = sum(len(inputs) for inputs, _ in subject.test_sample), len(subject.data.data.test)
-    return f"{number} of {every} test samples" if number < every else f"all {every} test samples"
-
-
-def _seconds(subject: Subject, inputs: Tensor) -> float:
-    """Of an answer, the shortest of some."""
-    times: list[float] = []
-    while len(times) < 3 and sum(times) < 1:
-        started = time.perf_counter()
-        subject.answer(inputs).sum().item()  # waits for the GPU
-        times.append(time.perf_counter() - started)
-    return min(times)

@@ -1,4 +1,4 @@
-"""Which model the suite tests, and what it says at the end."""
+"""Choose the model that the suite tests, and print its tables at the end."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A run or a weights file is tested alone, once: by the file of its MODEL where there is one, else by the first."""
+    """Test a run or a weights file alone and once, by the first test file."""
     if config.getoption("--run") is None and config.getoption("--weights") is None:
         return
     chosen = [item for item in items if "subject" in getattr(item, "fixturenames", ())]
@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Adds to a failure what the check protects from."""
+    """Add to a failure what the check guards against."""
     outcome: Any = yield
     report = outcome.get_result()
     about = getattr(getattr(item, "function", None), "__doc__", None)
@@ -28,7 +28,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Shows the tables that the checks made."""
+    """Print the tables of the checks."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
     shown = [text for report in reports for name, text in report.user_properties if name == "shown"]
     if shown:

@@ -1,4 +1,4 @@
-"""Contains what the suite measures with: quality by class, baselines, changes of images, memory, tables."""
+"""What the suite measures with: quality by class, baselines, perturbed images, memory, tables."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.counts import f1_per_class
+from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.scores import Scores
 
 WIDTH = 100
@@ -20,7 +20,7 @@ Predict = Callable[[np.ndarray], np.ndarray]
 
 
 class Quality:
-    """How good answers are, for each class or value, more is better: F1, or for values the explained variance R2."""
+    """Quality of predictions by class or value, more is better: F1, or R2 (explained variance) of values."""
 
     def __init__(self, contract: DataContract, num_outputs: int, ignore_index: int) -> None:
         self.name = "R2" if contract.task == "values" else "F1"
@@ -32,46 +32,42 @@ class Quality:
 
     def update(self, probabilities: Tensor, targets: Tensor, valid: Tensor | None = None) -> None:
         """
-        Adds answers.
+        Add predictions.
 
         :param probabilities: (N, C, ...), or values
         :param targets: by the convention of loss.py
         """
         if self.name == "F1":
             probabilities = probabilities.double().clamp(1e-9, 1 - 1e-9)
-            logits = probabilities.log() if self.multi_class else probabilities.logit()
-            self.scores.update(logits, targets, valid)
+            self.scores.update(
+                probabilities.log() if self.multi_class else probabilities.logit(), targets, valid
+            )
             return
-        truth, answers = (
-            targets.double().movedim(1, 0).flatten(1),
-            probabilities.double().movedim(1, 0).flatten(1),
-        )
-        number = torch.full((len(truth),), truth.shape[1])
-        self.moments += torch.stack(
-            [number, truth.sum(1), (truth**2).sum(1), ((truth - answers) ** 2).sum(1)]
-        )
+        truth, predicted = (one.double().movedim(1, 0).flatten(1) for one in (targets, probabilities))
+        sums = truth.sum(1), (truth**2).sum(1), ((truth - predicted) ** 2).sum(1)
+        self.moments += torch.stack([torch.full((len(truth),), truth.shape[1]), *sums])
 
     def per_class(self) -> list[float]:
-        """Of each class or value; NaN of a class that is neither there nor found."""
+        """Return the quality of each class or value; NaN of a class that is neither present nor predicted."""
         if self.name == "F1":
             return f1_per_class(self.scores.confusion).tolist()
         number, total, squares, errors = self.moments
         return (1 - errors / (squares - total**2 / number).clamp(min=1e-12)).tolist()
 
     def mean(self) -> float:
-        """Over all that are not NaN."""
+        """Return the mean over all that are not NaN."""
         return torch.tensor(self.per_class()).nanmean().item()
 
 
-# ------------------------------------------------------------------------------------------------------------ baselines
+# ------------------------------------------------------------------------------------------------ baselines
 
 
 def rows_of(
     inputs: Tensor, targets: Tensor, valid: Tensor | None, task: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    What a model without context learns from: pixels where the target has pixels, otherwise mean and deviation of each
-    channel, or the input itself where it is a list of numbers.
+    Return what a model without context learns from: pixels where the target has pixels, otherwise mean and
+    std of each channel, or the input itself where it is a vector.
 
     :return: (rows, features), and (rows,) class numbers or (rows, K)
     """
@@ -89,81 +85,67 @@ def fit_rows(
     features: np.ndarray, targets: np.ndarray, task: str, ignore_index: int
 ) -> tuple[Predict, Predict]:
     """
-    Fits two models that a trained one has to beat: gradient-boosted trees that see a pixel at a time, and what does not
-    look at all: always the commonest class, or the mean.
+    Fit two baselines: boosted trees that see one pixel at a time, and the most frequent class or the mean.
 
     :return: functions of (rows, features) that give (rows,) class numbers or (rows, K)
     """
-    from sklearn.dummy import DummyClassifier, DummyRegressor
-    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+    from sklearn import dummy, ensemble
 
     options: dict[str, Any] = {"max_iter": 50, "early_stopping": False, "random_state": 0}
-    columns = targets.reshape(len(targets), -1)
     by_trees, trivial = [], []
-    for column in columns.T:
-        is_values = task == "values"
-        keep = np.ones(len(column), bool) if is_values else column != ignore_index
-        dummy = DummyRegressor() if is_values else DummyClassifier(strategy="most_frequent")
-        trivial.append(dummy.fit(features[keep], column[keep]))
-        if len(np.unique(column[keep])) < 2:
-            by_trees.append(trivial[-1])
-        else:
-            trees = (
-                HistGradientBoostingRegressor(**options)
-                if is_values
-                else HistGradientBoostingClassifier(**options)
-            )
-            by_trees.append(trees.fit(features[keep], column[keep]))
+    for column in targets.reshape(len(targets), -1).T:
+        keep = np.ones(len(column), bool) if task == "values" else column != ignore_index
+        trees: Any = ensemble.HistGradientBoostingClassifier(**options)
+        constant: Any = dummy.DummyClassifier(strategy="most_frequent")
+        if task == "values":
+            trees, constant = ensemble.HistGradientBoostingRegressor(**options), dummy.DummyRegressor()
+        trivial.append(constant.fit(features[keep], column[keep]))
+        can_learn = len(np.unique(column[keep])) > 1
+        by_trees.append(trees.fit(features[keep], column[keep]) if can_learn else trivial[-1])
 
     def predict(models: list[Any], rows: np.ndarray) -> np.ndarray:
-        answers = np.stack([model.predict(rows) for model in models], 1)
-        return answers[:, 0] if task == "multi-class" else answers
+        predicted = np.stack([model.predict(rows) for model in models], 1)
+        return predicted[:, 0] if task == "multi-class" else predicted
 
     return lambda rows: predict(by_trees, rows), lambda rows: predict(trivial, rows)
 
 
-# -------------------------------------------------------------------------------------------------------------- changes
+# -------------------------------------------------------------------------------------------- perturbations
 
 
-def with_noise(inputs: Tensor, deviations: float) -> Tensor:
-    """Adds noise, in units of each channel's deviation where images are normalized."""
-    return inputs + deviations * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
+def with_noise(inputs: Tensor, std: float) -> Tensor:
+    """Add noise, in units of each channel's std where images are normalized."""
+    return inputs + std * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
 
 
 def with_gain(inputs: Tensor, factor: float, contract: DataContract) -> Tensor:
-    """Multiplies the values as they stand in the files."""
-    return _in_files(inputs, lambda values: values * factor, contract)
+    """Multiply the values as they stand in the files."""
+    mean, std = _statistics(inputs, contract)
+    return ((inputs * std + mean) * factor - mean) / std
 
 
 def without_channel(inputs: Tensor, channel: int, contract: DataContract) -> Tensor:
-    """Has 0 in a channel of the files."""
+    """Set a channel of the files to 0."""
+    mean, std = _statistics(inputs, contract)
     changed = inputs.clone()
-    changed[:, channel] = _in_files(inputs, torch.zeros_like, contract)[:, channel]
+    changed[:, channel] = (-mean / std).expand(inputs.shape)[:, channel]
     return changed
 
 
-def _in_files(inputs: Tensor, change: Callable[[Tensor], Tensor], contract: DataContract) -> Tensor:
-    if not contract.mean:
-        return change(inputs)
-    shape = (1, -1, *[1] * (inputs.ndim - 2))
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32).reshape(shape) for values in (contract.mean, contract.std)
-    )
-    return (change(inputs * std + mean) - mean) / std
-
-
 def as_in_files(inputs: Tensor, contract: DataContract) -> Tensor:
-    """What inputs were before they were scaled and normalized, as float32."""
-    if contract.mean:
-        shape = (1, -1, *[1] * (inputs.ndim - 2))
-        inputs = inputs * torch.tensor(contract.std).reshape(shape) + torch.tensor(contract.mean).reshape(
-            shape
-        )
-    return inputs / contract.scale
+    """Undo normalization and scaling, as float32."""
+    mean, std = _statistics(inputs, contract)
+    return (inputs * std + mean) / contract.scale
+
+
+def _statistics(inputs: Tensor, contract: DataContract) -> tuple[Tensor, Tensor]:
+    shape = (1, -1, *[1] * (inputs.ndim - 2))
+    mean, std = (contract.mean, contract.std) if contract.mean else ([0.0], [1.0])
+    return torch.tensor(mean).reshape(shape), torch.tensor(std).reshape(shape)
 
 
 def read_export(file: Path) -> Callable[[Tensor], Tensor]:
-    """The model in an exported file, read as those will who get it."""
+    """Load an exported model the way its recipients do."""
     if file.suffix == ".pt2":
         return torch.export.load(file).module()
     import onnxruntime
@@ -172,11 +154,11 @@ def read_export(file: Path) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------- memory
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors made while it is on, and the most that were alive at once; any device."""
+    """Count the bytes of tensors made while it is on, and the most that were alive at once; on any device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,11 +169,7 @@ class PeakMemory(TorchDispatchMode):
         known = {_storage(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if (
-                isinstance(value, Tensor)
-                and _storage(value) not in known
-                and _storage(value) not in self._alive
-            ):
+            if isinstance(value, Tensor) and _storage(value) not in known | self._alive.keys():
                 self._enter(value.untyped_storage())
         return result
 
@@ -210,29 +188,25 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------- tables
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """
-    A table of at most WIDTH columns. Numbers stand right; columns that do not fit are left out, with a note.
+    Return a table of at most WIDTH columns, numbers at the right; name the columns that do not fit.
 
     :param rows: the first column is text, numbers get three digits
     """
-    cells = [[_short(name, 12) if place else name for place, name in enumerate(header)]]
-    cells += [[_cell(value) for value in row] for row in rows]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(header))]
-    widths[0] = min(widths[0], 40)
+    cells = [[header[0], *(_short(name, 12) for name in header[1:])]]
+    cells += [[_short(str(first), 40), *map(_cell, others)] for first, *others in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     number = max(n for n in range(1, len(widths) + 1) if n == 1 or sum(widths[:n]) + 2 * (n - 1) <= WIDTH)
     lines = [title]
-    for row in cells:
-        first, *others = row[:number]
-        numbers = [text.rjust(width) for text, width in zip(others, widths[1:], strict=False)]
-        lines.append("  ".join([_short(first, 40).ljust(widths[0]), *numbers]).rstrip())
-    if number < len(header):
-        lines.append(
-            f"({len(header) - number} more columns do not fit: {_short(', '.join(header[number:]), 60)})"
-        )
+    for first, *others in cells:
+        numbers = [text.rjust(width) for text, width in zip(others[: number - 1], widths[1:], strict=False)]
+        lines.append("  ".join([first.ljust(widths[0]), *numbers]).rstrip())
+    if left_out := header[number:]:
+        lines.append(f"({len(left_out)} more columns do not fit: {_short(', '.join(left_out), 60)})")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Contains the model under test, with all that its checks need: from a test file's config, or from a run's record."""
+"""The model under test, with all that its checks need: from a test file's config, or from a run's record."""
 
 import copy
 import functools
@@ -35,17 +35,17 @@ from .measures import Quality
 # What a check demands, where a test file does not say otherwise in its BOUNDS.
 BOUNDS = {
     "parameter": 1e3,  # largest parameter
-    "batch": 1e-4,  # largest change of an output by the other images of a batch, in parts of the largest output
-    "translation": 0.02,  # mean change of a probability (or value, in deviations) by a translation
+    "batch": 1e-4,  # change of an output by the other images of a batch, relative to the largest output
+    "translation": 0.02,  # mean change of a probability (or value, in std) by a translation
     "flips": 0.05,  # loss of quality by a flip of the images
-    "averaged": 0.01,  # loss of quality by the average over flips
-    "recorded": 0.002,  # loss of a result as against the recorded one: another processor rounds in another way
+    "averaged": 0.01,  # loss of quality by averaging over flips
+    "recorded": 0.002,  # loss of a metric against the recorded one: another processor rounds differently
     "baselines": 0.0,  # by how much a class may be worse than those
     "calibration": 0.1,  # expected calibration error
-    "robustness": 0.1,  # loss of quality by the mildest of the changes
-    "export": 1e-3,  # largest difference of an exported form, in parts of the largest output
+    "robustness": 0.1,  # loss of quality by the mildest perturbation
+    "export": 1e-3,  # difference of an exported model, relative to the largest output
 }
-NUM_INPUTS, EDGE = 2, 64  # of the batch for quick checks
+NUM_INPUTS, SIZE = 2, 64  # of the batch for quick checks
 SAMPLE_PIXELS = 250_000  # of the test set, for what is measured many times
 
 
@@ -56,8 +56,8 @@ class Subject:
 
     :param model: in evaluation mode, on the device
     :param untrained: makes a new model
-    :param optimizer: makes the optimizer of the training, of parameters
-    :param inputs: (N, C, ...) what the model is used to; real ones, where there are data
+    :param optimizer: makes the optimizer of the training, from parameters
+    :param inputs: (N, C, ...) typical inputs; real ones, where there are data
     :param setup: of the run, with its datasets; None where there are none, and no_data says why
     :param recorded: results of the run on its test set, such as {"f1": 0.8, "f1.water": 0.7}
     """
@@ -77,213 +77,129 @@ class Subject:
     recorded: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=lambda: dict(BOUNDS))
 
+    def __post_init__(self) -> None:
+        self.inputs, self.targets = self.inputs.to(self.device), self.targets.to(self.device)
+
     def __repr__(self) -> str:
         return self.name
 
     def copy(self) -> nn.Module:
-        """A copy that may be changed."""
+        """Return a copy that may be changed."""
         return copy.deepcopy(self.model)
 
     @property
     def is_map(self) -> bool:
-        """Whether it answers with an image of the input's height and width."""
-        return self.inputs.ndim == 4 and self.answer(self.inputs).shape[2:] == self.inputs.shape[2:]
+        """Return True if the output is an image of the input's height and width."""
+        return self.inputs.ndim == 4 and self.output(self.inputs).shape[2:] == self.inputs.shape[2:]
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, or of the values."""
+        """Return the names of the classes, or of the values."""
         names = self.contract.class_names
         return [str(name) for name in (names if len(names) == self.num_outputs else range(self.num_outputs))]
 
     @functools.cached_property
     def num_outputs(self) -> int:
-        """Classes, or values."""
-        return self.answer(self.inputs[:1]).shape[1]
+        """Return the number of classes, or values."""
+        return self.output(self.inputs[:1]).shape[1]
 
     @property
     def context(self) -> DeviceContext:
-        """That of the training, or the plainest one."""
+        """Return that of the training, or the plainest one."""
         return DeviceContext(self.device) if self.setup is None else self.setup.context
 
     @torch.no_grad()
-    def answer(self, inputs: Tensor) -> Tensor:
-        """The model's output, in the precision and memory format of its training."""
+    def output(self, inputs: Tensor) -> Tensor:
+        """Return the model's output, in the precision and memory format of its training."""
         with evaluation_mode(self.model), self.context.autocast():
             return self.model(self.context.move(inputs)).float()
 
     def probabilities(self, inputs: Tensor) -> Tensor:
-        """Probabilities of the classes, or the values."""
-        return self.contract.probabilities(self.answer(inputs))
+        """Return probabilities of the classes, or the values."""
+        return self.contract.probabilities(self.output(inputs))
 
-    # ------------------------------------------------------------------------------------------------------ on the data
+    # ----------------------------------------------------------------------------------------- on the data
 
     @property
-    def data(self) -> Setup:
-        """The run, with a test set."""
+    def run(self) -> Setup:
+        """Return the setup of the run; only for checks that have data."""
         assert self.setup is not None
         return self.setup
 
+    @property
+    def train_set(self) -> Any:
+        """Return the training set."""
+        return self.run.data.train
+
+    @property
+    def test_set(self) -> Any:
+        """Return the test set."""
+        return self.run.data.test
+
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All of the test set."""
-        yield from _batches(self.data.data.test, self.data.config["DATA_LOADER_CONFIG"].get("batch_size", 1))
+        """Yield all of the test set."""
+        batch_size, inputs = self.run.config["DATA_LOADER_CONFIG"].get("batch_size", 1), self.test_set[0][0]
+        max_pixels = batch_size * inputs.shape[-2] * inputs.shape[-1] if inputs.ndim == 3 else None
+        for batch in EvaluationBatches(self.test_set, batch_size, max_pixels):
+            yield default_collate([self.test_set[index] for _, index in batch])
 
     @functools.cached_property
     def test_sample(self) -> list[tuple[Tensor, Tensor]]:
-        """Batches of a part of the test set, for what is measured many times."""
-        order = torch.randperm(len(self.data.data.test), generator=torch.Generator().manual_seed(0)).tolist()
-        pixels = self.data.data.test[0][0][0].numel()
+        """Return batches of a part of the test set, for what is measured many times."""
+        order = torch.randperm(len(self.test_set), generator=torch.Generator().manual_seed(0)).tolist()
+        pixels = self.test_set[0][0][0].numel()
         number = min(len(order), 2000, max(1, SAMPLE_PIXELS // pixels))
-        samples = [self.data.data.test[index] for index in sorted(order[:number])]
-        if len({(x.shape, y.shape) for x, y in samples}) > 1 or pixels > 10_000:
-            return [default_collate([sample]) for sample in samples]
-        return [default_collate(samples[start : start + 64]) for start in range(0, number, 64)]
+        samples = [self.test_set[index] for index in sorted(order[:number])]
+        is_mixed = len({(x.shape, y.shape) for x, y in samples}) > 1
+        size = 1 if is_mixed or pixels > 10_000 else 64
+        return [default_collate(samples[start : start + size]) for start in range(0, number, size)]
 
     @functools.cached_property
     def evaluated(self) -> tuple[dict[str, float], Any]:
-        """Results on the test set, counted as in training, and their Scores (None of values)."""
-        evaluation = self.data.metrics(self.contract)
+        """Return results on the test set, counted as in training, and their Scores (None of values)."""
+        evaluation = self.run.metrics(self.contract)
         results = evaluate(self.model, self.test_batches(), evaluation, self.context)
         return results, evaluation.scores
 
-    def bare(self, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Targets without their usability mask, and that mask."""
-        if not any(getattr(metric, "masked", False) for metric in self.data.config["METRICS"].values()):
+    def unmasked(self, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return targets without their usability mask, and that mask."""
+        if not any(getattr(metric, "masked", False) for metric in self.run.config["METRICS"].values()):
             return targets, None
         return unmask(torch.empty(len(targets), self.num_outputs, *targets.shape[2:], device="meta"), targets)
 
     def quality(
         self,
-        change: Callable[[Tensor], Tensor] = lambda x: x,
-        answer: Callable[[Tensor], Tensor] | None = None,
+        perturb: Callable[[Tensor], Tensor] = lambda x: x,
+        predict: Callable[[Tensor], Tensor] | None = None,
+        batches: Iterable[tuple[Tensor, Tensor]] | None = None,
     ) -> Quality:
         """
-        How good the answers on test_sample are.
+        Return the quality on some batches.
 
-        :param change: what is done to the inputs before
-        :param answer: inputs to probabilities; None asks the model
+        :param perturb: what is done to the inputs before
+        :param predict: inputs to probabilities; None takes the model
+        :param batches: None takes test_sample
         """
         quality = self.new_quality()
-        for inputs, targets in self.test_sample:
-            probabilities = (answer or self.probabilities)(change(inputs)).cpu()
-            quality.update(probabilities, *self.bare(targets))
+        for inputs, targets in self.test_sample if batches is None else batches:
+            quality.update((predict or self.probabilities)(perturb(inputs)).cpu(), *self.unmasked(targets))
         return quality
 
     @functools.cached_property
     def plain_quality(self) -> Quality:
-        """On test_sample, as it is."""
+        """Return the quality on test_sample, unperturbed."""
         return self.quality()
 
-    def quality_on_all(self) -> Quality:
-        """How good the answers on the whole test set are."""
-        quality, (_, scores) = self.new_quality(), self.evaluated
-        if quality.name == "F1":
-            quality.scores = scores
-            return quality
-        for inputs, targets in self.test_batches():
-            quality.update(self.probabilities(inputs).cpu(), targets)
-        return quality
-
     def new_quality(self) -> Quality:
-        """Nothing counted yet."""
-        return Quality(self.contract, self.num_outputs, self.data.config["IGNORE_INDEX"])
-
-
-def subject_of_config(module: ModuleType, weights: str | None = None) -> Subject:
-    """
-    The model of a test file's config, new or with the weights of a file.
-
-    :param module: holds MODEL, MODEL_CONFIG, INPUT_DIM, OUTPUT_DIM, LOSS, OPTIMIZER, OPTIMIZER_CONFIG, DEVICE, and for
-        other than multi-class models TASK
-    """
-    device = get_device(module.DEVICE)
-    stored = {} if weights is None else load_weights(weights)
-    task = getattr(module, "TASK", "multi-class")
-    contract = DataContract(module.INPUT_DIM[1], task=task, outputs=module.OUTPUT_DIM[1])
-    if "contract" in stored:
-        contract = DataContract.from_dict(stored["contract"])
-    untrained = functools.partial(_new_model, module.MODEL, module.MODEL_CONFIG, device)
-    model = untrained().eval()
-    if stored:
-        fill_model(model, model_state(stored), str(weights))
-    inputs, targets = _invented(module.INPUT_DIM, module.OUTPUT_DIM, contract.task)
-    return Subject(
-        name=f"{module.MODEL.__name__}, {'untrained' if weights is None else weights}",
-        model=model,
-        untrained=untrained,
-        loss=module.LOSS,
-        optimizer=lambda parameters: module.OPTIMIZER(parameters, **module.OPTIMIZER_CONFIG),
-        contract=contract,
-        device=device,
-        inputs=inputs.to(device),
-        targets=targets.to(device),
-        no_data="there are no test data without a run: give --run NAME",
-        is_trained=weights is not None,
-        bounds=BOUNDS | getattr(module, "BOUNDS", {}),
-    )
-
-
-def subject_of_run(
-    module: ModuleType, name: str, global_config: dict[str, str], weights: str | Path | None = None
-) -> Subject:
-    """
-    The model of a run: everything is taken from its record, but for DEVICE and BOUNDS.
-
-    :param weights: other weights than the best ones
-    :param module: may hold DATASETS, a function of the config that gives (train, test, validation),
-        for runs whose record does not name their datasets
-    :raises UserError: if the record or the weights cannot be used
-    """
-    log_dir = Path(global_config["LOG_DIR"]) / name
-    weights = Path(weights or Path(global_config["WEIGHT_DIR"]) / name / "best.pt")
-    stored = load_weights(weights)
-    if "contract" not in stored:
-        raise UserError(f"{weights}: holds no data contract, so it is no file of a run.")
-    contract = DataContract.from_dict(stored["contract"])
-    events = read_journal(log_dir / "journal.jsonl")
-    config = read_run_config(log_dir, project_of("dida_tools")) | {"DEVICE": module.DEVICE}
-    config |= dict.fromkeys(("RESUME", "RERUN_OF", "INIT_WEIGHTS", "NOTIFY"))
-    device = get_device(module.DEVICE)
-    started = [event for event in events if event["event"] == "start"]
-    config["PRECISION"] = _precision(device, started[-1]["precision"] if started else "auto")
-    options = config.get("DATA_LOADER_CONFIG", {})
-    config["DATA_LOADER_CONFIG"] = {key: options[key] for key in ("batch_size",) if key in options}
-    untrained = functools.partial(_new_model, config["MODEL"], config.get("MODEL_CONFIG", {}), device)
-    results = [event for event in events if event["event"] == "test"]
-    recorded = (
-        {key[5:]: value for key, value in results[-1].items() if key.startswith("test.")} if results else {}
-    )
-    about: dict[str, Any] = {
-        "untrained": untrained,
-        "contract": contract,
-        "device": device,
-        "recorded": recorded,
-    }
-    about["optimizer"] = lambda parameters: config["OPTIMIZER"](parameters, **config["OPTIMIZER_CONFIG"])
-    about |= {"name": name, "bounds": BOUNDS | getattr(module, "BOUNDS", {})}
-    model = untrained().eval()
-    fill_model(model, model_state(stored), str(weights))
-    try:
-        train_set, test_set, validation_set = getattr(module, "DATASETS", build_datasets)(config)
-        setup = prepare(train_set, test_set, config, global_config, validation_set, "dida_tools")
-    except DataError as error:
-        about |= {"loss": _loss(config), "no_data": f"{name}: {error}"}
-        inputs, targets = _invented_for(model, contract)
-    else:
-        if setup.data.test is None:
-            about["no_data"] = f"{name} has no test data"
-        elif hasattr(setup.data.test, "with_contract"):
-            setup.data.test = setup.data.test.with_contract(contract)
-            setup.data.train = setup.data.train.with_contract(contract)
-        about |= {"loss": setup.loss_fn, "setup": setup}
-        inputs, targets = _quick_batch(setup.data.train, model, device)
-    return Subject(model=model, inputs=inputs.to(device), targets=targets.to(device), **about)
+        """Return an empty one."""
+        return Quality(self.contract, self.num_outputs, self.run.config["IGNORE_INDEX"])
 
 
 def choose_subject(
     module: ModuleType, run: str | None, weights: str | None, global_config: dict[str, str]
 ) -> Subject:
     """
-    What --run and --weights, or else DEFAULT_WEIGHTS, name. Weights in the folder of a run come with its record.
+    Return what --run and --weights, or else DEFAULT_WEIGHTS, name. Weights of a run come with its record.
 
     :raises UserError: if it cannot be used
     """
@@ -296,21 +212,115 @@ def choose_subject(
     return subject_of_config(module, weights)
 
 
+def subject_of_config(module: ModuleType, weights: str | None = None) -> Subject:
+    """
+    Return the model of a test file's config, new or with the weights of a file.
+
+    :param module: holds MODEL, MODEL_CONFIG, INPUT_DIM, OUTPUT_DIM, LOSS, OPTIMIZER, OPTIMIZER_CONFIG,
+        DEVICE, and for other than multi-class models TASK
+    """
+    device = get_device(module.DEVICE)
+    stored = {} if weights is None else load_weights(weights)
+    task = getattr(module, "TASK", "multi-class")
+    contract = DataContract(module.INPUT_DIM[1], task=task, outputs=module.OUTPUT_DIM[1])
+    if "contract" in stored:
+        contract = DataContract.from_dict(stored["contract"])
+    untrained = functools.partial(_new_model, module.MODEL, module.MODEL_CONFIG, device)
+    model = untrained().eval()
+    if stored:
+        fill_model(model, model_state(stored), str(weights))
+    return Subject(
+        f"{module.MODEL.__name__}, {'untrained' if weights is None else weights}",
+        model,
+        untrained,
+        module.LOSS,
+        lambda parameters: module.OPTIMIZER(parameters, **module.OPTIMIZER_CONFIG),
+        contract,
+        device,
+        *_synthetic(module.INPUT_DIM, module.OUTPUT_DIM, contract.task),
+        no_data="there are no test data without a run: give --run NAME",
+        is_trained=weights is not None,
+        bounds=BOUNDS | getattr(module, "BOUNDS", {}),
+    )
+
+
+def subject_of_run(
+    module: ModuleType, name: str, global_config: dict[str, str], weights: str | Path | None = None
+) -> Subject:
+    """
+    Return the model of a run: everything is taken from its record, but for DEVICE and BOUNDS.
+
+    :param weights: other weights than the best ones
+    :param module: may hold DATASETS, a function of the config that returns (train, test, validation),
+        for runs whose record does not name their datasets
+    :raises UserError: if the record or the weights cannot be used
+    """
+    log_dir = Path(global_config["LOG_DIR"]) / name
+    weights = Path(weights or Path(global_config["WEIGHT_DIR"]) / name / "best.pt")
+    stored = load_weights(weights)
+    if "contract" not in stored:
+        raise UserError(f"{weights}: no data contract, so this is no file of a run.")
+    contract, device = DataContract.from_dict(stored["contract"]), get_device(module.DEVICE)
+    events = read_journal(log_dir / "journal.jsonl")
+    config = _config_of_run(log_dir, events, device, module.DEVICE)
+    untrained = functools.partial(_new_model, config["MODEL"], config.get("MODEL_CONFIG", {}), device)
+    model = untrained().eval()
+    fill_model(model, model_state(stored), str(weights))
+    setup, no_data = None, ""
+    try:
+        train_set, test_set, validation_set = getattr(module, "DATASETS", build_datasets)(config)
+        setup = prepare(train_set, test_set, config, global_config, validation_set, "dida_tools")
+    except DataError as error:
+        no_data, loss = f"{name}: {error}", _loss(config)
+        inputs, targets = _synthetic_for(model, contract)
+    else:
+        loss = setup.loss_fn
+        if setup.data.test is None:
+            no_data = f"{name} has no test data"
+        elif hasattr(setup.data.test, "with_contract"):
+            setup.data.test = setup.data.test.with_contract(contract)
+            setup.data.train = setup.data.train.with_contract(contract)
+        inputs, targets = _quick_batch(setup.data.train, model, device)
+    tested = next((event for event in reversed(events) if event["event"] == "test"), {})
+    return Subject(
+        name,
+        model,
+        untrained,
+        loss,
+        lambda parameters: config["OPTIMIZER"](parameters, **config["OPTIMIZER_CONFIG"]),
+        contract,
+        device,
+        inputs,
+        targets,
+        setup,
+        no_data=no_data,
+        recorded={key[5:]: value for key, value in tested.items() if key.startswith("test.")},
+        bounds=BOUNDS | getattr(module, "BOUNDS", {}),
+    )
+
+
+def _config_of_run(log_dir: Path, events: list[dict], device: torch.device, wanted: str) -> dict[str, Any]:
+    config = read_run_config(log_dir, project_of("dida_tools")) | {"DEVICE": wanted}
+    config |= dict.fromkeys(("RESUME", "RERUN_OF", "INIT_WEIGHTS", "NOTIFY"))
+    started = [event for event in events if event["event"] == "start"]
+    precision = started[-1]["precision"] if started else "auto"
+    try:
+        config["PRECISION"] = get_precision(device, precision)
+    except UserError:
+        warnings.warn(f"{device} cannot compute in {precision}: the suite takes fp32.", stacklevel=2)
+        config["PRECISION"] = "fp32"
+    options = config.get("DATA_LOADER_CONFIG", {})
+    config["DATA_LOADER_CONFIG"] = {key: options[key] for key in ("batch_size",) if key in options}
+    return config
+
+
 def _new_model(model: type[nn.Module], options: dict[str, Any], device: torch.device) -> nn.Module:
     set_seed(0)
     return model(**options).to(device)
 
 
-def _precision(device: torch.device, wanted: str) -> str:
-    try:
-        return get_precision(device, wanted)
-    except UserError:
-        warnings.warn(f"{device} cannot compute in {wanted}: the suite takes fp32.", stacklevel=2)
-        return "fp32"
-
-
-def _invented(input_dim: tuple[int, ...], output_dim: tuple[int, ...], task: str) -> tuple[Tensor, Tensor]:
-    """Noise, and a target that follows from it."""
+def _synthetic(input_dim: tuple[int, ...], output_dim: tuple[int, ...], task: str) -> tuple[Tensor, Tensor]:
+    """Return noise, and a target that follows from it."""
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(input_dim, generator=generator)
     mixture = torch.randn(input_dim[1], output_dim[1], generator=generator)
@@ -324,18 +334,18 @@ def _invented(input_dim: tuple[int, ...], output_dim: tuple[int, ...], task: str
     return inputs, values.argmax(1) if task == "multi-class" else (values > 0).float()
 
 
-def _invented_for(model: nn.Module, contract: DataContract) -> tuple[Tensor, Tensor]:
-    """The same for a model of which only the number of channels is known: images, or lists of numbers."""
+def _synthetic_for(model: nn.Module, contract: DataContract) -> tuple[Tensor, Tensor]:
+    """Return the same for a model of which only the number of channels is known: images, or vectors."""
     device = next(model.parameters()).device
-    for shape in ((NUM_INPUTS, contract.channels, EDGE, EDGE), (4 * NUM_INPUTS, contract.channels)):
+    for shape in ((NUM_INPUTS, contract.channels, SIZE, SIZE), (4 * NUM_INPUTS, contract.channels)):
         try:
             with torch.no_grad():
                 output = model(torch.zeros(shape, device=device))
-        except RuntimeError:  # not of this shape
+        except RuntimeError:  # another shape
             continue
-        return _invented(shape, tuple(output.shape), contract.task)
+        return _synthetic(shape, tuple(output.shape), contract.task)
     name = type(model).__name__
-    raise UserError(f"{name} takes neither images of {EDGE} pixels nor lists of numbers: put its data back.")
+    raise UserError(f"{name} takes neither images of {SIZE} pixels nor vectors: put its data back.")
 
 
 def _loss(config: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -344,7 +354,7 @@ def _loss(config: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _quick_batch(dataset: Any, model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A few small samples of the training set, with as many different targets as there are."""
+    """Return a few small samples of the training set, with as many different targets as possible."""
     set_seed(0)
     samples = [dataset[index] for index in range(min(16, len(dataset)))]
     inputs = samples[0][0][None]
@@ -352,13 +362,6 @@ def _quick_batch(dataset: Any, model: nn.Module, device: torch.device) -> tuple[
         is_map = inputs.ndim == 4 and model(inputs.to(device)).shape[2:] == inputs.shape[2:]
     if not is_map:
         return default_collate(samples[: max(NUM_INPUTS, 8)])
-    small = [(x[..., :EDGE, :EDGE], torch.as_tensor(y)[..., :EDGE, :EDGE]) for x, y in samples]
+    small = [(x[..., :SIZE, :SIZE], torch.as_tensor(y)[..., :SIZE, :SIZE]) for x, y in samples]
     small.sort(key=lambda pair: -len(pair[1].unique()))
     return default_collate([pair for pair in small if pair[0].shape == small[0][0].shape][:NUM_INPUTS])
-
-
-def _batches(dataset: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    inputs = dataset[0][0]
-    max_pixels = batch_size * inputs.shape[-2] * inputs.shape[-1] if inputs.ndim == 3 else None
-    for batch in EvaluationBatches(dataset, batch_size, max_pixels):
-        yield default_collate([dataset[index] for _, index in batch])

@@ -1,9 +1,9 @@
 """
-The suite for a model, new or trained. Its checks, and what each protects from, stand in checks.py.
+The suite for a model, new or trained. checks.py has its checks, and what each guards against.
 
-    python -m pytest tests/test_models -n 0                                       the config below: an untrained U-Net
-    python -m pytest tests/test_models -n 0 --run NAME                            a run, by its record; or latest, best
-    python -m pytest tests/test_models -n 0 --weights weights/NAME/last-9.pt      other weights
+    python -m pytest tests/test_models -n 0                 the config below: an untrained U-Net
+    python -m pytest tests/test_models -n 0 --run NAME      a run, by its record; or latest, best
+    python -m pytest tests/test_models -n 0 --weights weights/NAME/last-9.pt
 
 Your own model: copy this file, and edit the config.
 """
