@@ -128,7 +128,7 @@ def _names(columns: list[str], records: list[str]) -> list[str]:
 def _write_records(path: Path, columns: list[str], records: list[str]) -> None:
     header = [_to_record(columns, dict(zip(columns, columns, strict=True)))] if columns else []
     content = "".join(f"{line}\n" for line in [*header, *records]).encode(errors="surrogateescape")
-    if not path.is_file() or content != path.read_bytes():
+    if content != (path.read_bytes() if path.is_file() else b""):
         write_atomic(path, lambda file: file.write(content))
 
 

@@ -34,7 +34,7 @@ class Runs:
 
     @functools.cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """Row of each run, with what was added by hand. The first look brings the tracker's file up to date."""
+        """Row of each run, with what was added by hand. It also brings the tracker's file up to date."""
         rows, added = find_rows(self.log_dir, self.file.name), {}
         try:
             if rows:
