@@ -404,31 +404,27 @@ def test_processes_of_torchrun_share_the_files(tmp_path, config):
 
 
 def test_a_run_predicts_by_its_name(tmp_path, trained):
+    root = Path(trained.global_config["ROOT_PATH"])
     image = np.random.default_rng(0).integers(1, 256, (40, 300, 3), dtype=np.uint8)
-    options = [
-        "-i",
-        *write_arrays(tmp_path, image),
-        "-o",
-        tmp_path / "out",
-        "--output",
-        "confidence",
-        "classes",
-    ]
-    options += ["--tile", 64, "--overlap", 0.5, "--format", "tif", "--prefix", "p_", "--no-check"]
-    done = run_script(
-        "run_prediction.py", trained.name[:-1], *options, root=Path(trained.global_config["ROOT_PATH"])
-    )
+    options = ["-i", *write_arrays(tmp_path, image), "-o", tmp_path / "out", "--format", "tif", "--no-check"]
+    options += ["--output", "confidence", "classes", "--tile", 64, "--overlap", 0.5, "--prefix", "p_"]
+    done = run_script("run_prediction.py", trained.name[:-1], *options, root=root)
     assert done.returncode == 0 and "2 predictions in" in done.stdout, done.stderr
-    assert {path.name for path in (tmp_path / "out").glob("*.tif")} == {
-        "p_0_confidence.tif",
-        "p_0_classes.tif",
-    }
-    refused = run_script(
-        "run_prediction.py", "nonsense", *options, root=Path(trained.global_config["ROOT_PATH"])
-    )
+    written = sorted(path.name for path in (tmp_path / "out").glob("*.tif"))
+    assert written == ["p_0_classes.tif", "p_0_confidence.tif"]
+    refused = run_script("run_prediction.py", "nonsense", *options, root=root)
     assert refused.returncode == 1 and "no run is called 'nonsense'" in refused.stderr
     refused = run_script("predict.py", *options, "--augment", "some", "--weights", tmp_path / "nowhere.pt")
     assert refused.returncode == 1 and "AUGMENT is 'some': it must be one of" in refused.stderr
+
+
+def test_a_run_of_version_0_1_predicts(tmp_path):
+    runs = ROOT / "tests" / "data" / "runs_0_1"
+    images = runs / "data" / "test" / "x"
+    done = run_script("run_prediction.py", "finished", "-i", images, "-o", tmp_path, root=runs)
+    assert done.returncode == 0, done.stderr
+    for image in images.iterdir():
+        assert np.load(tmp_path / image.name).shape == np.load(image).shape[:2]
 
 
 @pytest.mark.parametrize("script", ["predict.py", "run_prediction.py"])
