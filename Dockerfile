@@ -60,7 +60,7 @@ ARG RUN
 COPY logs/${RUN}/config.json logs/${RUN}/config.json
 COPY weights/${RUN}/best.pt weights/${RUN}/best.pt
 # A model that needs a package which is not in the image fails here already: see PACKAGES.
-RUN python -c "from dida_tools.utils.logging.runs import read_run_config; \
+RUN python -c "from dida_core.runs.lookup import read_run_config; \
     config = read_run_config('logs/${RUN}', keys=('MODEL', 'MODEL_CONFIG')); config['MODEL'](**config['MODEL_CONFIG'])"
 ENTRYPOINT ["python", "run_prediction.py", "latest"]
 

@@ -27,8 +27,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from dida_core.errors import exit_code
 from dida_tools.config.config import global_config
-from dida_tools.config.errors import exit_code
 from dida_tools.training.routines import DEFAULT_ROUTINE, ROUTINES, load_routine, recorded_routine
 
 
@@ -36,7 +36,7 @@ def search_space() -> dict[str, Any]:
     """Return what to try: keys of the config, and uniform, log_uniform, integer or choice."""
     import torch
 
-    from dida_tools.search.space import choice, integer, log_uniform, uniform
+    from dida_core.search.space import choice, integer, log_uniform, uniform
 
     return {  # <- your space here
         "OPTIMIZER_CONFIG.lr": log_uniform(1e-4, 1e-1),
@@ -50,12 +50,12 @@ def main() -> int:
     """Search, or train the best config."""
     arguments = parse_arguments()
     # Not above, so that --help answers at once.
-    from dida_tools.config.check import check
-    from dida_tools.config.overrides import override
-    from dida_tools.config.project import project_of
-    from dida_tools.search.commands import dry_run, open_search, run_search
-    from dida_tools.search.space import Space
-    from dida_tools.utils.data.build import build_datasets, use_folder
+    from dida_core.config.check import check
+    from dida_core.config.overrides import override
+    from dida_core.config.project import project_of
+    from dida_core.data.build import build_datasets, use_folder
+    from dida_core.search.commands import dry_run, open_search, run_search
+    from dida_core.search.space import Space
 
     project, problems = project_of("dida_tools"), list[str]()
     space, routine = Space(search_space(), project), load_routine(arguments.routine or DEFAULT_ROUTINE)

@@ -14,8 +14,8 @@ import argparse
 import sys
 from typing import Any
 
-from dida_tools.config.errors import exit_code
-from dida_tools.config.predict_keys import PREDICT_KEYS
+from dida_core.errors import exit_code
+from dida_core.prediction.keys import PREDICT_KEYS
 
 
 def predict_config() -> dict[str, Any]:
@@ -35,7 +35,7 @@ def predict_config() -> dict[str, Any]:
         "OUTPUT": "classes",  # or probabilities, confidence, entropy; or several: ["classes", "confidence"]
         "PREFIX": "",
         "SUFFIX": "",
-        # further keys and their defaults: PREDICT_KEYS in dida_tools/config/predict_keys.py
+        # further keys and their defaults: PREDICT_KEYS in dida_core/prediction/keys.py
     }
 
 
@@ -69,7 +69,7 @@ def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--weights", dest="WEIGHTS", metavar="FILE", help="instead of those of the config")
     arguments = parser.parse_args()
-    from dida_tools.prediction import predict
+    from dida_core.prediction import predict
 
     predict(predict_config() | given_keys(arguments))
     return 0

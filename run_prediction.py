@@ -9,7 +9,7 @@ Model, weights and the way images are read come from the run's record. Options a
 
 import sys
 
-from dida_tools.config.errors import exit_code
+from dida_core.errors import exit_code
 from predict import given_keys, make_parser
 
 
@@ -20,7 +20,7 @@ def main() -> int:
         "name", metavar="NAME", help="the run: its name or part of it, latest, best, or best:METRIC"
     )
     arguments = parser.parse_args()
-    from dida_tools.prediction.predict import predict, run_config
+    from dida_core.prediction.predict import predict, run_config
 
     predict(run_config(arguments.name) | given_keys(arguments))
     return 0

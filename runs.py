@@ -17,9 +17,9 @@ import argparse
 import os
 import sys
 
+from dida_core.errors import exit_code
+from dida_core.runs import commands
 from dida_tools.config.config import global_config
-from dida_tools.config.errors import exit_code
-from dida_tools.utils.logging import commands
 
 
 def main() -> int:

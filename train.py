@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from dida_tools.config.errors import exit_code
+from dida_core.errors import exit_code
 from dida_tools.training.routines import DEFAULT_ROUTINE, ROUTINES
 
 
@@ -40,13 +40,13 @@ def main() -> int:
         parser.error("data and variant come from the run's record: leave --data and --variant out")
 
     # Imported when needed: --help answers without PyTorch.
-    from dida_tools.config.check import check
+    from dida_core.config.check import check
+    from dida_core.config.overrides import override
+    from dida_core.config.project import project_of
+    from dida_core.data.build import build_datasets, use_folder
+    from dida_core.runs.lookup import find_run, read_run_config
     from dida_tools.config.config import global_config
-    from dida_tools.config.overrides import override
-    from dida_tools.config.project import project_of
     from dida_tools.training.routines import load_routine, recorded_routine
-    from dida_tools.utils.data.build import build_datasets, use_folder
-    from dida_tools.utils.logging.runs import find_run, read_run_config
 
     project, log_dir = project_of("dida_tools"), Path(global_config["LOG_DIR"])
     config: dict[str, Any] = {}

@@ -63,9 +63,9 @@ def make_image(path: Path, height: int, size: int) -> None:
 
 def ours(path: Path, classes: int, folder: Path) -> None:
     """Run predict(), from file to file."""
-    from dida_tools.prediction import predict
-    from dida_tools.utils.data.contract import DataContract
-    from dida_tools.utils.weights import save_weights
+    from dida_core.data.contract import DataContract
+    from dida_core.prediction import predict
+    from dida_core.storage.weights import save_weights
 
     contract = DataContract(CHANNELS, dtype="uint16", scale=1e-4, outputs=classes)
     save_weights(folder / "net.pt", {"model": Net(classes).state_dict(), "contract": contract.to_dict()})
@@ -100,7 +100,7 @@ METHODS = {"ours": ours, "monai": monai}
 def measure(method: str, path: Path, classes: int) -> None:
     """Print seconds and GiB above the start, in a process of its own."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    __import__("monai.inferers.utils" if method == "monai" else "dida_tools.prediction")
+    __import__("monai.inferers.utils" if method == "monai" else "dida_core.prediction")
     __import__("rasterio")
     Net(2)(torch.zeros(1, CHANNELS, 32, 32))
     before = resident()

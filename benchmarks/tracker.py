@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dida_core.storage.table import write_rows
 from dida_tools.utils.logging import read_log, write_log
-from dida_tools.utils.table import write_rows
 
 NUM_COLUMNS = 60
 REPEATS = 5

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import dida_tools
-from dida_tools.utils.logging.journal import Event
+from dida_core.storage.journal import Event
 
 PACKAGE = dida_tools.__name__
 ROOT = Path(dida_tools.__file__).resolve().parents[1]
@@ -68,7 +68,7 @@ def rows_of(global_config: dict[str, str]) -> list[dict[str, Any]]:
 
 def events_of(run_dir: Path, *kinds: str) -> list[Event]:
     """Return the events of a run's journal, all of them or those of some kinds."""
-    from dida_tools.utils.logging.journal import read_journal
+    from dida_core.storage.journal import read_journal
 
     events = read_journal(run_dir / "journal.jsonl")
     return [event for event in events if not kinds or event["event"] in kinds]
@@ -253,8 +253,8 @@ def run_script(
 
 def begin_run(log_dir: Path, name: str, hours_ago: float = 0, host: str = "", **config: Any) -> Any:
     """Write what a run writes first, without training, and return its journal."""
-    from dida_tools.utils.logging.journal import Journal
-    from dida_tools.utils.logging.runs import write_record
+    from dida_core.runs.lookup import write_record
+    from dida_core.storage.journal import Journal
 
     record = {"version": 1, "config": {"LOGFILE": "experiments.csv", "MONITOR": "max f1"} | config}
     about = {"name": name, "not_rerunnable": ""}

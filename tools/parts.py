@@ -46,7 +46,7 @@ PARTS = {
         (
             "PACKAGE/prediction/export.py",
             "tools/predict_onnx.py",
-            "tests/prediction/test_export.py",
+            "tests_core/export/test_export.py",
             "docs/how_to/export.md",
         ),
     ),

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any
 
-from .errors import ConfigError
+from ..errors import ConfigError
 from .keys import KEYS, upgrade
 from .project import Project
 from .references import ReferenceProblem, name_of, resolve

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any
 
+from ..errors import ConfigError
 from .capture import capture, short
-from .errors import ConfigError
 from .keys import KEYS, UNRECORDED, defaults, upgrade
 from .kinds import REQUIRED, Key, is_of
 from .project import Project

@@ -4,9 +4,9 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import ConfigError
 from .capture import short
 from .check import unknown
-from .errors import ConfigError
 from .keys import KEYS, RENAMED, copy_config, upgrade
 from .project import Project
 from .references import ReferenceProblem, resolve

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from .errors import UserError
+from ..errors import UserError
 
 
 @dataclass(frozen=True)

@@ -33,16 +33,6 @@ PUBLIC = (
     "torch.utils.data",
 )
 
-# The library, while it lies inside the project. Delete this once it is a package of its own, in no list.
-_LIBRARY = {
-    ".training": """calibration checkpoint console determinism device distributed environment evaluation
-        failures first_sample listener loaders modules optimization pictures record redaction rerun resume
-        rows routines run scores setup signals targets tensorboard""",
-    ".utils": "counts files locks redact scores signals table targets weights",
-    ".utils.data": "build checks contract dataset doctor facts fingerprint images pairs",
-}
-OWN_REFUSED += tuple(f"{folder}.{name}" for folder, names in _LIBRARY.items() for name in names.split())
-
 
 class ReferenceProblem(ValueError):
     """An object that has no name, or a name that must not or cannot be resolved."""

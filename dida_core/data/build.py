@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from ...config.keys import copy_config, upgrade
-from ...config.project import Project
-from ...config.references import resolve
+from ..config.keys import copy_config, upgrade
+from ..config.project import Project
+from ..config.references import resolve
 from .fingerprint import splits_of, suggest
 from .images import DataError
 from .pairs import Pairs

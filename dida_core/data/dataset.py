@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from torch.utils.data import ConcatDataset, Subset
 
-from ...config.errors import ConfigError
+from ..errors import ConfigError
 from .contract import DataContract
 from .images import DataError
 

@@ -1,10 +1,5 @@
-"""
-The fingerprint of a dataset: what is in it, and what config it suggests.
+"""The fingerprint of a dataset: what is in it, and what config it suggests. The doctor prints both."""
 
-    python -m dida_tools.utils.data.fingerprint DIR      the doctor, which prints both, and what is wrong
-"""
-
-import runpy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -125,7 +120,3 @@ def _classes(values: dict[Any, float], channels: int) -> tuple[list[int] | None,
 
 def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-if __name__ == "__main__":
-    runpy.run_module("dida_tools.utils.data.doctor", run_name="__main__")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from PIL import Image
 
-from ...config.errors import Problems
+from ..errors import Problems
 
 ENDINGS = (".npy", ".npz", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 _WARNINGS = threading.Lock()  # threads share their filters

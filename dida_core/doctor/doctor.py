@@ -1,7 +1,7 @@
 """
 The doctor: what is in a dataset, what is wrong with it, and what config it suggests.
 
-    python -m dida_tools.utils.data.doctor DIR      DIR holds x and y, or train/x, train/y, test/x, test/y
+    python -m dida_core.doctor DIR      DIR holds x and y, or train/x, train/y, test/x, test/y
 
 Exit codes: 0 no problem; 1 training would refuse the data, or learn or measure what is wrong. It does not
 find images that were copied with other values (compressed, resampled, brightened, cropped), nor images of one
@@ -11,7 +11,6 @@ place without a georeference.
 import argparse
 import contextlib
 import re
-import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,12 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...config.errors import exit_code
-from .checks import dataset_problems, find_problems
-from .contract import DataContract
-from .facts import Facts
-from .fingerprint import fingerprint, splits_of, suggest
-from .pairs import MaskReading, Pairs
+from ..data.checks import dataset_problems, find_problems
+from ..data.contract import DataContract
+from ..data.facts import Facts
+from ..data.fingerprint import fingerprint, splits_of, suggest
+from ..data.pairs import MaskReading, Pairs
 
 _SMALLEST_OVERLAP = 0.01  # of the smaller tile: neighbors may touch
 _MOST_CHANNELS = 32  # a first dimension up to this may be channels
@@ -327,7 +325,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\nThis suggests (train.py --data does so by itself):")
     print("\n".join(f"  {key} = {_readable(value)}" for key, value in suggestion.items()))
     return int(any(finding.is_problem for finding in findings))
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main))

@@ -1,8 +1,7 @@
 """
 Export a trained model: one file that takes images as they stand in their files and returns probabilities.
 
-    python -m dida_tools.prediction.export NAME -o model.onnx      NAME: a run's name or part of it, latest,
-    best
+    python -m dida_core.export NAME -o model.onnx      NAME: a run's name or part of it, latest, best
 
 The ending decides: .onnx for onnxruntime and others, .pt2 for torch.export.load, .safetensors for weights
 alone (read them with safetensors.torch.load_file into a model that was built with the MODEL_CONFIG).
@@ -21,7 +20,6 @@ import copy
 import io
 import json
 import logging
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,13 +31,13 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..config.capture import capture
-from ..config.errors import UserError, exit_code
 from ..config.project import find_project
-from ..utils.data.contract import DataContract
-from ..utils.files import relative_path, write_atomic
-from ..utils.weights import weights_digest
-from .predict import run_config
-from .predictor import load_predictor
+from ..data.contract import DataContract
+from ..errors import UserError
+from ..prediction.predict import run_config
+from ..prediction.predictor import load_predictor
+from ..storage.files import relative_path, write_atomic
+from ..storage.weights import weights_digest
 
 # Largest difference from PyTorch: of probabilities; of a regression's values as a fraction of the largest.
 TOLERANCE = 1e-4
@@ -246,7 +244,3 @@ def main() -> int:
         f"{relative_path(arguments.out)} is written; its largest difference from PyTorch is {difference:.1e}."
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main))

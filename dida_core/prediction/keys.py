@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .keys import KEYS
-from .kinds import FLAG, NUMBER, REQUIRED, TEXT, WHOLE, Key, Kind
+from ..config.keys import KEYS
+from ..config.kinds import FLAG, NUMBER, REQUIRED, TEXT, WHOLE, Key, Kind
 
 OUTPUTS = ("classes", "probabilities", "confidence", "entropy")
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..utils.logging.journal import Journal, read_journal
+from ..storage.journal import Journal, read_journal
 from .jobs import Job
 
 LEDGER = "predictions.jsonl"

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..utils.data.contract import DataContract
-from ..utils.data.images import Grid
-from ..utils.files import sync_dir
-from ..utils.locks import locked
+from ..data.contract import DataContract
+from ..data.images import Grid
+from ..storage.files import sync_dir
+from ..storage.locks import locked
 from .windows import Band
 
 NODATA = 255  # in uint8; NaN in float32

@@ -20,18 +20,18 @@ from tqdm import tqdm
 
 from ..config.capture import capture
 from ..config.check import check_keys
-from ..config.errors import ConfigError, Preempted
 from ..config.keys import complete
-from ..config.predict_keys import PREDICT_KEYS, as_list
 from ..config.project import find_project
-from ..training.console import say
-from ..utils.data.contract import DataContract, default_scale
-from ..utils.data.images import DataError, ImageReader
-from ..utils.files import write_atomic
-from ..utils.logging.runs import find_run, read_run_config
-from ..utils.signals import raise_if_stop_requested, stop_on_signals
-from ..utils.weights import weights_digest
+from ..data.contract import DataContract, default_scale
+from ..data.images import DataError, ImageReader
+from ..errors import ConfigError, Preempted
+from ..report.console import say
+from ..runs.lookup import find_run, read_run_config
+from ..storage.files import write_atomic
+from ..storage.weights import weights_digest
+from ..training.signals import raise_if_stop_requested, stop_on_signals
 from .jobs import Job, check_jobs, find_inputs, find_masks, plan, score_maps
+from .keys import PREDICT_KEYS, as_list
 from .ledger import LEDGER, Ledger, of_this_process
 from .outputs import Output, only_writer, open_output
 from .predictor import Predictor, load_predictor

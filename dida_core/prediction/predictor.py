@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config.errors import ConfigError
 from ..config.project import find_project
+from ..data.contract import DataContract
+from ..data.images import DataError, Window
+from ..errors import ConfigError
+from ..storage.weights import WeightsError, load_weights, model_state
 from ..training.device import DeviceContext
 from ..training.modules import fill_model
-from ..utils.data.contract import DataContract
-from ..utils.data.images import DataError, Window
-from ..utils.weights import WeightsError, load_weights, model_state
 from .windows import Tiling, predict_bands
 
 # Each is (rotations by a right angle, mirrored); the first one changes nothing.

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.data.contract import DataContract
-from ..utils.data.facts import has_data
-from ..utils.data.images import DataError, Window
-from ..utils.signals import raise_if_stop_requested
+from ..data.contract import DataContract
+from ..data.facts import has_data
+from ..data.images import DataError, Window
+from ..training.signals import raise_if_stop_requested
 
 PredictBatch = Callable[[Tensor], np.ndarray]  # (N, C, H, W) inputs to (N, K, H, W) probabilities
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..utils.files import relative_path
-from ..utils.logging.journal import Event
-from .distributed import is_main
+from ..storage.files import relative_path
+from ..storage.journal import Event
+from ..training.distributed import is_main
 from .listener import Listener, Result, RunView
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # a listener that needs no torch, such as the tracker, imports none
-    from ..utils.logging.journal import Event
-    from .evaluation import Evaluation
-    from .setup import Setup
+    from ..storage.journal import Event
+    from ..training.evaluation import Evaluation
+    from ..training.setup import Setup
 
 
 @dataclass

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from ..utils.data.contract import PALETTE as _PALETTE
-from ..utils.data.contract import DataContract
-from .device import DeviceContext
+from ..data.contract import PALETTE as _PALETTE
+from ..data.contract import DataContract
+from ..training.device import DeviceContext
+from ..training.modules import evaluation_mode
 from .listener import Listener, Result, RunView
-from .modules import evaluation_mode
 
 PALETTE = np.array(_PALETTE, np.uint8)
 IGNORED_COLOR = (0, 0, 0)

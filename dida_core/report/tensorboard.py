@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config.tree import flatten
-from ..utils.logging.journal import Event, read_journal
-from ..utils.scores import Scores, counts_by_threshold
+from ..storage.journal import Event, read_journal
+from ..training.scores import Scores, counts_by_threshold
 from .listener import Listener, Result, RunView
 from .pictures import panels_of
 

@@ -10,10 +10,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ...config.errors import UserError
-from .. import table
-from ..locks import locked
-from .runs import find_rows, find_run, run_names
+from ..errors import UserError
+from ..storage import table
+from ..storage.locks import locked
+from .lookup import find_rows, find_run, run_names
 
 STATE = ("NAME", "STATUS", "EPOCH", "BEST_EPOCH", "SECONDS")
 # What a comparison need not show: it differs for every run, or says where and when.
@@ -129,7 +129,7 @@ def show_weights(runs: Runs, arguments: Namespace) -> int:
     """Show the path of a run's weights."""
     folder = runs.weight_dir / runs.find(arguments.name, with_weights=not arguments.last)
     if arguments.last:
-        from ...training.checkpoint import checkpoint_files  # imports torch
+        from ..storage.checkpoint import checkpoint_files  # imports torch
 
         files = checkpoint_files(folder)
     else:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ..config.errors import UserError
-from ..utils.files import relative_path
-from .checkpoint import checkpoint_files
-from .listener import State
-from .modules import is_out_of_memory
-from .setup import Setup
+from ..errors import UserError
+from ..report.listener import State
+from ..storage.checkpoint import checkpoint_files
+from ..storage.files import relative_path
+from ..training.modules import is_out_of_memory
+from ..training.setup import Setup
 
 
 class NonFiniteLoss(UserError):

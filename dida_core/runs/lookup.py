@@ -10,10 +10,10 @@ from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
-from ...config.errors import ConfigError, UserError
-from ...config.project import Project
-from ..files import write_atomic
-from .journal import read_journal
+from ..config.project import Project
+from ..errors import ConfigError, UserError
+from ..storage.files import write_atomic
+from ..storage.journal import read_journal
 from .rows import current_row
 
 LOGFILE = "experiments.csv"
@@ -150,7 +150,7 @@ def read_run_config(
     :param keys: only these, so that nothing is imported that only others name; None: all
     :raises ConfigError: if both are missing or damaged, or name what is not allowed
     """
-    from ...config.capture import restore  # imports torch, which a list of runs does not need
+    from ..config.capture import restore  # imports torch, which a list of runs does not need
 
     record = read_record(run_dir, say)
     if keys is not None:

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..utils.counts import CountMetric
-from .determinism import seed_step
-from .distributed import rank
-from .listener import State
-from .setup import Setup
+from ..report.listener import State
+from ..training.counts import CountMetric
+from ..training.determinism import seed_step
+from ..training.distributed import rank
+from ..training.setup import Setup
 
 
 class Batches:

@@ -10,21 +10,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..config.errors import ConfigError
 from ..config.tree import difference
-from ..utils.files import make_unique_dir, write_atomic
-from ..utils.locks import locked
-from ..utils.logging.journal import Event, Journal
-from ..utils.logging.runs import run_names, write_record
-from ..utils.name import run_name
-from ..utils.redact import Redactor
-from .console import say
-from .distributed import num_processes
+from ..errors import ConfigError
+from ..report.console import say
+from ..report.listener import State
+from ..storage.files import make_unique_dir, write_atomic
+from ..storage.journal import Event, Journal
+from ..storage.locks import locked
+from ..training.distributed import num_processes
+from ..training.setup import Setup
 from .environment import describe_environment
-from .listener import State
+from .lookup import run_names, write_record
+from .redaction import Redactor
 from .rerun import differences_from
 from .resume import changes_on_the_way, compare_configs, find_unfinished
-from .setup import Setup
 
 _LOCK_SECONDS = 2.0  # another process may just be looking whether the run is in training
 
@@ -109,7 +108,8 @@ def open_record(setup: Setup, captured: dict[str, Any], stack: ExitStack) -> Rec
         name = find_unfinished(log_root, captured)
     is_resumed = name is not None
     if not is_resumed:
-        name = make_unique_dir(log_root, run_name(setup.config | captured["config"]))
+        naming = setup.project.module(".utils.name")  # the project's own
+        name = make_unique_dir(log_root, naming.run_name(setup.config | captured["config"]))
     elif name not in run_names(log_root):
         raise ConfigError([f"RESUME is {name!r}: there is no such run in {log_root}."])
     log_dir, weight_dir = log_root / name, weight_root / name

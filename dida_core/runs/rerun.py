@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config.errors import UserError
-from ..utils.logging.journal import Event, read_journal
+from ..errors import UserError
+from ..storage.journal import Event, read_journal
 from .environment import find_differences
 
 

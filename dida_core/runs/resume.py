@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from ..config.errors import ConfigError
 from ..config.tree import difference
-from ..utils.files import relative_path
-from ..utils.logging.journal import Event, read_journal
-from ..utils.logging.rows import is_in_training, row_of
-from ..utils.logging.runs import read_record, run_names
-from .console import say
-from .listener import State
-from .modules import fill_model
-from .optimization import build_scheduler
-from .setup import Setup
+from ..errors import ConfigError
+from ..report.console import say
+from ..report.listener import State
+from ..storage.files import relative_path
+from ..storage.journal import Event, read_journal
+from ..training.modules import fill_model
+from ..training.optimization import build_scheduler
+from ..training.setup import Setup
+from .lookup import read_record, run_names
+from .rows import is_in_training, row_of
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ...config.tree import flatten
-from ..locks import is_locked
-from .journal import Event, from_line, read_journal, to_line
+from ..config.tree import flatten
+from ..storage.journal import Event, from_line, read_journal, to_line
+from ..storage.locks import is_locked
 
 _CLOCK = "%Y-%m-%d %H:%M:%S"
 _FORMAT = 1  # another number where a row comes to follow from a journal in another way

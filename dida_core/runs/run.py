@@ -14,25 +14,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config.errors import Preempted, UserError
 from ..config.tree import flatten
-from ..utils.logging.journal import Event, read_journal
-from ..utils.signals import stop_on_signals, stop_requested
-from ..utils.weights import load_weights, save_weights, weights_digest
-from .calibration import calibrate, describe_fit
-from .checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
-from .console import say
-from .determinism import deterministic_algorithms
-from .distributed import num_processes, on_main, parallel, refuse_disagreement, sum_up, sync_buffers
-from .evaluation import evaluate
+from ..errors import Preempted, UserError
+from ..report.console import say
+from ..report.listener import Listener, Pending, Result, State
+from ..storage.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
+from ..storage.journal import Event, read_journal
+from ..storage.weights import load_weights, save_weights, weights_digest
+from ..training.calibration import calibrate, describe_fit
+from ..training.determinism import deterministic_algorithms
+from ..training.distributed import num_processes, on_main, parallel, refuse_disagreement, sum_up, sync_buffers
+from ..training.evaluation import evaluate
+from ..training.modules import fill_model, find_nonfinite
+from ..training.setup import Setup
+from ..training.signals import stop_on_signals, stop_requested
 from .failures import NonFiniteLoss, Pruned, WriteError, explain, non_finite_loss, remedy, write_errors
-from .listener import Listener, Pending, Result, State
-from .modules import fill_model, find_nonfinite
 from .position import Batches, Position
 from .record import Record, open_record, without_secrets
 from .rerun import compare_runs, find_end
 from .resume import restore, training_state
-from .setup import Setup
 
 logger = logging.getLogger(__name__)
 

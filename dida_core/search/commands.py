@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.capture import capture
-from ..config.errors import UserError
 from ..config.project import Project
+from ..errors import UserError
+from ..runs.redaction import Redactor
+from ..storage.files import relative_path
 from ..training.setup import prepare
-from ..utils.files import relative_path
-from ..utils.redact import Redactor
-from ..utils.signals import Preempted
+from ..training.signals import Preempted
 from .space import Space, with_values
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ from typing import Any
 
 from ..config.capture import capture
 from ..config.check import find_problems
-from ..config.errors import ConfigError, UserError
 from ..config.keys import KEYS, complete, copy_config
 from ..config.overrides import assign
 from ..config.project import Project
 from ..config.tree import flatten
+from ..errors import ConfigError, UserError
 
 # What names and records a trial, or must be the same for all, so that they can be compared.
 _COMMON = (

@@ -13,8 +13,8 @@ from filelock import FileLock
 from optuna import storages
 from optuna.storages.journal import JournalFileBackend
 
-from ..config.errors import UserError
-from ..utils.redact import Redactor
+from ..errors import UserError
+from ..runs.redaction import Redactor
 
 
 class KernelLock:

@@ -11,12 +11,12 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ..config.capture import capture, restore
-from ..config.errors import UserError
 from ..config.keys import complete
 from ..config.project import Project
 from ..config.tree import difference
-from ..utils.files import safe_name, write_atomic
-from ..utils.redact import Redactor
+from ..errors import UserError
+from ..runs.redaction import Redactor
+from ..storage.files import safe_name, write_atomic
 from .space import Space, with_values
 from .storage import open_storage
 

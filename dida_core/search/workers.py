@@ -20,16 +20,16 @@ import torch
 from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 
-from ..config.errors import UserError
-from ..training.checkpoint import checkpoint_files
-from ..training.failures import NonFiniteLoss, OutOfMemory, Pruned
-from ..training.listener import Result, RunView
+from ..errors import UserError
+from ..report.listener import Result, RunView
+from ..runs.failures import NonFiniteLoss, OutOfMemory, Pruned
+from ..runs.lookup import remove_unbegun, run_names
+from ..runs.redaction import Redactor
+from ..storage.checkpoint import checkpoint_files
+from ..storage.files import relative_path, write_atomic
+from ..storage.locks import locked
 from ..training.modules import is_out_of_memory
-from ..utils.files import relative_path, write_atomic
-from ..utils.locks import locked
-from ..utils.logging.runs import remove_unbegun, run_names
-from ..utils.redact import Redactor
-from ..utils.signals import EXIT_CODE, Preempted, raise_if_stop_requested, stop_on_signals
+from ..training.signals import EXIT_CODE, Preempted, raise_if_stop_requested, stop_on_signals
 from .space import with_values
 from .study import Search
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..utils.weights import UnreadableWeights, WeightsError, find_damage, load_weights, save_weights
+from .weights import UnreadableWeights, WeightsError, find_damage, load_weights, save_weights
 
 GENERATIONS = 2
 

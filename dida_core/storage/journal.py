@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from ..files import sync_dir
+from .files import sync_dir
 
 Event = dict[str, Any]
 

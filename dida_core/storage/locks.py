@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..config.errors import UserError
+from ..errors import UserError
 
 try:
     import fcntl

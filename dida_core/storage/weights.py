@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..config.errors import UserError
+from ..errors import UserError
 from .files import write_atomic
 
 _PREFIX = b"sha256:"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..utils.data.contract import DataContract
-from ..utils.targets import counting, is_multi_class, precise, unmask
+from ..data.contract import DataContract
 from .evaluation import evaluate, gather_unless_stopped, holds_classes
 from .setup import Setup
+from .targets import counting, is_multi_class, precise, unmask
 
 # From 1 / 8 to 8, four to an octave: with a parabola through the best three, the result is within 1 %.
 TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-12, 13))

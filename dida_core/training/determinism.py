@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..utils.data.dataset import TrainingData
-from ..utils.signals import blocked_signals, ignore_signals
+from ..data.dataset import TrainingData
+from .signals import blocked_signals, ignore_signals
 
 _ORDER, _SAMPLE, _STEP = range(3)
 

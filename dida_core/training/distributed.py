@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config.errors import UserError
+from ..errors import UserError
 
 
 def num_launched() -> int:

@@ -7,14 +7,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..utils.counts import CountMetric
-from ..utils.data.contract import DataContract
-from ..utils.scores import Scores
-from ..utils.signals import Preempted, raise_if_stop_requested, stop_requested
-from ..utils.targets import check_shapes, is_multi_class, unmask
+from ..data.contract import DataContract
+from .counts import CountMetric
 from .device import DeviceContext
 from .distributed import gather, num_processes
 from .modules import evaluation_mode
+from .scores import Scores
+from .signals import Preempted, raise_if_stop_requested, stop_requested
+from .targets import check_shapes, is_multi_class, unmask
 
 
 class Accumulator(Protocol):

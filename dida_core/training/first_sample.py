@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from ..config.errors import ConfigError
-from ..utils.data.contract import DataContract
-from ..utils.data.dataset import TrainingData
-from ..utils.targets import is_multi_class, unmask
-from ..utils.weights import load_weights, model_state
+from ..data.contract import DataContract
+from ..data.dataset import TrainingData
+from ..errors import ConfigError
+from ..storage.weights import load_weights, model_state
 from .device import DeviceContext
 from .evaluation import Evaluation
 from .modules import fill_model, set_seed
 from .optimization import Loss, config_errors
+from .targets import is_multi_class, unmask
 
 
 @dataclass

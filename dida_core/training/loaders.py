@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..config.errors import ConfigError
-from ..utils.data.dataset import TrainingData, as_dataset
+from ..data.dataset import TrainingData, as_dataset
+from ..errors import ConfigError
 from .determinism import EvaluationBatches, Loader, Samples, TrainingBatches
 from .distributed import num_processes, rank
 

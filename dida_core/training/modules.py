@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..utils.weights import WeightsError
+from ..storage.weights import WeightsError
 
 
 def set_seed(seed: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..config.errors import ConfigError, UserError
+from ..errors import ConfigError, UserError
 from .modules import is_out_of_memory
 
 Loss = Callable[[Tensor, Tensor], Tensor]

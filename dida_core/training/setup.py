@@ -20,13 +20,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..config.capture import restore
 from ..config.check import check
-from ..config.errors import ConfigError, UserError
 from ..config.keys import complete
 from ..config.project import Project, project_of
-from ..utils.data.contract import DataContract
-from ..utils.data.dataset import Custom, as_dataset
-from ..utils.data.images import DataError
-from ..utils.name import date_now
+from ..data.contract import DataContract
+from ..data.dataset import Custom, as_dataset
+from ..data.images import DataError
+from ..errors import ConfigError, UserError
 from .device import DeviceContext, choose_context
 from .evaluation import Evaluation
 from .first_sample import FirstSample, contract_of_values, dry_run, try_model
@@ -109,7 +108,7 @@ def prepare(
     project, cache_file = project_of(routine), Path(global_config["LOG_DIR"]) / "data_facts.json"
     config = complete(training_config)
     config["ROUTINE_NAME"] = None if routine == project.package else sys.modules.get(routine, routine)
-    config["DATE"] = config["DATE"] or date_now()
+    config["DATE"] = config["DATE"] or project.module(".utils.name").date_now()
     given = Splits(train_dataset, test_dataset, validation_dataset).map(as_dataset)
 
     checked = _check(config, given, project, cache_file)

@@ -2,7 +2,7 @@
 
 import torch
 
-from .errors import UserError
+from dida_core.errors import UserError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 

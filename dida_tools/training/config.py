@@ -11,7 +11,8 @@ import torch
 from torch.nn import ELU, GroupNorm
 from torch.optim.lr_scheduler import OneCycleLR
 
-from ..config.keys import copy_config
+from dida_core.config.keys import copy_config
+
 from ..models.unet import UNET
 from ..utils.data.scenes import SceneDataset
 from ..utils.data.transforms import STANDARD

@@ -6,18 +6,19 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, EventEnum, Events
 
+from dida_core.report.console import ProgressBar
+from dida_core.report.listener import Result
+from dida_core.report.pictures import Picture
+from dida_core.report.tensorboard import TensorBoard
+from dida_core.runs.run import start_run
+from dida_core.training.distributed import join_processes
+from dida_core.training.evaluation import evaluate_batch
+from dida_core.training.setup import prepare
+
 from ..config.config import global_config as default_global_config
 from ..utils.logging.csv import CsvTracker
 from ..utils.notify.smtp import Mail
 from .config import VARIANTS, small, train_config  # noqa: F401 (a routine offers them)
-from .console import ProgressBar
-from .distributed import join_processes
-from .evaluation import evaluate_batch
-from .listener import Result
-from .pictures import Picture
-from .run import start_run
-from .setup import prepare
-from .tensorboard import TensorBoard
 
 
 class StepEvents(EventEnum):

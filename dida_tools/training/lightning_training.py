@@ -10,20 +10,21 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import Tensor
 
+from dida_core.report.console import ProgressBar
+from dida_core.report.listener import Result
+from dida_core.report.pictures import Picture
+from dida_core.report.tensorboard import TensorBoard
+from dida_core.runs.run import Run, start_run
+from dida_core.training.device import DeviceContext
+from dida_core.training.distributed import refuse_several
+from dida_core.training.evaluation import evaluate_batch
+from dida_core.training.setup import Setup, prepare
+from dida_core.training.signals import install_handlers
+
 from ..config.config import global_config as default_global_config
 from ..utils.logging.csv import CsvTracker
 from ..utils.notify.smtp import Mail
-from ..utils.signals import install_handlers
 from .config import VARIANTS, small, train_config  # noqa: F401 (a routine offers them)
-from .console import ProgressBar
-from .device import DeviceContext
-from .distributed import refuse_several
-from .evaluation import evaluate_batch
-from .listener import Result
-from .pictures import Picture
-from .run import Run, start_run
-from .setup import Setup, prepare
-from .tensorboard import TensorBoard
 
 
 class Training(LightningModule):

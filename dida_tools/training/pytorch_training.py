@@ -4,18 +4,19 @@ from typing import Any
 
 import torch
 
+from dida_core.report.console import ProgressBar
+from dida_core.report.listener import Result
+from dida_core.report.pictures import Picture
+from dida_core.report.tensorboard import TensorBoard
+from dida_core.runs.run import start_run
+from dida_core.training.distributed import join_processes
+from dida_core.training.evaluation import evaluate
+from dida_core.training.setup import prepare
+
 from ..config.config import global_config as default_global_config
 from ..utils.logging.csv import CsvTracker
 from ..utils.notify.smtp import Mail
 from .config import VARIANTS, small, train_config  # noqa: F401 (a routine offers them)
-from .console import ProgressBar
-from .distributed import join_processes
-from .evaluation import evaluate
-from .listener import Result
-from .pictures import Picture
-from .run import start_run
-from .setup import prepare
-from .tensorboard import TensorBoard
 
 
 @join_processes()  # those that torchrun has started

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..config.errors import UserError
+from dida_core.errors import UserError
 
 _HERE = Path(__file__).parent
 _MODULES = [module.name for module in pkgutil.iter_modules([str(_HERE)])]

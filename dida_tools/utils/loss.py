@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dida_core.training.targets import IGNORE_INDEX, check_pixels, check_shapes, unmask
+
 from .metrics import (  # noqa: F401  records name them here
     accuracy,
     count_metric,
@@ -40,7 +42,6 @@ from .metrics import (  # noqa: F401  records name them here
     precision,
     recall,
 )
-from .targets import IGNORE_INDEX, check_pixels, check_shapes, unmask
 
 ClassWeights = Sequence[float] | Tensor | None
 Loss = Callable[..., Tensor]

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .counts import (
+from dida_core.training.counts import (
     CountMetric,
     accuracy_per_class,
     count,
@@ -31,7 +31,7 @@ from .counts import (
     summarize,
     tp_fp_fn,
 )
-from .targets import IGNORE_INDEX, unmask
+from dida_core.training.targets import IGNORE_INDEX, unmask
 
 __all__ = ["CountMetric", "count_metric", "tp_fp_fn"]
 

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from .files import safe_name
+from dida_core.storage.files import safe_name
 
 
 def date_now() -> str:

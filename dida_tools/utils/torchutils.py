@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..training.modules import evaluation_mode, fill_model
-from ..training.modules import set_seed as set_seed
-from .weights import load_weights, model_state
+from dida_core.storage.weights import load_weights, model_state
+from dida_core.training.modules import evaluation_mode, fill_model
+from dida_core.training.modules import set_seed as set_seed
 
 
 def load_model(

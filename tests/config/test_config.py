@@ -121,6 +121,6 @@ def test_importing_every_module_has_no_side_effect(checkout, tmp_path):
     before = tree(checkout)
     redirected = {key: str(tmp_path / "redirected" / key) for key in KEYS[1:]}
     found = run(IMPORT_ALL, cwd, checkout, **redirected)
-    assert {"dida_tools.config.capture", "dida_tools.models.unet"} <= set(found.pop("imported"))
+    assert {"dida_core.config.capture", "dida_tools.models.unet"} <= set(found.pop("imported"))
     assert (tree(checkout), tree(cwd), (tmp_path / "redirected").exists()) == (before, [], False)
     assert found == {"handlers": [], "level": 30, "cuda": False, "argv": ["-c"]}

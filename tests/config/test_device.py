@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dida_core.config.project import project_of
+from dida_core.errors import UserError
+from dida_core.training.device import DeviceContext, choose_context
 from dida_tools.config.config import make_global_config
 from dida_tools.config.device import PRECISIONS, get_device, get_precision
-from dida_tools.config.errors import UserError
-from dida_tools.config.project import project_of
-from dida_tools.training.device import DeviceContext, choose_context
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -92,7 +92,7 @@ def files_of_extra(extra: str) -> list[Path]:
     """The files that alone may import what an extra installs."""
     patterns = {
         "search": ["dida_*/search/**/*.py", "hyperparameter.py"],
-        "export": ["dida_tools/prediction/export.py", "dida_core/export/**/*.py"],
+        "export": ["dida_core/export/export.py", "dida_core/export/**/*.py"],
     }.get(extra, [f"dida_tools/training/{extra}_training.py"])
     return [file for pattern in patterns for file in ROOT.glob(pattern)]
 

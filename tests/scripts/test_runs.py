@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dida_tools.training.checkpoint import save_checkpoint
-from dida_tools.utils.locks import is_locked, locked
+from dida_core.storage.checkpoint import save_checkpoint
+from dida_core.storage.locks import is_locked, locked
 from dida_tools.utils.logging import read_log, write_log
 from tests.helpers import ROOT, begin_run, run_script, write_run
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from dida_tools.config.errors import UserError
+from dida_core.errors import UserError
 from dida_tools.utils.logging import read_log
 from tests.helpers import FIRST, PACKAGE, ROOT, ROUTINES, run_script
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from dida_core.errors import UserError
+from dida_core.training.scores import CALIBRATION_BINS
 from dida_tools.config.config import global_config
-from dida_tools.config.errors import UserError
-from dida_tools.utils.scores import CALIBRATION_BINS
 from dida_tools.utils.torchutils import (
     assert_isfinite,
     assert_lowerbound,
@@ -29,10 +29,9 @@ from dida_tools.utils.torchutils import (
     backprop,
     forward,
 )
-
-from . import measures
-from .measures import Quality, table
-from .subject import Subject, choose_subject
+from tests.test_models import measures
+from tests.test_models.measures import Quality, table
+from tests.test_models.subject import Subject, choose_subject
 
 Show = Callable[[str], None]
 CANVAS, SHIFT, MARGIN = 256, 64, 24  # pixels; <- SHIFT: a multiple of your model's stride
@@ -367,7 +366,7 @@ def test_exported_forms_agree(subject: Subject, tmp_path: Path, kind: str) -> No
     """Guard against a delivered file that predicts otherwise than the model that was tested."""
     _need(subject.is_trained, "an untrained model is not delivered: give --run NAME or --weights FILE")
     try:
-        from dida_tools.prediction.export import export_model
+        from dida_core.export.export import export_model
     except ImportError:
         pytest.skip("this project exports no models")
     _need(subject.inputs.ndim == 4, "only models of images are exported")

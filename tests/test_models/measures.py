@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dida_tools.utils.counts import f1_per_class
-from dida_tools.utils.data.contract import DataContract
-from dida_tools.utils.scores import Scores
+from dida_core.data.contract import DataContract
+from dida_core.training.counts import f1_per_class
+from dida_core.training.scores import Scores
 
 WIDTH = 100
 Predict = Callable[[np.ndarray], np.ndarray]

@@ -14,23 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
+from dida_core.config.project import project_of
+from dida_core.data.build import build_datasets
+from dida_core.data.contract import DataContract
+from dida_core.data.images import DataError
+from dida_core.errors import UserError
+from dida_core.runs.lookup import find_run, read_run_config
+from dida_core.storage.journal import read_journal
+from dida_core.storage.weights import load_weights, model_state
+from dida_core.training.determinism import EvaluationBatches
+from dida_core.training.device import DeviceContext
+from dida_core.training.evaluation import evaluate
+from dida_core.training.setup import Setup, prepare
+from dida_core.training.targets import unmask
 from dida_tools.config.device import get_device, get_precision
-from dida_tools.config.errors import UserError
-from dida_tools.config.project import project_of
-from dida_tools.training.determinism import EvaluationBatches
-from dida_tools.training.device import DeviceContext
-from dida_tools.training.evaluation import evaluate
-from dida_tools.training.setup import Setup, prepare
-from dida_tools.utils.data.build import build_datasets
-from dida_tools.utils.data.contract import DataContract
-from dida_tools.utils.data.images import DataError
-from dida_tools.utils.logging.journal import read_journal
-from dida_tools.utils.logging.runs import find_run, read_run_config
-from dida_tools.utils.targets import unmask
 from dida_tools.utils.torchutils import evaluation_mode, fill_model, set_seed
-from dida_tools.utils.weights import load_weights, model_state
-
-from .measures import Quality
+from tests.test_models.measures import Quality
 
 # What a check demands, where a test file does not say otherwise in its BOUNDS.
 BOUNDS = {

@@ -15,8 +15,7 @@ from torch import nn
 
 from dida_tools.models import UNET
 from dida_tools.utils.loss import multi_class_dice_ce_sum
-
-from .checks import *  # noqa: F403
+from tests.test_models.checks import *  # noqa: F403
 
 DEFAULT_WEIGHTS = None  # <- a weights file, such as weights/NAME/best.pt; None tests a new model
 INPUT_DIM = (2, 12, 64, 64)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dida_tools.config.project import project_of
-from dida_tools.config.references import name_of, resolve
+from dida_core.config.project import project_of
+from dida_core.config.references import name_of, resolve
 from dida_tools.utils import loss as module
 from dida_tools.utils.loss import (
     dice_bce_sum,

@@ -15,11 +15,9 @@ from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 from torch import Tensor
 
-from dida_tools.config.project import project_of
-from dida_tools.config.references import name_of, resolve
-from dida_tools.utils import loss as loss_module
-from dida_tools.utils import metrics as module
-from dida_tools.utils.counts import (
+from dida_core.config.project import project_of
+from dida_core.config.references import name_of, resolve
+from dida_core.training.counts import (
     CountMetric,
     accuracy_per_class,
     count,
@@ -29,6 +27,9 @@ from dida_tools.utils.counts import (
     summarize,
     tp_fp_fn,
 )
+from dida_core.training.targets import check_shapes, is_multi_class, unmask
+from dida_tools.utils import loss as loss_module
+from dida_tools.utils import metrics as module
 from dida_tools.utils.metrics import (
     accuracy,
     count_metric,
@@ -42,7 +43,6 @@ from dida_tools.utils.metrics import (
     precision,
     recall,
 )
-from dida_tools.utils.targets import check_shapes, is_multi_class, unmask
 from tests.helpers import PACKAGE
 
 METRICS = [precision, recall, f1, iou, accuracy]

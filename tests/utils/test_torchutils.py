@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dida_tools.training.modules import evaluation_mode, fill_model
+from dida_core.storage.weights import WeightsError, save_weights, weights_digest
+from dida_core.training.modules import evaluation_mode, fill_model
 from dida_tools.utils.torchutils import (
     assert_isfinite,
     assert_lowerbound,
@@ -25,7 +26,6 @@ from dida_tools.utils.torchutils import (
     set_module_trainable,
     set_seed,
 )
-from dida_tools.utils.weights import WeightsError, save_weights, weights_digest
 
 
 class Net(nn.Module):

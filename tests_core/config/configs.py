@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from dida_tools.config import capture as capturing
-from dida_tools.config.project import project_of
+from dida_core.config import capture as capturing
+from dida_core.config.project import project_of
 from dida_tools.layers import ConvLayer
 from dida_tools.models import UNET, unet
 from dida_tools.utils.loss import f1, precision, recall, smooth_dice_loss

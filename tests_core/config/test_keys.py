@@ -3,11 +3,11 @@ from collections import OrderedDict
 import pytest
 from hypothesis import given, settings
 
-from dida_tools.config.keys import KEYS, complete, copy_config, upgrade
-from dida_tools.config.kinds import REQUIRED
+from dida_core.config.keys import KEYS, complete, copy_config, upgrade
+from dida_core.config.kinds import REQUIRED
 from dida_tools.utils.data.scenes import SceneDataset
 from dida_tools.utils.loss import f1
-from tests.config.configs import capture, same, values
+from tests_core.config.configs import capture, same, values
 
 
 def test_completing_adds_the_defaults_and_leaves_the_callers_config_as_it_is():

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 
 import dida_tools
+from dida_core.config.project import Project, find_project, project_of
+from dida_core.errors import ConfigError, Preempted, Problems, UserError, exit_code
 from dida_tools.config import device
 from dida_tools.config.config import ALIASES, ALLOWED_ROOTS
-from dida_tools.config.errors import ConfigError, Preempted, Problems, UserError, exit_code
-from dida_tools.config.project import Project, find_project, project_of
 
 CHECKOUT = Path(dida_tools.__file__).parents[1]
 # What a script imports before it has parsed its arguments.
 WITHOUT_TORCH = """
 import sys
-import dida_tools.config.capture, dida_tools.config.check, dida_tools.config.overrides
-from dida_tools.config.project import project_of
-from dida_tools.config.tree import flatten
+import dida_core.config.capture, dida_core.config.check, dida_core.config.overrides
+from dida_core.config.project import project_of
+from dida_core.config.tree import flatten
 flatten({"MODEL": {"@ref": ".models:UNET"}})
 project_of("dida_tools")
 sys.exit("torch" in sys.modules)
@@ -33,7 +33,7 @@ def test_a_module_tells_its_project(name):
     assert project.module(".config.device") is device
 
 
-@pytest.mark.parametrize("name", ["json", "my_train", "torch.nn", "tests.config.test_project"])
+@pytest.mark.parametrize("name", ["json", "my_train", "torch.nn", "tests_core.config.test_project"])
 def test_what_belongs_to_no_project_is_told_where_to_go(name):
     with pytest.raises(UserError, match=rf"{name} belongs to no project.* is not found.*into your package"):
         project_of(name)

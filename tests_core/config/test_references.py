@@ -18,18 +18,18 @@ from torch import nn
 from torch.nn import functional
 
 import dida_tools.models.unet
-from dida_tools.config import references
+from dida_core.config import references
+from dida_core.config.references import ReferenceProblem
+from dida_core.errors import ConfigError
 from dida_tools.config.config import ALIASES, global_config
-from dida_tools.config.errors import ConfigError
-from dida_tools.config.references import ReferenceProblem
 from dida_tools.layers import ConvLayer
 from dida_tools.models import UNET
 from dida_tools.training import pytorch_training
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.transforms import flip
 from dida_tools.utils.loss import f1, masked_f1, smooth_dice_loss
-from tests.config import configs
-from tests.config.configs import PROJECT, record
+from tests_core.config import configs
+from tests_core.config.configs import PROJECT, record
 
 CHECKOUT = Path(dida_tools.__file__).parents[1]
 OUTSIDE = "is outside of what may be restored"

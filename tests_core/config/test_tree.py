@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from torch import nn
 from torch.nn import functional
 
-from dida_tools.config.tree import MISSING, difference, flatten
+from dida_core.config.tree import MISSING, difference, flatten
 from dida_tools.utils.loss import f1, precision, recall
-from tests.config.configs import capture, make_config, record, same, values
+from tests_core.config.configs import capture, make_config, record, same, values
 
 
 def captured(value):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dida_tools.utils.data.contract import TASKS, DataContract, default_scale
-from dida_tools.utils.data.images import ImageInfo
+from dida_core.data.contract import TASKS, DataContract, default_scale
+from dida_core.data.images import ImageInfo
 
 FULL = DataContract(
     channels=3,

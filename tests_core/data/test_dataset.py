@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
 
-from dida_tools.config.errors import ConfigError
-from dida_tools.training.setup import prepare
+from dida_core.data.contract import DataContract
+from dida_core.data.dataset import Custom, TrainingData, View, as_dataset
+from dida_core.data.images import DataError
+from dida_core.errors import ConfigError
+from dida_core.training.setup import prepare
 from dida_tools.utils.data import NpyDataset
-from dida_tools.utils.data.contract import DataContract
-from dida_tools.utils.data.dataset import Custom, TrainingData, View, as_dataset
-from dida_tools.utils.data.images import DataError
 
 SIZE = 20
 

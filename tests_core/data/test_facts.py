@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import dida_tools
-from dida_tools.utils.data import facts as module
-from dida_tools.utils.data.facts import has_data, scan_files, scan_image, scan_mask
+from dida_core.data import facts as module
+from dida_core.data.facts import has_data, scan_files, scan_image, scan_mask
 
 Scan = Callable[..., dict[str, Any]]
 

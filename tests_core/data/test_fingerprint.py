@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dida_tools.utils.data.doctor import describe
-from dida_tools.utils.data.fingerprint import fingerprint, splits_of, suggest
-from dida_tools.utils.data.images import DataError
-from dida_tools.utils.data.pairs import Pairs
+from dida_core.data.fingerprint import fingerprint, splits_of, suggest
+from dida_core.data.images import DataError
+from dida_core.data.pairs import Pairs
+from dida_core.doctor.doctor import describe
 
 NAMES = ("min", "max", "mean", "std")
 

@@ -18,8 +18,8 @@ import rasterio
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dida_tools.utils.data import images as module
-from dida_tools.utils.data.images import (
+from dida_core.data import images as module
+from dida_core.data.images import (
     ENDINGS,
     DataError,
     ImageInfo,

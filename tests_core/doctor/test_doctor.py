@@ -10,12 +10,12 @@ import pytest
 from rasterio.transform import Affine, from_origin, xy
 from rasterio.warp import transform
 
-from dida_tools.config.errors import exit_code
-from dida_tools.utils.data import doctor as module
-from dida_tools.utils.data import fingerprint as fingerprint_module
-from dida_tools.utils.data.doctor import Finding, examine, main, shared_area
-from dida_tools.utils.data.fingerprint import splits_of, suggest
-from dida_tools.utils.data.pairs import MaskReading, Pairs
+from dida_core.data import fingerprint as fingerprint_module
+from dida_core.data.fingerprint import splits_of, suggest
+from dida_core.data.pairs import MaskReading, Pairs
+from dida_core.doctor import doctor as module
+from dida_core.doctor.doctor import Finding, examine, main, shared_area
+from dida_core.errors import exit_code
 
 Examine = Callable[..., list[Finding]]
 RNG = np.random.default_rng(0)

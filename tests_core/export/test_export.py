@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import dida_tools
-from dida_tools.config.errors import UserError
+from dida_core.data.contract import DataContract
+from dida_core.errors import UserError
+from dida_core.export.export import METADATA_FILE, TOLERANCE, ExportError, export_model, export_run
+from dida_core.prediction import predict
+from dida_core.storage.weights import load_weights, weights_digest
 from dida_tools.models import UNET
-from dida_tools.prediction import predict
-from dida_tools.prediction.export import METADATA_FILE, TOLERANCE, ExportError, export_model, export_run
-from dida_tools.utils.data.contract import DataContract
-from dida_tools.utils.weights import load_weights, weights_digest
 from tests.helpers import PACKAGE, ROOT
 
 RNG = np.random.default_rng(0)

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from dida_core.data.contract import DataContract
+from dida_core.storage.weights import load_weights, save_weights
 from dida_tools.config.config import make_global_config
 from dida_tools.models import UNET
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.data import NpyDataset
-from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.loss import multi_class_dice_ce_sum
 from dida_tools.utils.torchutils import load_model
-from dida_tools.utils.weights import load_weights, save_weights
-from tests.prediction.samples import Net, make_config
+from tests_core.prediction.samples import Net, make_config
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pairs_dir: Path) -> Simple
     config |= {"LOSS": multi_class_dice_ce_sum, "DATA_LOADER_CONFIG": {"batch_size": 4}, "PRECISION": "fp32"}
     splits = [NpyDataset(pairs_dir / split / "x", pairs_dir / split / "y") for split in ("train", "test")]
     with pytest.MonkeyPatch.context() as patch:  # these take most of the time
-        patch.setattr("dida_tools.training.record.describe_environment", lambda *_: {})
-        patch.setattr("dida_tools.training.pictures.save_picture", lambda path, *_: path.write_bytes(b""))
+        patch.setattr("dida_core.runs.record.describe_environment", lambda *_: {})
+        patch.setattr("dida_core.report.pictures.save_picture", lambda path, *_: path.write_bytes(b""))
         name = train(*splits, training_config=config, global_config=places).name
     weights = Path(places["WEIGHT_DIR"]) / name / "best.pt"
     stored = load_weights(weights)

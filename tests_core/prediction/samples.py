@@ -10,9 +10,9 @@ import torch
 from rasterio.transform import from_origin
 from torch import nn
 
-from dida_tools.prediction import load_predictor, predict_array
-from dida_tools.utils.data.contract import DataContract
-from dida_tools.utils.weights import save_weights
+from dida_core.data.contract import DataContract
+from dida_core.prediction import load_predictor, predict_array
+from dida_core.storage.weights import save_weights
 
 STATISTICS = {"mean": (0.1, 0.1, 0.1, 0.3), "std": (0.05, 0.05, 0.05, 0.1)}
 STATISTICS |= {"minimum": (1.0,) * 4, "maximum": (10000.0,) * 4, "nodata": 0, "tile_size": 32}

@@ -19,17 +19,17 @@ import pytest
 import rasterio
 from rasterio.enums import ColorInterp
 
-from dida_tools.config.errors import Preempted, UserError
-from dida_tools.config.predict_keys import OUTPUTS
-from dida_tools.prediction import predict
-from dida_tools.prediction.ledger import Ledger
-from dida_tools.prediction.outputs import OutputFile
-from dida_tools.utils.data.contract import PALETTE
-from dida_tools.utils.data.images import DataError
-from dida_tools.utils.logging.journal import Journal, read_journal
-from dida_tools.utils.weights import save_weights
+from dida_core.data.contract import PALETTE
+from dida_core.data.images import DataError
+from dida_core.errors import Preempted, UserError
+from dida_core.prediction import predict
+from dida_core.prediction.keys import OUTPUTS
+from dida_core.prediction.ledger import Ledger
+from dida_core.prediction.outputs import OutputFile
+from dida_core.storage.journal import Journal, read_journal
+from dida_core.storage.weights import save_weights
 from tests.helpers import ROOT, Child, run_script, wait_until
-from tests.prediction.samples import (
+from tests_core.prediction.samples import (
     CONTRACT,
     GRID,
     Net,

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dida_tools.config.errors import ConfigError
-from dida_tools.config.predict_keys import OUTPUTS
-from dida_tools.prediction import load_predictor, predict
-from dida_tools.utils.data.contract import DataContract
-from dida_tools.utils.data.images import DataError
-from dida_tools.utils.weights import WeightsError, save_weights
-from tests.prediction.samples import (
+from dida_core.data.contract import DataContract
+from dida_core.data.images import DataError
+from dida_core.errors import ConfigError
+from dida_core.prediction import load_predictor, predict
+from dida_core.prediction.keys import OUTPUTS
+from dida_core.storage.weights import WeightsError, save_weights
+from tests_core.prediction.samples import (
     CONTRACT,
     Brightest,
     Net,
@@ -175,7 +175,7 @@ def test_data_unlike_those_of_training_are_refused_before_anything_is_written(
 
 
 def test_an_image_that_turns_out_to_be_odd_does_not_cost_the_others(tmp_path, config, monkeypatch):
-    monkeypatch.setattr("dida_tools.prediction.jobs._NUM_CHECKED", 0)
+    monkeypatch.setattr("dida_core.prediction.jobs._NUM_CHECKED", 0)
     images = [reflectance(20 + 20 * (number % 2), 20, seed=number) for number in range(5)]
     images[1:3] = [(image // 256).astype(np.uint16) for image in images[1:3]]
     with pytest.raises(DataError) as caught:
@@ -192,7 +192,7 @@ def test_nan_is_refused_with_the_files_name(tmp_path):
 
 
 def test_a_small_image_is_checked_as_a_whole(tmp_path, config, monkeypatch):
-    monkeypatch.setattr("dida_tools.prediction.jobs._NUM_CHECKED", 0)
+    monkeypatch.setattr("dida_core.prediction.jobs._NUM_CHECKED", 0)
     seen = []
     monkeypatch.setattr(DataContract, "value_problems", lambda self, pixels: seen.append(pixels.size) or [])
     predict(config | {"FILES": write_arrays(tmp_path, reflectance(200, 180)), "TILE": 256})

@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from dida_tools.config.capture import capture
-from dida_tools.config.errors import ConfigError, UserError
-from dida_tools.config.project import project_of
-from dida_tools.models.unet import UNET
-from dida_tools.utils.locks import Busy, is_locked, locked
-from dida_tools.utils.logging.runs import (
+from dida_core.config.capture import capture
+from dida_core.config.project import project_of
+from dida_core.errors import ConfigError, UserError
+from dida_core.runs.lookup import (
     find_rows,
     find_run,
     read_record,
@@ -25,6 +23,8 @@ from dida_tools.utils.logging.runs import (
     run_names,
     write_record,
 )
+from dida_core.storage.locks import Busy, is_locked, locked
+from dida_tools.models.unet import UNET
 from dida_tools.utils.loss import f1, smooth_dice_loss
 from tests.helpers import PACKAGE, begin_run, write_run
 

@@ -8,9 +8,9 @@ from optuna.trial import FixedTrial
 from torch.nn import ELU, BatchNorm2d, GroupNorm
 from torch.optim import SGD, AdamW
 
-from dida_tools.config.errors import ConfigError, UserError
-from dida_tools.config.project import project_of
-from dida_tools.search.space import Space, choice, integer, log_uniform, uniform, with_values
+from dida_core.config.project import project_of
+from dida_core.errors import ConfigError, UserError
+from dida_core.search.space import Space, choice, integer, log_uniform, uniform, with_values
 from dida_tools.utils.loss import multi_class_dice_ce_sum
 from tests.helpers import PACKAGE
 

@@ -7,8 +7,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from dida_tools.config.errors import UserError
-from dida_tools.search.storage import KernelLock, open_storage
+from dida_core.errors import UserError
+from dida_core.search.storage import KernelLock, open_storage
 from tests.helpers import wait_until
 
 

@@ -16,18 +16,18 @@ import torch
 import torch.utils.tensorboard  # before any fork: importing it takes a second
 from optuna.trial import TrialState
 
-from dida_tools.config.capture import capture
-from dida_tools.config.errors import UserError
-from dida_tools.config.keys import complete
-from dida_tools.config.project import project_of
-from dida_tools.search import workers as workers_module
-from dida_tools.search.space import Space, choice, log_uniform, uniform
-from dida_tools.search.study import Search
-from dida_tools.search.workers import Worker, run_workers
-from dida_tools.training import record as record_module
-from dida_tools.training.failures import NonFiniteLoss, OutOfMemory, Pruned
-from dida_tools.utils.logging.runs import read_run_config, run_names
-from dida_tools.utils.signals import Preempted
+from dida_core.config.capture import capture
+from dida_core.config.keys import complete
+from dida_core.config.project import project_of
+from dida_core.errors import UserError
+from dida_core.runs import record as record_module
+from dida_core.runs.failures import NonFiniteLoss, OutOfMemory, Pruned
+from dida_core.runs.lookup import read_run_config, run_names
+from dida_core.search import workers as workers_module
+from dida_core.search.space import Space, choice, log_uniform, uniform
+from dida_core.search.study import Search
+from dida_core.search.workers import Worker, run_workers
+from dida_core.training.signals import Preempted
 from tests.helpers import PACKAGE, ROUTINES, events_of, global_config_of, load_routine, rows_of, wait_until
 
 SPACE = {

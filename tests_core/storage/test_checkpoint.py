@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from dida_tools.training.checkpoint import GENERATIONS, checkpoint_files, load_checkpoint, save_checkpoint
-from dida_tools.utils import weights
-from dida_tools.utils.weights import UnreadableWeights, WeightsError
+from dida_core.storage import weights
+from dida_core.storage.checkpoint import GENERATIONS, checkpoint_files, load_checkpoint, save_checkpoint
+from dida_core.storage.weights import UnreadableWeights, WeightsError
 
 
 def state(step: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dida_tools.utils.files import make_unique_dir, relative_path, safe_name, sync_dir, write_atomic
+from dida_core.storage.files import make_unique_dir, relative_path, safe_name, sync_dir, write_atomic
 from tests.helpers import PACKAGE, killed_writers
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX only")

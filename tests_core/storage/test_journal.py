@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dida_tools.utils.logging.journal import Journal, read_journal
+from dida_core.storage.journal import Journal, read_journal
 from tests.helpers import PACKAGE, ROOT, killed_writers
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dida_tools.utils.weights import (
+from dida_core.storage.weights import (
     WeightsError,
     find_damage,
     load_weights,

@@ -16,20 +16,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dida_tools.config.errors import Preempted, UserError
-from dida_tools.training import pictures as pictures_module
-from dida_tools.training import record as record_module
-from dida_tools.training import run as run_module
-from dida_tools.training.checkpoint import checkpoint_files, load_checkpoint
-from dida_tools.training.environment import describe_environment
+from dida_core.errors import Preempted, UserError
+from dida_core.report import pictures as pictures_module
+from dida_core.runs import record as record_module
+from dida_core.runs import run as run_module
+from dida_core.runs.environment import describe_environment
+from dida_core.runs.lookup import run_names
+from dida_core.runs.rows import row_of
+from dida_core.storage.checkpoint import checkpoint_files, load_checkpoint
+from dida_core.storage.journal import Event, Journal
+from dida_core.storage.weights import find_damage
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.transforms import STANDARD
 from dida_tools.utils.logging import csv as csv_module
-from dida_tools.utils.logging.journal import Event, Journal
-from dida_tools.utils.logging.rows import row_of
-from dida_tools.utils.logging.runs import run_names
 from dida_tools.utils.loss import f1, multi_class_dice_ce_sum
-from dida_tools.utils.weights import find_damage
 from tests import helpers
 from tests.helpers import ROOT, Child, bare, events_of, fingerprint, load_routine
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from dida_tools.config.errors import ConfigError
-from dida_tools.config.project import project_of
-from dida_tools.training.checkpoint import checkpoint_files, load_checkpoint
-from dida_tools.utils.data.facts import scan_files, scan_image
+from dida_core.config.project import project_of
+from dida_core.data.facts import scan_files, scan_image
+from dida_core.errors import ConfigError
+from dida_core.runs.lookup import find_rows, read_record, read_run_config
+from dida_core.storage.checkpoint import checkpoint_files, load_checkpoint
+from dida_core.storage.journal import Event, Journal, read_journal
+from dida_core.storage.table import rebuild
 from dida_tools.utils.logging import read_log, write_log
-from dida_tools.utils.logging.journal import Event, Journal, read_journal
-from dida_tools.utils.logging.runs import find_rows, read_record, read_run_config
-from dida_tools.utils.table import rebuild
 from tests.helpers import PACKAGE, bare, fingerprint
 
 KILLED = 9

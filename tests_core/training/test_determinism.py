@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dida_tools.training.determinism import (
+from dida_core.data.dataset import as_dataset
+from dida_core.training.determinism import (
     EvaluationBatches,
     Samples,
     TrainingBatches,
@@ -19,7 +20,6 @@ from dida_tools.training.determinism import (
     seed_sample,
     seed_step,
 )
-from dida_tools.utils.data.dataset import as_dataset
 
 CPU = torch.device("cpu")
 

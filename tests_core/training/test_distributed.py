@@ -30,23 +30,23 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dida_tools.config.errors import UserError, exit_code
+from dida_core.errors import UserError, exit_code
+from dida_core.report import pictures as pictures_module
+from dida_core.runs import record as record_module
+from dida_core.runs import run as run_module
+from dida_core.storage.checkpoint import checkpoint_files, save_checkpoint
+from dida_core.storage.weights import load_weights, weights_digest
+from dida_core.training import distributed
+from dida_core.training.calibration import calibrate, describe_fit
+from dida_core.training.determinism import EvaluationBatches, TrainingBatches
+from dida_core.training.evaluation import Evaluation, evaluate
+from dida_core.training.modules import fill_model
+from dida_core.training.setup import prepare
+from dida_core.training.signals import EXIT_CODE, Preempted
 from dida_tools.models import UNET
-from dida_tools.training import distributed
-from dida_tools.training import pictures as pictures_module
-from dida_tools.training import record as record_module
-from dida_tools.training import run as run_module
-from dida_tools.training.calibration import calibrate, describe_fit
-from dida_tools.training.checkpoint import checkpoint_files, save_checkpoint
-from dida_tools.training.determinism import EvaluationBatches, TrainingBatches
-from dida_tools.training.evaluation import Evaluation, evaluate
-from dida_tools.training.modules import fill_model
-from dida_tools.training.setup import prepare
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.transforms import STANDARD
 from dida_tools.utils.loss import f1, multi_class_dice_ce_sum, precision, recall
-from dida_tools.utils.signals import EXIT_CODE, Preempted
-from dida_tools.utils.weights import load_weights, weights_digest
 from tests.helpers import (
     PACKAGE,
     ROOT,

@@ -9,8 +9,8 @@ from sklearn import metrics as reference
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dida_tools.training.device import DeviceContext
-from dida_tools.training.evaluation import Evaluation, evaluate
+from dida_core.training.device import DeviceContext
+from dida_core.training.evaluation import Evaluation, evaluate
 from dida_tools.utils.loss import (
     accuracy,
     dice_bce_sum,

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from dida_tools.training.checkpoint import checkpoint_files
-from dida_tools.utils import files as files_module
-from dida_tools.utils import signals
-from dida_tools.utils.logging.journal import Event, Journal
+from dida_core.storage import files as files_module
+from dida_core.storage.checkpoint import checkpoint_files
+from dida_core.storage.journal import Event, Journal
+from dida_core.training import signals
 
 KILLED = 9
 KILLS = ("kill before", "kill after", "kill halfway")

@@ -19,14 +19,14 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.util.tensor_util import make_ndarray
 from torch import Tensor
 
-from dida_tools.config.errors import ConfigError, Preempted, UserError
+from dida_core.errors import ConfigError, Preempted, UserError
+from dida_core.report.console import ProgressBar
+from dida_core.report.listener import Listener
+from dida_core.report.tensorboard import TensorBoard
+from dida_core.runs.lookup import run_names
+from dida_core.runs.run import start_run
+from dida_core.training.setup import prepare
 from dida_tools.training import pytorch_training
-from dida_tools.training.console import ProgressBar
-from dida_tools.training.listener import Listener
-from dida_tools.training.run import start_run
-from dida_tools.training.setup import prepare
-from dida_tools.training.tensorboard import TensorBoard
-from dida_tools.utils.logging.runs import run_names
 from dida_tools.utils.loss import multi_class_dice_ce_sum
 from tests.helpers import events_of, run_script, scalars_of
 

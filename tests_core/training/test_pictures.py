@@ -4,8 +4,8 @@ import math
 
 from PIL import Image
 
-from dida_tools.training import pictures
-from dida_tools.training.pictures import choose_samples
+from dida_core.report import pictures
+from dida_core.report.pictures import choose_samples
 from dida_tools.training.pytorch_training import train
 
 

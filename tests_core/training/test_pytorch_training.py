@@ -17,19 +17,20 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import Dataset, TensorDataset
 
-from dida_tools.config.capture import capture, restore
-from dida_tools.config.check import check
-from dida_tools.config.errors import ConfigError, UserError
-from dida_tools.config.project import project_of
-from dida_tools.config.tree import difference
+from dida_core.config.capture import capture, restore
+from dida_core.config.check import check
+from dida_core.config.project import project_of
+from dida_core.config.tree import difference
+from dida_core.data.contract import DataContract
+from dida_core.data.images import DataError
+from dida_core.errors import ConfigError, UserError
+from dida_core.runs.failures import NonFiniteLoss, OutOfMemory
+from dida_core.storage.weights import load_weights, save_weights, weights_digest
+from dida_core.training.setup import prepare
 from dida_tools.models import UNET
 from dida_tools.training.config import small, train_config
-from dida_tools.training.failures import NonFiniteLoss, OutOfMemory
 from dida_tools.training.pytorch_training import train
-from dida_tools.training.setup import prepare
 from dida_tools.utils.data import NpyDataset
-from dida_tools.utils.data.contract import DataContract
-from dida_tools.utils.data.images import DataError
 from dida_tools.utils.loss import (
     accuracy,
     f1,
@@ -40,7 +41,6 @@ from dida_tools.utils.loss import (
     smooth_dice_loss,
 )
 from dida_tools.utils.torchutils import load_model, set_seed
-from dida_tools.utils.weights import load_weights, save_weights, weights_digest
 from tests.helpers import PACKAGE, events_of, rows_of
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import OneCycleLR
 
-from dida_tools.config.errors import UserError
-from dida_tools.config.project import project_of
-from dida_tools.training.environment import describe_environment, find_differences
+from dida_core.config.project import project_of
+from dida_core.data.build import build_datasets
+from dida_core.errors import UserError
+from dida_core.runs.environment import describe_environment, find_differences
+from dida_core.runs.lookup import read_run_config
+from dida_core.storage.journal import Journal
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.data import NpyDataset
-from dida_tools.utils.data.build import build_datasets
-from dida_tools.utils.logging.journal import Journal
-from dida_tools.utils.logging.runs import read_run_config
 from tests.helpers import PACKAGE, ROOT, events_of, rows_of, run_script
 
 pytestmark = pytest.mark.usefixtures("quick")

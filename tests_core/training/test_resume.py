@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset
 
-from dida_tools.config.errors import ConfigError, UserError
+from dida_core.errors import ConfigError, UserError
+from dida_core.storage.checkpoint import checkpoint_files
+from dida_core.storage.weights import load_weights
 from dida_tools.models import UNET
-from dida_tools.training.checkpoint import checkpoint_files
 from dida_tools.utils.data import NpyDataset
-from dida_tools.utils.weights import load_weights
 from tests.helpers import (
     FIRST,
     ROOT,

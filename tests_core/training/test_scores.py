@@ -16,9 +16,9 @@ from sklearn import metrics as reference
 from torch import Tensor
 from torch.nn import functional
 
-from dida_tools.utils.data.contract import DataContract
+from dida_core.data.contract import DataContract
+from dida_core.training.scores import CALIBRATION_BINS, NUM_BINS, Scores, counts_by_threshold
 from dida_tools.utils.metrics import f1
-from dida_tools.utils.scores import CALIBRATION_BINS, NUM_BINS, Scores, counts_by_threshold
 
 TASKS = ("multi-class", "multi-label", "binary")
 METRICS: dict[str, Any] = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dida_tools.utils import signals
-from dida_tools.utils.signals import (
+from dida_core.training import signals
+from dida_core.training.signals import (
     Preempted,
     ignore_signals,
     install_handlers,

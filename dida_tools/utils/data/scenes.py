@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from dida_core.storage.locks import locked
+
 from ...config.config import global_config
-from ..locks import locked
 from .datasets import NpyDataset, Transform
 
 VERSION = 1  # a change of the scenes gets a new number, and with it a new folder

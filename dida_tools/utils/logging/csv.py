@@ -9,15 +9,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...config.errors import UserError
+from dida_core.errors import UserError
+from dida_core.runs.lookup import current_row, find_rows
+from dida_core.storage.journal import Event
+from dida_core.storage.table import read_rows, write_rows
+
 from ..path import create_dirs
-from ..table import read_rows, write_rows
-from .journal import Event
-from .runs import current_row, find_rows
 
 if TYPE_CHECKING:  # runs.py does without torch
-    from ...training.listener import Result, RunView
-    from ...training.setup import Setup
+    from dida_core.report.listener import Result, RunView
+    from dida_core.training.setup import Setup
 
 
 class CsvTracker:

@@ -32,9 +32,9 @@ from email.message import EmailMessage
 from email.utils import localtime, make_msgid
 from typing import Any
 
-from ...config.errors import Problems
-from ...training.listener import Listener, Result, RunView
-from ...training.setup import Setup
+from dida_core.errors import Problems
+from dida_core.report.listener import Listener, Result, RunView
+from dida_core.training.setup import Setup
 
 MAX_WAITING = 20
 MAX_CHARACTERS = 100_000
@@ -229,7 +229,7 @@ class Mail(Listener):
             lines.append(run.redact("".join(traceback.format_exception(error)))[-3000:])
         picture = io.BytesIO()
         if run.history and self._notifier:
-            from ...training.pictures import save_picture
+            from dida_core.report.pictures import save_picture
 
             history = [run.history[epoch] for epoch in sorted(run.history)]
             with contextlib.suppress(Exception):  # the mail matters more

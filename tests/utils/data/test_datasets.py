@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from dida_tools.training import determinism
-from dida_tools.training.determinism import EvaluationBatches, Samples, TrainingBatches, seed_sample
+from dida_core.data.contract import DataContract
+from dida_core.data.images import DataError
+from dida_core.data.pairs import map_values
+from dida_core.training import determinism
+from dida_core.training.determinism import EvaluationBatches, Samples, TrainingBatches, seed_sample
 from dida_tools.utils.data import NpyDataset, NpyPredictionDataset
 from dida_tools.utils.data import datasets as module
-from dida_tools.utils.data.contract import DataContract
-from dida_tools.utils.data.images import DataError
-from dida_tools.utils.data.pairs import map_values
 from dida_tools.utils.data.transforms import GEOMETRY, STANDARD
 
 Pairs = Callable[..., tuple[Path, Path]]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dida_tools.training import determinism
-from dida_tools.training.determinism import seed_sample
+from dida_core.training import determinism
+from dida_core.training.determinism import seed_sample
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data import transforms as module
 from dida_tools.utils.data.transforms import (

@@ -16,10 +16,10 @@ from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dida_tools.utils import table
+from dida_core.storage import table
+from dida_core.storage.table import rebuild, remove_rows, write_rows
 from dida_tools.utils.logging import read_frame
 from dida_tools.utils.logging.csv import read_log, write_log
-from dida_tools.utils.table import rebuild, remove_rows, write_rows
 from tests.helpers import PACKAGE, ROOT, killed_writers
 
 # fmt: off

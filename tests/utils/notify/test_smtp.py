@@ -23,7 +23,7 @@ import trustme
 from aiosmtpd.smtp import SMTP, AuthResult
 from PIL import Image
 
-from dida_tools.config.errors import UserError
+from dida_core.errors import UserError
 from dida_tools.utils.notify import NotificationError, SMTPNotifier
 from dida_tools.utils.notify import smtp as module
 from tests.helpers import PACKAGE, ROOT, Child, wait_until

@@ -1,0 +1,1 @@
+"""Configs of live objects: keys, checks, capture and restore, overrides."""

@@ -1,0 +1,1 @@
+"""Check a dataset before training: python -m dida_core.doctor DIR."""

@@ -1,0 +1,1 @@
+"""Trained models for other runtimes: python -m dida_core.export NAME."""

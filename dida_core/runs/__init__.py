@@ -1,0 +1,1 @@
+"""A run's life and its record; lookup, environment, rerun, redaction."""

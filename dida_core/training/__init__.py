@@ -1,0 +1,1 @@
+"""What all training loops share: setup, determinism, evaluation, scores, calibration."""

@@ -1,0 +1,1 @@
+"""Tests of the library; they stay with the template."""
