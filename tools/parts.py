@@ -35,33 +35,25 @@ PARTS = {
         "`python hyperparameter.py --help`: search over a config",
         (
             "hyperparameter.py",
-            "PACKAGE/search/*",
-            "tests/search/*",
+            "dida_core/search/*",
             "tests/scripts/test_hyperparameter.py",
             "docs/how_to/search.md",
         ),
     ),
     "export": Part(
-        "`PACKAGE/prediction/export.py`: trained models as ONNX or safetensors",
-        (
-            "PACKAGE/prediction/export.py",
-            "tools/predict_onnx.py",
-            "tests/prediction/test_export.py",
-            "docs/how_to/export.md",
-        ),
+        "`python -m dida_core.export --help`: trained models as ONNX or safetensors",
+        ("dida_core/export/*", "tools/predict_onnx.py", "docs/how_to/export.md"),
+    ),
+    "doctor": Part(
+        "`python -m dida_core.doctor my_data`: what is wrong with a dataset, and what config it suggests",
+        ("dida_core/doctor/*",),
     ),
     "slurm": Part("`slurm/`: a job for a cluster", ("slurm/*", "docs/how_to/slurm.md")),
     "docker": Part(
-        "`Dockerfile`: a container",
-        (
-            "Dockerfile",
-            ".dockerignore",
-            "docker.mk",
-            "docs/how_to/container.md",
-        ),
+        "`Dockerfile`: a container", ("Dockerfile", ".dockerignore", "docker.mk", "docs/how_to/container.md")
     ),
     "docs": Part("`docs/`: documentation, built by `make doc`", ("docs/*",)),
-    "benchmarks": Part("`benchmarks/`: measure speed", ("benchmarks/*", "tests/benchmarks/*")),
+    "benchmarks": Part("`benchmarks/`: measure speed", ("benchmarks/*",)),
 }
 ROUTINE_FILES = ("PACKAGE/training/{}_training.py", "tests/training/test_{}_training.py")
 CONDA_NAMES = {"pytorch-ignite": "ignite"}  # where dev.yml has another name than pyproject.toml

@@ -14,6 +14,7 @@ import pytest
 
 from dida_tools.config.errors import UserError
 from dida_tools.utils.logging import read_log
+
 from tests.helpers import FIRST, PACKAGE, ROOT, ROUTINES, run_script
 
 QUICK = (

@@ -3,7 +3,7 @@ The documentation: it builds without a warning, and what it says can be done.
 
 Of README and how-to pages, each command line is parsed by its own script, each config key is checked, and
 Python blocks are executed, page by page, as a module; except below a comment "not run: REASON". The tutorial's
-commands run as they stand, in one shell, except that TEMPLATE is a clone of this repository with the files
+commands run as they stand, in one shell; but TEMPLATE is a clone of this repository with the files
 as they are now, .venv is a stand-in with the python that runs the tests, and trainings are short.
 """
 
@@ -25,12 +25,13 @@ import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from dida_tools.config.config import global_config
+
 from tests.helpers import ROOT, run_script
 
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 PAGES = [page for page in sorted([README, *DOCS.rglob("*.md")]) if "_build" not in page.parts]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
-PACKAGES = [name for name in ("dida_tools", "dida_core") if (ROOT / name).is_dir()]
+PACKAGES = ("dida_tools", "dida_core")
 MAKEFILE = "".join((ROOT / name).read_text() for name in ("Makefile", "docker.mk", "docs/docs.mk"))
 # What is no part of the project, and has to be believed.
 FOREIGN = {"cd", "cp", "mkdir", "source", "git", "diff", "docker", "pip", "tensorboard", "optuna-dashboard"}
