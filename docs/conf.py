@@ -10,8 +10,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import dida_tools  # noqa: E402  # pylint: disable=wrong-import-position
 from dida_core.config.keys import KEYS, REQUIRED  # noqa: E402  # pylint: disable=wrong-import-position
+
+import dida_tools  # noqa: E402  # pylint: disable=wrong-import-position
 
 project = "dida tools"
 author = copyright = f"{project} contributors"  # pylint: disable=redefined-builtin
