@@ -1,110 +1,101 @@
 """
-Trains a model.
+Train a model.
 
     python train.py                                          the built-in scenes, a small U-Net
-    python train.py --data DIR                               your images and masks: DIR/train/{x,y}, DIR/test/{x,y}
+    python train.py --data DIR                               your data: DIR/train/{x,y}, DIR/test/{x,y}
     python train.py EPOCHS=3 MODEL_CONFIG.dropout=0.1        other values, by the config's own keys
-    python train.py --variant full DEVICE=cuda               the full config of the routine
+    python train.py --variant full DEVICE=cuda               the full config
     python train.py --routine ignite                         another routine: the same weights, bit for bit
-    python train.py --resume NAME EPOCHS=40                  goes on with a run, or prolongs it
-    python train.py --resume auto EPOCHS=40                  goes on with this very run if it was interrupted
-    python train.py --rerun NAME                             does a run again: are its weights the same, bit for bit?
-    torchrun --nproc-per-node 2 train.py                     on two GPUs, or by two processes (pytorch, ignite)
+    python train.py --resume NAME EPOCHS=40                  resume a run, or prolong it
+    python train.py --resume auto EPOCHS=40                  resume this very run if it was interrupted
+    python train.py --rerun NAME                             rerun it: are its weights the same, bit for bit?
+    torchrun --nproc-per-node 2 train.py                     on two GPUs or processes (pytorch, ignite)
 
-Exit codes: 0 trained; 75 ended by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 after saving: start it again with --resume;
-130 ended at once by a second Ctrl-C; 1 failed, or not identical with --rerun; 2 not understood.
+Exit codes: 0 trained; 75 ended by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 after saving: start it again with
+--resume; 130 ended at once by a second Ctrl-C; 1 failed, or not identical with --rerun; 2 usage error.
 """
 
 import argparse
-import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-from dida_tools.config.capture import check, override
-from dida_tools.config.config import global_config
-from dida_tools.config.errors import UserError
-from dida_tools.training.routines import DEFAULT_ROUTINE, ROUTINES, load_routine, recorded_routine
-from dida_tools.utils.data.build import build_datasets, use_folder
-from dida_tools.utils.logging.runs import find_run, read_run_config
-from dida_tools.utils.signals import EXIT_CODE, Preempted
+from dida_tools.config.errors import exit_code
+from dida_tools.training.routines import DEFAULT_ROUTINE, ROUTINES
 
 
 def main() -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="values of the config, such as EPOCHS=3"
-    )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train/{x,y} and test/{x,y}")
-    parser.add_argument(
-        "--routine", choices=ROUTINES, help=f"what trains (default: what the run had, else {DEFAULT_ROUTINE})"
-    )
-    parser.add_argument(
-        "--variant", default="small", metavar="NAME", help="variant of its config, or full (default: small)"
-    )
-    parser.add_argument("--resume", metavar="NAME", help="run to go on with: a name, latest, or auto")
-    parser.add_argument(
-        "--rerun", metavar="NAME", help="run to do again and compare with: a name, or its row's number"
-    )
-    parser.add_argument(
-        "--smtp", metavar="ADDRESS", help="mail about start and end; server: dida_tools/utils/notify"
-    )
-    parser.add_argument("-w", action="store_true", help="suppress warnings")
+    """Train by the command line's arguments, and return the exit code."""
+    parser = make_parser()
     arguments = parser.parse_intermixed_args()
     if arguments.w:
         warnings.simplefilter("ignore")
-
     if arguments.resume and arguments.rerun:
-        parser.error("--resume goes on with a run, --rerun does it again: give one of them")
+        parser.error("--resume and --rerun exclude each other: give one of them")
     if arguments.rerun and arguments.overrides:
         parser.error("--rerun trains as it was: leave KEY=VALUE out")
     recorded = arguments.rerun or (arguments.resume if arguments.resume != "auto" else None)
     if recorded and (arguments.data or arguments.variant != "small"):
         parser.error("data and variant come from the run's record: leave --data and --variant out")
-    try:
-        config: dict[str, Any] = {}
-        if recorded:
-            name = find_run(global_config, recorded)
-            config = read_run_config(Path(global_config["LOG_DIR"]) / name)
-            config |= {"RESUME": name} if arguments.resume else {"RERUN_OF": name, "DATE": None}
-        routine = load_routine(arguments.routine or recorded_routine(config))
-        if arguments.variant not in ("full", *routine.VARIANTS):
-            parser.error(f"--variant {arguments.variant}: choose one of full, {', '.join(routine.VARIANTS)}")
-        if not recorded:
-            # <- your config here: a model, a loss, ...; or edit train_config in the routine
-            config = routine.train_config
-            if arguments.variant != "full":
-                config = routine.VARIANTS[arguments.variant](config)
-            if arguments.data:
-                override(config, arguments.overrides)  # typos are told before the data is read
-                config = use_folder(
-                    config, arguments.data, Path(global_config["LOG_DIR"]) / "data_facts.json"
-                )
-            config = config | {"RESUME": arguments.resume}
-        if arguments.smtp:
-            config = config | {"NOTIFY": arguments.smtp}
-        problems: list[str] = []
-        config = override(config, arguments.overrides, problems)
-        check(config, problems)
 
-        # <- your data here: any two datasets of (input, target) pairs
-        train_dataset, test_dataset, validation_dataset = build_datasets(config)
+    # Imported when needed: --help answers without PyTorch.
+    from dida_tools.config.check import check
+    from dida_tools.config.config import global_config
+    from dida_tools.config.overrides import override
+    from dida_tools.config.project import project_of
+    from dida_tools.training.routines import load_routine, recorded_routine
+    from dida_tools.utils.data.build import build_datasets, use_folder
+    from dida_tools.utils.logging.runs import find_run, read_run_config
 
-        result = routine.train(train_dataset, test_dataset, config, global_config, validation_dataset)
-    except Preempted:
-        return EXIT_CODE  # the run has said how it goes on
-    except KeyboardInterrupt:
-        return 130
-    except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one is enough
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    project, log_dir = project_of("dida_tools"), Path(global_config["LOG_DIR"])
+    config: dict[str, Any] = {}
+    if recorded:
+        name = find_run(global_config, recorded)
+        config = read_run_config(log_dir / name, project)
+        config |= {"RESUME": name} if arguments.resume else {"RERUN_OF": name, "DATE": None}
+    routine = load_routine(arguments.routine or recorded_routine(config))
+    if arguments.variant not in ("full", *routine.VARIANTS):
+        parser.error(f"--variant {arguments.variant}: choose one of full, {', '.join(routine.VARIANTS)}")
+    if not recorded:
+        # <- your config here: a model, a loss, ...; or edit train_config in dida_tools/training/config.py
+        config = routine.train_config
+        if arguments.variant != "full":
+            config = routine.VARIANTS[arguments.variant](config)
+        if arguments.data:
+            override(config, arguments.overrides, project)  # reports typos before the data is read
+            config = use_folder(config, arguments.data, project, log_dir / "data_facts.json")
+        config = config | {"RESUME": arguments.resume}
+    if arguments.smtp:
+        config = config | {"NOTIFY": arguments.smtp}
+    problems: list[str] = []
+    config = override(config, arguments.overrides, project, problems)
+    check(config, project, problems)
+
+    # <- your data here: any two datasets of (input, target) pairs
+    train_dataset, test_dataset, validation_dataset = build_datasets(config)
+
+    result = routine.train(train_dataset, test_dataset, config, global_config, validation_dataset)
     return 1 if result.identical is False else 0
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="values of the config, such as EPOCHS=3")
+    add("--data", type=Path, metavar="DIR", help="folder with train/{x,y} and test/{x,y}")
+    default = f"default: that of the run, else {DEFAULT_ROUTINE}"
+    add("--routine", choices=ROUTINES, help=f"training loop to use ({default})")
+    add("--variant", default="small", metavar="NAME", help="variant of the config, or full (default: small)")
+    add("--resume", metavar="NAME", help="run to resume: a name, latest, or auto")
+    add("--rerun", metavar="NAME", help="run to rerun and compare with: a name, or its row's number")
+    add("--smtp", metavar="ADDRESS", help="mail about start and end; server: dida_tools/utils/notify")
+    add("-w", action="store_true", help="suppress warnings")
+    return parser
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

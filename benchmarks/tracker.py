@@ -1,5 +1,5 @@
 """
-Measures how long the tracker takes: one more row, and reading, for files that grow.
+Measure the tracker's file as it grows: one more row, and reading all of it.
 
     python benchmarks/tracker.py
 """
@@ -8,24 +8,25 @@ import csv
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from dida_tools.utils.logging import read_log, write_log
-from dida_tools.utils.logging.csv import replace_log
+from dida_tools.utils.table import write_rows
 
 NUM_COLUMNS = 60
 REPEATS = 5
 
 
-def make_row(number: int) -> dict:
-    """A row like a training's: a third numbers, a third text, a third empty."""
-    random.seed(number)
-    values = [random.random(), f".models.unet:UNET{number % 7}", None]
+def make_row(number: int, text: str) -> dict:
+    """Return a row like a training's: a third numbers, a third text, a third empty."""
+    chance = random.Random(number)
+    values = [chance.random(), text.format(number % 7), None]
     return {"NAME": f"run-{number}"} | {f"column_{i}": values[i % 3] for i in range(NUM_COLUMNS - 1)}
 
 
-def seconds(function) -> float:
-    """The shortest of some runs."""
+def seconds(function: Callable[[], object]) -> float:
+    """Return the shortest time of some calls."""
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
@@ -35,20 +36,20 @@ def seconds(function) -> float:
 
 
 def main() -> None:
-    """Prints a table."""
+    """Print a table."""
     print(f"{NUM_COLUMNS} columns, shortest of {REPEATS}; csv.reader is Python's own, without types")
-    print(f"{'rows':>7} {'file':>9} {'write_log':>10} {'read_log':>10} {'csv.reader':>11}")
+    print(f"{'rows':>7} {'text cells':>11} {'file':>9} {'write_log':>10} {'read_log':>10} {'csv.reader':>11}")
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "experiments.csv"
         for number in (100, 1_000, 10_000):
-            replace_log(file, [make_row(index) for index in range(number)])
-            write = seconds(
-                lambda: write_log(file, {"NAME": "run-50", "STATUS": "running", "column_0": random.random()})
-            )
-            read = seconds(lambda: read_log(file))
-            bare = seconds(lambda: list(csv.reader(file.open(newline=""))))
-            size = file.stat().st_size / 1e6
-            print(f"{number:>7} {size:>6.1f} MB {write:>8.3f} s {read:>8.3f} s {bare:>9.3f} s")
+            for kind, text in {"plain": ".models.unet:UNET{}", "quoted": "[0.5, {}, 1]"}.items():
+                file = Path(folder) / f"{number}-{kind}.csv"
+                write_rows(file, [make_row(index, text) for index in range(number)])
+                name = f"run-{number // 2}"
+                write = seconds(lambda: write_log(file, {"NAME": name, "column_0": random.random()}))  # noqa: B023
+                read = seconds(lambda: read_log(file))  # noqa: B023
+                bare = seconds(lambda: list(csv.reader(file.open(newline=""))))  # noqa: B023
+                size = file.stat().st_size / 1e6
+                print(f"{number:>7} {kind:>11} {size:>6.1f} MB {write:>8.3f} s {read:>8.3f} s {bare:>9.3f} s")
 
 
 if __name__ == "__main__":

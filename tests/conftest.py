@@ -14,7 +14,8 @@ from tqdm import tqdm
 from dida_tools.config.config import make_global_config
 from dida_tools.models import UNET
 from dida_tools.training import environment
-from dida_tools.training import run as run_module
+from dida_tools.training import pictures as pictures_module
+from dida_tools.training import record as record_module
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.transforms import STANDARD
 from dida_tools.utils.loss import f1, multi_class_dice_ce_sum, precision, recall
@@ -115,8 +116,8 @@ def describe_environment_once(*arguments: object) -> dict:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small trainings without what takes most of their time: picture and list of packages, tested elsewhere."""
-    monkeypatch.setattr(run_module, "save_picture", lambda path, *_: path.write_bytes(b"picture"))
-    monkeypatch.setattr(run_module, "describe_environment", describe_environment_once)
+    monkeypatch.setattr(pictures_module, "save_picture", lambda path, *_: path.write_bytes(b"picture"))
+    monkeypatch.setattr(record_module, "describe_environment", describe_environment_once)
 
 
 @pytest.fixture

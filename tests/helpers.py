@@ -5,17 +5,20 @@ import gc
 import hashlib
 import importlib
 import io
+import itertools
 import os
+import random
 import re
 import runpy
 import signal
+import socket
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import PIPE, CompletedProcess, Popen
 from types import ModuleType
 from typing import Any
 
@@ -172,6 +175,27 @@ def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
         time.sleep(0.01)
 
 
+def killed_writers(code: str, path: Path, num_kills: int, at_once: int = 1) -> Iterator[list[str]]:
+    """
+    Run programs that print what they have written, and kill them at random moments.
+
+    :param code: of a program; its arguments are the path and a number that no other gets
+    :return: all whole lines that the programs of one turn printed
+    """
+    chance, number = random.Random(0), itertools.count()
+    for _ in range(num_kills):
+        commands = [[sys.executable, "-c", code, str(path), str(next(number))] for _ in range(at_once)]
+        writers = [Popen(command, stdout=PIPE, text=True, cwd=ROOT) for command in commands]
+        lines = [writer.stdout.readline().strip() for writer in writers if writer.stdout]
+        time.sleep(chance.random() * 0.05)
+        for writer in writers:
+            writer.send_signal(signal.SIGKILL)
+            time.sleep(chance.random() * 0.01)
+        lines += [line for writer in writers for line in writer.communicate()[0].split("\n")[:-1]]
+        assert all(writer.returncode == -signal.SIGKILL for writer in writers)
+        yield lines
+
+
 def processes_of(sessions: set[int]) -> list[str]:
     """Return the processes that are alive in one of these sessions, by what the kernel says."""
     alive = []
@@ -222,3 +246,31 @@ def run_script(
             print(code, file=sys.stderr)
             code = 1
     return CompletedProcess([script, *map(str, arguments)], code, out.getvalue(), err.getvalue())
+
+
+# ------------------------------------------------------------------------------------------------------ runs
+
+
+def begin_run(log_dir: Path, name: str, hours_ago: float = 0, host: str = "", **config: Any) -> Any:
+    """Write what a run writes first, without training, and return its journal."""
+    from dida_tools.utils.logging.journal import Journal
+    from dida_tools.utils.logging.runs import write_record
+
+    record = {"version": 1, "config": {"LOGFILE": "experiments.csv", "MONITOR": "max f1"} | config}
+    about = {"name": name, "not_rerunnable": ""}
+    write_record(log_dir / name, record | about)
+    journal = Journal(log_dir / name / "journal.jsonl")
+    event = {"event": "start", "epoch": 0, "best_epoch": None, "device": "cpu", "precision": "fp32"} | about
+    event |= {"time": time.time() - 3600 * hours_ago, "host": host or socket.gethostname(), "pid": 1}
+    journal.write(event | record)
+    return journal
+
+
+def write_run(
+    log_dir: Path, name: str, results: dict[str, Any], hours_ago: float = 0, digest: str = "d", **config: Any
+) -> None:
+    """Write the journal of a finished run with these results, such as {"validation.f1": 0.5}."""
+    journal = begin_run(log_dir, name, hours_ago, **config)
+    about = {"seconds": 1.0, "digest": digest, "time": time.time() - 3600 * hours_ago}
+    journal.write({"event": "test"} | about | results)
+    journal.close()

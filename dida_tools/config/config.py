@@ -1,21 +1,32 @@
-"""Contains global_config: where the project's files live."""
+"""What is the project's own: where its files live, and what its records may name."""
 
 import os
 from pathlib import Path
 
+# Libraries, or parts of them, whose models, losses, metrics and datasets may be restored from a record. Other
+# parts of these download files, write logs, or evaluate text.  # <- your libraries here
+ALLOWED_ROOTS = (
+    "torchmetrics",
+    *(f"torchvision.{part}" for part in ("models", "ops", "transforms")),
+    *(f"timm.{part}" for part in ("layers", "loss", "optim")),
+    *(f"segmentation_models_pytorch.{part}" for part in ("decoders", "losses", "metrics")),
+    *(f"monai.{part}" for part in ("losses", "metrics")),
+    *(f"monai.networks.{part}" for part in ("blocks", "layers", "nets")),
+)
 
-def _root_path() -> Path:
-    """The checkout's root, or the working directory where the package is installed: nothing is written beside it."""
-    checkout = Path(__file__).resolve().parents[2]
-    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+# Old names of what was renamed or moved, so that old records are still read.  # <- your renamed objects here
+ALIASES = {
+    "models.unet:UNET": ".models.unet:UNET",
+    "utils.loss:smooth_dice_loss": ".utils.loss:smooth_dice_loss",
+}
 
 
 def make_global_config(root_path: str | os.PathLike | None = None) -> dict[str, str]:
     """
-    Makes the global config. Folders are not created here, but by whatever first writes into them.
+    Make the global config. Folders are not created here, but by whatever first writes into them.
 
-    Each value can be redirected by the environment variable of the same name (a relative one is taken from the working
-    directory).
+    Each value can be redirected by the environment variable of the same name; a relative one is taken from
+    the working directory.
 
     :param root_path: the folder that holds the others by default
     """
@@ -25,5 +36,10 @@ def make_global_config(root_path: str | os.PathLike | None = None) -> dict[str, 
     return {"ROOT_PATH": str(root)} | {key: str(path) for key, path in paths.items()}
 
 
-CODE_PATH = _root_path()  # where the project's code is, wherever ROOT_PATH puts its files
+def _root_path() -> Path:
+    # Where the package is installed, the working directory: nothing is written beside it.
+    checkout = Path(__file__).resolve().parents[2]
+    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+
+
 global_config = make_global_config()

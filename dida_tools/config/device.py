@@ -1,4 +1,4 @@
-"""Contains the choice of device and precision, made when a run starts and never at import."""
+"""The choice of device and precision, made when a run starts and never at import."""
 
 import torch
 
@@ -9,10 +9,10 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 def get_device(requested: str | torch.device | None = None) -> torch.device:
     """
-    Chooses the device of a run.
+    Choose the device of a run.
 
     :param requested: a device, or None or "auto" for the best one of this machine: cuda, then mps, then cpu
-    :raises ValueError: if the requested device is not there, or no device at all
+    :raises UserError: if the requested device is not there
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if requested is None or requested == "auto":
@@ -22,11 +22,8 @@ def get_device(requested: str | torch.device | None = None) -> torch.device:
     except (RuntimeError, TypeError):
         raise UserError(f"DEVICE is {requested!r}: choose one of auto, cpu, cuda, cuda:0, mps.") from None
     if device.type == "cuda" and not cuda:
-        reason = (
-            "this PyTorch is a build without CUDA"
-            if torch.version.cuda is None
-            else "no usable GPU was found"
-        )
+        is_built = torch.version.cuda is not None
+        reason = "no usable GPU was found" if is_built else "this PyTorch is a build without CUDA"
         raise UserError(f"DEVICE is '{device}' but {reason}: use DEVICE=auto (best available) or DEVICE=cpu.")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise UserError(
@@ -39,13 +36,13 @@ def get_device(requested: str | torch.device | None = None) -> torch.device:
 
 def get_precision(device: torch.device, requested: str | None = None) -> str:
     """
-    Chooses the number format of the forward pass: "bf16" where the device computes it in hardware, else "fp32".
+    Choose the number format of the forward pass: "bf16" where the device has it in hardware, else "fp32".
 
-    Weights, loss and metrics are float32 in every case. With bf16 a U-Net trains 2 to 3 times faster on CPUs with
-    avx512_bf16 or AMX, and needs no loss scaling; fp16 does, and is for GPUs before Ampere.
+    Weights, loss and metrics are float32 in every case. With bf16 a U-Net trains 2 to 3 times faster on CPUs
+    with avx512_bf16 or AMX, and needs no loss scaling; fp16 does, and is for GPUs before Ampere.
 
     :param requested: one of PRECISIONS, or None or "auto"
-    :raises ValueError: if the device cannot compute in the requested precision
+    :raises UserError: if the device cannot compute in the requested precision
     """
     if requested is None or requested == "auto":
         if device.type == "cuda":
@@ -63,8 +60,7 @@ def get_precision(device: torch.device, requested: str | None = None) -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    # torch has no public question for this; a build that lacks the private ones computes in float32.
-    checks = (
-        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
+    # torch has no public check; a build that lacks the private ones computes in float32.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    checks = (getattr(torch.cpu, name, None) for name in names)
     return any(check() for check in checks if check is not None)

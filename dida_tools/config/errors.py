@@ -1,5 +1,58 @@
-"""Contains the base of all errors that a user can mend: scripts print their message without a traceback."""
+"""Errors that a user can fix: scripts print their message without a traceback."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
 
 
 class UserError(ValueError):
     """Something that the user gave cannot be used. The message names it, what is allowed, and what to do."""
+
+
+class Problems(UserError):
+    """Everything that is wrong with one thing, a sentence each."""
+
+    about = "the input"
+    max_listed = 50
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        # A single string is what DataLoader passes on from its workers.
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        number, listed = len(self.problems), self.problems[: self.max_listed]
+        if number > self.max_listed:
+            listed.append(f"and {number - self.max_listed} more")
+        text = listed[0] if number == 1 else "".join(f"\n  - {problem}" for problem in listed)
+        super().__init__(f"{self.about} has {number} problem{'s' * (number != 1)}: {text}")
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), (self.problems,)  # to another process, which lists them again
+
+
+class ConfigError(Problems):
+    """A config that cannot be used."""
+
+    about = "the config"
+
+
+class Preempted(BaseException):
+    """A signal asked to end. No Exception, so that nobody who catches those continues as if nothing were."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: what is done is saved, start it again to continue
+
+
+def exit_code(main: Callable[[], int], of_each_process: bool = False) -> int:
+    """
+    Run a script's main function and return its exit code; for an error of the user, print a sentence.
+
+    :param of_each_process: of several, each has errors of its own; otherwise the first one prints them
+    """
+    try:
+        return main()
+    except Preempted as error:
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except (UserError, OSError) as error:
+        if of_each_process or os.environ.get("RANK", "0") == "0":
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1

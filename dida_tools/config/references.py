@@ -1,242 +1,190 @@
 """
-Contains the names of live objects: "module:qualified.name", written from an object and resolved to the same object.
+The names of live objects: "module:qualified.name", written from an object and resolved to the same object.
 
-The project's own package is written relative (".models.unet:UNET"), so that a record survives a renamed package.
-Resolving imports code, so only these are resolved: what the project itself defines, PyTorch's layers, losses,
-optimizers and tensor functions, and what ALLOWED_ROOTS define. A record may call what it names, with arguments of its
-own: so it must not name what imports, writes files or sends.
+The project's own package is written relative (".models.unet:UNET"), so that records survive its renaming.
+Resolving imports code, and a record may call what it names with arguments of its own. So a record is not
+trusted: it may name what is in the lists below and in the project's ALLOWED_ROOTS, and all else is refused.
 """
 
 import importlib
-import importlib.util
 import sys
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-import torch
-from torch.nn import functional
+from .project import Project, script_name
 
-from .config import CODE_PATH, global_config
-
-PACKAGE = __name__.partition(".")[0]
-
-# Libraries, or parts of them, whose models, losses, metrics and datasets may be restored from a record. Other parts of
-# these download files, write logs, or evaluate text.  # <- your libraries here
-ALLOWED_ROOTS = (
-    "torchmetrics",
-    *(f"torchvision.{part}" for part in ("models", "ops", "transforms")),
-    *(f"timm.{part}" for part in ("layers", "loss", "optim")),
-    *(f"segmentation_models_pytorch.{part}" for part in ("decoders", "losses", "metrics")),
-    *(
-        f"monai.{part}"
-        for part in ("losses", "metrics", "networks.blocks", "networks.layers", "networks.nets")
-    ),
-)
-
-# Old names of what was renamed or moved, so that old records can still be read.  # <- your renamed objects here
-ALIASES = {
-    "models.unet:UNET": ".models.unet:UNET",
-    "utils.loss:smooth_dice_loss": ".utils.loss:smooth_dice_loss",
-}
-
-_TORCH_MODULES = ("torch.nn", "torch.optim", "torch.utils.data")
-_TORCH_HOMES = (
+# What a record may name, by the module in which it is defined, or one above it. Of the project:
+OWN = (".layers", ".models", ".training", ".utils")
+# But not what writes files or sends mail, and no loop or script.
+OWN_REFUSED: tuple[str, ...] = (".utils.logging", ".utils.name", ".utils.notify", ".utils.path")
+REFUSED_NAMES = ("load_model", "main", "make_scenes", "train")
+# Of torch, besides the functions in C that compute with tensors:
+TORCH_CLASSES = ("torch.nn", "torch.optim", "torch.utils.data.dataset", "torch.utils.data.sampler")
+TORCH_FUNCTIONS = ("torch.nn.functional",)
+BUILTINS = (bool, int, float, complex, str, list, tuple, dict, set)
+# Torch's objects are named by its public modules, which outlive its private ones.
+PUBLIC = (
+    "torch",
     "torch.nn",
+    "torch.nn.functional",
     "torch.optim",
     "torch.optim.lr_scheduler",
-    "torch",
-    "torch.nn.functional",
     "torch.utils.data",
 )
-_TORCH_GADGETS = ("torch.utils.data.datapipes",)  # read and unpickle files
-_PLAIN_TYPES = (bool, int, float, complex, str, list, tuple, dict, set)
-# What the project itself needs to run: it imports, writes and sends.
-_MACHINERY = tuple(
-    f"{PACKAGE}.{part}"
-    for part in (
-        "config",
-        "training",
-        "prediction",
-        "utils.logging",
-        "utils.name",
-        "utils.notify",
-        "utils.path",
-        "utils.weights",
-    )
-)
-_ONLY = "records may name models, losses, metrics, datasets, optimizers and tensor functions only"
+
+# The library, while it lies inside the project. Delete this once it is a package of its own, in no list.
+_LIBRARY = {
+    ".training": """calibration checkpoint console determinism device distributed environment evaluation
+        failures first_sample listener loaders modules optimization pictures record redaction rerun resume
+        rows routines run scores setup signals targets tensorboard""",
+    ".utils": "counts files locks redact scores signals table targets weights",
+    ".utils.data": "build checks contract dataset doctor facts fingerprint images pairs",
+}
+OWN_REFUSED += tuple(f"{folder}.{name}" for folder, names in _LIBRARY.items() for name in names.split())
 
 
 class ReferenceProblem(ValueError):
     """An object that has no name, or a name that must not or cannot be resolved."""
 
 
-def name_of(obj: Any) -> str:
+def name_of(obj: Any, project: Project) -> str:
     """
-    The name under which an object can be found again, verified by finding it.
+    Return the name under which an object is found again, verified by finding it.
 
     :raises ReferenceProblem: if there is none, or no record may hold it, with the reason and the remedy
     """
     if isinstance(obj, ModuleType):
-        name = _relative(_script_name() if obj.__name__ == "__main__" else obj.__name__)
-        if resolve(name) is not obj:
+        name = _relative(_known_as(obj.__name__), project)
+        if resolve(name, project) is not obj:
             raise ReferenceProblem(f"another module is found under the name {name!r}")
         return name
-    module, qualname = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
-    if not isinstance(qualname, str) or (not isinstance(obj, type) and not callable(obj)):
+    home = _home(obj)
+    if home is None:
         raise ReferenceProblem(
             f"an instance of {type(obj).__name__} cannot be recorded: give a plain value, or its class, "
             "and its arguments in the _CONFIG"
         )
-    if module == "__main__":
-        module = _script_name()
-    places = [(module, qualname)] if module else []
-    if str(module).partition(".")[0] == "torch":
-        # The public name outlives the private module; and torch.relu calls itself torch:_VariableFunctionsClass.relu.
-        places = [(place, obj.__name__) for place in _TORCH_HOMES] + places
-        # Some names lie: logsigmoid calls itself log_sigmoid.
-        places += [
-            ("torch.nn.functional", alias) for alias, found in vars(functional).items() if found is obj
-        ]
     refusal = None
-    for place, name in places:
-        try:
-            if _find(place, name) is not obj:
-                continue
-        except (ImportError, AttributeError):
-            continue
-        relative = f"{_relative(place)}:{name}"
-        root = place.partition(".")[0]
+    for place, qualname in _places(obj, *home):
+        name, root = f"{_relative(place, project)}:{qualname}", place.partition(".")[0]
         try:
             # A library can still be added to ALLOWED_ROOTS; what is refused for good is refused here.
-            if resolve(relative, () if _is_known(root) else (root,)) is obj:
-                return relative
+            roots = () if _is_known(root, project) else (root,)
+            if _find(place, qualname) is obj and resolve(name, project, roots) is obj:
+                return name
         except ReferenceProblem as problem:
             refusal = problem
-    if refusal is not None:
-        raise refusal
-    if "<lambda>" in qualname:
-        raise ReferenceProblem("a lambda has no name to record: define it with def at the top of a module")
-    if "<locals>" in qualname:
-        raise ReferenceProblem(f"{qualname} is defined inside a function: move it to the top of a module")
-    if isinstance(obj, MethodType) or isinstance(getattr(obj, "__self__", None), type):
-        raise ReferenceProblem(f"{qualname} is a bound method: give a function at the top of a module")
-    raise ReferenceProblem(
-        f"{module}.{qualname} is not found under its own name: define it at the top of a module"
-    )
+        except (ImportError, AttributeError):
+            continue
+    raise refusal or ReferenceProblem(_why_unnamed(obj, *home))
 
 
-def resolve(name: str, roots: Iterable[str] = ()) -> Any:
+def resolve(name: str, project: Project, roots: Iterable[str] = ()) -> Any:
     """
-    The object of a name, or the module, which must be the project's own.
+    Return the object of a name, or the module, which must be the project's own.
 
-    :param roots: libraries, or parts of them, that are allowed besides ALLOWED_ROOTS
+    :param roots: libraries, or parts of them, that are allowed besides the project's ALLOWED_ROOTS
     :raises ReferenceProblem: if the name must not be resolved, or if there is no such object
     """
-    name = ALIASES.get(name, name)
+    name = project.aliases.get(name, name)
     place, _, qualname = name.partition(":")
-    if place.startswith("."):
-        place = PACKAGE + place
-    roots = (*ALLOWED_ROOTS, *roots)
-    if not qualname and not is_project_module(place):
-        raise ReferenceProblem(
-            f"{name!r} is outside of what may be restored: only the project's own modules may"
-        )
+    place = project.package + place if place.startswith(".") else place
+    own = [project.package + home for home in OWN]
+    roots = [project.package + root if root.startswith(".") else root for root in (*project.allowed, *roots)]
     if any(part.startswith("_") for part in qualname.split(".")):
-        raise ReferenceProblem(
-            f"{name!r} is outside of what may be restored: it is private, so give it another name"
-        )
-    if not _may_import(place, roots):
-        raise ReferenceProblem(f"{name!r} is outside of what may be restored{_extend(place)}")
+        raise _refused(name, "it is private, so give it another name")
+    if not qualname and not _within(place, own):
+        raise _refused(name, "only the project's own modules may, such as its routines")
+    importable = (*own, *roots, *TORCH_CLASSES, *TORCH_FUNCTIONS)
+    if place not in ("builtins", *PUBLIC) and not _within(place, importable):
+        raise _refused(name, _remedy(place, project))
     try:
-        if not qualname:
-            return _module(place)
-        obj = _find(place, qualname)
+        obj = _find(place, qualname) if qualname else _module(place)
     except (Exception, SystemExit) as error:  # importing runs code, which may fail in any way
-        raise ReferenceProblem(
-            f"{name!r} is not found ({error or type(error).__name__}): install or restore it, or add it to ALIASES"
-        ) from error
-    if not _is_harmless(obj, roots):
-        home = getattr(obj, "__module__", None)
-        raise ReferenceProblem(
-            f"{name!r} is outside of what may be restored{_extend(home if isinstance(home, str) else place)}"
-        )
+        reason = f"({error or type(error).__name__}): install or restore it, or add it to ALIASES"
+        raise ReferenceProblem(f"{name!r} is not found {reason}") from error
+    if qualname and not _is_allowed(obj, project, own, roots):
+        raise _refused(name, _remedy((_home(obj) or [place])[0], project))
     return obj
 
 
-def is_project_module(place: str) -> bool:
-    """Whether a module is the project's own: in its package, or a file beside it or in ROOT_PATH, such as train.py."""
-    root = place.partition(".")[0]
-    if root == PACKAGE:
-        return True
-    folders = (CODE_PATH, Path(global_config["ROOT_PATH"]))
-    places = [place for folder in folders for place in (folder / f"{root}.py", folder / root / "__init__.py")]
-    files = [file for file in places if file.is_file()]
-    if not root.isidentifier() or not files:
-        return False
-    if root in sys.modules:
-        imported = getattr(sys.modules[root], "__file__", None)
-    else:
-        spec = importlib.util.find_spec(root)
-        if spec is None:
-            return True  # importing it will say that it is not found
-        imported = spec.origin
-    # The file may merely bear the name of a library that is imported in its place.
-    return imported is not None and any(
-        Path(imported).is_file() and file.samefile(imported) for file in files
-    )
+def _refused(name: str, reason: str) -> ReferenceProblem:
+    return ReferenceProblem(f"{name!r} is outside of what may be restored: {reason}")
 
 
-def _may_import(place: str, roots: tuple[str, ...]) -> bool:
-    return (
-        place in ("torch", "builtins")
-        or _within(place, (*_TORCH_MODULES, *roots))
-        or is_project_module(place)
-    )
-
-
-def _is_harmless(obj: Any, roots: tuple[str, ...]) -> bool:
-    # An object may be reached through a module that merely imports it (torch:os.system): its own module decides.
-    place = getattr(obj, "__module__", None)
-    if not isinstance(place, str) or not callable(obj):
-        return False
-    is_own_loss = (
-        place.endswith("_training") and getattr(obj, "__name__", "train") != "train"
-    )  # <- in a routine's file
-    if _within(place, _MACHINERY) and not is_own_loss:
-        return False
-    if is_project_module(_script_name() if place == "__main__" else place) or _within(place, roots):
-        return True
+def _is_allowed(obj: Any, project: Project, own: list[str], roots: list[str]) -> bool:
+    place, qualname = _home(obj) or ("", "")
+    if _within(place, [*own, *roots]):
+        refused = _within(place, [project.package + home for home in OWN_REFUSED])
+        is_method = "." in qualname and not isinstance(obj, type)  # it may import, load or write
+        return not refused and not is_method and qualname not in REFUSED_NAMES
     if isinstance(obj, type):
-        return obj in _PLAIN_TYPES or (_within(place, _TORCH_MODULES) and not _within(place, _TORCH_GADGETS))
+        return obj in BUILTINS or _within(place, TORCH_CLASSES)
     if isinstance(obj, FunctionType):
-        return place == "torch.nn.functional"
-    if not isinstance(obj, BuiltinFunctionType):
-        return False
-    # PyTorch's C functions: only those that compute with tensors; torch.from_file and the like do not.
-    name = obj.__name__
-    if place == "torch" and getattr(torch, name, None) is obj and hasattr(torch.Tensor, name):
+        return place in TORCH_FUNCTIONS
+    return isinstance(obj, BuiltinFunctionType) and place in ("torch", "torch._C._nn") and _computes(obj)
+
+
+def _computes(function: BuiltinFunctionType) -> bool:
+    """Tell whether torch's function in C computes with tensors; torch.from_file and the like do not."""
+    import torch
+
+    if getattr(torch, function.__name__, None) is function and hasattr(torch.Tensor, function.__name__):
         return True
-    return place in ("torch", "torch._C._nn") and any(found is obj for found in vars(functional).values())
+    return any(found is function for found in vars(torch.nn.functional).values())
 
 
-def _within(place: str, prefixes: Iterable[str]) -> bool:
-    return any(place == prefix or place.startswith(prefix + ".") for prefix in prefixes)
+def _home(obj: Any) -> tuple[str, str] | None:
+    """Return the module that defines a class or function, wherever it was found, and its name in there."""
+    module, qualname = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
+    if not isinstance(qualname, str) or not isinstance(module, str | None) or not callable(obj):
+        return None
+    return _known_as(module or ""), qualname
 
 
-def _is_known(root: str) -> bool:
-    return root in ("", "torch", "builtins", PACKAGE) or root in sys.stdlib_module_names
+def _known_as(module: str) -> str:
+    return script_name() if module == "__main__" else module
 
 
-def _extend(place: str) -> str:
+def _places(obj: Any, module: str, qualname: str) -> Iterator[tuple[str, str]]:
+    if module.partition(".")[0] == "torch":
+        import torch
+
+        # torch.relu calls itself torch:_VariableFunctionsClass.relu, and logsigmoid log_sigmoid.
+        yield from ((place, obj.__name__) for place in PUBLIC)
+        functional = vars(torch.nn.functional).items()
+        yield from (("torch.nn.functional", alias) for alias, found in functional if found is obj)
+    if module:
+        yield module, qualname
+
+
+def _why_unnamed(obj: Any, module: str, qualname: str) -> str:
+    if "<lambda>" in qualname:
+        return "a lambda has no name to record: define it with def at the top of a module"
+    if "<locals>" in qualname:
+        return f"{qualname} is defined inside a function: move it to the top of a module"
+    if isinstance(obj, MethodType) or isinstance(getattr(obj, "__self__", None), type):
+        return f"{qualname} is a bound method: give a function at the top of a module"
+    return f"{module}.{qualname} is not found under its own name: define it at the top of a module"
+
+
+def _within(place: str, homes: Iterable[str]) -> bool:
+    return any(place == home or place.startswith(f"{home}.") for home in homes)
+
+
+def _is_known(root: str, project: Project) -> bool:
+    ours = ("", "torch", "builtins", project.package, __name__.partition(".")[0])
+    return root in ours or root in sys.stdlib_module_names
+
+
+def _remedy(place: str, project: Project) -> str:
     root = place.partition(".")[0]
-    if root == PACKAGE:
-        return ": it belongs to what runs the project, so define what a config names elsewhere, such as in utils/loss.py"
-    if _is_known(root):
-        return f": {_ONLY}"
-    return f": if you trust '{root}', add it to ALLOWED_ROOTS in {PACKAGE}/config/references.py"
+    if root == project.package:
+        return "it belongs to what runs the project, so define what a config names in models, utils, ..."
+    if _is_known(root, project):
+        return "records name models, losses, metrics, datasets, optimizers and tensor functions only"
+    return f"if you trust '{root}', add it to ALLOWED_ROOTS in {project.package}/config/config.py"
 
 
 def _find(place: str, qualname: str) -> Any:
@@ -251,19 +199,10 @@ def _find(place: str, qualname: str) -> Any:
 def _module(place: str) -> ModuleType:
     # The running script is known as __main__; importing it again would make a second copy of its classes.
     main = sys.modules["__main__"]
-    return main if place == _script_name() and hasattr(main, "__file__") else importlib.import_module(place)
+    return main if place == script_name() and hasattr(main, "__file__") else importlib.import_module(place)
 
 
-def _script_name() -> str:
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    if spec is not None:
-        return spec.name.removesuffix(".__main__")  # python -m module
-    file = getattr(main, "__file__", None)
-    return Path(file).stem if file else "__main__"
-
-
-def _relative(place: str) -> str:
+def _relative(place: str, project: Project) -> str:
     if place == "__main__":
         raise ReferenceProblem("it is defined in a notebook or at the prompt: move it to a module")
-    return place.removeprefix(PACKAGE) if place == PACKAGE or place.startswith(PACKAGE + ".") else place
+    return place.removeprefix(project.package) if _within(place, [project.package]) else place

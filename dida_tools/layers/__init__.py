@@ -1,4 +1,4 @@
-"""Contains the convolution layers."""
+"""Layers."""
 
 from .conv import ConvLayer, DeconvLayer, TransConvLayer
 

@@ -1,8 +1,8 @@
 """
-Contains convolution layers: convolution, normalization, activation, dropout, in this order.
+Convolution layers: convolution, normalization, activation, dropout, in this order.
 
-Normalizing before the activation lets deployment tools fold it into the convolution. A layer that normalizes has no
-bias: the normalization would subtract it again, and it would never get a gradient.
+Normalizing before the activation lets deployment tools fold it into the convolution. A layer that normalizes
+has no bias: the normalization would subtract it again, and it would never get a gradient.
 """
 
 from collections.abc import Callable
@@ -27,18 +27,14 @@ class ConvLayer(nn.Module):
         """
         :param ch_in: input channels
         :param ch_out: output channels
-        :param k_size: edge of the kernel in pixels, odd
+        :param k_size: size of the kernel in pixels, odd
         :param stride: step of the kernel in pixels
         :param dropout: probability that a whole channel is zeroed in training
         :param activ: class of the activation
-        :param norm: what makes the normalization for a number of channels (``partial(nn.GroupNorm, 8)`` works), or None
+        :param norm: makes the normalization of so many channels, such as partial(nn.GroupNorm, 8), or None
         """
         super().__init__()
-        if k_size % 2 == 0:
-            raise ValueError(
-                f"k_size is {k_size}: choose an odd one, an even kernel cannot keep height and width."
-            )
-        self.conv = nn.Conv2d(ch_in, ch_out, k_size, stride, padding=k_size // 2, bias=norm is None)
+        self.conv = nn.Conv2d(ch_in, ch_out, k_size, stride, padding=_padding(k_size), bias=norm is None)
         self.norm = nn.Identity() if norm is None else norm(ch_out)
         self.activ = activ()
         self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
@@ -75,7 +71,7 @@ class DeconvLayer(nn.Module):
     """
     A sub-pixel convolution (https://arxiv.org/abs/1609.05158) that doubles height and width.
 
-    It starts as nearest-neighbor upsampling (ICNR, https://arxiv.org/abs/1707.02937), so without a checkerboard.
+    It starts as nearest-neighbor upsampling (ICNR, https://arxiv.org/abs/1707.02937), without a checkerboard.
     """
 
     def __init__(
@@ -89,23 +85,22 @@ class DeconvLayer(nn.Module):
     ) -> None:
         """See ConvLayer."""
         super().__init__()
-        if k_size % 2 == 0:
-            raise ValueError(
-                f"k_size is {k_size}: choose an odd one, an even kernel cannot keep height and width."
-            )
-        self.conv = nn.Conv2d(ch_in, 4 * ch_out, k_size, padding=k_size // 2, bias=norm is None)
+        self.conv = nn.Conv2d(ch_in, 4 * ch_out, k_size, padding=_padding(k_size), bias=norm is None)
         self.shuffle = nn.PixelShuffle(2)
         # After the shuffle, the four pixels of a cell share one scale and one shift.
         self.norm = nn.Identity() if norm is None else norm(ch_out)
         self.activ = activ()
         self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
-        self._initialize_icnr()
-
-    @torch.no_grad()
-    def _initialize_icnr(self) -> None:
-        for parameter in self.conv.parameters():
-            parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
+        with torch.no_grad():
+            for parameter in self.conv.parameters():  # ICNR
+                parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ch_in, H, W) to (N, ch_out, 2H, 2W)."""
         return self.dropout(self.activ(self.norm(self.shuffle(self.conv(x)))))
+
+
+def _padding(k_size: int) -> int:
+    if k_size % 2 == 0:
+        raise ValueError(f"k_size is {k_size}: choose an odd one, which can keep height and width.")
+    return k_size // 2

@@ -1,4 +1,4 @@
-"""Contains the models."""
+"""Models."""
 
 from .unet import UNET
 

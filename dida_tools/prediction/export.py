@@ -1,26 +1,29 @@
 """
-Exports a trained model: one file that takes images as they stand in their files and gives probabilities.
+Export a trained model: one file that takes images as they stand in their files and returns probabilities.
 
-    python -m dida_tools.prediction.export NAME -o model.onnx      NAME: a run's name or part of it, latest, or best
+    python -m dida_tools.prediction.export NAME -o model.onnx      NAME: a run's name or part of it, latest,
+    best
 
-The ending decides: .onnx for onnxruntime and others, .pt2 for torch.export.load, .safetensors for the weights alone.
+The ending decides: .onnx for onnxruntime and others, .pt2 for torch.export.load, .safetensors for weights
+alone (read them with safetensors.torch.load_file into a model that was built with the MODEL_CONFIG).
 
-onnx and pt2 take values as they stand in the files, as float32 (N, C, H, W): whoever calls them casts integers. That is
-exact up to 2 ** 24; of uint32, int32, float64, what float32 cannot hold is lost. Scaling, normalization, nodata to 0,
-temperature and softmax or sigmoid are inside; what comes out is (N, K, H, W). Nothing is refused: unlike in prediction,
-NaN in gives NaN out. Data contract, class names, thresholds and the digest of the weights are in the file's metadata.
-What was written is read again and compared with PyTorch, at several sizes and batches, before it gets its name.
+onnx and pt2 take values as they stand in the files, as float32 (N, C, H, W): whoever calls them casts
+integers. That is exact up to 2 ** 24; of uint32, int32, float64, what float32 cannot hold is lost. Scaling,
+normalization, nodata to 0, temperature and softmax or sigmoid are inside; the output is (N, K, H, W).
+Nothing is refused: unlike in prediction, NaN in gives NaN out. Data contract, class names, thresholds and
+the digest of the weights are in the file's metadata. torch.export decides on the smallest image: UNET needs
+sizes of at least 2 ** n_recursions + 1 pixels in a .pt2, 1 in ONNX. A file is compared with PyTorch before
+it gets its name.
 """
 
 import argparse
-import contextlib
 import copy
 import io
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +32,21 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..config.config import global_config as default_global_config
-from ..config.errors import UserError
+from ..config.capture import capture
+from ..config.errors import UserError, exit_code
+from ..config.project import find_project
 from ..utils.data.contract import DataContract
-from ..utils.logging.runs import find_run, read_record, read_run_config
-from ..utils.path import shown, write_atomic
-from ..utils.torchutils import load_model
-from ..utils.weights import load_weights, weights_digest
+from ..utils.files import relative_path, write_atomic
+from ..utils.weights import weights_digest
+from .predict import run_config
+from .predictor import load_predictor
 
-TOLERANCE = 1e-4  # largest difference from PyTorch: of probabilities, and of a regression's values in parts of the largest
+# Largest difference from PyTorch: of probabilities; of a regression's values as a fraction of the largest.
+TOLERANCE = 1e-4
 METADATA_FILE = "contract.json"  # of a .pt2, see torch.export.load(extra_files)
-_MULTIPLES = (1, 2, 4, 8, 16, 32, 64)  # that image edges may have to be of: tried in this order
+_MULTIPLES = (1, 2, 4, 8, 16, 32, 64)  # that image sizes may have to be of: tried in this order
 
 Notes = dict[str, str]
-Runner = Callable[[np.ndarray], np.ndarray]
 
 
 class ExportError(UserError):
@@ -57,13 +61,15 @@ class RawModel(nn.Module):
     std: Tensor
 
     def __init__(self, model: nn.Module, contract: DataContract) -> None:
+        """:param model: copied; the caller's stays as it is"""
         super().__init__()
-        self.model, self.contract = model, contract
-        # As DataContract.prepare: of a large mean, float32 loses the deviation.
+        self.model, self.contract = copy.deepcopy(model).cpu().float(), contract
+        # As DataContract.prepare: of a large mean, float32 loses the std.
         self.dtype = torch.float32 if np.dtype(contract.dtype).itemsize <= 2 else torch.float64
         for name in ("scale", "mean", "std"):
             values = torch.tensor(getattr(contract, name), dtype=self.dtype)
             self.register_buffer(name, values.reshape(-1, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, C, H, W) in float32 as in the files to (N, K, H, W) in float32."""
@@ -78,285 +84,168 @@ class RawModel(nn.Module):
         return self.contract.probabilities(self.model(values))
 
 
-def export_onnx(
-    model: nn.Module, contract: DataContract, path: str | Path, notes: Notes | None = None
-) -> float:
+def export_run(global_config: dict[str, str] | None, wanted: str, path: str | Path, kind: str = "") -> float:
     """
-    Writes a model as ONNX, with dynamic batch, height and width.
+    Export the best weights of a run; see export_model.
 
-    :param notes: further metadata
-    :return: largest difference from PyTorch at the checked sizes
-    :raises ExportError: if it cannot be exported, or differs by more than TOLERANCE; then nothing is written
-    """
-    onnxruntime = _library("onnxruntime")
-    _library("onnxscript")
-    raw = _raw(model, contract)
-    program, multiple = _export(raw)
-    with _quiet():
-        exported = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=["image"], output_names=["probabilities"]
-        )
-    assert exported is not None
-    proto = exported.model_proto
-    _name_axes(proto)
-    for key, value in (_metadata(raw, multiple, 1) | (notes or {})).items():
-        proto.metadata_props.add(key=key, value=value)
-    try:
-        content = proto.SerializeToString()
-    except Exception as error:  # of protobuf, whose errors are many
-        raise ExportError(
-            f"{path}: the model cannot be written as one ONNX file (2 GB at most): {error}."
-        ) from error
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    difference = _check(raw, lambda image: session.run(None, {"image": image})[0], multiple, 1, path)
-    write_atomic(path, lambda file: file.write(content))
-    return difference
-
-
-def export_program(
-    model: nn.Module, contract: DataContract, path: str | Path, notes: Notes | None = None
-) -> float:
-    """
-    Writes a model as what torch.export.load reads; as export_onnx otherwise.
-
-    The metadata are JSON in the extra file METADATA_FILE. The smallest image, which torch.export decides on, is among
-    them: UNET needs edges of at least 2 ** n_recursions + 1 pixels here, none in ONNX.
-    """
-    raw = _raw(model, contract)
-    program, multiple = _export(raw)
-    smallest = _smallest_edge(program, contract.channels, multiple)
-    metadata = json.dumps(_metadata(raw, multiple, smallest) | (notes or {}), indent=2)
-    stream = io.BytesIO()
-    with _quiet():
-        torch.export.save(program, stream, extra_files={METADATA_FILE: metadata})
-        stream.seek(0)
-        loaded = torch.export.load(stream).module()
-    difference = _check(raw, lambda image: loaded(torch.from_numpy(image)).numpy(), multiple, smallest, path)
-    write_atomic(path, lambda file: file.write(stream.getvalue()))
-    return difference
-
-
-def export_safetensors(
-    model: nn.Module, contract: DataContract, path: str | Path, notes: Notes | None = None
-) -> float:
-    """
-    Writes the weights alone, for publishing, with the contract as metadata; as export_onnx otherwise.
-
-    They are read with safetensors.torch.load_file into a model that was built with the MODEL_CONFIG.
-    """
-    safetensors = _library("safetensors.torch")
-    raw = _raw(model, contract)
-    state = {name: tensor.contiguous().clone() for name, tensor in raw.model.state_dict().items()}
-    metadata = _metadata(raw, None, None) | (notes or {})
-    content = safetensors.save(state, metadata)
-    if weights_digest(safetensors.load(content)) != metadata["weights_sha256"]:
-        raise ExportError(f"{path}: the weights that were read again are not those of the model.")
-    write_atomic(path, lambda file: file.write(content))
-    return 0.0
-
-
-KINDS: dict[str, Callable[..., float]] = {
-    "onnx": export_onnx,
-    "pt2": export_program,
-    "safetensors": export_safetensors,
-}
-
-
-def export_run(
-    global_config: dict[str, str], wanted: str, path: str | Path, kind: str | None = None
-) -> float:
-    """
-    Exports the best weights of a tracked run.
-
+    :param global_config: None: the project's
     :param wanted: as in find_run
-    :param kind: one of KINDS; None takes the ending of the path
+    """
+    config = run_config(wanted, global_config)
+    predictor = load_predictor(config["WEIGHTS"], config["MODEL"], config["MODEL_CONFIG"], device="cpu")
+    record = capture({key: config[key] for key in ("MODEL", "MODEL_CONFIG")}, find_project())["config"]
+    notes = {key.lower(): json.dumps(value) for key, value in record.items()}
+    notes["run"] = config["WEIGHTS"].parent.name
+    return export_model(predictor.model, predictor.contract, path, kind, notes)
+
+
+def export_model(
+    model: nn.Module, contract: DataContract, path: str | Path, kind: str = "", notes: Notes | None = None
+) -> float:
+    """
+    Export a model with its contract.
+
+    :param kind: one of KINDS; by default the ending of the path
+    :param notes: further metadata
     :return: largest difference from PyTorch
+    :raises ExportError: if it cannot be exported, or differs by more than TOLERANCE; then nothing is written
     """
     kind = kind or Path(path).suffix[1:]
     if kind not in KINDS:
-        raise ExportError(
-            f"{path}: its ending is none of {', '.join('.' + name for name in KINDS)}: change it, or --to."
-        )
-    name = find_run(global_config, wanted, with_weights=True)
-    run_dir, weights = (
-        Path(global_config["LOG_DIR"]) / name,
-        Path(global_config["WEIGHT_DIR"]) / name / "best.pt",
-    )
-    config, record = read_run_config(run_dir), read_record(run_dir)["config"]
-    model = load_model(weights, config["MODEL"], config["MODEL_CONFIG"])
-    stored = load_weights(weights)
-    if "contract" not in stored:
-        raise ExportError(
-            f"{weights}: holds no data contract: its dataset has none, so raw images cannot be scaled."
-        )
-    notes = {"run": name} | {key.lower(): json.dumps(record[key]) for key in ("MODEL", "MODEL_CONFIG")}
-    return KINDS[kind](model, DataContract.from_dict(stored["contract"]), path, notes)
-
-
-# ---------------------------------------------------------------------------------------------------------------- steps
-
-
-def _library(name: str) -> Any:
-    import importlib
-
+        raise ExportError(f"{path}: its ending is none of .{', .'.join(KINDS)}: change it, or give --to.")
+    raw, stored = RawModel(model, contract), contract.to_dict()
+    metadata = {key: json.dumps(stored[key]) for key in ("class_names", "threshold")} | (notes or {})
+    metadata |= {"contract": json.dumps(stored), "version": f"{__name__.partition('.')[0]} {__version__}"}
+    metadata["weights_sha256"] = weights_digest(raw.model.state_dict())
     try:
-        return importlib.import_module(name)
+        content, difference = KINDS[kind](raw, metadata)
     except ImportError as error:
+        message = f'{error.name} is not installed: pip install -c constraints.txt -e ".[export]".'
+        raise ExportError(message) from error
+    if not difference <= TOLERANCE:  # NaN too
         raise ExportError(
-            f'{name} is not installed: pip install -c constraints.txt -e ".[export]" ({error}).'
-        ) from error
-
-
-def _raw(model: nn.Module, contract: DataContract) -> RawModel:
-    """A copy in float32 on the CPU; the caller's model stays as it is."""
-    return RawModel(copy.deepcopy(model).cpu().float(), contract).eval().requires_grad_(False)
-
-
-def _metadata(raw: RawModel, multiple: int | None, smallest: int | None) -> Notes:
-    contract = raw.contract
-    metadata = {
-        "contract": json.dumps(contract.to_dict()),
-        "class_names": json.dumps(list(contract.class_names)),
-        "threshold": json.dumps(contract.to_dict()["threshold"]),
-        "version": f"{__name__.partition('.')[0]} {__version__}",
-        "weights_sha256": weights_digest(raw.model.state_dict()),
-    }
-    if multiple is not None:
-        metadata["input"] = f"float32 (N, {contract.channels}, H, W), values as in the {contract.dtype} files"
-        metadata["sizes"] = f"edges of {smallest} pixels or more" + f", multiples of {multiple}" * (
-            multiple > 1
+            f"{path}: the exported model differs from PyTorch by {difference:g}, at most {TOLERANCE:g} is "
+            "allowed; nothing is written."
         )
-    return metadata
+    write_atomic(path, lambda file: file.write(content))
+    return difference
 
 
-def _export(raw: RawModel) -> tuple[torch.export.ExportedProgram, int]:
-    """The program, and the number that heights and widths are to be multiples of."""
-    multiple, example = _example(raw)
-    dims: list[Any] = [torch.export.Dim.DYNAMIC] * 3
-    if multiple > 1:
-        dims[1:] = [multiple * torch.export.Dim(name, min=1) for name in ("rows", "columns")]
+def _to_onnx(raw: RawModel, metadata: Notes) -> tuple[bytes, float]:
+    import onnxruntime
+    from torch.onnx.verification import verify_onnx_program
+
+    program, multiple = _export(raw, metadata)
+    names: dict[str, Any] = {"input_names": ["image"], "output_names": ["probabilities"]}
+    exported = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    assert exported is not None
+    (verified,) = verify_onnx_program(exported)
+    proto = exported.model_proto
+    for value in (*proto.graph.input, *proto.graph.output):
+        for axis, name in {0: "batch", 2: "height", 3: "width"}.items():
+            value.type.tensor_type.shape.dim[axis].dim_param = name
+    del proto.graph.value_info[:]  # the shapes in between, by the old names
+    for key, text in metadata.items():
+        proto.metadata_props.add(key=key, value=text)
     try:
-        with _quiet():
-            shapes = (dict(zip((0, 2, 3), dims, strict=True)),)
-            return torch.export.export(raw, (example,), dynamic_shapes=shapes, strict=False), multiple
-    except Exception as error:  # whatever the model raises
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ExportError(
-            f"{type(raw.model).__name__}: torch.export takes it with no dynamic batch, height and width: have it not "
-            f"decide by values or sizes in Python; the reason: {reason}"
-        ) from error
+        content = proto.SerializeToString()
+    except Exception as error:  # of protobuf, whose errors are many
+        raise ExportError(f"The model cannot be one ONNX file, of 2 GB at most: {error}.") from error
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    difference = _compare(raw, lambda image: session.run(None, {"image": image.numpy()})[0], multiple)
+    return content, float(np.max([difference, min(verified.max_abs_diff, verified.max_rel_diff)]))
 
 
-def _example(raw: RawModel) -> tuple[int, Tensor]:
-    """The smallest multiple that the model takes as height and width, and images that are no multiple of more."""
-    reason = ""
+def _to_program(raw: RawModel, metadata: Notes) -> tuple[bytes, float]:
+    program, multiple = _export(raw, metadata)
+    stream = io.BytesIO()
+    torch.export.save(program, stream, extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
+    stream.seek(0)
+    return stream.getvalue(), _compare(raw, torch.export.load(stream).module(), multiple)
+
+
+def _to_safetensors(raw: RawModel, metadata: Notes) -> tuple[bytes, float]:
+    import safetensors.torch
+
+    state = {name: tensor.contiguous().clone() for name, tensor in raw.model.state_dict().items()}
+    content = safetensors.torch.save(state, metadata)
+    is_same = weights_digest(safetensors.torch.load(content)) == metadata["weights_sha256"]
+    return content, 0.0 if is_same else float("inf")
+
+
+KINDS = {"onnx": _to_onnx, "pt2": _to_program, "safetensors": _to_safetensors}
+
+
+def _export(raw: RawModel, metadata: Notes) -> tuple[torch.export.ExportedProgram, int]:
+    """Return the program, and the smallest number that heights and widths have to be multiples of."""
+    name, reason = type(raw.model).__name__, ""
     for multiple in _MULTIPLES:
-        rows = 256 // multiple + 1  # odd
-        example = torch.zeros(2, raw.contract.channels, rows * multiple, (rows + 2) * multiple)
+        example = _images(raw.contract, 2, 256 // multiple + 1, 256 // multiple + 3, multiple)
         try:
-            with torch.no_grad():
-                raw(example)
-            return multiple, example
+            raw(example)
+            break
         except Exception as error:  # whatever the model raises
             reason = " ".join(str(error).split())[:300]
-    raise ExportError(
-        f"{type(raw.model).__name__}: fails for images of {_MULTIPLES[-1]} x n pixels: {reason}"
-    )
-
-
-def _smallest_edge(program: torch.export.ExportedProgram, channels: int, multiple: int) -> int:
-    """The smallest edge of a square image that the program does not refuse."""
-    run = program.module()
-    for edge in range(multiple, 2**10, multiple):
-        with contextlib.suppress(Exception):  # a guard, whose type PyTorch does not name
-            run(torch.zeros(1, channels, edge, edge))
-            return edge
-    raise ExportError("the exported program takes no image below 1024 pixels.")
-
-
-def _name_axes(proto: Any) -> None:
-    """Readable names for what torch.export calls s40 and the like."""
-    for value in (*proto.graph.input, *proto.graph.output):
-        dims = value.type.tensor_type.shape.dim
-        for axis, name in {0: "batch", 2: "height", 3: "width"}.items():
-            if axis < len(dims) and not dims[axis].HasField("dim_value"):
-                dims[axis].dim_param = name
-    del proto.graph.value_info[:]  # the shapes in between, by the old names
-
-
-def _check(raw: RawModel, run: Runner, multiple: int, smallest: int, path: str | Path) -> float:
-    """Compares with the way from raw values to probabilities that prediction takes."""
-    contract, generator, largest = raw.contract, np.random.default_rng(0), 0.0
-    low = -(-max(smallest, 16) // multiple)
-    for batch, rows, columns in ((1, low, low), (3, low + 3, low + 8), (2, 2 * low + 5, low + 1)):
-        shape = (batch, rows * multiple, columns * multiple, contract.channels)
-        images = _images(contract, shape, generator)
-        with torch.no_grad():
-            prepared = torch.stack([contract.prepare(image)[0] for image in images])
-            expected = contract.probabilities(raw.model(prepared)).numpy()
-        found = run(np.ascontiguousarray(np.moveaxis(images, -1, 1), np.float32))
-        unit = max(1.0, float(np.abs(expected).max())) if contract.task == "values" else 1.0
-        difference = float(np.abs(found - expected).max()) if found.shape == expected.shape else np.inf
-        if not difference <= TOLERANCE * unit:  # NaN too
-            raise ExportError(
-                f"{path}: the exported model differs from PyTorch by {difference:g}, at most {TOLERANCE * unit:g} is "
-                f"allowed ({batch} images of {shape[1]} x {shape[2]} pixels); nothing is written."
-            )
-        largest = max(largest, difference)
-    return largest
-
-
-def _images(contract: DataContract, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
-    """Random images (N, H, W, C) with values as in the files; some pixels hold no data."""
-    dtype = np.dtype(contract.dtype)
-    low, high = (
-        (0.0, 1.0) if dtype.kind == "f" else (0, 1 if dtype.kind == "b" else min(np.iinfo(dtype).max, 2**16))
-    )
-    if contract.mean:
-        mean, std = (np.asarray(values) / contract.scale for values in (contract.mean, contract.std))
-        values = generator.normal(mean, std, shape)
     else:
-        values = generator.uniform(contract.minimum or low, contract.maximum or high, shape)
-    if dtype.kind in "ui":
-        values = values.round().clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
+        raise ExportError(f"{name}: fails for images of {_MULTIPLES[-1]} x n pixels: {reason}")
+    channels, dtype = raw.contract.channels, raw.contract.dtype
+    metadata["input"] = f"float32 (N, {channels}, H, W), values as in the {dtype} files"
+    metadata["sizes"] = f"multiples of {multiple} pixels" if multiple > 1 else "any"
+    dims: list[Any] = [torch.export.Dim.DYNAMIC] * 3
+    if multiple > 1:
+        dims[1:] = [multiple * torch.export.Dim(side, min=1) for side in ("rows", "columns")]
+    try:
+        shapes = (dict(zip((0, 2, 3), dims, strict=True)),)
+        return torch.export.export(raw, (example,), dynamic_shapes=shapes, strict=False), multiple
+    except Exception as error:  # likewise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ExportError(
+            f"{name}: torch.export takes it with no dynamic batch, height and width: have it not decide by "
+            f"values or sizes in Python; the reason: {reason}"
+        ) from error
+
+
+def _compare(raw: RawModel, run: Callable[[Tensor], Any], multiple: int) -> float:
+    """Compare with the way from raw values to probabilities that prediction takes, at an odd size."""
+    contract = raw.contract
+    images = _images(contract, 3, 67 // multiple | 1, 93 // multiple | 1, multiple)
+    in_files = images.movedim(1, -1).numpy().astype(contract.dtype)
+    with torch.no_grad():
+        prepared = torch.stack([contract.prepare(image)[0] for image in in_files])
+        expected = contract.probabilities(raw.model(prepared)).numpy()
+    unit = max(1.0, float(np.abs(expected).max())) if contract.task == "values" else 1.0
+    return float(np.abs(np.asarray(run(images)) - expected).max()) / unit
+
+
+def _images(contract: DataContract, number: int, rows: int, columns: int, multiple: int) -> Tensor:
+    """Return random images (N, C, H, W) with values as in the files, in float32; some pixels hold no data."""
+    generator, dtype = np.random.default_rng(0), np.dtype(contract.dtype)
+    shape = (number, rows * multiple, columns * multiple, contract.channels)
+    high = min(np.iinfo(dtype).max, 2**16) if dtype.kind in "ui" else 1
+    values = generator.uniform(contract.minimum or 0, contract.maximum or high, shape).astype(dtype)
     if contract.nodata is not None:
         values[:, :3, 2:9] = contract.nodata
-    return values.astype(np.float32).astype(dtype)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leaves out what the exporters say about optional libraries and their own future."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(before)
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(values.astype(np.float32), -1, 1)))
 
 
 def main() -> int:
-    """The command."""
+    """Export a run by its name."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", metavar="NAME", help="the run: its name or part of it, latest, or best")
     parser.add_argument("-o", "--out", required=True, metavar="FILE", help="the file to be written")
-    parser.add_argument("--to", choices=KINDS, help="the format (default: by the ending of FILE)")
+    parser.add_argument("--to", choices=KINDS, default="", help="the format (default: by the ending of FILE)")
     arguments = parser.parse_args()
-    try:
-        difference = export_run(default_global_config, arguments.name, arguments.out, arguments.to)
-    except KeyboardInterrupt:
-        return 130
-    except (UserError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(f"{shown(arguments.out)} is written; its largest difference from PyTorch is {difference:.1e}.")
+    # The exporters warn of optional libraries and of their own future.
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    difference = export_run(None, arguments.name, arguments.out, arguments.to)
+    print(
+        f"{relative_path(arguments.out)} is written; its largest difference from PyTorch is {difference:.1e}."
+    )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

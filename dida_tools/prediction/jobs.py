@@ -1,20 +1,26 @@
-"""Contains what there is to predict: the images, and the outputs that are made of each."""
+"""What there is to predict: the images, the outputs that are made of each, and masks to score them with."""
 
 import glob
-import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from ..config.capture import ConfigError
+from ..config.errors import ConfigError
+from ..config.predict_keys import as_list
 from ..utils.data.contract import DataContract
-from ..utils.data.images import ENDINGS, DataError, ImageReader, list_images
+from ..utils.data.images import ENDINGS, DataError, ImageReader, Window, list_images
+from ..utils.data.pairs import map_values
+from ..utils.scores import Scores
+from .outputs import Output
 
-_NUM_CHECKED = 32  # images whose values are looked at before the first one is predicted
+_NUM_CHECKED = 32  # images whose values are checked before the first one is predicted
+_ROWS = 256  # that are scored at once
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Job:
     """One image and what is made of it."""
 
     inputs: tuple[Path, ...]  # several: the channels of one image
-    outputs: tuple[Path, ...]  # one for each kind
+    outputs: tuple[Path, ...] = ()  # one for each kind
 
     @property
     def stem(self) -> str:
@@ -35,104 +41,93 @@ class Job:
         return str(self.inputs[0] if len(self.inputs) == 1 else self.inputs[0].parent)
 
 
-def find_inputs(paths: Any, bands: Any = None) -> list[tuple[Path, ...]]:
+def find_inputs(paths: Any, bands: Sequence[str] | None = None) -> list[tuple[Path, ...]]:
     """
-    The images: files, all of a folder, all that match a pattern.
+    Find the images: files, all of a folder, all that match a pattern.
 
-    :param bands: patterns of file names: each of the paths is a folder then, whose files are the channels of one image
+    :param bands: patterns of file names: each path is a folder then, whose files are one image's channels
     :return: the file of each image, or its files in the order of the bands
     :raises DataError: with each path that gives no image
     """
-    found: list[tuple[Path, ...]] = []
-    problems = []
-    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
-        matches = (
-            sorted(glob.glob(str(path))) if glob.has_magic(str(path)) and not Path(path).exists() else [path]
-        )
+    found, problems = [], []
+    for path in as_list(paths):
+        is_pattern = glob.has_magic(str(path)) and not Path(path).exists()
+        matches = sorted(glob.glob(str(path))) if is_pattern else [path]
         if not matches:
             problems.append(f"{path}: nothing matches this pattern")
         for one in map(Path, matches):
-            if bands is not None and one.is_dir():
-                of_band = {band: sorted(one.glob(band)) for band in bands}
-                wrong = {band: len(files) for band, files in of_band.items() if len(files) != 1}
-                problems += [
-                    f"{one}: {number} files match {band}, it has to be one" for band, number in wrong.items()
-                ]
-                found += [] if wrong else [tuple(files[0] for files in of_band.values())]
-            elif bands is not None:
-                problems.append(f"{one}: with BANDS, an image is a folder that holds a file for each")
-            elif one.is_dir():
-                files = list_images(one)
-                found += [(file,) for file in files]
-                problems += [] if files else [f"{one}: holds no images"]
-            elif not one.is_file():
-                problems.append(f"{one}: there is no such file")
-            elif one.suffix.lower() not in ENDINGS:
-                problems.append(f"{one}: its ending is none of {', '.join(ENDINGS)}")
-            else:
-                found.append((one,))
+            try:
+                found += _images_of(one, bands)
+            except DataError as error:
+                problems += error.problems
     if problems:
         raise DataError(problems)
     return list(dict.fromkeys(found))
+
+
+def _images_of(path: Path, bands: Sequence[str] | None) -> list[tuple[Path, ...]]:
+    if bands is not None:
+        if not path.is_dir():
+            raise DataError(f"{path}: with BANDS, an image is a folder that holds a file for each")
+        of_band = {band: sorted(path.glob(band)) for band in bands}
+        wrong = [f"{len(files)} files match {band}" for band, files in of_band.items() if len(files) != 1]
+        if wrong:
+            raise DataError([f"{path}: {problem}, it has to be one" for problem in wrong])
+        return [tuple(files[0] for files in of_band.values())]
+    if path.is_dir():
+        if not (files := list_images(path)):
+            raise DataError(f"{path}: holds no images")
+        return [(file,) for file in files]
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
+    if path.suffix.lower() not in ENDINGS:
+        raise DataError(f"{path}: its ending is none of {', '.join(ENDINGS)}")
+    return [(path,)]
 
 
 def plan(
     inputs: list[tuple[Path, ...]], kinds: Sequence[str], contract: DataContract, config: dict[str, Any]
 ) -> list[Job]:
     """
-    The outputs of each image: its name with prefix and suffix, never that of an image.
+    Name the outputs of each image: its name with prefix and suffix, never that of an image.
 
     :param config: PREFIX, SUFFIX, FORMAT, OUTPUT_DTYPE and OUT_DIR of a predict_config
     :raises ConfigError: if FORMAT cannot hold an output
     :raises DataError: if an output would overwrite an image or another output
     """
+    form, out_dir = config["FORMAT"], Path(config["OUT_DIR"])
+    outputs = [Output(kind, contract, config["OUTPUT_DTYPE"]) for kind in kinds]
+    if form == ".png" and (wrong := [one.kind for one in outputs if not (one.is_single and one.is_uint8)]):
+        problem = "FORMAT is '.png', which cannot hold {}: choose .npy or .tif, or leave it out."
+        raise ConfigError([problem.format(kind) for kind in wrong])
     jobs = []
     for files in inputs:
-        stem = files[0].stem if len(files) == 1 else files[0].resolve().parent.name
-        parts = {kind: f"_{kind}" if len(kinds) > 1 else "" for kind in kinds}
-        endings = {
-            kind: config["FORMAT"] or _ending(files[0], kind, contract, config["OUTPUT_DTYPE"])
-            for kind in kinds
-        }
-        names = [f"{config['PREFIX']}{stem}{config['SUFFIX']}{parts[kind]}{endings[kind]}" for kind in kinds]
-        jobs.append(Job(files, tuple(Path(config["OUT_DIR"]) / name for name in names)))
-    too_much = [
-        f"FORMAT is '.png', which cannot hold {kind}: choose .npy or .tif, or leave it out"
-        for kind in kinds
-        if config["FORMAT"] == ".png"
-        and _ending(Path("map.png"), kind, contract, config["OUTPUT_DTYPE"]) != ".png"
-    ]
-    if too_much:
-        raise ConfigError(too_much)
+        start = f"{config['PREFIX']}{Job(files).stem}{config['SUFFIX']}"
+        ends = [form or _ending(files[0], output) for output in outputs]
+        if len(kinds) > 1:
+            ends = [f"_{kind}{end}" for kind, end in zip(kinds, ends, strict=True)]
+        jobs.append(Job(files, tuple(out_dir / f"{start}{end}" for end in ends)))
     images = {file.resolve() for files in inputs for file in files}
-    outputs = [output for job in jobs for output in job.outputs]
-    problems = [
-        f"{output}: the output would overwrite an input: give another OUT_DIR, PREFIX or SUFFIX"
-        for output in outputs
-        if output.resolve() in images
+    counts = Counter(path for job in jobs for path in job.outputs)
+    other = "would overwrite an input: give another OUT_DIR, PREFIX or SUFFIX"
+    problems = [f"{path}: {other}" for path in counts if path.resolve() in images]
+    problems += [
+        f"{path}: several inputs would be written to it" for path, number in counts.items() if number > 1
     ]
-    twice = (
-        {output for output in outputs if outputs.count(output) > 1}
-        if len(set(outputs)) < len(outputs)
-        else set()
-    )
-    problems += [f"{output}: several inputs would be written to this file" for output in sorted(twice)]
     if problems:
         raise DataError(problems)
     return jobs
 
 
-def _ending(file: Path, kind: str, contract: DataContract, dtype: str) -> str:
-    """The input's, where that format can hold the output: a picture holds one number from 0 to 255 a pixel."""
+def _ending(file: Path, output: Output) -> str:
+    """Return the input's, where that format can hold the output: a picture holds one uint8 a pixel."""
     ending = {".npz": ".npy", ".jpg": ".png", ".jpeg": ".png"}.get(file.suffix.lower(), file.suffix.lower())
-    single = contract.outputs == 1 or (contract.task == "multi-class" and kind != "probabilities")
-    whole = contract.task != "values" and (kind == "classes" or dtype == "uint8")
-    return ".npy" if ending == ".png" and not (single and whole) else ending
+    return ".npy" if ending == ".png" and not (output.is_single and output.is_uint8) else ending
 
 
 def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) -> dict[Job, tuple[int, int]]:
     """
-    What can be told of the images before the first one is predicted.
+    Check what is known of the images before the first one is predicted.
 
     :return: height and width of each
     :raises DataError: with each that cannot be read, or is not as the contract says
@@ -142,7 +137,12 @@ def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) 
         try:
             with ImageReader(*job.inputs) as image:
                 sizes[job] = image.shape[:2]
-                problems += _problems(job, image, contract, check_values and number < _NUM_CHECKED)
+                own = contract.for_nodata(image.nodata)
+                found = own.problems(np.zeros((1, 1, image.shape[2]), image.dtype))
+                if check_values and number < _NUM_CHECKED and not found:
+                    hint = "(CHECK_VALUES=False predicts it anyway)"
+                    found = [f"{problem} {hint}" for problem in own.value_problems(image.sample())]
+                problems += [f"{job.name}: {problem}" for problem in found]
         except DataError as error:
             problems += error.problems
     if problems:
@@ -150,10 +150,49 @@ def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) 
     return sizes
 
 
-def _problems(job: Job, image: ImageReader, contract: DataContract, check_values: bool) -> list[str]:
-    contract = contract.for_nodata(image.nodata)
-    problems = contract.problems(np.zeros((1, 1, image.shape[2]), image.dtype))
-    if check_values and not problems:
-        found = contract.value_problems(image.sample())
-        problems = [f"{problem} (CHECK_VALUES=False predicts it anyway)" for problem in found]
-    return [f"{job.name}: {problem}" for problem in problems]
+def find_masks(jobs: Iterable[Job], folder: str | Path) -> list[Path]:
+    """
+    Find the mask of each image, by the name without ending.
+
+    :raises DataError: with each that is missing
+    """
+    masks = {file.stem: file for file in list_images(folder)}
+    missing = [f"{folder}: there is no mask called {job.stem}" for job in jobs if job.stem not in masks]
+    if missing:
+        raise DataError(missing)
+    return [masks[job.stem] for job in jobs]
+
+
+def score_maps(maps: list[Path], masks: list[Path], contract: DataContract, config: dict[str, Any]) -> Scores:
+    """
+    Compare maps of probabilities with masks, by the same counts as in training and without missing pixels.
+
+    :param maps: outputs of the kind "probabilities", in float32 or uint8
+    :param masks: one for each, as in training
+    :param config: IGNORE_INDEX and MASK_VALUES of a predict_config
+    :raises DataError: if a mask has another size than its map, or values that are no classes
+    """
+    multi_class, ignore_index = contract.task == "multi-class", config["IGNORE_INDEX"]
+    scores = Scores(contract.outputs, multi_class, ignore_index, contract.threshold)
+    for map_file, mask_file in zip(maps, masks, strict=True):
+        with ImageReader(map_file) as predicted, ImageReader(mask_file) as mask:
+            height, width, _ = predicted.shape
+            if mask.shape[:2] != (height, width):
+                size = f"{mask.shape[0]} x {mask.shape[1]} pixels, that of the map {height} x {width}"
+                raise DataError(f"{mask_file}: its size is {size}")
+            for top in range(0, height, _ROWS):
+                window = Window(top, 0, min(_ROWS, height - top), width)
+                values = predicted.read(window)
+                is_uint8 = values.dtype == np.uint8
+                missing = (values == 255 if is_uint8 else np.isnan(values)).all(-1)
+                p = np.clip(values / 254 if is_uint8 else values.astype(np.float64), 1e-12, 1 - 1e-12)
+                logits = np.where(missing[..., None], 0, np.log(p) if multi_class else np.log(p / (1 - p)))
+                targets = map_values(mask.read(window), config["MASK_VALUES"])
+                targets = targets.astype(np.int64 if multi_class else np.float32)
+                targets[missing] = ignore_index
+                batch = [torch.from_numpy(array).movedim(-1, 0) for array in (logits, targets)]
+                try:
+                    scores.update(batch[0][None].float(), batch[1] if multi_class else batch[1][None])
+                except ValueError as error:
+                    raise DataError(f"{mask_file}: {error}") from error
+    return scores

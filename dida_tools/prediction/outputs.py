@@ -1,298 +1,196 @@
-"""
-Contains what prediction writes: kinds of output, and files that are filled band by band. A file gets its name when it
-is whole; until then its rows lie beside it, so that a prediction that was killed goes on where it was.
-"""
+"""What prediction writes: kinds of output, and files that get their name when they are complete."""
 
-import contextlib
-import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 
-from ..config.errors import UserError
 from ..utils.data.contract import DataContract
 from ..utils.data.images import Grid
-from ..utils.path import create_dirs, sync_dir, write_atomic
+from ..utils.files import sync_dir
+from ..utils.locks import locked
 from .windows import Band
 
-KINDS = ("classes", "probabilities", "confidence", "entropy")
-DTYPES = ("float32", "uint8")
 NODATA = 255  # in uint8; NaN in float32
 _STEPS = 254  # of uint8 from 0 to 1
-_CHECK_BYTES = 2**22
-_GDAL_TYPES = {"uint8": "Byte", "float32": "Float32"}
 
 
-def make_output(kind: str, band: Band, contract: DataContract, dtype: str = "float32") -> np.ndarray:
-    """
-    What is written of some rows.
+class Output:
+    """One kind of output: its values, and what pictures and rasters say about them."""
 
-    :param kind: "classes": uint8 numbers of the classes, for multi-label a 0 or 1 for each; "probabilities": of each
-        class; "confidence": the probability of what was decided; "entropy": from 0 (sure) to 1 (all alike). For
-        multi-label the latter two are of each class. Values of a regression stay as they are, whatever the kind.
-    :param dtype: of all but classes: "float32", or "uint8" for 0 to 254 instead of 0 to 1
-    :return: (rows, W, bands); without data 255 in uint8 and NaN in float32
-    """
-    probabilities = band.probabilities
-    if contract.task == "values":
-        values = probabilities
-    elif kind == "classes":
-        classes = contract.classes(torch.from_numpy(probabilities)[None])[0].numpy()
-        values = classes if classes.ndim == 3 else classes[None]
-    elif kind == "probabilities":
-        values = probabilities
-    elif kind == "confidence":
-        of_each = np.maximum(probabilities, 1 - probabilities)
-        values = probabilities.max(0, keepdims=True) if contract.task == "multi-class" else of_each
-    else:
-        values = _entropy(probabilities, contract.task == "multi-class")
-    if values.dtype != np.uint8 and dtype == "uint8" and contract.task != "values":
-        values = np.rint(values * _STEPS).astype(np.uint8)
-    values = np.where(band.valid, values, values.dtype.type(NODATA if values.dtype == np.uint8 else np.nan))
-    return np.ascontiguousarray(np.moveaxis(values, 0, -1))
-
-
-def _entropy(probabilities: np.ndarray, multi_class: bool) -> np.ndarray:
-    def terms(p: np.ndarray) -> np.ndarray:
-        return -p * np.log(np.maximum(p, np.finfo(np.float32).tiny))
-
-    if multi_class:
-        return terms(probabilities).sum(0, keepdims=True) / np.float32(np.log(max(2, len(probabilities))))
-    return (terms(probabilities) + terms(1 - probabilities)) / np.float32(np.log(2))
-
-
-@contextlib.contextmanager
-def only_writer(path: Path) -> Iterator[None]:
-    """
-    Keeps other processes from writing a file, until this one has ended, however it ends.
-
-    :param path: the file, in a folder that is there
-    :raises UserError: if another process writes it
-    """
-    lock_file = path.with_name(f".{path.name}.lock")
-    lock = FileLock(lock_file, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"{path.parent}: another prediction is writing {path.name} there: wait until it has ended, or give another "
-            "OUT_DIR."
-        ) from error
-    try:
-        yield
-    finally:
-        # Removed while it is held: whoever has opened it by then is refused, since FileLock sees that it is gone.
-        with contextlib.suppress(OSError):  # Windows removes no open file: FileLock does, once it is closed
-            lock_file.unlink()
-        lock.release()
-
-
-class GrowingFile:
-    """An image file that is written from top to bottom, and appears under its name when it is whole."""
-
-    def __init__(self, path: Path, size: tuple[int, int], about: dict[str, Any]) -> None:
+    def __init__(self, kind: str, contract: DataContract, dtype: str = "float32") -> None:
         """
-        Begins a file, or goes on with one. No other process can until it is closed.
+        :param kind: "classes": uint8 numbers of the classes, for multi-label a 0 or 1 for each;
+            "probabilities": of each class; "confidence": the probability of what was decided; "entropy":
+            from 0 (sure) to 1 (all alike). For multi-label the latter two are of each class. Values of a
+            regression stay as they are.
+        :param dtype: of all but classes: "float32", or "uint8" for 0 to 254 instead of 0 to 1
+        """
+        self.kind, self.contract = "values" if contract.task == "values" else kind, contract
+        self.is_classes = self.kind == "classes"
+        self.is_uint8 = self.is_classes or (dtype == "uint8" and self.kind != "values")
+        self.fill = NODATA if self.is_uint8 else float("nan")  # where there is no data
+        self.scale = 1 / _STEPS if self.is_uint8 and not self.is_classes else 1.0
+        is_decision = contract.task == "multi-class" and kind != "probabilities"
+        self.is_single = is_decision or contract.outputs == 1  # one value a pixel
+        self.colors = contract.colors() if self.is_classes and is_decision else []
+        names = contract.class_names
+        self.band_names = list(names) if not is_decision and len(names) == contract.outputs else []
+        self.tags = {"OUTPUT": self.kind}
+        if names:
+            self.tags["CLASSES"] = ", ".join(f"{number}: {name}" for number, name in enumerate(names))
 
-        :param path: the file; its ending decides on the format: .npy, .png, .tif or .tiff
+    def values(self, band: Band) -> np.ndarray:
+        """Return what is written of some rows: (rows, W, bands)."""
+        values = p = band.probabilities
+        is_multi_class = self.contract.task == "multi-class"
+        if self.is_classes:
+            classes = self.contract.classes(torch.from_numpy(p)[None])[0].numpy()
+            values = classes if classes.ndim == 3 else classes[None]
+        elif self.kind == "confidence":
+            values = p.max(0, keepdims=True) if is_multi_class else np.maximum(p, 1 - p)
+        elif self.kind == "entropy":
+            outcomes = p[:, None] if is_multi_class else np.stack([p, 1 - p])
+            terms = -outcomes * np.log(np.maximum(outcomes, np.finfo(np.float32).tiny))
+            values = terms.sum(0) / np.float32(np.log(max(2, len(outcomes))))
+        if self.is_uint8 and not self.is_classes:
+            values = np.rint(values * _STEPS).astype(np.uint8)
+        values = np.where(band.valid, values, values.dtype.type(self.fill))
+        return np.ascontiguousarray(np.moveaxis(values, 0, -1))
+
+
+class OutputFile:
+    """An image file that is written from top to bottom. It appears under its name when it is complete."""
+
+    def __init__(self, path: Path, size: tuple[int, int], output: Output, grid: Grid | None) -> None:
+        """
+        :param path: the file, in an existing folder; what a killed process left of it is removed
         :param size: (H, W)
-        :param about: all that the content depends on, as plain data: one with other rows is begun anew
-        :raises UserError: if another process writes it
+        :param grid: of a raster
         """
-        self.path, self.size, self.num_rows = path, size, 0
-        self._about = json.dumps(about, sort_keys=True)
+        self.path, self.size, self.output, self.grid = path, size, output, grid
         self._folder = path.with_name(f".{path.name}.unfinished")
-        self._rows, self._state = self._folder / "rows.npy", self._folder / "state.json"
-        self._checksum = 0
-        self._file: Any = None  # stays open between writes
-        self._header_bytes = 0
-        self._until_closed = contextlib.ExitStack()
-        self._until_closed.enter_context(only_writer(path))
-        with contextlib.suppress(OSError, ValueError, KeyError):  # what is damaged is begun anew
-            state = json.loads(self._state.read_bytes())
-            if state["about"] == self._about and self._matches(state):
-                self.num_rows, self._checksum = state["rows"], state["checksum"]
-
-    def _matches(self, state: dict[str, Any]) -> bool:
-        """Whether the rows on the disk are those that were written."""
-        end, checksum = state["end"], 0
-        with open(self._rows, "rb") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            self._header_bytes = file.tell()
-            while file.tell() < end and (block := file.read(min(_CHECK_BYTES, end - file.tell()))):
-                checksum = zlib.crc32(block, checksum)
-            return file.tell() == end and checksum == state["checksum"]
+        self._unfinished = self._folder / f"rows{path.suffix}"
+        self._num_rows = 0
+        self._stream: Any = None  # what rows are written into
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir()
 
     def write(self, values: np.ndarray) -> None:
-        """
-        Appends rows.
+        """Append rows (rows, W, bands)."""
+        if self._stream is None:
+            self._stream = self._open(values.shape[2], values.dtype)
+        self._append(values)
+        self._num_rows += len(values)
 
-        :param values: (rows, W, bands)
-        """
-        if self._file is None:
-            self._open(values)
-        content = np.ascontiguousarray(values).tobytes()
-        self._file.write(content)
-        self._checksum = zlib.crc32(content, self._checksum)
-        self.num_rows += len(values)
-        if self.num_rows < self.size[0]:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            state = {
-                "about": self._about,
-                "rows": self.num_rows,
-                "checksum": self._checksum,
-                "end": self._file.tell(),
-            }
-            write_atomic(self._state, lambda file: file.write(json.dumps(state).encode()))
-
-    def _open(self, values: np.ndarray) -> None:
-        create_dirs(self._folder)
-        if self.num_rows:
-            self._file = open(self._rows, "r+b")  # noqa: SIM115  # pylint: disable=consider-using-with
-            row_bytes = values.itemsize * values.shape[1] * values.shape[2]
-            self._file.seek(self._header_bytes + self.num_rows * row_bytes)
-            self._file.truncate()
-            return
-        self._state.unlink(missing_ok=True)
-        self._file = open(self._rows, "w+b")  # noqa: SIM115  # pylint: disable=consider-using-with
-        shape = self.size if values.shape[2] == 1 else (*self.size, values.shape[2])
-        description = {
-            "descr": np.lib.format.dtype_to_descr(values.dtype),
-            "fortran_order": False,
-            "shape": shape,
-        }
-        np.lib.format.write_array_header_1_0(self._file, description)
-        self._header_bytes = self._file.tell()
-
-    def finish(self, grid: Grid | None = None, style: dict[str, Any] | None = None) -> None:
-        """
-        Gives the file its name.
-
-        :param grid: of a raster
-        :param style: for pictures and rasters: "names" of the bands, "colors" of the classes, "scale" of values in
-            uint8, "nodata", "tags"
-        """
-        if self._file is None:  # all rows were there already
-            self._file = open(self._rows, "r+b")  # noqa: SIM115  # pylint: disable=consider-using-with
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        style = style or {}
-        if self.path.suffix == ".npy":
-            os.replace(self._rows, self.path)
-            sync_dir(self.path.parent)
-        elif self.path.suffix == ".png":
-            _write_picture(self.path, np.load(self._rows, mmap_mode="r"), style.get("colors"))
-        else:  # <- your file format here
-            _write_raster(self.path, self._rows, self._header_bytes, grid, style)
-        shutil.rmtree(self._folder)
+    def finish(self) -> None:
+        """Give the file its name."""
+        self._stream.close()
+        file = self._complete()
+        with open(file, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(file, self.path)
+        sync_dir(self.path.parent)
 
     def close(self) -> None:
-        """Leaves the file as it is, whole or to go on later."""
-        if self._file is not None:
-            self._file.close()
-        self._until_closed.close()
+        """Remove what is unfinished."""
+        if self._stream is not None:
+            self._stream.close()
+        shutil.rmtree(self._folder)
+
+    def _open(self, num_bands: int, dtype: np.dtype) -> Any:
+        stream = open(self._unfinished, "wb")  # noqa: SIM115  # pylint: disable=consider-using-with
+        shape = self.size if num_bands == 1 else (*self.size, num_bands)
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+        return stream
+
+    def _append(self, values: np.ndarray) -> None:
+        self._stream.write(values)
+
+    def _complete(self) -> Path:
+        return self._unfinished
 
 
-def _write_picture(path: Path, values: np.ndarray, colors: Any) -> None:
-    picture = Image.fromarray(np.asarray(values))
-    if colors:
-        picture = picture.convert("P") if picture.mode != "P" else picture
-        picture.putpalette(_all_colors(colors).tobytes())  # the numbers stay, and are shown in colors
-    write_atomic(path, lambda file: picture.save(file, format="png"))
+class Picture(OutputFile):
+    """A PNG, which shows classes in their colors."""
+
+    def _complete(self) -> Path:
+        picture = Image.fromarray(np.load(self._unfinished))
+        if self.output.colors:
+            palette = np.zeros((256, 3), np.uint8)
+            palette[: len(self.output.colors)] = self.output.colors
+            picture = picture.convert("P")  # the numbers stay
+            picture.putpalette(palette.tobytes())
+        picture.save(self._unfinished)
+        return self._unfinished
 
 
-def _all_colors(colors: Any) -> np.ndarray:
-    table = np.zeros((256, 3), np.uint8)
-    table[: len(colors)] = colors
-    return table
+class Raster(OutputFile):
+    """A cloud-optimized GeoTIFF: tiles, compressed, with overviews. Its rows go into a plain one first."""
+
+    def _open(self, num_bands: int, dtype: np.dtype) -> Any:
+        import rasterio  # imported where used: other formats do not need it
+
+        output, grid = self.output, self.grid or Grid("", None)
+        profile: dict[str, Any] = {"dtype": dtype, "crs": grid.crs or None, "bigtiff": "if_safer"}
+        profile["photometric"] = "minisblack"  # three classes are no red, green and blue
+        if grid.transform is not None:
+            profile["transform"] = rasterio.Affine.from_gdal(*grid.transform)
+        if output.contract.nodata is not None:
+            profile["nodata"] = output.fill
+        height, width = self.size
+        raster = rasterio.open(self._unfinished, "w", "GTiff", width, height, num_bands, **profile)
+        raster.update_tags(**output.tags)
+        raster.scales = [output.scale] * num_bands
+        raster.descriptions = output.band_names or [""] * num_bands
+        if output.colors:
+            raster.write_colormap(1, dict(enumerate(output.colors)))
+        return raster
+
+    def _append(self, values: np.ndarray) -> None:
+        rows = (self._num_rows, self._num_rows + len(values))
+        self._stream.write(np.moveaxis(values, -1, 0), window=(rows, (0, self.size[1])))
+
+    def _complete(self) -> Path:
+        import rasterio.shutil
+
+        file = self._folder / "complete.tif"
+        between = "nearest" if self.output.is_classes else "average"  # of pixels, in overviews
+        options = {"compress": "deflate", "overview_resampling": between, "bigtiff": "if_safer"}
+        rasterio.shutil.copy(self._unfinished, file, driver="COG", **options)
+        return file
 
 
-def _write_raster(
-    path: Path, rows: Path, header_bytes: int, grid: Grid | None, style: dict[str, Any]
-) -> None:
-    """Makes a cloud-optimized GeoTIFF: tiles, compressed, with overviews."""
-    import rasterio  # imported where used: other formats do not need it
-    import rasterio.shutil
-
-    values = np.load(rows, mmap_mode="r")
-    description = rows.with_name("rows.vrt")
-    description.write_text(_describe(rows, values, header_bytes, grid, style))
-    unfinished = rows.with_name("rows.tif")
-    is_classes = bool(style.get("colors")) or (values.dtype == np.uint8 and "scale" not in style)
-    options = {"overview_resampling": "nearest" if is_classes else "average", "bigtiff": "if_safer"}
-    with rasterio.Env(GDAL_VRT_RAWRASTERBAND_ALLOWED_SOURCE="ALL"):
-        # pylint: disable-next=c-extension-no-member
-        rasterio.shutil.copy(description, unfinished, driver="COG", compress="deflate", **options)
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    sync_dir(path.parent)
+# <- your file format here
+FORMATS = {".npy": OutputFile, ".png": Picture, ".tif": Raster, ".tiff": Raster}
 
 
-def _describe(
-    rows: Path, values: np.ndarray, header_bytes: int, grid: Grid | None, style: dict[str, Any]
-) -> str:
-    """The rows on the disk as GDAL's virtual raster."""
-    height, width = values.shape[:2]
-    num_bands = 1 if values.ndim == 2 else values.shape[2]
-    item = values.dtype.itemsize
-    parts = [f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}">']
-    if grid is not None and grid.crs:
-        parts.append(f"<SRS>{escape(grid.crs)}</SRS>")
-    if grid is not None and grid.transform is not None:
-        parts.append(f"<GeoTransform>{', '.join(map(repr, grid.transform))}</GeoTransform>")
-    tags = [
-        f"<MDI key={quoteattr(key)}>{escape(str(tag))}</MDI>" for key, tag in style.get("tags", {}).items()
-    ]
-    parts += ["<Metadata>", *tags, "</Metadata>"]
-    names = style.get("names") or [""] * num_bands
-    for band in range(num_bands):
-        parts.append(f'<VRTRasterBand dataType="{_GDAL_TYPES[values.dtype.name]}" band="{band + 1}" ')
-        parts.append('subClass="VRTRawRasterBand">')
-        parts.append(f"<Description>{escape(names[band])}</Description>" if names[band] else "")
-        if style.get("nodata") is not None:
-            parts.append(f"<NoDataValue>{style['nodata']}</NoDataValue>")
-        if "scale" in style:
-            parts.append(f"<Scale>{style['scale']!r}</Scale>")
-        if style.get("colors"):
-            colors = [
-                f'<Entry c1="{r}" c2="{g}" c3="{b}" c4="255"/>' for r, g, b in _all_colors(style["colors"])
-            ]
-            parts += ["<ColorInterp>Palette</ColorInterp><ColorTable>", *colors, "</ColorTable>"]
-        parts.append(f'<SourceFilename relativeToVRT="1">{escape(rows.name)}</SourceFilename>')
-        parts.append(f"<ImageOffset>{header_bytes + band * item}</ImageOffset><ByteOrder>LSB</ByteOrder>")
-        parts.append(f"<PixelOffset>{num_bands * item}</PixelOffset>")
-        parts.append(f"<LineOffset>{width * num_bands * item}</LineOffset></VRTRasterBand>")
-    return "\n".join([*parts, "</VRTDataset>"])
+@contextmanager
+def open_output(path: Path, size: tuple[int, int], output: Output, grid: Grid | None) -> Iterator[OutputFile]:
+    """Begin a file that no other process can write meanwhile; what is not finished at the end is removed."""
+    with only_writer(path), closing(FORMATS[path.suffix.lower()](path, size, output, grid)) as file:
+        yield file
 
 
-def style_of(kind: str, contract: DataContract, has_nodata: bool, dtype: str) -> dict[str, Any]:
-    """What GrowingFile.finish is told about a kind of output."""
-    is_classes = kind == "classes" and contract.task != "values"
-    is_uint8 = is_classes or (dtype == "uint8" and contract.task != "values")
-    single = contract.task == "multi-class" and kind != "probabilities"
-    style: dict[str, Any] = {"nodata": (NODATA if is_uint8 else "nan") if has_nodata else None}
-    style["tags"] = {"OUTPUT": "values" if contract.task == "values" else kind}
-    if contract.class_names:
-        style["tags"]["CLASSES"] = ", ".join(
-            f"{number}: {name}" for number, name in enumerate(contract.class_names)
-        )
-    if is_classes and single:
-        style["colors"] = contract.colors()
-    if not single and len(contract.class_names) == contract.outputs:
-        style["names"] = list(contract.class_names)
-    if is_uint8 and not is_classes:
-        style["scale"] = 1 / _STEPS
-    return style
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """
+    Keep other processes from writing a file, until this one has ended, however it ends.
+
+    :raises UserError: if another process writes it
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    busy = f"{path.parent}: another prediction is writing {path.name} there: wait until it has ended, "
+    with locked(lock, 0, busy + "or give another OUT_DIR."):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows removes no open file
+                lock.unlink()  # while it is held: whoever has opened it by then is refused, for it is gone

@@ -1,14 +1,15 @@
-"""Contains the model at work: prepared inputs in, probabilities out, with test-time augmentation if wanted."""
+"""Predictor: prepared inputs in, probabilities out, with test-time augmentation if wanted."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config.capture import ConfigError
-from ..config.device import get_device, get_precision
+from ..config.errors import ConfigError
+from ..config.project import find_project
 from ..training.device import DeviceContext
 from ..training.modules import fill_model
 from ..utils.data.contract import DataContract
@@ -16,7 +17,7 @@ from ..utils.data.images import DataError, Window
 from ..utils.weights import WeightsError, load_weights, model_state
 from .windows import Tiling, predict_bands
 
-# Each is (times rotated by a right angle, mirrored); the first one changes nothing.
+# Each is (rotations by a right angle, mirrored); the first one changes nothing.
 AUGMENTATIONS: dict[str, list[tuple[int, bool]]] = {
     "none": [(0, False)],
     "flips": [(0, False), (0, True), (2, False), (2, True)],
@@ -25,7 +26,7 @@ AUGMENTATIONS: dict[str, list[tuple[int, bool]]] = {
 
 
 class Predictor:
-    """Predicts batches. Its answers are probabilities, or the values of a regression."""
+    """Predict batches: return probabilities, or the values of a regression."""
 
     def __init__(
         self,
@@ -37,12 +38,13 @@ class Predictor:
     ) -> None:
         """
         :param model: put into evaluation mode
-        :param augment: "none", "flips" (4 times the time), "all" (8 times): the mean over so many views of each window
+        :param augment: "none", "flips" (4 times the time), "all" (8 times): the mean over so many views of
+            each window
         """
-        self.device = get_device(device)
-        self.precision = get_precision(self.device, precision)
-        self.context = DeviceContext(self.device, self.precision)
-        self.model = model.to(self.device).eval()
+        choice = find_project(type(model).__module__).module(".config.device")
+        chosen = choice.get_device(device)
+        self.context = DeviceContext(chosen, choice.get_precision(chosen, precision))
+        self.model = model.to(chosen).eval()
         self.contract = contract
         self.views = AUGMENTATIONS[augment]
         self.num_pixels = 0  # that were predicted with augmentation, and
@@ -51,37 +53,36 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> np.ndarray:
         """
-        Predicts a batch.
+        Predict a batch.
 
         :param inputs: (N, C, H, W) as the contract prepares them
         :return: (N, K, H, W) in float32
-        :raises ConfigError: if the model answers anything but (N, K, H, W)
+        :raises ConfigError: if the model outputs anything but (N, K, H, W)
         """
         inputs = self.context.move(inputs)
-        first: Any = None
-        total: Any = None
-        for turns, mirrored in self.views:
-            view = torch.rot90(inputs, turns, (-2, -1)) if turns else inputs
-            with self.context.autocast():
-                logits = self.model(view.flip(-1) if mirrored else view)
-            if logits.shape[-2:] != view.shape[-2:] or logits.ndim != 4:
-                raise ConfigError([
-                    f"MODEL answers {tuple(logits.shape)} to an input of {tuple(view.shape)}: a map needs a model that "
-                    "answers (N, K, H, W)"
-                ])  # fmt: skip
-            answers = self.contract.probabilities(logits)
-            answers = answers.flip(-1) if mirrored else answers
-            answers = torch.rot90(answers, -turns, (-2, -1)) if turns else answers
-            if total is None:
-                first = total = answers
-            else:
-                total = total + answers
+        views = (self._predict_view(inputs, *view) for view in self.views)
+        first = total = next(views)
+        for probabilities in views:
+            total = total + probabilities
         mean = total / len(self.views)
         if len(self.views) > 1 and self.contract.task != "values":
             changed = self.contract.classes(first) != self.contract.classes(mean)
             self.num_pixels += changed.numel()
             self.num_changed += int(changed.sum())
         return mean.cpu().numpy()
+
+    def _predict_view(self, inputs: Tensor, turns: int, mirrored: bool) -> Tensor:
+        view = torch.rot90(inputs, turns, (-2, -1)) if turns else inputs
+        with self.context.autocast():
+            logits = self.model(view.flip(-1) if mirrored else view)
+        if logits.shape != (len(view), self.contract.outputs, *view.shape[2:]):
+            raise ConfigError(
+                f"MODEL outputs {tuple(logits.shape)} for an input of {tuple(view.shape)}: a map needs "
+                f"(N, {self.contract.outputs}, H, W)."
+            )
+        probabilities = self.contract.probabilities(logits)
+        probabilities = probabilities.flip(-1) if mirrored else probabilities
+        return torch.rot90(probabilities, -turns, (-2, -1)) if turns else probabilities
 
 
 def load_predictor(
@@ -92,23 +93,25 @@ def load_predictor(
     **options: Any,
 ) -> Predictor:
     """
-    A Predictor from a weights file.
+    Load a Predictor from a weights file.
 
     :param suggest: makes a contract for weights that come without one
     :param options: device, precision, augment of Predictor
-    :raises WeightsError: if the file is damaged, of another model, or without a contract where none is suggested
+    :raises WeightsError: if the file is damaged, of another model, or without a contract where none is
+        suggested
     """
     stored = load_weights(weights)
-    if "contract" in stored:
-        contract = DataContract.from_dict(stored["contract"])
-    elif suggest is not None:
-        contract = suggest()
-    else:
-        raise WeightsError(
-            f"{weights}: holds no data contract, which says how images are read: give suggest."
-        )
+    if "contract" not in stored and suggest is None:
+        raise WeightsError(f"{weights}: holds no data contract, without which no image can be scaled.")
     model = model_class(**(model_config or {}))
     fill_model(model, model_state(stored), str(weights))
+    if "contract" in stored:
+        contract = DataContract.from_dict(stored["contract"])
+    else:
+        contract = suggest()
+        with torch.no_grad():
+            outputs = model.eval()(torch.zeros(1, contract.channels, 256, 256)).shape[1]
+        contract = replace(contract, outputs=outputs)
     return Predictor(model, contract, **options)
 
 
@@ -116,7 +119,7 @@ def predict_array(
     predictor: Predictor, image: np.ndarray, tile: int = 512, overlap: float = 0.25
 ) -> np.ndarray:
     """
-    Predicts one image that is in the memory, as in a notebook.
+    Predict one image that is in memory, as in a notebook.
 
     :param image: (H, W, C) as its file has it: neither scaled nor normalized
     :return: (K, H, W) probabilities in float32; NaN where there is no data
@@ -128,9 +131,8 @@ def predict_array(
         raise DataError(problems)
     tiling = Tiling(tile, overlap, batch_size=4)
     bands = predict_bands(predictor, _InMemory(image), predictor.contract, tiling)
-    return np.concatenate(
-        [np.where(band.valid, band.probabilities, np.float32(np.nan)) for band in bands], axis=1
-    )
+    masked = [np.where(band.valid, band.probabilities, np.float32(np.nan)) for band in bands]
+    return np.concatenate(masked, axis=1)
 
 
 class _InMemory:

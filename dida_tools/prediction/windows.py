@@ -1,15 +1,16 @@
 """
-Contains sliding windows: an image of any size is predicted in overlapping windows, whose answers are blended.
+Sliding windows: predict an image of any size in overlapping windows, and blend the results.
 
-The image goes through in bands of rows, as high as one window. Memory grows with width x window x classes, and never
-with the height. The next rows are read while the current ones are computed.
+The image is processed in bands of rows, as high as one window. Memory grows with width x window x classes,
+and never with the height. The next rows are read while the current ones are computed.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,13 +21,10 @@ from ..utils.data.facts import has_data
 from ..utils.data.images import DataError, Window
 from ..utils.signals import raise_if_stop_requested
 
-PredictBatch = Callable[
-    [Tensor], np.ndarray
-]  # (N, C, H, W) prepared inputs to (N, K, H, W) probabilities in float32
+PredictBatch = Callable[[Tensor], np.ndarray]  # (N, C, H, W) inputs to (N, K, H, W) probabilities
 
 _READ_ROWS = 64  # at least, so that files whose blocks are single rows are not read row by row
-_MOST_READ_ROWS = 1024  # some files are one block
-_SMALLEST_WEIGHT = 1e-3  # of the largest one: a corner's weight must not vanish
+_MAX_READ_ROWS = 1024  # some files are one block
 
 
 class Image(Protocol):
@@ -37,7 +35,7 @@ class Image(Protocol):
         """(H, W, C)"""
 
     def read(self, window: Window) -> np.ndarray:
-        """(H, W, C) in the dtype of the file."""
+        """Return (H, W, C) in the dtype of the file."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class Tiling:
     """
     How an image is cut.
 
-    :param tile: edge of the windows in pixels; smaller images are one window of their own size
-    :param overlap: part of a window that the next one shares with it, from 0 to below 1
+    :param tile: size of the windows in pixels; smaller images are one window of their own size
+    :param overlap: fraction of a window that the next one shares with it, from 0 to below 1
     :param batch_size: windows that are computed at once
     """
 
@@ -56,7 +54,7 @@ class Tiling:
 
 
 class Band(NamedTuple):
-    """Rows of an image that are done."""
+    """Finished rows of an image."""
 
     top: int
     probabilities: np.ndarray  # (K, rows, W) in float32
@@ -64,72 +62,70 @@ class Band(NamedTuple):
 
 
 def window_starts(length: int, size: int, overlap: float) -> list[int]:
-    """Where windows begin so that they cover a length; the last one ends with it."""
+    """Return where windows begin so that they cover a length; the last one ends with it."""
     step = max(1, round(size * (1 - overlap)))
     return [*range(0, max(0, length - size), step), max(0, length - size)]
 
 
 def blending_weights(height: int, width: int) -> np.ndarray:
-    """How much each pixel of a window counts, (height, width) in float32: a Gaussian, as in Isensee et al. 2021."""
+    """Return the weight of each pixel of a window in float32: a Gaussian, as in Isensee et al. 2021."""
 
     def along(size: int) -> np.ndarray:
         return np.exp(-0.5 * ((np.arange(size) - (size - 1) / 2) / (size / 8)) ** 2)
 
     weights = along(height)[:, None] * along(width)
-    return np.maximum(weights / weights.max(), _SMALLEST_WEIGHT).astype(np.float32)
+    return np.maximum(weights / weights.max(), 1e-3).astype(np.float32)  # corners must not vanish
 
 
 def predict_bands(
-    predict_batch: PredictBatch, image: Image, contract: DataContract, tiling: Tiling, first_row: int = 0
+    predict_batch: PredictBatch, image: Image, contract: DataContract, tiling: Tiling
 ) -> Iterator[Band]:
     """
-    Predicts an image from top to bottom.
+    Predict an image from top to bottom.
 
-    Windows without data are skipped. Overlapping answers are averaged in float32, weighted with a Gaussian.
+    Windows without data are skipped. Overlapping windows are averaged in float32, weighted with a Gaussian.
 
     :param image: as its file has it
     :param contract: how it is prepared
-    :param first_row: rows above are done already; one at which a band began
-    :return: bands that join one another from first_row to the last row
+    :return: bands that join one another from the first row to the last
     :raises DataError: if the image holds what the contract does not allow, such as NaN
     :raises Preempted: if a signal has asked to end
     """
     height, width, _ = image.shape
-    size = (min(tiling.tile, height), min(tiling.tile, width))
-    tops, lefts = (
-        window_starts(one, edge, tiling.overlap) for one, edge in zip((height, width), size, strict=True)
-    )
-    weights = blending_weights(*size)
+    rows, columns = min(tiling.tile, height), min(tiling.tile, width)
+    tops, lefts = window_starts(height, rows, tiling.overlap), window_starts(width, columns, tiling.overlap)
+    weights = blending_weights(rows, columns)
+    if len(tops) == len(lefts) == 1:
+        weights[:] = 1  # nothing to blend: a single window's values stay as they are, to the last bit
     num_batches = -(-len(lefts) // tiling.batch_size)
-    batch_size = -(-len(lefts) // num_batches)  # the same for all, so that no window is computed for nothing
-    sums = np.zeros((contract.outputs, size[0], width), np.float32)
-    norms = np.zeros((size[0], width), np.float32)
-    to_do = [top for top in tops if top + size[0] > first_row]
-    with ThreadPoolExecutor(1) as pool:
-        rows = _RowBuffer(image, contract, pool, to_do[0])
-        for top, next_top in zip(to_do, [*to_do[1:], height], strict=True):
-            strip, valid = rows.take(top, top + size[0])
-            windows = [slice(left, left + size[1]) for left in lefts]
-            windows = [window for window in windows if valid[:, window].any()]
-            inputs = (contract.prepare(strip[:, window])[0] for window in windows)
-            for window, answer in zip(windows, _in_batches(predict_batch, inputs, batch_size), strict=True):
-                sums[:, :, window] += answer * weights
+    batch_size = -(-len(lefts) // num_batches)  # the same for all, so that few windows are computed in vain
+    sums = np.zeros((contract.outputs, rows, width), np.float32)
+    norms = np.zeros((rows, width), np.float32)
+    with closing(_read_ahead(image, contract)) as parts:
+        pixels, valid = next(parts)  # the rows from top on
+        for top, next_top in zip(tops, [*tops[1:], height], strict=True):
+            strip = [(pixels, valid)]
+            while sum(len(part[1]) for part in strip) < rows:
+                strip.append(next(parts))
+            pixels, valid = (np.concatenate(arrays) for arrays in zip(*strip, strict=True))
+            windows = [slice(left, left + columns) for left in lefts]
+            windows = [window for window in windows if valid[:rows, window].any()]
+            inputs = (contract.prepare(pixels[:rows, window])[0] for window in windows)
+            for window, result in zip(windows, _in_batches(predict_batch, inputs, batch_size), strict=True):
+                sums[:, :, window] += result * weights
                 norms[:, window] += weights
             done = next_top - top
-            if next_top > first_row:
-                skip = max(0, first_row - top)
-                norm = norms[skip:done]
-                probabilities = sums[:, skip:done] / np.where(norm > 0, norm, 1)
-                yield Band(top + skip, probabilities, valid[skip:done])
+            yield Band(top, sums[:, :done] / np.where(norms > 0, norms, 1)[:done], valid[:done])
+            pixels, valid = pixels[done:], valid[done:]
             for array in (sums, norms):
-                array[..., : size[0] - done, :] = array[..., done:, :]
-                array[..., size[0] - done :, :] = 0
+                array[..., : rows - done, :] = array[..., done:, :]
+                array[..., rows - done :, :] = 0
 
 
 def _in_batches(
     predict_batch: PredictBatch, inputs: Iterable[Tensor], batch_size: int
 ) -> Iterator[np.ndarray]:
-    """The answers to windows; all batches have one shape."""
+    """Predict windows in batches that all have one shape."""
     rest = iter(inputs)
     while batch := list(itertools.islice(rest, batch_size)):
         raise_if_stop_requested()
@@ -137,43 +133,22 @@ def _in_batches(
         yield from predict_batch(torch.stack(filled))[: len(batch)]
 
 
-class _RowBuffer:
-    """Gives strips of an image that overlap, and reads every row once, the next ones ahead of time."""
+def _read_ahead(image: Image, contract: DataContract) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Read every row once, the next ones ahead of time. Yield (rows, W, C), and where there is data."""
+    height, width, _ = image.shape
+    step = min(max(_READ_ROWS, getattr(image, "block_rows", 1)), _MAX_READ_ROWS)
 
-    def __init__(
-        self, image: Image, contract: DataContract, pool: ThreadPoolExecutor, first_row: int
-    ) -> None:
-        self._image, self._contract, self._pool = image, contract, pool
-        self._rows_at_once = min(max(_READ_ROWS, getattr(image, "block_rows", 1)), _MOST_READ_ROWS)
-        self._top = self._read_to = first_row - first_row % self._rows_at_once
-        self._parts: list[tuple[np.ndarray, np.ndarray]] = []  # from self._top to self._read_to
-        self._ahead: Any = None
-
-    def take(self, top: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (bottom - top, W, C), and where they hold data; rows above are forgotten."""
-        while self._read_to < bottom:
-            part = self._read(self._read_to) if self._ahead is None else self._ahead.result()
-            self._parts.append(part)
-            self._read_to += len(part[0])
-            self._ahead = (
-                self._pool.submit(self._read, self._read_to) if self._read_to < self._image.shape[0] else None
-            )
-        if len(self._parts) > 1:
-            self._parts = [
-                (
-                    np.concatenate([part[0] for part in self._parts]),
-                    np.concatenate([part[1] for part in self._parts]),
-                )
-            ]
-        pixels, valid = (array[top - self._top :] for array in self._parts[0])
-        self._parts, self._top = [(pixels, valid)], top
-        return pixels[: bottom - top], valid[: bottom - top]
-
-    def _read(self, top: int) -> tuple[np.ndarray, np.ndarray]:
-        height, width, _ = self._image.shape
-        bottom = min(top + self._rows_at_once, height)
-        pixels = self._image.read(Window(top, 0, bottom - top, width))
-        problems = self._contract.problems(pixels)
-        if problems:
+    def read(top: int) -> tuple[np.ndarray, np.ndarray]:
+        bottom = min(top + step, height)
+        pixels = image.read(Window(top, 0, bottom - top, width))
+        if problems := contract.problems(pixels):
             raise DataError([f"rows {top} to {bottom - 1}: {problem}" for problem in problems])
-        return pixels, has_data(pixels, self._contract.nodata)
+        return pixels, has_data(pixels, contract.nodata)
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read, 0)
+        for next_top in range(step, height + step, step):
+            part = ahead.result()
+            if next_top < height:
+                ahead = pool.submit(read, next_top)
+            yield part

@@ -1,39 +1,22 @@
-"""
-Contains what a search tries: for dotted keys of the config, ranges of numbers and choices of anything.
-
-    search_space = {"OPTIMIZER_CONFIG.lr": log_uniform(1e-4, 1e-1), "OPTIMIZER": choice(SGD, AdamW)}
-"""
+"""What a search tries: for dotted keys of the config, ranges of numbers and choices of anything."""
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..config.capture import ConfigError, assign, capture, find_problems, flatten
-from ..config.errors import UserError
+from ..config.capture import capture
+from ..config.check import find_problems
+from ..config.errors import ConfigError, UserError
 from ..config.keys import KEYS, complete, copy_config
+from ..config.overrides import assign
+from ..config.project import Project
+from ..config.tree import flatten
 
-# What all trials must have in common, so that they can be compared, or what names and records them.
+# What names and records a trial, or must be the same for all, so that they can be compared.
 _COMMON = (
-    *(
-        "MONITOR",
-        "METRICS",
-        "VALIDATION_FRACTION",
-        "MASK_VALUES",
-        "IGNORE_INDEX",
-        "DATASET_CONFIG.validation",
-    ),
-    *(
-        "DATE",
-        "SESSION_NAME",
-        "ROUTINE_NAME",
-        "RESUME",
-        "RERUN_OF",
-        "STUDY",
-        "TRIAL",
-        "AFTER_EPOCH",
-        "LOGFILE",
-    ),
+    *("DATE", "SESSION_NAME", "ROUTINE_NAME", "RESUME", "RERUN_OF", "STUDY", "TRIAL", "AFTER_EPOCH"),
+    *("LOGFILE", "MONITOR", "METRICS", "VALIDATION_FRACTION", "MASK_VALUES", "IGNORE_INDEX"),
+    "DATASET_CONFIG.validation",
 )
 
 
@@ -57,134 +40,125 @@ class Range:
         return self.low, self.high
 
 
+@dataclass(frozen=True)
 class Choice:
-    """One of some options. Trials store the labels: the option itself, where a storage can hold it, else its name."""
+    """One of some options, which may be live objects."""
 
-    def __init__(self, *options: Any) -> None:
-        self.ends, self.labels = options, [_label(option) for option in options]
-        if not options or len(set(self.labels)) < len(options):
-            shown = ", ".join(map(str, self.labels)) or "nothing"
-            raise UserError(
-                f"the search space has a choice of {shown}: give at least one option, and each one once."
-            )
-
-    def __repr__(self) -> str:
-        return f"Choice({', '.join(map(str, self.labels))})"
+    ends: tuple[Any, ...]
 
 
 def uniform(low: float, high: float, step: float | None = None) -> Range:
-    """Numbers, each as likely as any other."""
+    """Return a range of numbers, each as likely as any other."""
     return Range(float(low), float(high), step)
 
 
 def log_uniform(low: float, high: float) -> Range:
-    """Numbers, each order of magnitude as likely as any other; low is above 0."""
+    """Return a range of numbers, each order of magnitude as likely as any other; low is above 0."""
     return Range(float(low), float(high), log=True)
 
 
 def integer(low: int, high: int, step: int | None = None, log: bool = False) -> Range:
-    """Whole numbers, each as likely as any other, or with log each order of magnitude."""
+    """Return a range of integers, each as likely as any other, or with log each order of magnitude."""
     return Range(low, high, step, log)
 
 
 def choice(*options: Any) -> Choice:
-    """
-    One of these: numbers, texts, classes, functions, dicts of arguments, ...
-
-    :raises ConfigError: if one has no name to record
-    """
-    return Choice(*options)
-
-
-def _label(option: Any) -> Any:
-    if option is None or type(option) in (bool, int, float, str):
-        return option
-    capture({"choice": option})  # refuses what has no name
-    texts = {key[len("choice.") :]: text for key, text in flatten({"choice": option}).items()}
-    return ", ".join(f"{key}={text}" if key else str(text) for key, text in texts.items())
+    """Return a choice of these: numbers, texts, classes, functions, dicts of arguments, ..."""
+    return Choice(options)
 
 
 class Space:
-    """All that a search tries."""
+    """
+    All that a search tries.
 
-    def __init__(self, search_space: dict[str, Range | Choice]) -> None:
-        self._parts = search_space
+    :raises UserError: with all problems of the parts, such as an option that has no name to record
+    """
+
+    def __init__(self, search_space: dict[str, Range | Choice], project: Project) -> None:
+        self._parts, self._project, problems = search_space, project, []
+        # Trials store labels of options: the option itself, where a storage can hold it, else its name.
+        self._labels: dict[str, list[Any]] = {}
+        for key, part in search_space.items():
+            if isinstance(part, Choice):
+                labels = self._labels[key] = [_label(option, project) for option in part.ends]
+                if not labels or len(set(labels)) < len(labels):
+                    problems.append(
+                        f"{key} is a choice of {labels}: give at least one option, and each one once."
+                    )
+            elif not isinstance(part, Range):
+                problems.append(f"{key} is {part!r} in the search space: it must be a range or a choice.")
+        if not search_space:
+            problems.append("the search space is empty: fill search_space, at the top of hyperparameter.py.")
+        if problems:
+            raise ConfigError(problems)
 
     def check(self, config: dict[str, Any], more: list[str]) -> None:
         """
-        Checks every value, and every two together, before the first trial.
+        Check every value, and every two together, before the first trial.
 
         :param config: what is searched around
         :param more: problems that were found before
         :raises ConfigError: with all problems of the space, and of the config
         """
-        problems = [*more]
-        goal = str(complete(config)["MONITOR"]).split()[-1]
-        for key, part in self._parts.items():
+        problems, monitor = [*more], complete(config)["MONITOR"]
+        for key in self._parts:
             first = key.partition(".")[0]
-            if not isinstance(part, Range | Choice):
-                problems.append(f"{key} is {part!r} in the search space: it must be a range or a choice.")
-            elif any(f"{key}.".startswith(f"{common}.") for common in _COMMON):
+            if any(f"{key}.".startswith(f"{common}.") for common in _COMMON):
                 problems.append(f"{key} cannot be searched: it must be the same for all trials.")
-            elif first in ("LOSS", "LOSS_CONFIG") and goal == "loss":
-                problems.append(
-                    f"{key} cannot be searched while MONITOR is {config['MONITOR']!r}: monitor a metric."
-                )
+            elif first in ("LOSS", "LOSS_CONFIG") and str(monitor).endswith(" loss"):
+                problems.append(f"{key} cannot be searched while MONITOR is {monitor!r}: monitor a metric.")
             elif first not in KEYS:
-                problems += find_problems({first: None})[:1]
-        if not self._parts:
-            problems.append(
-                "the search space is empty: write into search_space, at the top of hyperparameter.py."
-            )
-        if not problems:
-            for values in self._pairs():
+                problems += find_problems({first: None}, self._project)[:1]
+        first_values = self.first_values()
+        for one, other in itertools.combinations_with_replacement(self._parts if not problems else (), 2):
+            for values in itertools.product(self._parts[one].ends, self._parts[other].ends):
                 candidate = copy_config(config)
-                found = [(key, assign(candidate, key, value)) for key, value in values.items()]
-                found_now = [f"{key} cannot be searched: {problem}." for key, problem in found if problem]
-                problems += found_now or find_problems(candidate)
+                pair = {one: values[0], other: values[1]}
+                found = [(key, assign(candidate, key, value)) for key, value in (first_values | pair).items()]
+                refused = [f"{key} cannot be searched: {problem}." for key, problem in found if problem]
+                problems += refused or find_problems(candidate, self._project)
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
 
-    def _pairs(self) -> Iterator[dict[str, Any]]:
-        first = self.first_values()
-        yield first
-        for one, other in itertools.combinations_with_replacement(self._parts, 2):
-            for pair in itertools.product(self._parts[one].ends, self._parts[other].ends):
-                yield first | {one: pair[0], other: pair[1]}
-
     def first_values(self) -> dict[str, Any]:
-        """The lowest number and the first option of each."""
+        """Return the lowest number and the first option of each."""
         return {key: part.ends[0] for key, part in self._parts.items()}
 
-    def suggest(self, trial: Any) -> dict[str, Any]:
-        """The values of a trial, drawn in the order in which the space is written, unless it has them already."""
-        stored = {}
+    def suggest(self, trial: Any) -> None:
+        """Draw what a trial stores, in the order in which the space is written, unless it has it already."""
         for key, part in self._parts.items():
             if isinstance(part, Choice):
-                stored[key] = trial.suggest_categorical(key, part.labels)
+                trial.suggest_categorical(key, self._labels[key])
             elif isinstance(part.low, int):
-                stored[key] = trial.suggest_int(key, part.low, part.high, step=part.step or 1, log=part.log)
+                trial.suggest_int(key, part.low, part.high, step=part.step or 1, log=part.log)
             else:
-                stored[key] = trial.suggest_float(key, part.low, part.high, step=part.step, log=part.log)
-        return self.values(stored)
+                trial.suggest_float(key, part.low, part.high, step=part.step, log=part.log)
 
     def values(self, stored: dict[str, Any]) -> dict[str, Any]:
-        """The values that belong to what a trial has stored."""
-        labels = {key: part.labels for key, part in self._parts.items() if isinstance(part, Choice)}
-        return {
-            key: part.ends[labels[key].index(stored[key])] if key in labels else stored[key]
-            for key, part in self._parts.items()
-        }
+        """Return the values that belong to what a trial has stored."""
+        values = {key: stored[key] for key in self._parts}
+        for key, labels in self._labels.items():
+            values[key] = self._parts[key].ends[labels.index(stored[key])]
+        return values
 
     def text(self) -> dict[str, str]:
-        """For people, and to tell spaces apart."""
-        return {key: repr(part) for key, part in self._parts.items()}
+        """Return each part as text, for people, and to tell spaces apart."""
+        choices = {key: f"Choice({', '.join(map(str, labels))})" for key, labels in self._labels.items()}
+        return {key: choices.get(key) or repr(part) for key, part in self._parts.items()}
+
+
+def _label(option: Any, project: Project) -> Any:
+    if option is None or type(option) in (bool, int, float, str):
+        return option
+    captured = capture({"choice": option}, project)  # refuses what has no name
+    texts = {key.removeprefix("choice").lstrip("."): text for key, text in flatten(captured).items()}
+    return ", ".join(f"{key}={text}" if key else str(text) for key, text in texts.items())
 
 
 def with_values(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a config, live or captured, with values by dotted keys."""
+    """Return a copy of a config, live or captured, with values by dotted keys, which check has seen."""
     config = copy_config(config)
     for key, value in values.items():
         problem = assign(config, key, copy_config(value))
-        assert problem is None, problem  # check has seen to it
+        assert problem is None, problem
     return config

@@ -1,213 +1,248 @@
-"""Contains the workers of a search on this machine, and what people read while they train."""
+"""
+Workers: which trial comes next, and its training as an ordinary run.
 
+A trial belongs to the worker that holds its lock. The kernel releases the lock with the process, so a trial
+that is running in the storage, but not locked, was killed: whoever looks for work next resumes it from its
+checkpoint.
+"""
+
+import contextlib
+import math
 import os
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import IO, Any
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import optuna
 import torch
-from optuna.trial import FrozenTrial, TrialState
+from filelock import FileLock, Timeout
+from optuna.trial import TrialState
 
 from ..config.errors import UserError
-from ..utils.path import shown
-from ..utils.signals import Preempted, stop_on_signals, stop_requested
-from .study import SEARCH_PID, Search
+from ..training.checkpoint import checkpoint_files
+from ..training.failures import NonFiniteLoss, OutOfMemory, Pruned
+from ..training.listener import Result, RunView
+from ..training.modules import is_out_of_memory
+from ..utils.files import relative_path, write_atomic
+from ..utils.locks import locked
+from ..utils.logging.runs import remove_unbegun, run_names
+from ..utils.redact import Redactor
+from ..utils.signals import EXIT_CODE, Preempted, raise_if_stop_requested, stop_on_signals
+from .space import with_values
+from .study import Search
 
-_DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-_SECONDS_BETWEEN_LOOKS = 0.5
-_MOST_DEATHS = 10  # a worker, with nothing done in between
+SEARCH_PID = "SEARCH_PID"  # in the environment of a worker: the process that has started it
+_MOST_STARTS = 5  # of a trial, without a checkpoint in between
+_MOST_FAILURES = 3  # of trials in a row, in one process
+
+Train = Callable[[dict[str, Any]], Result]
 
 
-class Workers:
-    """Processes that each train one trial at a time, with their share of this machine's threads and GPUs."""
+class Worker:
+    """Trains the trials of a search, one after the other."""
 
-    def __init__(self, command: Sequence[str], number: int, folder: Path) -> None:
+    def __init__(self, search: Search) -> None:
+        self._search, self._study, self._storage = search, search.study, search.storage
+        self._study_id = search.storage.get_study_id_from_name(search.name)
+        self._naming: Any = search.project.module(".utils.name")
+
+    def work(self, train: Train, num_trials: int) -> None:
         """
-        :param command: what a worker runs; its number is added
-        :param folder: gets what they print
+        Train, until the study has this many trials and none is left behind by a process that was killed.
+
+        :param train: trains a run; its config is the only argument
+        :raises Preempted: if a signal has asked to end, or the search has ended; the trial will be resumed
+        :raises UserError: if this machine cannot train it, or if one after the other fails
         """
-        self._command, self._folder, self._number = list(command), folder, number
-        self._processes: dict[int, subprocess.Popen] = {}
-        self._is_stopping, self._deaths, self._progress = False, 0, 0
+        failures = 0
+        with stop_on_signals():
+            while (claimed := self.claim(num_trials)) is not None:
+                trial, lock = claimed
+                try:
+                    reason = self._train(trial, train)
+                finally:
+                    lock.release()
+                self._search.report()
+                raise_if_stop_requested()
+                failures = failures + 1 if reason else 0
+                if failures >= _MOST_FAILURES:
+                    text = f"{failures} trials in a row have failed, the last with {reason}"
+                    raise UserError(f"{text}: fix that, then give the same command.")
 
-    def start(self) -> None:
+    def claim(self, num_trials: int) -> tuple[optuna.Trial, FileLock] | None:
         """
-        Starts them. Ctrl-C does not reach them: whoever starts them stops them, see watch.
+        Return the next trial and its lock: one that was killed, else a new one, else None.
 
-        :raises OSError: if one cannot be started; those before it are
+        :raises Preempted: if the search that has started this process has ended
         """
-        for worker in range(self._number):
-            self._start(worker)
+        _raise_if_search_ended()
+        with locked(self._search.folder / ".claim.lock"):
+            folder_id = self._folder_id()
+            for frozen in self._search.trials(TrialState.RUNNING):
+                # Trials of other folders, on other machines, have their checkpoints and locks there.
+                if frozen.user_attrs.get("place") != folder_id:
+                    continue
+                if (lock := self._try_lock(frozen.number)) is not None:
+                    if (trial := self._start(frozen.number)) is not None:
+                        return trial, lock
+                    lock.release()
+            if len(self._search.trials()) >= num_trials:
+                return None
+            attributes = {"place": folder_id, "date": self._naming.date_now(), "starts": []}
+            template = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attributes)
+            trial_id = self._storage.create_new_trial(self._study_id, template)
+            number = self._storage.get_trial_number_from_id(trial_id)
+            lock, trial = self._try_lock(number), self._start(number)
+            assert lock is not None and trial is not None  # nobody else can have seen it
+            return trial, lock
 
-    def _start(self, worker: int) -> None:
-        environment, gpus = dict(os.environ), torch.cuda.device_count()
-        if os.name == "posix":  # elsewhere the interpreter may have a launcher in between
-            environment[SEARCH_PID] = str(os.getpid())
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._number)))
-        if gpus > 1:
-            known = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            names = known if len(known) == gpus else [str(gpu) for gpu in range(gpus)]
-            environment["CUDA_VISIBLE_DEVICES"] = names[worker % gpus]
-        with open(self.log(worker), "ab") as log:
-            # A group of their own: Ctrl-C reaches the search alone, which passes it on, once.
-            self._processes[worker] = subprocess.Popen(  # pylint: disable=consider-using-with
-                [*self._command, str(worker)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                process_group=0 if os.name == "posix" else None,
-            )
+    def _start(self, number: int) -> optuna.Trial | None:
+        """Record the start of a trial, and draw what it tries; None if its process has died too often."""
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        frozen, trial = self._storage.get_trial(trial_id), optuna.Trial(self._study, trial_id)
+        starts, named = frozen.user_attrs["starts"], {"DATE": frozen.user_attrs["date"]}
+        named["SESSION_NAME"] = f"{self._search.name}-{number}"
+        name = self._naming.run_name(self._search.config | named)
+        files = checkpoint_files(self._search.weight_dir / name)
+        progress = f"{files[0].name if files else 'no checkpoint'}, {len(frozen.intermediate_values)} epochs"
+        if starts.count(progress) >= _MOST_STARTS:
+            self._fail(trial, f"its process ended {_MOST_STARTS} times after {progress}")
+            return None
+        trial.set_user_attr("starts", [*starts, progress])
+        trial.set_user_attr("run", name)
+        self._search.space.suggest(trial)
+        return trial
 
-    def log(self, worker: int) -> Path:
-        """What a worker has printed."""
-        return self._folder / f"worker-{worker}.log"
-
-    def look(self, progress: int) -> bool:
+    def _train(self, trial: optuna.Trial, train: Train) -> str | None:
         """
-        Starts again what was killed, by the system for want of memory or by hand.
+        Train a trial as a run of its own, or resume it.
 
-        :param progress: any number that grows with what is done
-        :return: whether one is left
-        :raises UserError: if a worker has failed, or if they die again and again
+        :return: why it failed, if others may fail for that, too
+        :raises UserError: if the machine is at fault; the trial stays as it is, for another try
         """
-        if progress > self._progress:
-            self._progress, self._deaths = progress, 0
-        for worker, process in list(self._processes.items()):
-            code = process.poll()
-            if code is None:
-                continue
-            del self._processes[worker]
-            if self._is_stopping or code in (0, 75):
-                continue
-            self._deaths += 1
-            if code > 0 or self._deaths > _MOST_DEATHS * self._number:
-                lines = self.log(worker).read_text(errors="replace").strip().splitlines()
-                last = lines[-1] if lines else f"exit code {code}"
-                raise UserError(f"worker {worker} has ended: {last} (more in {shown(self.log(worker))})")
-            self._start(worker)
-        return bool(self._processes)
-
-    def stop(self) -> None:
-        """Has them save and end; a second time at once."""
-        self._is_stopping = True
-        for process in self._processes.values():
-            process.send_signal(signal.SIGTERM)
-
-    def wait(self) -> None:
-        """Waits for their end."""
-        for process in self._processes.values():
-            process.wait()
-
-
-def watch(search: Search, workers: Workers, num_trials: int) -> None:
-    """
-    Starts the workers, and shows the search until all have ended; whatever goes wrong here, none is left.
-
-    :raises Preempted: if a signal has asked to end, when the workers have saved
-    :raises KeyboardInterrupt: if Ctrl-C was pressed twice
-    """
-    board = Board(search, num_trials)
-    with stop_on_signals():
-        is_stopping = False
+        search, number, name = self._search, trial.number, trial.user_attrs["run"]
+        remove_unbegun(search.log_dir / name)  # nobody else has this trial
+        config = with_values(search.config, search.space.values(trial.params)) | {
+            "DATE": trial.user_attrs["date"],
+            "SESSION_NAME": f"{search.name}-{number}",
+            "STUDY": search.name,
+            "TRIAL": number,
+            "RESUME": name if name in run_names(search.log_dir) else None,
+            "AFTER_EPOCH": lambda run: self._after_epoch(trial, run),
+        }
         try:
-            workers.start()
-            while workers.look(board.update()):
-                if stop_requested() and not is_stopping:
-                    is_stopping = True
-                    workers.stop()
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
-        except BaseException:
-            workers.stop()
-            workers.wait()
+            value = train(config).state.best
+        except Pruned:
+            self._study.tell(trial, state=TrialState.PRUNED)
+            return None
+        except (Preempted, KeyboardInterrupt):
+            trial.set_user_attr("starts", trial.user_attrs["starts"][:-1])  # no death
             raise
-        finally:
-            board.update()
-            board.close()
-        if is_stopping:
-            raise Preempted("a signal was received")
+        except Exception as error:  # whatever a trial raises, the next one may do well
+            reason = _one_line(error, Redactor(config=config)).rstrip(".")
+            if _is_of_machine(error):
+                text = f"Cannot train trial {number} on this machine ({reason})"
+                raise UserError(f"{text}: fix that, then give the same command, which resumes it.") from error
+            self._fail(trial, reason)
+            # A learning rate too high, a model too large: the next trial may do well.
+            is_of_values = isinstance(error, NonFiniteLoss | OutOfMemory) or is_out_of_memory(error)
+            return None if is_of_values else reason
+        if value is None or not math.isfinite(value):
+            self._fail(trial, f"{search.goal} was {value} in all epochs")
+        else:
+            self._study.tell(trial, value)
+        return None
+
+    def _fail(self, trial: optuna.Trial, reason: str) -> None:
+        trial.set_user_attr("error", reason)
+        self._study.tell(trial, state=TrialState.FAIL)
+
+    def _after_epoch(self, trial: optuna.Trial, run: RunView) -> bool:
+        """Report the run's epochs to the storage, and return whether to prune it."""
+        _raise_if_search_ended()
+        try:
+            known = self._storage.get_trial(trial._trial_id).intermediate_values
+            for epoch, event in sorted(run.history.items()):  # with those from before an interruption
+                if epoch not in known and f"validation.{run.monitored}" in event:
+                    trial.report(event[f"validation.{run.monitored}"], epoch)
+            is_last = run.state.stopped or run.state.epoch >= run.config["EPOCHS"]
+            return self._search.pruning and not is_last and trial.should_prune()
+        except Exception as error:  # each database has its own; the next epoch reports this one, too
+            reason = _one_line(error, Redactor())
+            with contextlib.suppress(OSError):  # of a full disk, where the output is a file
+                print(f"Trial {trial.number}: cannot reach the storage ({reason}). Training continues.")
+            return False
+
+    def _try_lock(self, number: int) -> FileLock | None:
+        lock = FileLock(self._search.folder / f".trial-{number}.lock", timeout=0)
+        with contextlib.suppress(Timeout):
+            lock.acquire()
+        return lock if lock.is_locked else None
+
+    def _folder_id(self) -> str:
+        """Return what tells this folder from those of other machines. Under the claim lock."""
+        file = self._search.folder / ".place"
+        if not file.is_file():
+            text = uuid.uuid4().hex
+            write_atomic(file, lambda stream: stream.write(text.encode()))
+        return file.read_text()
 
 
-class Board:
-    """A line for each trial that ends; in a terminal, a last one that says how the search stands."""
+def run_workers(command: Sequence[str], number: int, search: Search) -> None:
+    """
+    Start processes that each train one trial at a time, and wait for them; none is left, whatever goes wrong.
 
-    def __init__(self, search: Search, num_trials: int, stream: IO[str] | None = None) -> None:
-        self._search, self._num_trials, self._stream = search, num_trials, stream or sys.stdout
-        self._told = {trial.number for trial in search.trials(*_DONE)}
-        self._width = 0
-        if self._told:
-            self._say(f"The study {search.name} has {len(self._told)} trials already.")
+    Each gets its share of this machine's threads and GPUs, and prints to worker-N.log.
 
-    def update(self) -> int:
-        """Looks into the storage, and returns how much is done: trials and epochs."""
-        trials = self._search.trials()
-        done = [trial for trial in trials if trial.state in _DONE]
-        best = self._search.best_trials()[:1]
-        for trial in done:
-            if trial.number not in self._told:
-                self._told.add(trial.number)
-                self._say(self._line(trial, best))
-                if best and best[0].number == trial.number:
-                    self._search.save_best()
-        if self._stream.isatty():
-            status = self._status(trials, done, best)
-            self._stream.write(f"\r{status:<{self._width}}")
-            self._stream.flush()
-            self._width = len(status)
-        return 1000 * len(done) + sum(len(trial.intermediate_values) for trial in trials)
-
-    def close(self) -> None:
-        """Removes the last line."""
-        self._say("", end="")
-
-    def _line(self, trial: FrozenTrial, best: list[FrozenTrial]) -> str:
-        found = describe(trial, self._search.goal)
-        mark = "  best so far" if best and best[0].number == trial.number else ""
-        return f"trial {trial.number:>3}: {found}  {values_of(trial)}  {duration(_seconds(trial))}{mark}"
-
-    def _status(self, trials: list[FrozenTrial], done: list[FrozenTrial], best: list[FrozenTrial]) -> str:
-        running = sum(trial.state == TrialState.RUNNING for trial in trials)
-        parts = [f"{len(done)} of {self._num_trials} trials, {running} running"]
-        parts += [f"best {self._search.goal} {trial.value:.4f} (trial {trial.number})" for trial in best]
-        if done:
-            median = sorted(map(_seconds, done))[len(done) // 2]
-            parts.append(f"about {duration((self._num_trials - len(done)) * median / max(1, running))} left")
-        return ", ".join(parts)
-
-    def _say(self, text: str, end: str = "\n") -> None:
-        if self._stream.isatty():
-            self._stream.write(f"\r{'':<{self._width}}\r")
-        print(text, end=end, file=self._stream, flush=True)
+    :raises Preempted: if a signal has asked to end, when they have saved
+    :raises UserError: if one has failed, with its last words
+    """
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    environment = os.environ | {SEARCH_PID: str(os.getpid())}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
+    logs = [search.folder / f"worker-{worker}.log" for worker in range(number)]
+    processes: list[subprocess.Popen] = []
+    with stop_on_signals(), contextlib.ExitStack() as stack:
+        stack.callback(_end, processes)
+        for worker, log in enumerate(logs):
+            environment["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[worker % len(gpus.split(","))]
+            # In a group of their own: Ctrl-C reaches the search alone, which passes it on, once.
+            options: dict[str, Any] = {"env": environment, "process_group": 0, "stdin": subprocess.DEVNULL}
+            output = stack.enter_context(open(log, "ab"))
+            processes.append(subprocess.Popen(command, stdout=output, stderr=output, **options))
+        while any(process.poll() is None for process in processes):
+            raise_if_stop_requested()
+            search.report()
+            time.sleep(0.5)
+        search.report()
+    for process, log in zip(processes, logs, strict=True):
+        if process.returncode not in (0, EXIT_CODE):
+            last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+            code, more = process.returncode, f"more in {relative_path(log)}"
+            raise UserError(f"a worker has ended with exit code {code}: {last} ({more})")
 
 
-def describe(trial: FrozenTrial, goal: str) -> str:
-    """What became of a trial."""
-    if trial.state == TrialState.COMPLETE:
-        return f"{goal} {trial.value:.4f}"
-    if trial.state == TrialState.PRUNED:
-        return f"pruned after epoch {trial.last_step}"
-    return f"failed: {trial.user_attrs.get('error', 'no reason is known')}"
+def _end(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        process.terminate()  # it saves, then ends
+    for process in processes:
+        process.wait()
 
 
-def values_of(trial: FrozenTrial) -> str:
-    """What a trial has tried, by the last parts of the names."""
-    texts = {
-        key: f"{value:.3g}" if isinstance(value, float) else str(value) for key, value in trial.params.items()
-    }
-    return ", ".join(f"{key.rpartition('.')[2]}={text.rpartition(':')[2]}" for key, text in texts.items())
+def _is_of_machine(error: Exception) -> bool:
+    """Tell whether all trials would fail: a full disk, a folder that is gone, a GPU that is lost."""
+    if isinstance(error, torch.AcceleratorError):  # this process cannot use the GPU any more
+        return "out of memory" not in str(error)
+    return isinstance(error, OSError) or isinstance(error.__cause__, OSError)
 
 
-def duration(seconds: float) -> str:
-    """A time for people."""
-    minutes, seconds = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+def _one_line(error: Exception, redactor: Redactor) -> str:
+    return " ".join(redactor.text(f"{type(error).__name__}: {error}").split())[:500]
 
 
-def _seconds(trial: Any) -> float:
-    return trial.duration.total_seconds() if trial.duration is not None else 0.0
+def _raise_if_search_ended() -> None:
+    # A worker whose search was killed would train on for nobody: no signal reaches it.
+    if os.environ.get(SEARCH_PID, str(os.getppid())) != str(os.getppid()):
+        raise Preempted("the search has ended")

@@ -1,1 +1,1 @@
-"""Contains the training routines, and the facts that all of them share."""
+"""The training routines, and the config that all of them share."""

@@ -1,9 +1,9 @@
 """
-Contains what is fitted on validation data once the weights are chosen: the temperature that makes probabilities
-frequencies, and the thresholds with the highest F1. Both go into the contract, so that prediction uses them.
+What is fitted on validation data once the weights are chosen, and goes into the contract.
+
+It is the temperature that makes probabilities frequencies, and the thresholds with the highest F1.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..utils.data.contract import DataContract
-from ..utils.loss import counting, is_multi_class, precise, unmask
+from ..utils.targets import counting, is_multi_class, precise, unmask
 from .evaluation import evaluate, gather_unless_stopped, holds_classes
 from .setup import Setup
 
 # From 1 / 8 to 8, four to an octave: with a parabola through the best three, the result is within 1 %.
 TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-12, 13))
-_UNIT = 2.0**-24  # likelihoods are added as integers, so that the order does not matter
+_UNIT = 2.0**-24  # losses are added as integers, so that the order does not matter
 _MOST = 2.0**15
 
 
-class Likelihoods:
+class NLL:
     """
-    Accumulates the negative log-likelihood of a dataset at each of several temperatures.
+    The negative log-likelihood of a dataset at each of several temperatures.
 
     :param contract: of the data
     :param ignore_index: target value of pixels that do not count
@@ -37,10 +37,10 @@ class Likelihoods:
     @torch.no_grad()
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """
-        Adds a batch. Nothing where the targets hold no classes.
+        Add a batch, if its targets hold classes.
 
         :param predictions: (N, C, ...) logits in float32
-        :param targets: by the convention of loss.py
+        :param targets: by the conventions of targets.py
         """
         if not self._is_masked and not holds_classes(predictions, targets, self._contract):
             return
@@ -53,17 +53,15 @@ class Likelihoods:
             if is_multi_class(predictions, targets):
                 loss = functional.nll_loss(logits.log_softmax(1), targets.long(), reduction="none")
             else:
-                loss = functional.binary_cross_entropy_with_logits(
-                    logits, targets.to(logits), reduction="none"
-                )
+                truth = targets.to(logits)
+                loss = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
             units = (loss.nan_to_num(_MOST).clamp(max=_MOST) / _UNIT).long()
             sums.append(units.masked_fill(~keep, 0).sum())
-        self.sums = [total + part for total, part in zip(self.sums, torch.stack(sums).tolist(), strict=True)]
+        self.sums = [total + new for total, new in zip(self.sums, torch.stack(sums).tolist(), strict=True)]
 
     def results(self) -> dict[str, float]:
         """
-        The temperature at which the data is likeliest; where several are the same, such as without data, the one
-        nearest to 1.
+        Return the temperature with the lowest NLL; of several, such as without data, that nearest to 1.
 
         :raises Preempted: if a signal has asked any of the processes to end
         """
@@ -80,11 +78,11 @@ class Likelihoods:
 
 def calibrate(setup: Setup, model: nn.Module) -> DataContract | None:
     """
-    The contract with temperature and thresholds as the validation data wants them; None where there is no such data,
-    or where values are predicted.
+    Return the contract with the temperature and thresholds that fit the validation data.
 
-    The temperature is the same for all classes, and leaves the class that is predicted in multi-class as it is; a
-    threshold is one for each class that does not exclude others, for probabilities at that temperature.
+    The temperature is one for all classes, and changes no class of a multi-class prediction. Each class that
+    does not exclude others has a threshold, for probabilities at that temperature. Without validation data,
+    or where values are predicted, the result is None.
 
     :param model: with the weights that are predicted with
     :raises Preempted: if a signal has asked to end
@@ -92,10 +90,8 @@ def calibrate(setup: Setup, model: nn.Module) -> DataContract | None:
     contract, batches = setup.contract, setup.loaders.validation
     if batches is None or contract.task == "values":
         return None
-    evaluation = setup.metrics()
-    likelihoods = Likelihoods(contract, setup.config["IGNORE_INDEX"], evaluation.is_masked)
-    temperature = evaluate(model, batches, likelihoods, setup.context)["temperature"]
-    contract = replace(contract, temperature=temperature)
+    nll = NLL(contract, setup.config["IGNORE_INDEX"], setup.metrics().is_masked)
+    contract = replace(contract, **evaluate(model, batches, nll, setup.context))
     if contract.task == "multi-class":
         return contract
     evaluation = setup.metrics(contract)
@@ -103,19 +99,17 @@ def calibrate(setup: Setup, model: nn.Module) -> DataContract | None:
     scores = evaluation.scores
     if scores is None or scores.multi_class:
         return contract
-    thresholds: Sequence[float] = [scores.best_threshold(number) for number in range(len(scores.histograms))]
-    return replace(contract, threshold=thresholds[0] if len(thresholds) == 1 else tuple(thresholds))
+    thresholds = tuple(scores.best_threshold(number) for number in range(len(scores.histograms)))
+    return replace(contract, threshold=thresholds[0] if len(thresholds) == 1 else thresholds)
 
 
 def describe_fit(contract: DataContract) -> dict[str, float]:
-    """What was fitted, by name: "temperature", and "threshold" or "threshold.class" unless classes exclude others."""
+    """Return what was fitted: "temperature", and "threshold" or "threshold.class" if classes may overlap."""
     results = {"temperature": contract.temperature}
-    if contract.task == "multi-label":
-        thresholds = contract.threshold
-        if isinstance(thresholds, float | int):
-            return results | {"threshold": float(thresholds)}
-        names = (
-            contract.class_names if len(contract.class_names) == len(thresholds) else range(len(thresholds))
-        )
-        results |= {f"threshold.{name}": value for name, value in zip(names, thresholds, strict=True)}
-    return results
+    if contract.task != "multi-label":
+        return results
+    if isinstance(contract.threshold, float | int):
+        return results | {"threshold": float(contract.threshold)}
+    names, thresholds = contract.class_names, contract.threshold
+    names = names if len(names) == len(thresholds) else [str(number) for number in range(len(thresholds))]
+    return results | {f"threshold.{name}": value for name, value in zip(names, thresholds, strict=True)}

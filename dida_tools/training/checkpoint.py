@@ -1,8 +1,10 @@
 """
-Contains the training state on disk: the newest two generations, each under a name of its own, so that there is always
-one that is whole. One that is damaged is noticed, said, and never used.
+Checkpoints: the training state on disk, in two generations, so that one is always intact.
+
+Each has a name of its own. A damaged one is reported, and never used.
 """
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -13,22 +15,21 @@ from ..utils.weights import UnreadableWeights, WeightsError, find_damage, load_w
 
 GENERATIONS = 2
 
+logger = logging.getLogger(__name__)
+
 
 def checkpoint_files(folder: str | os.PathLike) -> list[Path]:
-    """The training states in a folder, newest first."""
-    files = {
-        int(match[1]): file
-        for file in Path(folder).glob("last-*.pt")
-        if (match := re.fullmatch(r"last-(\d+)\.pt", file.name))
-    }
+    """Return the checkpoints in a folder, newest first."""
+    found = ((re.fullmatch(r"last-(\d+)\.pt", file.name), file) for file in Path(folder).glob("last-*.pt"))
+    files = {int(match[1]): file for match, file in found if match}
     return [files[step] for step in sorted(files, reverse=True)]
 
 
 def save_checkpoint(folder: str | os.PathLike, step: int, state: dict[str, Any]) -> Path:
     """
-    Writes the training state of a step, and removes old generations once the new one is verified.
+    Save the training state of a step, and remove old generations once the new one is verified.
 
-    Damaged ones of later steps, which a run that goes on from before them leaves behind, are no generations.
+    Damaged ones of later steps, which a run that resumes before them leaves behind, are no generations.
 
     :return: its file
     :raises WeightsError: if what was written cannot be read back
@@ -46,13 +47,15 @@ def save_checkpoint(folder: str | os.PathLike, step: int, state: dict[str, Any])
     return file
 
 
-def load_checkpoint(folder: str | os.PathLike, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+def load_checkpoint(
+    folder: str | os.PathLike, say: Callable[[str], None] = logger.warning
+) -> dict[str, Any] | None:
     """
-    Reads the newest training state that is whole.
+    Load the newest checkpoint that is intact.
 
-    :param say: gets a sentence about each one that is damaged
+    :param say: receives a sentence about each one that is damaged
     :return: None where there is none
-    :raises UnreadableWeights: if there may be one, but the disk or network fails: the run must not start again then
+    :raises UnreadableWeights: if one may be intact, but the disk or network fails: no reason to start again
     """
     files, unreadable = checkpoint_files(folder), None
     for file in files:
@@ -63,7 +66,7 @@ def load_checkpoint(folder: str | os.PathLike, say: Callable[[str], None] = prin
             say(f"{error} {'There is none before it.' if file == files[-1] else 'The one before is used.'}")
     if unreadable is not None:
         raise UnreadableWeights(
-            f"{unreadable} Look after the disk, and try again; or remove the file to start again."
+            f"{unreadable} Check the disk and try again; or remove the file to start again."
         )
     return None
 

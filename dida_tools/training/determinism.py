@@ -1,9 +1,9 @@
 """
-Contains randomness as a pure function: the order of the data follows from (seed, epoch), a sample's augmentation from
-(seed, epoch, index), dropout and everything else within a step from (seed, number of the batch).
+Randomness as a pure function, not a state.
 
-Nothing of it has to be saved, so a run goes on exactly after any interruption, with any number of workers, and the same
-in every routine.
+The order of the data follows from (seed, epoch), a sample's augmentation from (seed, epoch, index), dropout
+and all else within a step from (seed, batch index). Nothing of it has to be saved, so a run resumes exactly
+after any interruption, with any number of workers, and the same in every routine.
 """
 
 import contextlib
@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..utils.data.dataset import TrainingData
 from ..utils.signals import blocked_signals, ignore_signals
 
 _ORDER, _SAMPLE, _STEP = range(3)
 
 
 def mix(*numbers: int) -> int:
-    """A 63-bit number that depends on all of these (splitmix64, https://doi.org/10.1145/2660193.2660195)."""
+    """Return a 63-bit number that depends on all of these (splitmix64, doi.org/10.1145/2660193.2660195)."""
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -35,13 +36,13 @@ def mix(*numbers: int) -> int:
     return state >> 1
 
 
-def seed_step(seed: int, batch_number: int, device: torch.device, rank: int = 0) -> None:
+def seed_step(seed: int, batch_index: int, device: torch.device, rank: int = 0) -> None:
     """
-    Seeds what a training step draws, such as dropout. Call it after fetching the batch and before the forward pass.
+    Seed what a training step draws, such as dropout. Call it between fetching the batch and the forward pass.
 
-    :param batch_number: counted over all epochs
+    :param batch_index: counted over all epochs
     """
-    number = mix(_STEP, seed, batch_number, rank)
+    number = mix(_STEP, seed, batch_index, rank)
     _seed_cpu(number)
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -51,20 +52,18 @@ def seed_step(seed: int, batch_number: int, device: torch.device, rank: int = 0)
 
 
 def seed_sample(seed: int, epoch: int, index: int) -> None:
-    """Seeds what a sample's crop and augmentation draw, from PyTorch, numpy or Python."""
+    """Seed what a sample's crop and augmentation draw, from PyTorch, numpy or Python."""
     _seed_cpu(mix(_SAMPLE, seed, epoch, index))
 
 
 def _seed_cpu(number: int) -> None:
-    torch.default_generator.manual_seed(
-        number
-    )  # torch.manual_seed also visits every device: 100 times slower
+    torch.default_generator.manual_seed(number)  # torch.manual_seed visits every device: 100 times slower
     np.random.seed(number % 2**32)
     random.seed(number)
 
 
 class Samples(Dataset):
-    """A dataset whose samples are asked for by (epoch, index), and then always the same."""
+    """A dataset whose samples are the same each time they are asked for by (epoch, index)."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
@@ -77,9 +76,9 @@ class Samples(Dataset):
 
 class TrainingBatches(Sampler):
     """
-    The batches of an epoch as lists of (epoch, index); of several processes, each gets its part of every batch.
+    The batches of an epoch as lists of (epoch, index). Each process gets its part of every batch.
 
-    The main process draws from it, so workers that live on from epoch to epoch need not be told of the epoch.
+    The main process draws from it, so that persistent workers need not know the epoch.
     """
 
     def __init__(
@@ -103,61 +102,65 @@ class TrainingBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = self.order(self.epoch)
         for batch in range(self.first_batch, self.num_batches):
-            whole = self._whole(order, batch)
-            # A process without a sample computes the first one, whose loss counts nothing: all must take part.
-            yield [(self.epoch, index) for index in whole[self._own(batch)] or whole[:1]]
+            indices = self._of(order, batch)
+            # DDP all-reduces in every process: one without samples runs a dummy sample with loss weight 0.
+            yield [(self.epoch, index) for index in indices[self._own(batch)] or indices[:1]]
 
     def order(self, epoch: int) -> Sequence[int]:
-        """All samples in the order of an epoch."""
+        """Return all samples in the order of an epoch."""
         if not self.shuffle:
             return range(self.num_samples)
         return np.random.default_rng([_ORDER, self.seed, epoch]).permutation(self.num_samples).tolist()
 
     def indices(self, epoch: int, batch: int) -> list[int]:
-        """The samples of one batch, of all processes."""
-        return self._whole(self.order(epoch), batch)
+        """Return the samples of one batch, of all processes."""
+        return self._of(self.order(epoch), batch)
 
     def size(self, batch: int) -> int:
-        """Number of samples of one batch of an epoch, of all processes."""
+        """Return the number of samples of a batch, of all processes."""
         return min(self.batch_size, self.num_samples - batch * self.batch_size)
 
     def own_size(self, batch: int) -> int:
-        """Number of samples that this process computes of it."""
-        part = self._own(batch)
-        return part.stop - part.start
+        """Return the number of samples of a batch that this process computes."""
+        own = self._own(batch)
+        return own.stop - own.start
 
     def _own(self, batch: int) -> slice:
         size, number = self.size(batch), self.num_processes
         return slice(-(-self.rank * size // number), -(-(self.rank + 1) * size // number))
 
-    def _whole(self, order: Sequence[int], batch: int) -> list[int]:
+    def _of(self, order: Sequence[int], batch: int) -> list[int]:
         return list(order[batch * self.batch_size : (batch + 1) * self.batch_size])
 
 
 class EvaluationBatches(Sampler):
     """
-    Batches for evaluation as lists of (0, index): every sample once, samples of one shape together, and no batch with
-    more pixels than max_pixels, if it has more than one sample. Of several processes, each gets every so many batches.
+    The batches of an evaluation as lists of (0, index): every sample once, samples of one shape together.
+
+    Of several processes, each gets every so many batches.
     """
 
     def __init__(
-        self, dataset: Any, batch_size: int, max_pixels: int | None, rank: int = 0, num_processes: int = 1
+        self,
+        dataset: TrainingData,
+        batch_size: int,
+        max_pixels: int | None,
+        rank: int = 0,
+        num_processes: int = 1,
     ) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
-        shape_of = getattr(dataset, "sample_shape", lambda index: None)
+        """:param max_pixels: of a batch that has more than one sample"""
+        batches: list[list[tuple[int, int]]] = []
         by_shape: dict[Any, list[int]] = {}
         for index in range(len(dataset)):
-            by_shape.setdefault(shape_of(index), []).append(index)
+            by_shape.setdefault(dataset.sample_shape(index), []).append(index)
         for shape, indices in by_shape.items():
             size = batch_size
             if shape is not None and max_pixels is not None:
                 size = min(batch_size, max(1, max_pixels // (shape[0] * shape[1])))
-            cut = (indices[start : start + size] for start in range(0, len(indices), size))
-            self.batches += [[(0, index) for index in part] for part in cut]
-        parts = [self.batches[part::num_processes] for part in range(num_processes)]
-        self.order = [
-            index for part in parts for batch in part for _, index in batch
-        ]  # of all processes, one by one
+            keys = [(0, index) for index in indices]
+            batches += [keys[start : start + size] for start in range(0, len(keys), size)]
+        parts = [batches[part::num_processes] for part in range(num_processes)]
+        self.order = [index for part in parts for batch in part for _, index in batch]  # of all processes
         self.batches = parts[rank]
 
     def __len__(self) -> int:
@@ -168,7 +171,7 @@ class EvaluationBatches(Sampler):
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers take no signals, and end when they are told to."""
+    """A DataLoader whose workers ignore signals, and end when it is closed."""
 
     def __init__(
         self, dataset: Any, worker_init_fn: Callable[[int], None] | None = None, **options: Any
@@ -177,12 +180,12 @@ class Loader(DataLoader):
         self._latest: Any = None
 
     def __iter__(self) -> Any:
-        with blocked_signals():  # a worker that is only starting would end by them, and the training with it
+        with blocked_signals():  # which would end a worker that is still starting, and the training with it
             self._latest = super().__iter__()
         return self._latest
 
     def close(self) -> None:
-        """Ends the workers: since they ignore SIGTERM, an exiting process would wait for them for ever."""
+        """End the workers: they ignore SIGTERM, so that an exiting process would wait for them forever."""
         if hasattr(self._latest, "_shutdown_workers"):
             self._latest._shutdown_workers()
         self._latest = self._iterator = None
@@ -196,7 +199,7 @@ def _init_worker(users: Callable[[int], None] | None, number: int) -> None:
 
 
 def _end_with_main_process() -> None:
-    """PyTorch looks for that too, but never ends a worker that was only starting when its main process was killed."""
+    """End as PyTorch does, but also if the main process is killed while this one is still starting."""
     main_process = multiprocessing.parent_process()
     if main_process is not None:
         main_process.join()
@@ -205,23 +208,19 @@ def _end_with_main_process() -> None:
 
 @contextlib.contextmanager
 def deterministic_algorithms(device: torch.device) -> Iterator[None]:
-    """Has a GPU compute the same result each time, where it can. CPUs do so anyway."""
+    """Have a GPU compute the same result each time, where it can. CPUs do so anyway."""
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # read when the first matrix product is computed
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first matrix product
+    memory: Any = torch.utils.deterministic  # type: ignore[attr-defined]
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     was_warning = torch.is_deterministic_algorithms_warn_only_enabled()
-    was_benchmark = torch.backends.cudnn.benchmark
-    was_filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    was_filling, was_benchmark = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = False
+        memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark = False, False
         yield
     finally:
         torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warning)
-        torch.utils.deterministic.fill_uninitialized_memory = was_filling  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = was_benchmark
+        memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark = was_filling, was_benchmark

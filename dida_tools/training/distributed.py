@@ -1,5 +1,5 @@
 """
-Contains what the processes of one training do together: torchrun starts them, each computes its part of every batch.
+The processes of one training: torchrun starts them, and each computes its part of every batch.
 
 Without torchrun there is one process, and all of this does nothing.
 """
@@ -18,22 +18,22 @@ from ..config.errors import UserError
 
 
 def num_launched() -> int:
-    """How many processes torchrun has started."""
+    """Return the number of processes that torchrun has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def num_processes() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks: number 0."""
+    """Return whether this is the process that writes and reports: number 0."""
     return rank() == 0
 
 
@@ -47,9 +47,9 @@ def join_processes(
     leave: Callable[[], object] = dist.destroy_process_group,
 ) -> Iterator[None]:
     """
-    Joins this process with the others that torchrun has started, in the way of PyTorch or of a framework on top of it.
+    Join this process with the others that torchrun has started, as PyTorch or a framework on top of it does.
 
-    :param join: gets the name of the backend
+    :param join: is called with the name of the backend
     """
     if num_launched() == 1 or dist.is_initialized():
         yield
@@ -69,23 +69,19 @@ def join_processes(
 
 
 def refuse_several(routine: str) -> None:
-    """
-    For routines that train in one process.
-
-    :raises UserError: if torchrun has started several
-    """
+    """Raise UserError if torchrun has started several processes, for routines that train in one."""
     if num_launched() > 1:
         raise UserError(
-            f"the {routine} routine runs as one process, but torchrun has started {num_launched()}: start it without "
-            "torchrun, or take --routine pytorch or ignite (training/distributed.py has what they do for it)."
+            f"The {routine} routine runs as one process, but torchrun has started {num_launched()}. "
+            "Start it without torchrun, or use --routine pytorch or ignite."
         )
 
 
 def own_device(device: torch.device) -> torch.device:
     """
-    The GPU of this process, where there are several processes on GPUs.
+    Return the GPU of this process, if several processes train on GPUs, or else the device.
 
-    :raises UserError: if there are too few, or if they are to be left unused, which frameworks do not allow
+    :raises UserError: if there are too few, or if DEVICE wants to leave them unused, which frameworks do not
     """
     if num_processes() == 1 or not torch.cuda.is_available():
         return device
@@ -104,14 +100,14 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with gradients averaged over all processes; to be called and differentiated, not to be saved."""
+    """Return the model with gradients averaged over all processes: to be called, not to be saved."""
     if num_processes() == 1:
         return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def on_main(function: Callable[[], Any]) -> Any:
-    """What a function returns in the main process, given to all. Where it raises there, all raise."""
+    """Call a function in the main process and return its result in all. If it raises there, all raise."""
     if num_processes() == 1:
         return function()
     outcome: list[Any] = [None, None]
@@ -130,7 +126,7 @@ def on_main(function: Callable[[], Any]) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, by rank."""
+    """Return the values of all processes, by rank."""
     if num_processes() == 1:
         return [value]
     values: list[Any] = [None] * num_processes()
@@ -140,9 +136,9 @@ def gather(value: Any) -> list[Any]:
 
 def refuse_disagreement(facts: dict[str, Any]) -> None:
     """
-    Compares what each process was given, before any of them trains with it: machines may have other files.
+    Compare what each process was given, before any of them trains with it: machines may have other files.
 
-    :raises UserError: in all processes, naming what differs
+    :raises UserError: in all processes, with what differs
     """
     main, *others = gather({name: repr(value) for name, value in facts.items()})  # as text, NaN equals NaN
     for number, other in enumerate(others, 1):
@@ -154,7 +150,7 @@ def refuse_disagreement(facts: dict[str, Any]) -> None:
 
 
 def sum_up(values: Sequence[float]) -> list[float]:
-    """Each of these numbers, summed over all processes in float64."""
+    """Return each of these numbers, summed over all processes in float64."""
     if num_processes() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
@@ -163,18 +159,17 @@ def sum_up(values: Sequence[float]) -> list[float]:
 
 
 def sync_buffers(*modules: nn.Module | None) -> None:
-    """Gives all processes the main one's buffers, such as BatchNorm's running statistics."""
+    """Give all processes the main one's buffers, such as BatchNorm's running statistics."""
     if num_processes() == 1:
         return
-    for module in modules:
-        for buffer in [] if module is None else module.buffers():
-            value = buffer.cpu()
-            dist.broadcast(value, src=0, group=_control_group())
-            buffer.copy_(value)
+    for buffer in (buffer for module in modules if module is not None for buffer in module.buffers()):
+        value = buffer.cpu()
+        dist.broadcast(value, src=0, group=_control_group())
+        buffer.copy_(value)
 
 
 class _Control:
-    """A group of its own, on the CPU, for what is no gradient."""
+    """A group on the CPU for everything but gradients."""
 
     default: Any = None
     group: Any = None

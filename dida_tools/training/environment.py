@@ -1,4 +1,4 @@
-"""Contains what a run depends on besides its config: versions, code, machine, data."""
+"""What a run depends on besides its config: versions, code, machine, data."""
 
 import importlib.metadata
 import os
@@ -14,57 +14,59 @@ _MAX_DIFF_CHARACTERS = 1_000_000
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
 # Libraries that numbers depend on.  # <- what your data is read or changed with
 _COMPUTING = ("torch", "numpy", "pillow", "rasterio", "scipy", "scikit-image", "opencv-python-headless")
+# What else numbers depend on, and how it is called.
+_CONDITIONS = {
+    "git_commit": "code (commit)",
+    "git_diff": "code (changes since the commit)",
+    "python": "Python",
+    "cpu_capability": "CPU capability",
+    "threads": "number of threads",
+    "device": "device",
+    "device_name": "device",
+    "precision": "precision",
+}
 
 
 def describe_environment(root_path: str | os.PathLike, device: torch.device) -> dict[str, Any]:
     """
-    Describes code, versions and machine as plain data, in which there may be secrets.
+    Describe code, versions and machine as plain data, in which there may be secrets.
 
-    :param root_path: the project's folder; its git commit and what differs from it are recorded if it is a repository
+    :param root_path: the project's folder; if it is a git repository, its commit and changes are recorded
     :param device: the run's device
     """
-    versions = {
-        dist.metadata["Name"]: dist.version
-        for dist in importlib.metadata.distributions()
-        if dist.metadata["Name"]
-    }
+    packages = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
     diff = _git(root_path, "diff", "HEAD") or ""
+    is_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or "cpu",
+        "device_name": torch.cuda.get_device_name(device) if is_gpu else platform.processor() or "cpu",
         "git_commit": _git(root_path, "rev-parse", "HEAD"),
         "git_changed_files": (_git(root_path, "status", "--porcelain") or "").splitlines(),
         "git_diff": diff[:_MAX_DIFF_CHARACTERS] + ("\n(cut off)" if len(diff) > _MAX_DIFF_CHARACTERS else ""),
         "executable": Path(sys.executable).name,
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        "packages": dict(sorted(versions.items(), key=lambda item: item[0].lower())),
+        "packages": dict(
+            sorted((item for item in packages.items() if item[0]), key=lambda item: item[0].lower())
+        ),
     }
 
 
 def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of two environments differs and may lead to other numbers, a sentence each."""
-    differences = []
-    names = {
-        "git_commit": "code (commit)", "git_diff": "code (changes since the commit)", "python": "Python",
-        "cpu_capability": "CPU capability", "threads": "number of threads", "device": "device",
-        "device_name": "device", "precision": "precision",
-    }  # fmt: skip
-    for key, name in names.items():
-        if key == "git_diff" and before.get(key) != now.get(key):
-            differences.append(f"{name}: not what they were")
-        elif before.get(key) != now.get(key):
-            differences.append(f"{name}: {before.get(key)} then, {now.get(key)} now")
+    """Return what differs between two environments and may lead to other numbers, a sentence each."""
     versions = before.get("packages", {}), now.get("packages", {})
-    for package in _COMPUTING:
-        then, here = (version.get(package) for version in versions)
+    conditions = [(name, before.get(key), now.get(key)) for key, name in _CONDITIONS.items()]
+    conditions += [(name, versions[0].get(name), versions[1].get(name)) for name in _COMPUTING]
+    differences = []
+    for name, then, here in conditions:
         if then != here:
-            differences.append(f"{package}: {then} then, {here} now")
+            is_long = name == _CONDITIONS["git_diff"]
+            differences.append(
+                f"{name}: not what they were" if is_long else f"{name}: {then} then, {here} now"
+            )
     hashes = before.get("data", {}), now.get("data", {})
     changed = sorted(file for file in {*hashes[0], *hashes[1]} if hashes[0].get(file) != hashes[1].get(file))
     if changed:
@@ -73,14 +75,10 @@ def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _git(folder: str | os.PathLike, *arguments: str) -> str | None:
+    command = ["git", *arguments]
     try:
         answer = subprocess.run(
-            ["git", *arguments],
-            cwd=folder,
-            capture_output=True,
-            timeout=10,
-            check=True,
-            stdin=subprocess.DEVNULL,
+            command, cwd=folder, capture_output=True, timeout=10, check=True, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,4 +1,4 @@
-"""Contains evaluation: one result for a dataset, the same for every batch size, order and number of processes."""
+"""Evaluation: one result for a dataset, the same for every batch size, order and number of processes."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -7,34 +7,33 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..utils.counts import CountMetric
 from ..utils.data.contract import DataContract
-from ..utils.loss import check_shapes, is_multi_class, unmask
 from ..utils.scores import Scores
 from ..utils.signals import Preempted, raise_if_stop_requested, stop_requested
+from ..utils.targets import check_shapes, is_multi_class, unmask
 from .device import DeviceContext
 from .distributed import gather, num_processes
 from .modules import evaluation_mode
 
-_MORE = ("average_precision", "ece", "ignored_pixels")
-
 
 class Accumulator(Protocol):
-    """What takes a dataset batch by batch; each process brings its part, and results are those of all."""
+    """Takes a dataset batch by batch. Each process brings its part; the results are those of all."""
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
-        """Adds a batch."""
+        """Add a batch."""
 
     def results(self) -> dict[str, float]:
-        """What follows from all batches."""
+        """Return what follows from all batches."""
         ...
 
 
 class Evaluation:
     """
-    Accumulates the loss and the metrics of a dataset.
+    Loss and metrics of a dataset.
 
-    Metrics that carry a count form (those of loss.py) are computed once from the counts of all pixels, which scores
-    holds. The loss, and any other function, is the mean over samples; its name ends in _sample_mean then.
+    A CountMetric (those of metrics.py) is computed once, from the counts of all pixels. The loss and any
+    other function is averaged over samples; the name of such a metric ends in _sample_mean.
     """
 
     def __init__(
@@ -46,46 +45,40 @@ class Evaluation:
         contract: DataContract | None = None,
     ) -> None:
         """
-        :param contract: whether to tell, besides the metrics, how far probabilities can be trusted and what is ignored;
-            all is counted with its threshold and temperature, then, as in prediction. None: with 0.5 and 1
+        :param contract: adds how reliable probabilities are and what is ignored; all is counted with its
+            threshold and temperature then, as in prediction. None: with 0.5 and 1
         """
-        self.counted: dict[str, Any] = {
-            key: one for key, one in metrics.items() if hasattr(one, "from_counts")
-        }
-        self.averaged = {"loss": loss_function} | {
-            f"{key}_sample_mean": one for key, one in metrics.items() if key not in self.counted
-        }
+        self.counted = {key: one for key, one in metrics.items() if isinstance(one, CountMetric)}
+        others = {key: one for key, one in metrics.items() if key not in self.counted}
+        self.averaged = {"loss": loss_function} | {f"{key}_sample_mean": one for key, one in others.items()}
         self.ignore_index, self.class_names = ignore_index, class_names
         self.num_samples = 0
         self.is_masked = any(metric.masked for metric in self.counted.values())
         self.scores: Scores | None = None  # of classes, once there are any
-        self.sample_losses: list[
-            float
-        ] = []  # of each sample in the order they came in; NaN where no pixel counts
+        self.sample_losses: list[float] = []  # in the order of the samples; NaN where no pixel counts
         self._contract = contract
         self._values: dict[str, list[float]] = {name: [] for name in self.averaged}
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """
-        Adds a batch.
+        Add a batch.
 
         :param predictions: (N, C, ...) logits in float32
-        :param targets: by the convention of loss.py
+        :param targets: by the conventions of targets.py
         """
-        if self.counted or (
-            self._contract is not None and holds_classes(predictions, targets, self._contract)
-        ):
-            bare, valid = unmask(predictions, targets) if self.is_masked else (targets, None)
+        contract = self._contract
+        if self.counted or (contract is not None and holds_classes(predictions, targets, contract)):
+            unmasked, valid = unmask(predictions, targets) if self.is_masked else (targets, None)
             if self.scores is None:
-                how = self._contract or DataContract(1)
-                about = (predictions.shape[1], is_multi_class(predictions, bare), self.ignore_index)
-                self.scores = Scores(*about, how.threshold, how.temperature, self._contract is not None)
-            self.scores.update(predictions, bare, valid)
+                how = contract or DataContract(1)
+                about = (predictions.shape[1], is_multi_class(predictions, unmasked), self.ignore_index)
+                self.scores = Scores(*about, how.threshold, how.temperature, contract is not None)
+            self.scores.update(predictions, unmasked, valid)
         for index in range(len(predictions)):
             prediction, target = predictions[index : index + 1], targets[index : index + 1]
             if not target.is_floating_point() and bool((target == self.ignore_index).all()):
                 self.sample_losses.append(math.nan)
-                continue  # no pixel counts, and some losses answer NaN to that
+                continue  # no pixel counts, of which some losses are NaN
             self.num_samples += 1
             for name, function in self.averaged.items():
                 self._values[name].append(float(function(prediction, target)))
@@ -93,8 +86,8 @@ class Evaluation:
 
     def results(self) -> dict[str, float]:
         """
-        The loss and each metric, and of metrics with several classes also "name.class". With a contract also
-        average_precision, ece (the expected calibration error) and ignored_pixels.
+        Return the loss and each metric, also by class ("name.class") if there are several. With a contract
+        also average_precision, ece (the expected calibration error) and ignored_pixels.
 
         :raises Preempted: if a signal has asked any of the processes to end, so that parts may be missing
         """
@@ -104,16 +97,12 @@ class Evaluation:
         return results if self.scores is None else results | self._counted_results(self.scores)
 
     def _counted_results(self, scores: Scores) -> dict[str, float]:
-        has_classes = (
-            len(scores.confusion) > 2 or not scores.multi_class
-        )  # of two, the summary is that of class 1
+        has_classes = len(scores.confusion) > 2 or not scores.multi_class  # of two, class 1 is the summary
         results: dict[str, float] = {}
         if self._contract is not None:
-            every = scores.results(self.class_names)
-            results = {key: value for key, value in every.items() if key.partition(".")[0] in _MORE}
-            results = (
-                results if has_classes else {key: value for key, value in results.items() if "." not in key}
-            )
+            results = scores.reliability(self.class_names)
+            if not has_classes:
+                results = {key: value for key, value in results.items() if "." not in key}
         for name, metric in self.counted.items():
             results[name] = metric.from_counts(scores.confusion).item()
             if has_classes:
@@ -121,7 +110,7 @@ class Evaluation:
         return results
 
     def _gather(self) -> None:
-        """Adds up what the processes have; called by all of them."""
+        """Add up what the processes have; all of them call it."""
         parts = gather_unless_stopped((self.num_samples, self._values, self.scores, self.sample_losses))
         self.num_samples = sum(part[0] for part in parts)
         self._values = {name: [value for part in parts for value in part[1][name]] for name in self.averaged}
@@ -132,7 +121,7 @@ class Evaluation:
 
 def gather_unless_stopped(value: Any) -> list[Any]:
     """
-    The values of all processes, by rank.
+    Return the values of all processes, by rank.
 
     :raises Preempted: if a signal has asked any of them to end, so that parts may be missing
     """
@@ -146,7 +135,7 @@ def gather_unless_stopped(value: Any) -> list[Any]:
 
 
 def holds_classes(predictions: Tensor, targets: Tensor, contract: DataContract) -> bool:
-    """Whether targets hold classes by the convention of loss.py, so that they can be counted."""
+    """Return whether targets hold classes by the conventions of targets.py, so that they can be counted."""
     if contract.task == "values":
         return False
     try:
@@ -163,14 +152,11 @@ def _sum(values: list[float]) -> float:
 
 @torch.no_grad()
 def evaluate_batch(
-    model: nn.Module,
-    batch: tuple[Tensor, Tensor],
-    evaluation: Accumulator,
-    context: DeviceContext,
+    model: nn.Module, batch: tuple[Tensor, Tensor], evaluation: Accumulator, context: DeviceContext
 ) -> None:
     """
-    Adds one batch to an evaluation; the model has to be in evaluation mode. Nothing once a signal has asked to end,
-    since there will be no results then.
+    Add a batch to an evaluation; the model has to be in evaluation mode. Do nothing once a signal has asked
+    to end: there will be no results.
 
     :param batch: (inputs, targets)
     """
@@ -189,7 +175,7 @@ def evaluate(
     context: DeviceContext,
 ) -> dict[str, float]:
     """
-    Evaluates a model on a dataset. The mode that the model was in is restored.
+    Evaluate a model on a dataset. The mode that the model was in is restored.
 
     :param batches: (inputs, targets); of several processes, each brings its own part
     :param evaluation: an empty one, which holds the counts afterwards

@@ -1,10 +1,5 @@
-"""
-Contains the fastai routine: the same training as pytorch_training.py, with a Learner and callbacks. In one process.
+"""The fastai routine: pytorch_training.py's training by a Learner and callbacks, in one process."""
 
-Its config is below; variants of it are functions beside it. Keys, defaults and what they may hold: config/keys.py.
-"""
-
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,71 +8,19 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
-from torch.nn import ELU, GroupNorm
-from torch.optim.lr_scheduler import OneCycleLR
 
 from ..config.config import global_config as default_global_config
-from ..config.keys import copy_config
-from ..models.unet import UNET
-from ..utils.data.scenes import SceneDataset
-from ..utils.data.transforms import STANDARD
-from ..utils.loss import f1, iou, multi_class_dice_ce_sum, precision, recall
-from .determinism import seed_step
+from ..utils.logging.csv import CsvTracker
+from ..utils.notify.smtp import Mail
+from .config import VARIANTS, small, train_config  # noqa: F401 (a routine offers them)
+from .console import ProgressBar
 from .distributed import refuse_several
 from .evaluation import evaluate_batch
-from .run import Result, Run, start_run
+from .listener import Result
+from .pictures import Picture
+from .run import Run, start_run
 from .setup import Setup, prepare
-
-train_config: dict[str, Any] = {
-    "SESSION_NAME": "training-run",
-    "MODEL": UNET,  # <- your model here: any class of torch.nn.Module
-    "MODEL_CONFIG": {
-        "ch_in": 12,
-        "ch_out": 5,
-        "bulk_ch": 32,
-        "n_recursions": 5,
-        "dropout": 0.2,
-        "activ": ELU,
-        "norm": partial(
-            GroupNorm, 8
-        ),  # unlike BatchNorm, the same in training and evaluation, for any batch size
-    },
-    "DATASET": SceneDataset,  # <- your data here: NpyDataset, or any dataset of (input, target) pairs
-    "DATASET_CONFIG": {
-        "train": {"part": "train", "crop": 128, "crops_per_image": 4, "foreground": 0.3, "augment": STANDARD},
-        "test": {"part": "test"},
-    },
-    "DATA_LOADER_CONFIG": {"batch_size": 8, "shuffle": True, "pin_memory": True, "num_workers": 2},
-    "OPTIMIZER": torch.optim.AdamW,
-    "OPTIMIZER_CONFIG": {"lr": 1e-3, "weight_decay": 1e-2},
-    "SCHEDULER": OneCycleLR,  # warms up to lr, then cools down to nearly nothing at the end of the last epoch
-    "SCHEDULER_CONFIG": {"pct_start": 0.2},
-    "CLIP_NORM": 1.0,
-    "EPOCHS": 100,
-    "LOSS": multi_class_dice_ce_sum,  # <- your loss here: a function of (prediction, target)
-    "LOSS_CONFIG": {"batch": True},
-    "METRICS": {"f1": f1, "precision": precision, "recall": recall, "iou": iou},
-    "MONITOR": "max f1",
-    "DEVICE": "auto",
-    "LOGFILE": "experiments.csv",
-    "__COMMENT": None,
-}
-
-
-def small(config: dict[str, Any] = train_config) -> dict[str, Any]:
-    """A variant for laptops: 0.5 million parameters instead of 31, some minutes on two cores."""
-    config = copy_config(config)
-    config["MODEL_CONFIG"] |= {"bulk_ch": 16, "n_recursions": 3, "dropout": 0.0}
-    config["DATASET_CONFIG"]["train"] |= {"crop": 96, "crops_per_image": 3}
-    config["DATA_LOADER_CONFIG"] |= {"num_workers": 0}
-    config["OPTIMIZER_CONFIG"] |= {"lr": 2e-3}
-    config["EPOCHS"] = 40
-    return config
-
-
-VARIANTS = {
-    "small": small
-}  # <- your variants here: functions that take a config, change some keys, and return it
+from .tensorboard import TensorBoard
 
 
 class Forward(nn.Module):
@@ -85,12 +28,11 @@ class Forward(nn.Module):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
-        self.model, self.context = setup.model, setup.context
+        self.model, self.setup = setup.model, setup
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Images (N, C, H, W) to logits."""
-        inputs = self.context.move(inputs)
-        with self.context.autocast():
+        """Return logits of images (N, C, H, W)."""
+        with self.setup.autocast():
             predictions = self.model(inputs)
         return predictions.float()  # so the loss is computed in float32, outside of autocast
 
@@ -100,68 +42,67 @@ class Training(Callback):
 
     def __init__(self, setup: Setup, run: Run) -> None:
         super().__init__()
-        self.setup, self.tracked, self.config = setup, run, setup.config
-        self.learning_rate, self.evaluation = 0.0, setup.metrics()
+        self.setup, self.recorded, self.evaluation = setup, run, setup.metrics()  # fastai calls a flag "run"
 
     def __call__(self, event_name: str) -> None:
-        """Calls what is defined for an event. fastai's own would put its words before those of an error."""
+        """Call what is defined for an event. fastai's own would put its words before those of an error."""
         if hasattr(type(self), event_name):
             getattr(self, event_name)()
 
     def before_train(self) -> None:
-        """Lets fastai and the model know."""
+        """Switch fastai and the model to training."""
         self.learn.training = True
         self.model.train()
 
     def before_batch(self) -> None:
-        """Seeds a batch's randomness; evaluates in the validation."""
+        """Evaluate a batch of the validation set."""
         if not self.training:
-            batch = (self.xb[0], self.yb[0])
-            evaluate_batch(self.setup.eval_model, batch, self.evaluation, self.setup.context)
+            evaluate_batch(
+                self.setup.eval_model, (self.xb[0], self.yb[0]), self.evaluation, self.setup.context
+            )
             raise CancelBatchException
-        seed_step(self.config["SEED"], self.tracked.batch_number, self.setup.context.device)
 
     def before_backward(self) -> None:
-        """Scales the loss."""
-        self.learn.loss_grad = self.setup.scaler.scale(self.loss_grad * self.tracked.loss_weight)
+        """Scale the loss."""
+        self.learn.loss_grad = self.setup.scaler.scale(self.loss_grad * self.recorded.loss_weight)
 
     def after_backward(self) -> None:
-        """Takes note; no step follows on a batch that only accumulates."""
-        if not self.tracked.record_batch(self.loss.item()):  # waits for the GPU
+        """Record the batch."""
+        self.recorded.end_batch(self.loss)  # the only CPU-GPU sync point
+        if not self.recorded.is_update_step:  # gradient accumulation
             raise CancelBatchException
 
     def before_step(self) -> None:
-        """The optimizer step."""
-        optimizer, scaler = self.setup.optimizer, self.setup.scaler
-        self.learning_rate = optimizer.param_groups[0]["lr"]
+        """Make the optimizer step."""
+        optimizer, scaler, clip_norm = self.setup.optimizer, self.setup.scaler, self.setup.config["CLIP_NORM"]
         scaler.unscale_(optimizer)
-        if self.config["CLIP_NORM"] is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config["CLIP_NORM"])
+        if clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
         scaler.step(optimizer)
         scaler.update()
         raise CancelStepException  # the step is done: not twice
 
     def after_step(self) -> None:
-        """Schedule and moving average."""
+        """Step schedule and moving average."""
         scheduler, ema = self.setup.scheduler, self.setup.ema
-        if scheduler is not None and self.config["SCHEDULER_STEP"] == "step":
+        if scheduler is not None and self.setup.config["SCHEDULER_STEP"] == "step":
             scheduler.step()
         if ema is not None:
             ema.update_parameters(self.setup.model)
-        self.tracked.record_step(self.learning_rate)
+        self.recorded.end_step()
 
     def before_validate(self) -> None:
-        """An empty evaluation."""
+        """Begin an evaluation."""
         self.learn.training = False
         self.setup.eval_model.eval()
         self.evaluation = self.setup.metrics()
 
     def after_epoch(self) -> None:
-        """After the validation."""
+        """End the epoch, after its validation."""
         results = self.evaluation.results() if self.setup.loaders.validation is not None else {}
-        self.setup.step_schedule(results.get(self.tracked.monitored))
-        self.tracked.record_epoch(results)
-        if self.tracked.state.stopped:
+        self.setup.step_schedule(results.get(self.recorded.monitored))
+        self.recorded.end_epoch(results)
+        if not self.recorded.epochs_left:
             raise CancelFitException
 
 
@@ -172,33 +113,23 @@ def train(
     global_config: dict[str, str] = default_global_config,
     validation_dataset: Any = None,
 ) -> Result:
-    """
-    Trains a model, and leaves weights, log and tracker row.
-
-    :param train_dataset: pairs (input, target); conventions for their shapes stand in utils/loss.py
-    :param test_dataset: likewise, evaluated once at the end; None: no test
-    :param training_config: what to train and how; read only
-    :param global_config: where to write
-    :param validation_dataset: what MONITOR selects by; None takes VALIDATION_FRACTION of the training set
-    :raises ConfigError, DataError: before anything is written, with all problems
-    """
+    """Train a model; parameters and result are those of pytorch_training.train."""
     refuse_several("fastai")
     setup = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
-    config, optimizer = setup.config, setup.optimizer
+    # <- your listener here, such as an experiment tracker of your own
+    listeners = [CsvTracker(), TensorBoard(), Picture(), ProgressBar(), Mail()]
 
-    with start_run(setup, global_config) as run:
-        state = run.state
+    with start_run(setup, listeners) as run:
         learner = Learner(
-            DataLoaders(run.batches, setup.loaders.validation or []),
+            DataLoaders(run.batches(), setup.loaders.validation or []),
             Forward(setup),
             loss_func=setup.loss_fn,
             default_cbs=False,  # the run has its own bar, record and modes
             cbs=Training(setup, run),
         )
-        # Finished: fastai's own way of making one would take weight decay off norms and biases, and forget a state that
-        # was restored. fit would set the rates, so it gets them as they are; the schedule is the config's.
-        learner.opt = OptimWrapper(opt=optimizer)
-        if state.epoch < config["EPOCHS"] and not state.stopped:
-            rates = [group["lr"] for group in optimizer.param_groups]
-            learner.fit(config["EPOCHS"] - state.epoch, lr=rates)
+        # Ready-made: one of fastai's own would take weight decay off norms and biases, and forget its state.
+        # fit would set the learning rates, so it gets them as they are; the schedule is the config's.
+        learner.opt = OptimWrapper(opt=setup.optimizer)
+        if run.epochs_left:
+            learner.fit(run.epochs_left, lr=[group["lr"] for group in setup.optimizer.param_groups])
         return run.finish()

@@ -1,12 +1,7 @@
-"""
-Contains the Lightning routine: the same training as pytorch_training.py, with a module and a Trainer. In one process.
-
-Its config is below; variants of it are functions beside it. Keys, defaults and what they may hold: config/keys.py.
-"""
+"""The Lightning routine: pytorch_training.py's training by a module and a Trainer, in one process."""
 
 import logging
 import warnings
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,72 +9,21 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import Tensor
-from torch.nn import ELU, GroupNorm
-from torch.optim.lr_scheduler import OneCycleLR
 
 from ..config.config import global_config as default_global_config
-from ..config.keys import copy_config
-from ..models.unet import UNET
-from ..utils.data.scenes import SceneDataset
-from ..utils.data.transforms import STANDARD
-from ..utils.loss import f1, iou, multi_class_dice_ce_sum, precision, recall
+from ..utils.logging.csv import CsvTracker
+from ..utils.notify.smtp import Mail
 from ..utils.signals import install_handlers
-from .determinism import seed_step
+from .config import VARIANTS, small, train_config  # noqa: F401 (a routine offers them)
+from .console import ProgressBar
+from .device import DeviceContext
 from .distributed import refuse_several
-from .evaluation import Evaluation, evaluate_batch
-from .run import Result, Run, start_run
+from .evaluation import evaluate_batch
+from .listener import Result
+from .pictures import Picture
+from .run import Run, start_run
 from .setup import Setup, prepare
-
-train_config: dict[str, Any] = {
-    "SESSION_NAME": "training-run",
-    "MODEL": UNET,  # <- your model here: any class of torch.nn.Module
-    "MODEL_CONFIG": {
-        "ch_in": 12,
-        "ch_out": 5,
-        "bulk_ch": 32,
-        "n_recursions": 5,
-        "dropout": 0.2,
-        "activ": ELU,
-        "norm": partial(
-            GroupNorm, 8
-        ),  # unlike BatchNorm, the same in training and evaluation, for any batch size
-    },
-    "DATASET": SceneDataset,  # <- your data here: NpyDataset, or any dataset of (input, target) pairs
-    "DATASET_CONFIG": {
-        "train": {"part": "train", "crop": 128, "crops_per_image": 4, "foreground": 0.3, "augment": STANDARD},
-        "test": {"part": "test"},
-    },
-    "DATA_LOADER_CONFIG": {"batch_size": 8, "shuffle": True, "pin_memory": True, "num_workers": 2},
-    "OPTIMIZER": torch.optim.AdamW,
-    "OPTIMIZER_CONFIG": {"lr": 1e-3, "weight_decay": 1e-2},
-    "SCHEDULER": OneCycleLR,  # warms up to lr, then cools down to nearly nothing at the end of the last epoch
-    "SCHEDULER_CONFIG": {"pct_start": 0.2},
-    "CLIP_NORM": 1.0,
-    "EPOCHS": 100,
-    "LOSS": multi_class_dice_ce_sum,  # <- your loss here: a function of (prediction, target)
-    "LOSS_CONFIG": {"batch": True},
-    "METRICS": {"f1": f1, "precision": precision, "recall": recall, "iou": iou},
-    "MONITOR": "max f1",
-    "DEVICE": "auto",
-    "LOGFILE": "experiments.csv",
-    "__COMMENT": None,
-}
-
-
-def small(config: dict[str, Any] = train_config) -> dict[str, Any]:
-    """A variant for laptops: 0.5 million parameters instead of 31, some minutes on two cores."""
-    config = copy_config(config)
-    config["MODEL_CONFIG"] |= {"bulk_ch": 16, "n_recursions": 3, "dropout": 0.0}
-    config["DATASET_CONFIG"]["train"] |= {"crop": 96, "crops_per_image": 3}
-    config["DATA_LOADER_CONFIG"] |= {"num_workers": 0}
-    config["OPTIMIZER_CONFIG"] |= {"lr": 2e-3}
-    config["EPOCHS"] = 40
-    return config
-
-
-VARIANTS = {
-    "small": small
-}  # <- your variants here: functions that take a config, change some keys, and return it
+from .tensorboard import TensorBoard
 
 
 class Training(LightningModule):
@@ -87,44 +31,41 @@ class Training(LightningModule):
 
     def __init__(self, setup: Setup, run: Run) -> None:
         super().__init__()
-        self.prepared, self.run = setup, run  # Lightning calls a method "setup"
-        self.model, self.config = setup.model, setup.config
-        # Lightning's own way would divide the loss by ACCUMULATE also where an epoch's last step has fewer batches.
+        self.built, self.run, self.model = setup, run, setup.model  # Lightning calls a method "setup"
+        # Lightning's own way would divide the loss by ACCUMULATE also where a step has fewer batches.
         self.automatic_optimization = False
-        self.evaluation: Evaluation = setup.metrics()
+        self.metrics = setup.metrics()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Of the config; its schedule is stepped below."""
-        return self.prepared.optimizer
+        """Return that of the config; its schedule is stepped below."""
+        return self.built.optimizer
 
     def train_dataloader(self) -> Any:
-        """Asked for in each epoch, since the first one of a run that goes on may be shorter."""
-        install_handlers()  # Lightning has just put its own in their place, which ends a training after any batch
-        return self.run.batches
+        """Return the batches of an epoch: asked for in each, since that of a resumed run may be shorter."""
+        install_handlers()  # Lightning has just set its own, which end a training after any batch
+        return self.run.batches()
 
     def val_dataloader(self) -> Any:
-        """The validation set, or nothing."""
+        """Return the validation set, or nothing."""
         install_handlers()
-        return self.prepared.loaders.validation or []
+        return self.built.loaders.validation or []
 
     def on_train_epoch_start(self) -> None:
-        """Lightning leaves the mode to the model."""
+        """Switch the model to training: Lightning leaves the mode to it."""
         self.model.train()
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
-        """A batch, and an optimizer step when it is time."""
-        config, run, setup = self.config, self.run, self.prepared
-        context, model = setup.context, self.model
-        optimizer, scheduler, scaler = setup.optimizer, setup.scheduler, setup.scaler
-        inputs, targets = context.move(batch[0]), batch[1].to(context.device)
-        seed_step(config["SEED"], run.batch_number, context.device)
-        with context.autocast():
+        """Train on a batch, and make an optimizer step when it is time."""
+        setup, run, model, config = self.built, self.run, self.model, self.built.config
+        optimizer, scheduler, scaler, ema = setup.optimizer, setup.scheduler, setup.scaler, setup.ema
+        inputs, targets = batch
+        with setup.autocast():
             predictions = model(inputs)
         loss = setup.loss_fn(predictions.float(), targets)  # in float32, outside of autocast
         self.manual_backward(scaler.scale(loss * run.loss_weight))
-        if not run.record_batch(loss.item()):  # waits for the GPU
+        run.end_batch(loss)  # the only CPU-GPU sync point
+        if not run.is_update_step:  # gradient accumulation
             return
-        learning_rate = optimizer.param_groups[0]["lr"]
         scaler.unscale_(optimizer)
         if config["CLIP_NORM"] is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config["CLIP_NORM"])
@@ -133,29 +74,47 @@ class Training(LightningModule):
         optimizer.zero_grad()
         if scheduler is not None and config["SCHEDULER_STEP"] == "step":
             scheduler.step()
-        if setup.ema is not None:
-            setup.ema.update_parameters(model)
-        run.record_step(learning_rate)
+        if ema is not None:
+            ema.update_parameters(model)
+        run.end_step()
 
     def on_validation_epoch_start(self) -> None:
-        """An empty evaluation."""
-        self.prepared.eval_model.eval()
-        self.evaluation = self.prepared.metrics()
+        """Begin an evaluation."""
+        self.built.eval_model.eval()
+        self.metrics = self.built.metrics()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
-        """A batch of the validation set."""
-        evaluate_batch(self.prepared.eval_model, batch, self.evaluation, self.prepared.context)
+        """Evaluate a batch of the validation set."""
+        evaluate_batch(self.built.eval_model, batch, self.metrics, self.built.context)
 
     def on_train_epoch_end(self) -> None:
-        """Lightning goes on, or not."""
+        """End the epoch, after its validation."""
         self.end_epoch()
-        self.trainer.should_stop = self.run.state.stopped
+        self.trainer.should_stop = not self.run.epochs_left
 
     def end_epoch(self) -> None:
-        """After the validation."""
-        results = self.evaluation.results() if self.prepared.loaders.validation is not None else {}
-        self.prepared.step_schedule(results.get(self.run.monitored))
-        self.run.record_epoch(results)
+        """Step the schedule, and record the epoch."""
+        results = self.metrics.results() if self.built.loaders.validation is not None else {}
+        self.built.step_schedule(results.get(self.run.monitored))
+        self.run.end_epoch(results)
+
+
+def make_trainer(num_epochs: int, context: DeviceContext) -> Trainer:
+    """Return a Trainer that leaves to the run what is the run's."""
+    device = context.device
+    return Trainer(
+        accelerator={"cuda": "gpu"}.get(device.type, device.type),
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        max_epochs=num_epochs,
+        deterministic="warn" if device.type == "cuda" else None,  # as start_run has it
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+        plugins=[LightningEnvironment()],  # not SLURM's: the run takes its signals
+        logger=False,  # the run has its own record, checkpoints and bar
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 def train(
@@ -165,49 +124,25 @@ def train(
     global_config: dict[str, str] = default_global_config,
     validation_dataset: Any = None,
 ) -> Result:
-    """
-    Trains a model, and leaves weights, log and tracker row.
-
-    :param train_dataset: pairs (input, target); conventions for their shapes stand in utils/loss.py
-    :param test_dataset: likewise, evaluated once at the end; None: no test
-    :param training_config: what to train and how; read only
-    :param global_config: where to write
-    :param validation_dataset: what MONITOR selects by; None takes VALIDATION_FRACTION of the training set
-    :raises ConfigError, DataError: before anything is written, with all problems
-    """
+    """Train a model; parameters and result are those of pytorch_training.train."""
     refuse_several("lightning")
     setup = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
-    config, device = setup.config, setup.context.device
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the run says on what it trains
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the run reports on what it trains
+    # <- your listener here, such as an experiment tracker of your own
+    listeners = [CsvTracker(), TensorBoard(), Picture(), ProgressBar(), Mail()]
 
-    with start_run(setup, global_config) as run, warnings.catch_warnings():
+    with start_run(setup, listeners) as run, warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)  # advice about loaders and logging
         warnings.filterwarnings("ignore", message="Total length of `list`|`isinstance.treespec")
-        state, module = run.state, Training(setup, run)
-
-        def new_trainer(num_epochs: int) -> Trainer:
-            return Trainer(
-                accelerator={"cuda": "gpu"}.get(device.type, device.type),
-                devices=[device.index or 0] if device.type == "cuda" else 1,
-                max_epochs=num_epochs,
-                deterministic="warn" if device.type == "cuda" else None,  # as start_run has it
-                reload_dataloaders_every_n_epochs=1,
-                num_sanity_val_steps=0,
-                plugins=[LightningEnvironment()],  # not SLURM's: the run takes its signals
-                logger=False,  # the run has its own record, checkpoints and bar
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-
+        module = Training(setup, run)
         try:
             if run.awaits_evaluation:
                 if setup.loaders.validation is not None:
-                    new_trainer(1).validate(module, verbose=False)
+                    make_trainer(1, setup.context).validate(module, verbose=False)
                 module.end_epoch()
-            if state.epoch < config["EPOCHS"] and not state.stopped:
-                new_trainer(config["EPOCHS"] - state.epoch).fit(module)
+            if run.epochs_left:
+                make_trainer(run.epochs_left, setup.context).fit(module)
         except SystemExit as error:
             raise error.__context__ or error from None  # Lightning makes an exit of Ctrl-C
-        setup.model.to(device)  # Lightning leaves it on the CPU
+        setup.model.to(setup.context.device)  # Lightning leaves it on the CPU
         return run.finish()

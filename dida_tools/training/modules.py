@@ -1,4 +1,4 @@
-"""Helpers for models that training, prediction and search share: seeds, loading, modes, and what goes wrong."""
+"""Helpers for models: seeds, loading, evaluation mode, and what goes wrong with numbers and memory."""
 
 import contextlib
 import random
@@ -58,7 +58,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def find_nonfinite(model: nn.Module) -> str | None:
-    """Return which parameter of a model holds NaN or infinite values, and how many; None if all are finite."""
+    """Return which parameter of a model holds NaN or infinite values, and how many; None if none does."""
     for name, parameter in model.named_parameters():
         number = int((~parameter.detach().isfinite()).sum())
         if number:

@@ -1,78 +1,21 @@
-"""
-Contains the raw PyTorch routine: the whole loop, to be read and modified.
+"""The raw PyTorch routine: the whole loop, to be read and modified. The config is in config.py."""
 
-Its config is below; variants of it are functions beside it. Keys, defaults and what they may hold: config/keys.py.
-"""
-
-from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import ELU, GroupNorm
-from torch.optim.lr_scheduler import OneCycleLR
 
 from ..config.config import global_config as default_global_config
-from ..config.keys import copy_config
-from ..models.unet import UNET
-from ..utils.data.scenes import SceneDataset
-from ..utils.data.transforms import STANDARD
-from ..utils.loss import f1, iou, multi_class_dice_ce_sum, precision, recall
-from .determinism import seed_step
-from .distributed import join_processes, parallel, rank
+from ..utils.logging.csv import CsvTracker
+from ..utils.notify.smtp import Mail
+from .config import VARIANTS, small, train_config  # noqa: F401 (a routine offers them)
+from .console import ProgressBar
+from .distributed import join_processes
 from .evaluation import evaluate
-from .run import Result, start_run
+from .listener import Result
+from .pictures import Picture
+from .run import start_run
 from .setup import prepare
-
-train_config: dict[str, Any] = {
-    "SESSION_NAME": "training-run",
-    "MODEL": UNET,  # <- your model here: any class of torch.nn.Module
-    "MODEL_CONFIG": {
-        "ch_in": 12,
-        "ch_out": 5,
-        "bulk_ch": 32,
-        "n_recursions": 5,
-        "dropout": 0.2,
-        "activ": ELU,
-        "norm": partial(
-            GroupNorm, 8
-        ),  # unlike BatchNorm, the same in training and evaluation, for any batch size
-    },
-    "DATASET": SceneDataset,  # <- your data here: NpyDataset, or any dataset of (input, target) pairs
-    "DATASET_CONFIG": {
-        "train": {"part": "train", "crop": 128, "crops_per_image": 4, "foreground": 0.3, "augment": STANDARD},
-        "test": {"part": "test"},
-    },
-    "DATA_LOADER_CONFIG": {"batch_size": 8, "shuffle": True, "pin_memory": True, "num_workers": 2},
-    "OPTIMIZER": torch.optim.AdamW,
-    "OPTIMIZER_CONFIG": {"lr": 1e-3, "weight_decay": 1e-2},
-    "SCHEDULER": OneCycleLR,  # warms up to lr, then cools down to nearly nothing at the end of the last epoch
-    "SCHEDULER_CONFIG": {"pct_start": 0.2},
-    "CLIP_NORM": 1.0,
-    "EPOCHS": 100,
-    "LOSS": multi_class_dice_ce_sum,  # <- your loss here: a function of (prediction, target)
-    "LOSS_CONFIG": {"batch": True},
-    "METRICS": {"f1": f1, "precision": precision, "recall": recall, "iou": iou},
-    "MONITOR": "max f1",
-    "DEVICE": "auto",
-    "LOGFILE": "experiments.csv",
-    "__COMMENT": None,
-}
-
-
-def small(config: dict[str, Any] = train_config) -> dict[str, Any]:
-    """A variant for laptops: 0.5 million parameters instead of 31, some minutes on two cores."""
-    config = copy_config(config)
-    config["MODEL_CONFIG"] |= {"bulk_ch": 16, "n_recursions": 3, "dropout": 0.0}
-    config["DATASET_CONFIG"]["train"] |= {"crop": 96, "crops_per_image": 3}
-    config["DATA_LOADER_CONFIG"] |= {"num_workers": 0}
-    config["OPTIMIZER_CONFIG"] |= {"lr": 2e-3}
-    config["EPOCHS"] = 40
-    return config
-
-
-VARIANTS = {
-    "small": small
-}  # <- your variants here: functions that take a config, change some keys, and return it
+from .tensorboard import TensorBoard
 
 
 @join_processes()  # those that torchrun has started
@@ -84,7 +27,7 @@ def train(
     validation_dataset: Any = None,
 ) -> Result:
     """
-    Trains a model, and leaves weights, log and tracker row.
+    Train a model. It leaves weights, a log and a row in the tracker.
 
     :param train_dataset: pairs (input, target); conventions for their shapes stand in utils/loss.py
     :param test_dataset: likewise, evaluated once at the end; None: no test
@@ -94,24 +37,23 @@ def train(
     :raises ConfigError, DataError: before anything is written, with all problems
     """
     setup = prepare(train_dataset, test_dataset, training_config, global_config, validation_dataset, __name__)
-    config, device = setup.config, setup.context.device
-    optimizer, scheduler = setup.optimizer, setup.scheduler
-    loss_function, scaler, ema = setup.loss_fn, setup.scaler, setup.ema
+    config, loss_fn = setup.config, setup.loss_fn
+    optimizer, scheduler, scaler, ema = setup.optimizer, setup.scheduler, setup.scaler, setup.ema
+    # <- your listener here, such as an experiment tracker of your own
+    listeners = [CsvTracker(), TensorBoard(), Picture(), ProgressBar(), Mail()]
 
-    with start_run(setup, global_config) as run:
-        state, model = run.state, parallel(setup.model, device)
-        while state.epoch < config["EPOCHS"] and not state.stopped:
+    with start_run(setup, listeners) as run:
+        model = run.parallel(setup.model)
+        for _ in run.epochs():
             model.train()
-            for inputs, targets in run.batches:
-                inputs, targets = setup.context.move(inputs), targets.to(device)
-                seed_step(config["SEED"], run.batch_number, device, rank())
+            for inputs, targets in run.batches():  # moved to the device, dropout reseeded for this batch
                 with setup.autocast():
                     predictions = model(inputs)
-                loss = loss_function(predictions.float(), targets)  # in float32, outside of autocast
+                loss = loss_fn(predictions.float(), targets)  # in float32, outside of autocast
                 scaler.scale(loss * run.loss_weight).backward()
-                if not run.record_batch(loss.item()):  # waits for the GPU
+                run.end_batch(loss)  # the only CPU-GPU sync point
+                if not run.is_update_step:  # gradient accumulation
                     continue
-                learning_rate = optimizer.param_groups[0]["lr"]
                 scaler.unscale_(optimizer)
                 if config["CLIP_NORM"] is not None:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config["CLIP_NORM"])
@@ -122,11 +64,11 @@ def train(
                     scheduler.step()
                 if ema is not None:
                     ema.update_parameters(setup.model)
-                run.record_step(learning_rate)
+                run.end_step()
 
             results = {}
             if setup.loaders.validation is not None:
                 results = evaluate(setup.eval_model, setup.loaders.validation, setup.metrics(), setup.context)
             setup.step_schedule(results.get(run.monitored))
-            run.record_epoch(results)
+            run.end_epoch(results)
         return run.finish()

@@ -1,6 +1,7 @@
 """
-Contains how a run is done again and compared with the first time: with equal code, versions, data and machine it ends
-with the same weights, bit for bit.
+How a run that repeats another is compared with it.
+
+With equal code, versions, data and machine it ends with the same weights, bit for bit.
 """
 
 import json
@@ -14,48 +15,49 @@ from .environment import find_differences
 
 def find_end(run_dir: Path) -> Event:
     """
-    How a run ended.
+    Return the last event of a finished run, with the digest of its weights.
 
-    :raises UserError: if it has not, so that there is nothing to compare with
+    :raises UserError: if it is not finished, so that there is nothing to compare with
     """
-    ends = [event for event in read_journal(run_dir / "journal.jsonl") if event["event"] == "test"]
+    ends = [event for event in _events(run_dir) if event["event"] == "test"]
     if not ends:
-        raise UserError(
-            f"{run_dir.name} was not trained to its end: finish it first, with --resume {run_dir.name}."
-        )
+        name = run_dir.name
+        raise UserError(f"{name} was not trained to its end: finish it first, with --resume {name}.")
     return ends[-1]
 
 
 def differences_from(run_dir: Path, environment: dict[str, Any]) -> list[str]:
-    """What is not as it was when a run was trained, a sentence each."""
+    """Return what is not as it was when a run was trained, a sentence each."""
     try:
         before = json.loads((run_dir / "environment.json").read_bytes())
     except (OSError, ValueError) as error:
         return [f"environment.json of {run_dir.name} cannot be read ({error}): what has changed is not known"]
-    starts = [event for event in read_journal(run_dir / "journal.jsonl") if event["event"] == "start"]
-    reason = starts[-1]["not_rerunnable"] if starts else ""
-    return [*([f"the run itself: {reason}"] if reason else []), *find_differences(before, environment)]
+    reasons = [event["not_rerunnable"] for event in _events(run_dir) if event["event"] == "start"][-1:]
+    return [*(f"the run itself: {why}" for why in reasons if why), *find_differences(before, environment)]
 
 
 def compare_runs(run_dir: Path, events: list[Event], digest: str) -> tuple[bool, str]:
     """
-    Compares a finished run with one that repeats it.
+    Compare a finished run with one that repeats it.
 
     :param events: of the repeating run
     :param digest: of its last weights
     :return: whether the weights are identical, and a sentence
     """
+    name = run_dir.name
     if find_end(run_dir)["digest"] == digest:
-        return True, f"identical: the weights are those of {run_dir.name}, bit for bit ({digest[:16]}...)"
-    first = {
-        event["step"]: event for event in read_journal(run_dir / "journal.jsonl") if event["event"] == "step"
-    }
-    for event in events:
-        before = first.get(event.get("step", -1), event)
-        if event["event"] == "step" and event["loss"] != before["loss"]:
-            where = f"first in step {event['step']}: loss {before['loss']!r} then, {event['loss']!r} now"
-            return False, f"not identical: {run_dir.name} had other weights; the losses differ {where}"
-    return (
-        False,
-        f"not identical: {run_dir.name} had other weights, although the losses of all steps are the same",
+        return True, f"identical: the weights are those of {name}, bit for bit ({digest[:16]}...)"
+    first, now = (
+        {event["step"]: event["loss"] for event in some if event["event"] == "step"}
+        for some in (read_journal(run_dir / "journal.jsonl"), events)
     )
+    where = "although the losses of all steps are the same"
+    for step, loss in now.items():
+        if first.get(step, loss) != loss:
+            where = f"the losses differ first in step {step}: loss {first[step]!r} then, {loss!r} now"
+            break
+    return False, f"not identical: {name} had other weights; {where}"
+
+
+def _events(run_dir: Path) -> list[Event]:
+    return read_journal(run_dir / "journal.jsonl", without="step")

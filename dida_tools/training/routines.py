@@ -1,4 +1,4 @@
-"""Contains how routines are found by their names: every file here that ends with _training.py is one."""
+"""Routines by name: every file here that ends with _training.py is one."""
 
 import importlib
 import pkgutil
@@ -10,15 +10,14 @@ from typing import Any
 from ..config.errors import UserError
 
 _HERE = Path(__file__).parent
-ROUTINES = [
-    module.name[:-9] for module in pkgutil.iter_modules([str(_HERE)]) if module.name.endswith("_training")
-]
+_MODULES = [module.name for module in pkgutil.iter_modules([str(_HERE)])]
+ROUTINES = [name.removesuffix("_training") for name in _MODULES if name.endswith("_training")]
 DEFAULT_ROUTINE = "pytorch" if "pytorch" in ROUTINES else ROUTINES[0]
 
 
 def load_routine(name: str) -> ModuleType:
     """
-    The module of a routine.
+    Import a routine.
 
     :raises UserError: if its framework is not installed
     """
@@ -33,6 +32,6 @@ def load_routine(name: str) -> ModuleType:
 
 
 def recorded_routine(config: dict[str, Any]) -> str:
-    """The routine that a run was trained with, where it is still there."""
+    """Return the routine that a run was trained with, if it is still there; else the default."""
     name = getattr(config.get("ROUTINE_NAME"), "__name__", "").rpartition(".")[2].removesuffix("_training")
     return name if name in ROUTINES else DEFAULT_ROUTINE

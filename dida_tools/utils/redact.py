@@ -1,23 +1,32 @@
 """
-Contains how secrets are kept out of what a run writes and sends: by the name that a value has, wherever it has one, and
-by value, once a secret is known, wherever it turns up again.
+Redaction: secrets are kept out of what a run writes and sends.
 
-Whatever has an unsuspicious name, and is in no secret's place, cannot be known: keep secrets in the environment.
+They are found by name, wherever a value has one, and by value, once a secret is known, wherever it turns up.
+What has an unsuspicious name, and is in no secret's place, cannot be known: keep secrets in the environment.
 """
 
+import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 REDACTED = "[redacted]"
 _SHORTEST = 6  # shorter ones would be found in half of all words
 _SECRET_NAMES = {
-    "password", "passwd", "pwd", "passphrase", "secret", "token", "apikey", "credential", "credentials", "auth",
-    "authorization",
+    "password", "passwd", "pwd", "passphrase", "secret", "token", "apikey", "credential", "credentials",
+    "auth", "authorization",
 }  # fmt: skip
 _SECRET_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key"), ("account", "key")}
+# In a variable of the environment, one such word is enough: OPENAI_KEY, PGPASSWORD, HF_TOKEN_READ.
+_SECRET_VARIABLE = re.compile(
+    r"PASSWORD|PASSWD|PASSPHRASE|SECRET|CREDENTIAL|"
+    r"(?:^|_)(?:PASS|PWD|TOKENS?|(?:API|ACCESS)?KEYS?|AUTH|AUTHORIZATION|PAT|COOKIES?)(?:$|_)",
+    re.IGNORECASE,
+)
+_NO_SECRETS = {"PWD", "SSH_AUTH_SOCK"}  # the working directory, and a socket
 # Tokens of language models are no secrets.
 _HARMLESS = {"cls", "pad", "sep", "mask", "bos", "eos", "unk", "num", "max", "min", "use", "class", "special"}
 _URL = re.compile(r"(?P<before>[a-zA-Z][a-zA-Z0-9+.-]*://[^\s/:@'\"]*):(?P<password>[^\s@'\"]+)@")
@@ -31,7 +40,7 @@ _BEARER = re.compile(r"(?P<name>[Bb]earer|[Bb]asic)\s+(?P<value>[A-Za-z0-9._~+/=
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key, option or variable of this name holds a secret: DB_PASSWORD and apiKey do, num_tokens does not."""
+    """Return whether what has this name is a secret: DB_PASSWORD and apiKey are, num_tokens is not."""
     words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
     if not words or words[0] in _HARMLESS:
         return False
@@ -52,16 +61,14 @@ class Redactor:
         :param arguments: of the command line; None: sys.argv
         :param config: what holds secrets under their names, at any depth
         """
-        # The shell's PWD is the working directory, not a password.
-        found = {value for name, value in environment.items() if is_secret_name(name) and name != "PWD"}
-        found |= {match["password"] for value in environment.values() for match in _URL.finditer(value)}
+        found = {value for name, value in environment.items() if _is_secret_variable(name)}
+        found |= {*_passwords(environment.values()), *_in_data(config)}
         found |= set(_in_arguments(sys.argv if arguments is None else arguments))
-        found |= set(_in_data(config))
-        # Longest first: one may be a part of another.
-        self._secrets = sorted((value for value in found if len(value) >= _SHORTEST), key=len, reverse=True)
+        forms = {form for value in found for form in _forms(value) if len(form) >= _SHORTEST}
+        self._secrets = sorted(forms, key=len, reverse=True)  # longest first: one may be a part of another
 
     def text(self, text: str) -> str:
-        """A text without the secrets in it."""
+        """Return a text without the secrets in it."""
         for secret in self._secrets:
             text = text.replace(secret, REDACTED)
         text = _URL.sub(rf"\g<before>:{REDACTED}@", text)
@@ -69,7 +76,7 @@ class Redactor:
         return _ASSIGNMENT.sub(_without_value, text)
 
     def data(self, value: Any, name: str = "") -> Any:
-        """The same for strings in dicts and lists; what has a secret's name is left out."""
+        """Return dicts and lists without secrets in their strings; what has a secret's name is left out."""
         if isinstance(value, dict):
             return {
                 self.text(key) if isinstance(key, str) else key: self.data(one, str(key))
@@ -86,36 +93,49 @@ class Redactor:
         if isinstance(captured, list):
             return [self.config(item, path) for item in captured]
         if isinstance(captured, dict):
-            return {
-                key: one if key in ("@ref", "@module") else self.config(one, f"{path}.{key}".strip("."))
-                for key, one in captured.items()
-            }
-        redacted = self.data(captured, path.rpartition(".")[2])
-        if redacted == captured or path in ("SESSION_NAME", "__COMMENT"):
-            return redacted
-        return {"@unrecorded": "it holds a secret"}
+            return {key: self.config(one, f"{path}.{key}".strip(".")) for key, one in captured.items()}
+        name = path.rpartition(".")[2]
+        redacted = captured if name in ("@ref", "@module") else self.data(captured, name)
+        is_text = path in ("SESSION_NAME", "__COMMENT")
+        return redacted if redacted == captured or is_text else {"@unrecorded": "it holds a secret"}
 
     def arguments(self, arguments: Sequence[str]) -> list[str]:
-        """A command line, where a secret may be the word after its option."""
-        redacted = []
-        for before, word in zip(["", *arguments], arguments, strict=False):
-            follows = before.startswith("-") and "=" not in before and is_secret_name(before.lstrip("-"))
-            redacted.append(REDACTED if follows else self.text(word))
-        return redacted
+        """Return a command line without secrets, where one may be the word after its option."""
+        pairs = zip(["", *arguments], arguments, strict=False)
+        return [REDACTED if _is_secret_option(before) else self.text(word) for before, word in pairs]
 
 
-def _in_arguments(arguments: Sequence[str]) -> Iterable[str]:
+def _is_secret_variable(name: str) -> bool:
+    return name not in _NO_SECRETS and (is_secret_name(name) or _SECRET_VARIABLE.search(name) is not None)
+
+
+def _forms(value: str) -> Iterator[str]:
+    """A secret as it may be written: as it is, in code, in JSON, in a URL, and line by line."""
+    yield from (value, repr(value)[1:-1], json.dumps(value)[1:-1])
+    yield from (quote(value), quote(value, safe=""), quote_plus(value))
+    yield from value.splitlines() if "\n" in value else ()
+
+
+def _passwords(texts: Iterable[str]) -> Iterator[str]:
+    return (match["password"] for text in texts for match in _URL.finditer(text))
+
+
+def _is_secret_option(word: str) -> bool:
+    return word.startswith("-") and "=" not in word and is_secret_name(word.lstrip("-"))
+
+
+def _in_arguments(arguments: Sequence[str]) -> Iterator[str]:
+    yield from _passwords(arguments)
     for before, word in zip(["", *arguments], arguments, strict=False):
-        if before.startswith("-") and "=" not in before and is_secret_name(before.lstrip("-")):
+        if _is_secret_option(before):
             yield word
         parts = word.split("=")
         for number, name in enumerate(parts[:-1], start=1):
             if is_secret_name(name.rpartition(".")[2]):
                 yield "=".join(parts[number:])
-        yield from (match["password"] for match in _URL.finditer(word))
 
 
-def _in_data(value: Any, name: str = "") -> Iterable[str]:
+def _in_data(value: Any, name: str = "") -> Iterator[str]:
     if isinstance(value, dict):
         for key, one in value.items():
             yield from _in_data(one, str(key))
@@ -123,9 +143,8 @@ def _in_data(value: Any, name: str = "") -> Iterable[str]:
         for one in value:
             yield from _in_data(one, name)
     elif isinstance(value, str):
-        if is_secret_name(name):
-            yield value
-        yield from (match["password"] for match in _URL.finditer(value))
+        yield from [value] if is_secret_name(name) else ()
+        yield from _passwords([value])
 
 
 def _without_value(match: re.Match) -> str:

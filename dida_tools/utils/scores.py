@@ -1,7 +1,7 @@
 """
-Contains what a model is worth, counted: a confusion matrix, and how many pixels got which probability, by class and
-truth. All of it is int64 and adds up, so that what is derived from it is the same for every batch size, order, tile
-size and number of processes.
+Scores of a dataset, counted: a confusion matrix, and how many pixels got which probability, by class and
+truth. All of it is int64 and adds up, so what follows is the same for every batch size, order, tile size and
+number of processes.
 """
 
 import copy
@@ -10,23 +10,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .loss import (
-    IGNORE_INDEX,
+from .counts import (
     accuracy_per_class,
     count,
-    count_places,
-    counting,
+    count_cells,
     f1_per_class,
     iou_per_class,
-    precise,
     precision_per_class,
     recall_per_class,
     summarize,
+    tp_fp_fn,
 )
+from .targets import IGNORE_INDEX, counting, precise
 
-NUM_BINS = (
-    2048  # a power of two: whether a probability reaches the edge of a bin is the same in floating point
-)
+NUM_BINS = 2048  # a power of two: whether a probability reaches a bin's edge is the same in floating point
 CALIBRATION_BINS = 16
 
 _METRICS = {
@@ -41,22 +38,22 @@ class Scores:
     """
     Counts of a dataset, and every metric that follows from them.
 
-    The rules, for all metrics: pixels whose target is ignore_index, or that are not valid, count nowhere but in
-    num_ignored. A class that is neither in the target nor predicted is NaN, and left out of means; one that is
-    predicted where there is none, as in an empty mask, is 0. Average precision is NaN for a class that is not in the
-    target. Where no pixel counts, everything is NaN.
+    The rules, for all metrics: pixels whose target is ignore_index, or that are not valid, count nowhere but
+    in num_ignored. A class that is neither in the target nor predicted is NaN, and left out of means; one
+    that is predicted where there is none, as in an empty mask, is 0. Average precision is NaN for a class
+    that is not in the target. Where no pixel counts, everything is NaN.
 
-    What is taken from bins is exact for thresholds at their edges, multiples of 1 / NUM_BINS. Average precision is that
-    of scikit-learn for probabilities rounded down to the edges; from that of the probabilities themselves it differs,
-    for each positive pixel, by the part of the pixels with its probability or a higher one that are in its own bin, at
-    most. Calibration errors differ by half a bin, 1 / 4096, at most.
+    What is taken from bins is exact for thresholds at their edges, multiples of 1 / NUM_BINS. Average
+    precision is that of scikit-learn for probabilities rounded down to the edges; from that of the
+    probabilities themselves it differs, for each positive pixel, by at most the fraction of the pixels with
+    its probability or a higher one that are in its own bin. Calibration errors differ by at most half a bin,
+    1 / 4096.
 
     :param num_classes: C
-    :param multi_class: whether classes exclude each other (softmax); otherwise each stands for itself (sigmoid)
-    :param ignore_index: target value of pixels that do not count
-    :param threshold: probability from which a pixel belongs to a class, unless multi-class; one, or one for each class
-    :param temperature: what logits are divided by
-    :param with_histograms: whether to count probabilities; metrics that need them are NaN otherwise, and threshold 0.5
+    :param multi_class: whether classes exclude each other (softmax, otherwise sigmoid)
+    :param threshold: from which probability a pixel belongs to a class, unless multi-class; one, or one each
+    :param temperature: divides the logits
+    :param with_histograms: whether to count probabilities; otherwise, what needs them is NaN
     """
 
     def __init__(
@@ -75,7 +72,7 @@ class Scores:
         # [class, is it there, probability from 0 to 1], each class against the rest
         self.histograms = torch.zeros(num_classes, 2, NUM_BINS, dtype=torch.int64)
         # [is it right, probability], of the predicted class; multi-class only
-        self.certainties = torch.zeros(2, NUM_BINS, dtype=torch.int64)
+        self.confidences = torch.zeros(2, NUM_BINS, dtype=torch.int64)
         self.num_ignored = 0  # unless multi-class, a pixel counts once for each class
 
     @property
@@ -86,19 +83,18 @@ class Scores:
     @torch.no_grad()
     def update(self, logits: Tensor, targets: Tensor, valid: Tensor | None = None) -> None:
         """
-        Adds pixels.
+        Add pixels.
 
         :param logits: (N, C, ...)
-        :param targets: by the convention of loss.py: (N, ...) class numbers, or (N, C, ...) of 0 and 1
+        :param targets: by the conventions of targets.py
         :param valid: (N, ...), 0 where a pixel does not count
         :raises ValueError: if shapes or class numbers do not fit
         """
         logits = logits.float() / self.temperature
         confusion = count(logits, targets, valid, self.threshold, self.ignore_index).cpu()
         if confusion.shape != self.confusion.shape:
-            raise ValueError(
-                f"these scores are {self._about()}; the prediction has the shape {tuple(logits.shape)}."
-            )
+            shape = tuple(logits.shape)
+            raise ValueError(f"these scores are {self._about()}; the prediction has the shape {shape}.")
         keep = counting(logits, targets, valid, self.ignore_index)
         self.confusion += confusion
         self.num_ignored += keep.numel() - int(keep.sum())
@@ -111,88 +107,76 @@ class Scores:
         if self.multi_class:
             probabilities, truth = precise(logits).softmax(1).float(), targets.unsqueeze(1) == numbers
             is_right = logits.max(1).indices == targets
-            self.certainties += _histogram(is_right, probabilities.amax(1), keep, 2)
-            every = keep.unsqueeze(1)
+            self.confidences += _histogram(is_right, probabilities.amax(1), keep, 2)
+            keep = keep.unsqueeze(1)
         else:
-            probabilities, truth, every = precise(logits).sigmoid().float(), targets > 0.5, keep
-        places = numbers * 2 + truth
-        self.histograms += _histogram(places, probabilities, every, classes * 2).reshape(classes, 2, NUM_BINS)
+            probabilities, truth = precise(logits).sigmoid().float(), targets > 0.5
+        histograms = _histogram(numbers * 2 + truth, probabilities, keep, classes * 2)
+        self.histograms += histograms.reshape(classes, 2, NUM_BINS)
 
     def __add__(self, other: "Scores") -> "Scores":
         """The scores of both datasets together."""
         if self._about() != other._about():
             raise ValueError(f"scores of {self._about()} and {other._about()} cannot be added.")
         total = copy.copy(self)
-        total.confusion = self.confusion + other.confusion
-        total.histograms = self.histograms + other.histograms
-        total.certainties = self.certainties + other.certainties
-        total.num_ignored = self.num_ignored + other.num_ignored
+        for name in ("confusion", "histograms", "confidences", "num_ignored"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
     def _about(self) -> str:
         task = "multi-class" if self.multi_class else f"multi-label with threshold {self.threshold}"
         return f"{len(self.histograms)} classes, {task}, temperature {self.temperature}"
 
-    # --------------------------------------------------------------------------------------------------- what follows
-
     def results(self, class_names: Sequence[str] = ()) -> dict[str, float]:
         """
-        Every metric by its name.
+        Return every metric by its name.
 
-        "f1" is the summary that the metric f1 gives (loss.summarize), "f1_macro" the mean over the classes, "f1_micro"
-        that of all classes' hits and errors together, "f1.NAME" that of a class; and so for the others. Macro and micro
-        average precision are those of scikit-learn. Micro precision, recall and F1 of classes that exclude each other
-        are the accuracy: look at macro.
+        "f1" is the summary that the metric f1 returns (see summarize), "f1_macro" the mean over the classes,
+        "f1_micro" that of all classes' counts together, "f1.NAME" that of a class; and so for the others.
+        Macro and micro average precision are those of scikit-learn. Micro precision, recall and F1 of classes
+        that exclude each other are the accuracy: look at macro.
 
         :param class_names: one for each class; otherwise they are numbered
         """
-        pooled = one_against_rest(self.confusion).sum(0, keepdim=True)
-        per_class = {name: metric(self.confusion) for name, metric in _METRICS.items()}
+        tp, fp, fn = (int(part.sum()) for part in tp_fp_fn(self.confusion))
+        pooled = torch.tensor([[[0, fp], [fn, tp]]])  # true negatives count in none
         micro = {name: metric(pooled).item() for name, metric in _METRICS.items()}
-        per_class["average_precision"] = self.average_precision()
+        per_class = {name: metric(self.confusion) for name, metric in _METRICS.items()}
         micro["average_precision"] = _average_precision(self.histograms.sum(0))
+        per_class["average_precision"] = self.average_precision()
         accuracies = accuracy_per_class(self.confusion)
-        results: dict[str, float] = {"accuracy": summarize(accuracies, self.confusion).item()}
+        results = {"accuracy": summarize(accuracies, self.confusion).item()}
         for name, values in per_class.items():
             results[name] = summarize(values, self.confusion).item()
             results |= {f"{name}_macro": values.nanmean().item(), f"{name}_micro": micro[name]}
         for name, values in (per_class | {"accuracy": accuracies}).items():
             results |= self.by_class(name, values, class_names)
-        results["ece"] = self.expected_calibration_error()
-        return results | {"valid_pixels": self.num_valid, "ignored_pixels": self.num_ignored}
+        results |= {"ece": self.expected_calibration_error(), "valid_pixels": self.num_valid}
+        return results | {"ignored_pixels": self.num_ignored}
+
+    def reliability(self, class_names: Sequence[str] = ()) -> dict[str, float]:
+        """Return those of the results that say how far probabilities can be trusted, and what is ignored."""
+        values = self.average_precision()
+        results = {"average_precision": summarize(values, self.confusion).item()}
+        results |= self.by_class("average_precision", values, class_names)
+        return results | {"ece": self.expected_calibration_error(), "ignored_pixels": self.num_ignored}
 
     def by_class(self, name: str, values: Tensor, class_names: Sequence[str] = ()) -> dict[str, float]:
-        """Values of the classes (C,) as "name.class"; nothing for a single one."""
-        classes = len(values)
-        names = class_names if len(class_names) == classes else range(classes)
-        return (
-            {f"{name}.{one}": v for one, v in zip(names, values.tolist(), strict=True)} if classes > 1 else {}
-        )
+        """Return values of the classes (C,) as "name.class"; nothing for a single one."""
+        if len(values) == 1:
+            return {}
+        names = class_names if len(class_names) == len(values) else range(len(values))
+        return {f"{name}.{one}": value for one, value in zip(names, values.tolist(), strict=True)}
 
     def average_precision(self) -> Tensor:
-        """(C,) float64: sum over thresholds of precision times the recall gained, each class against the rest."""
+        """(C,) float64: sum over thresholds of precision times recall gained, each class against the rest."""
         return torch.tensor([_average_precision(one) for one in self.histograms], dtype=torch.float64)
-
-    def precision_recall_curve(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """
-        Precision and recall of a class for every threshold.
-
-        :param number: of the class
-        :return: precision and recall, (NUM_BINS + 1,) float64, and the thresholds, (NUM_BINS,), rising; the last pair,
-            1 and 0, is that of a threshold that no pixel reaches. NaN recall for a class that is not in the target
-        """
-        precision, recall = _curve(self.histograms[number])
-        return precision, recall, torch.arange(NUM_BINS, dtype=torch.float64) / NUM_BINS
 
     def best_threshold(self, number: int) -> float:
         """
-        The threshold with the highest F1 of a class, of several such the one nearest to 0.5; 0.5 for a class that is
-        not in the target.
-
-        Thresholds are the edges of bins. With one between two edges F1 can be higher, by the number of pixels in that
-        bin over the number of positive and found ones at most.
-
-        :param number: of the class
+        Return the threshold with the highest F1 of a class, of several such the one nearest to 0.5; 0.5 for a
+        class that is not in the target. Thresholds are the edges of bins: with one between two edges F1 can
+        be higher, by at most the number of pixels in that bin over the number of positive and found ones.
         """
         counts = counts_by_threshold(self.histograms[number])
         doubled = 2 * counts["true_positives"].double()
@@ -202,41 +186,30 @@ class Scores:
 
     def expected_calibration_error(self) -> float:
         """
-        Mean distance between probability and frequency, in CALIBRATION_BINS bins of equal width
-        (https://arxiv.org/abs/1706.04599): multi-class of the predicted class, otherwise the mean over the classes of
-        the distance between a class's probability and how often it is there.
+        Return the mean distance between probability and frequency, in CALIBRATION_BINS bins of equal width
+        (https://arxiv.org/abs/1706.04599): multi-class of the predicted class, otherwise the mean over the
+        classes of the distance between a class's probability and how often it is there.
         """
-        histograms = self.certainties.unsqueeze(0) if self.multi_class else self.histograms
+        histograms = self.confidences.unsqueeze(0) if self.multi_class else self.histograms
         centers = (torch.arange(NUM_BINS, dtype=torch.float64) + 0.5) / NUM_BINS
         gaps = histograms[:, 1] - histograms.sum(1) * centers
         gaps = gaps.reshape(len(histograms), CALIBRATION_BINS, -1).sum(-1).abs().sum(-1)
         return (gaps / histograms.sum((1, 2))).nanmean().item()  # 0 / 0 is NaN
 
 
-def _histogram(places: Tensor, probabilities: Tensor, keep: Tensor, num_places: int) -> Tensor:
-    """(num_places, NUM_BINS) int64: how many probabilities of each place are in each bin."""
+def _histogram(cells: Tensor, probabilities: Tensor, keep: Tensor, num_cells: int) -> Tensor:
+    """Return how many probabilities of each cell are in each bin, (num_cells, NUM_BINS) int64."""
     bins = (probabilities * NUM_BINS).int().clamp_(0, NUM_BINS - 1)  # scaling by a power of two is exact
-    flat = places.int() * NUM_BINS + bins
-    return count_places(flat, keep, num_places * NUM_BINS).cpu().reshape(num_places, NUM_BINS)
-
-
-def one_against_rest(confusion: Tensor) -> Tensor:
-    """Counts of either form as (C, 2, 2), one matrix [target, prediction] for each class."""
-    if confusion.ndim == 3:
-        return confusion
-    hits = confusion.diagonal()
-    extra, missed = confusion.sum(0) - hits, confusion.sum(1) - hits
-    rest = confusion.sum() - hits - extra - missed
-    return torch.stack([torch.stack([rest, extra], -1), torch.stack([missed, hits], -1)], -2)
+    flat = cells.int() * NUM_BINS + bins
+    return count_cells(flat, keep, num_cells * NUM_BINS).cpu().reshape(num_cells, NUM_BINS)
 
 
 def counts_by_threshold(histogram: Tensor) -> dict[str, Tensor]:
     """
-    Hits and errors for each threshold at a bin's lower edge.
+    Count right and wrong pixels for each threshold at a bin's lower edge.
 
     :param histogram: (2, bins) of one class
-    :return: "true_positives", "false_positives", "true_negatives", "false_negatives", each (bins,) int64, for
-        thresholds that rise
+    :return: "true_positives", "false_positives", "true_negatives", "false_negatives", each (bins,) int64
     """
     at_least = histogram.flip(-1).cumsum(-1).flip(-1)  # pixels with this probability or a higher one
     below = histogram.sum(-1, keepdim=True) - at_least
@@ -248,16 +221,10 @@ def counts_by_threshold(histogram: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _curve(histogram: Tensor) -> tuple[Tensor, Tensor]:
-    """Precision and recall for thresholds that rise, and for one above all."""
-    counts = counts_by_threshold(histogram)
-    hits = counts["true_positives"].double()
-    found = hits + counts["false_positives"]
-    precision = torch.where(found > 0, hits / found.clamp(min=1), 1.0)
-    recall = hits / histogram[1].sum()  # 0 / 0 is NaN
-    return torch.cat([precision, torch.ones(1)]), torch.cat([recall, torch.zeros(1)])
-
-
 def _average_precision(histogram: Tensor) -> float:
-    precision, recall = _curve(histogram)
-    return -(recall.diff() * precision[:-1]).sum().item()
+    counts = counts_by_threshold(histogram)
+    tp = counts["true_positives"].double()
+    found = tp + counts["false_positives"]
+    precision = torch.where(found > 0, tp / found.clamp(min=1), 1.0)
+    recall = torch.cat([tp / histogram[1].sum(), torch.zeros(1)])  # 0 / 0 is NaN; no pixel reaches the last
+    return -(recall.diff() * precision).sum().item()

@@ -1,4 +1,4 @@
-"""Contains small helpers for models: seeds, loading, one step forward and backward, and checks of parameters."""
+"""Helpers for models: loading, a step forward and backward, freezing, and checks of parameters."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def load_model(
     device: str | torch.device = "cpu",
 ) -> nn.Module:
     """
-    Builds a model with the weights of a file: best or last of a run, or a bare state dict.
+    Build a model with the weights of a file: best or last of a run, or a plain state dict.
 
     :param path: the weights file
     :param model: class of the model, or a model to be filled
@@ -33,7 +33,7 @@ def load_model(
 
 
 def forward(model: nn.Module, inputs: Tensor) -> Tensor:
-    """The model's answer in evaluation mode, without gradients. The mode it was in is restored."""
+    """Return the model's output in evaluation mode, without gradients; the mode it was in is restored."""
     with evaluation_mode(model), torch.no_grad():
         return model(inputs)
 
@@ -45,7 +45,7 @@ def backprop(
     inputs: Tensor,
     targets: Tensor,
 ) -> float:
-    """One training step. The gradients are left for inspection. Returns the loss before the step."""
+    """Do one training step and return the loss before it. The gradients are left for inspection."""
     model.train()
     optimizer.zero_grad()
     value = loss(model(inputs), targets)
@@ -55,35 +55,35 @@ def backprop(
 
 
 def set_module_trainable(module: nn.Module, trainable: bool) -> None:
-    """Freezes or frees all parameters of a module."""
+    """Freeze or free all parameters of a module."""
     for parameter in module.parameters():
         parameter.requires_grad_(trainable)
 
 
 def assert_not_nan(values: Tensor | nn.Module) -> None:
-    """Raises AssertionError if a tensor, or a parameter of a model, holds NaN."""
+    """Raise AssertionError if a tensor, or a parameter of a model, holds NaN."""
     _assert_all(values, lambda tensor: ~tensor.isnan(), "NaN")
 
 
 def assert_isfinite(values: Tensor | nn.Module) -> None:
-    """Raises AssertionError if a tensor, or a parameter of a model, holds NaN or infinite values."""
+    """Raise AssertionError if a tensor, or a parameter of a model, holds NaN or infinite values."""
     _assert_all(values, torch.isfinite, "NaN or infinite")
 
 
 def assert_nonzero(values: Tensor | nn.Module) -> None:
-    """Raises AssertionError if a tensor, or a parameter of a model, is all zero."""
+    """Raise AssertionError if a tensor, or a parameter of a model, is all zero."""
     for name, tensor in _named(values):
         if not bool((tensor != 0).any()):
             raise AssertionError(f"{name}: all {tensor.numel()} values are zero")
 
 
 def assert_upperbound(values: Tensor | nn.Module, bound: float) -> None:
-    """Raises AssertionError if a value of a tensor, or of a parameter of a model, is above a bound."""
+    """Raise AssertionError if a value of a tensor, or of a parameter of a model, is above a bound."""
     _assert_all(values, lambda tensor: tensor <= bound, f"above {bound:g}")
 
 
 def assert_lowerbound(values: Tensor | nn.Module, bound: float) -> None:
-    """Raises AssertionError if a value of a tensor, or of a parameter of a model, is below a bound."""
+    """Raise AssertionError if a value of a tensor, or of a parameter of a model, is below a bound."""
     _assert_all(values, lambda tensor: tensor >= bound, f"below {bound:g}")
 
 

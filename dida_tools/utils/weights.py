@@ -1,8 +1,9 @@
 """
-Contains weights files: written whole or not at all, and refused when damaged.
+Weights files: written intact or not at all, and refused when damaged.
 
-A file is what torch.save writes (a zip archive, tensors and plain data only), with the SHA-256 of all of it in the
-archive's comment. Any PyTorch can load it; ours notices a single flipped bit, which torch.load and safetensors do not.
+A file is what torch.save writes (a zip archive, tensors and plain data only), with the SHA-256 of all of it
+in the archive's comment. Any PyTorch loads it; ours notices a single flipped bit, unlike torch.load and
+safetensors.
 """
 
 import errno
@@ -17,25 +18,26 @@ import torch
 from torch import Tensor
 
 from ..config.errors import UserError
-from .path import write_atomic
+from .files import write_atomic
 
 _PREFIX = b"sha256:"
-_COMMENT_BYTES = len(_PREFIX) + 64
+_DIGEST_BYTES = 64
+_COMMENT_BYTES = len(_PREFIX) + _DIGEST_BYTES
 _END, _END_BYTES = b"PK\5\6", 22  # the end of an archive without a comment, as torch.save writes it
 _IS_FOLDER = 0x10
 
 
 class WeightsError(UserError):
-    """A weights file that is missing, damaged, of another model, or not to be written since nobody could read it."""
+    """A weights file that is missing, damaged, of another model, or that nobody could read again."""
 
 
 class UnreadableWeights(WeightsError):
-    """A weights file that cannot be read now, by an error of the disk or network; it may be whole."""
+    """A weights file that cannot be read now, by an error of the disk or network; it may be intact."""
 
 
 def save_weights(path: str | os.PathLike, state: dict[str, Any]) -> None:
     """
-    Writes tensors and plain data to a file, with their digest.
+    Write tensors and plain data to a file, with their digest.
 
     :param state: dicts, lists, tensors, strings and numbers
     :raises WeightsError: if it holds anything else, so that it could not be read again; the old file stays
@@ -51,24 +53,20 @@ def save_weights(path: str | os.PathLike, state: dict[str, Any]) -> None:
                 raise error.__context__ from None
             raise
         file.seek(0)
-        _read(file, str(path), "meta")  # without the data, so it takes no time
-        # The archive ends with the length of its comment, in two bytes.
-        file.seek(-2, os.SEEK_END)
+        _load(file, str(path), "meta")  # without the data, so it takes no time
+        file.seek(-2, os.SEEK_END)  # an archive ends with the length of its comment, in two bytes
         file.write(_COMMENT_BYTES.to_bytes(2, "little") + _PREFIX)
-        file.flush()
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-        file.seek(0, os.SEEK_END)
-        file.write(digest.encode())
+        size = file.tell()
+        file.write(_digest(file, size))
 
     write_atomic(path, write)
 
 
 def load_weights(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, Any]:
     """
-    Reads a file of save_weights or, without that certainty, of torch.save. Nothing in it is executed.
+    Read a file of save_weights or, without that certainty, of torch.save. Nothing in it is executed.
 
-    :raises WeightsError: if there is no such file, if it is damaged, or if it holds anything but tensors and plain data
+    :raises WeightsError: if it is missing, damaged, or holds anything but tensors and plain data
     """
     path = Path(path)
     if not path.is_file():
@@ -79,12 +77,12 @@ def load_weights(path: str | os.PathLike, device: str | torch.device = "cpu") ->
         raise UnreadableWeights(f"{path}: cannot be read ({error.strerror or error}).") from error
     if problem:
         raise WeightsError(f"{path}: {problem}.")
-    return _read(path, str(path), device)
+    return _load(path, str(path), device)
 
 
 def find_damage(path: str | os.PathLike) -> str | None:
     """
-    What is wrong with the bytes of a weights file, or None.
+    Return what is wrong with the bytes of a weights file, or None.
 
     :raises OSError: if it cannot be read, which says nothing of its bytes
     """
@@ -92,24 +90,24 @@ def find_damage(path: str | os.PathLike) -> str | None:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _COMMENT_BYTES))
         end = file.read()
-        return _digest_problem(file, size, end) if end.startswith(_PREFIX) else _archive_problem(file, end)
+        if not end.startswith(_PREFIX):
+            return _find_damage_in_archive(file, end[-_END_BYTES:])
+        is_right = _digest(file, size - _DIGEST_BYTES) == end[len(_PREFIX) :]
+        return None if is_right else "the file is damaged: its content does not have its digest"
 
 
-def _digest_problem(file: BinaryIO, size: int, comment: bytes) -> str | None:
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """The SHA-256 of a file's first bytes, after which the file stands then."""
     file.seek(0)
-    digest, left = hashlib.sha256(), size - 64
+    digest, left = hashlib.sha256(), size
     while left and (block := file.read(min(left, 2**20))):
         digest.update(block)
         left -= len(block)
-    is_right = digest.hexdigest().encode() == comment[len(_PREFIX) :]
-    return (
-        None if is_right else "the file is damaged: its content does not have the digest it was written with"
-    )
+    return digest.hexdigest().encode()
 
 
-def _archive_problem(file: BinaryIO, end: bytes) -> str | None:
+def _find_damage_in_archive(file: BinaryIO, end: bytes) -> str | None:
     """Not ours: the checksums of the archive must do."""
-    end = end[-_END_BYTES:]
     if not (end.startswith(_END) and end.endswith(b"\0\0")):
         return "the file is damaged or no weights file: it does not end as one"
     try:
@@ -118,39 +116,32 @@ def _archive_problem(file: BinaryIO, end: bytes) -> str | None:
             folders = (part.filename for part in archive.filelist if part.external_attr & _IS_FOLDER)
             damaged = archive.testzip() or next(folders, None)
     except Exception as error:  # whatever damage leads to
-        if isinstance(error, OSError) and error.errno not in (
-            None,
-            errno.EINVAL,
-        ):  # of a place before the file's start
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: before the start
             raise
         return f"the file is damaged or no weights file ({error})"
     return None if damaged is None else f"the file is damaged: {damaged} is not what was written"
 
 
-def _read(file: Path | BinaryIO, name: str, device: str | torch.device) -> dict[str, Any]:
+def _load(file: Path | BinaryIO, name: str, device: str | torch.device) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # whatever a file of unknown origin leads to
-        raise WeightsError(f"{name}: cannot be read as weights ({_reason(error)}).") from error
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        refused = next((line for line in lines if line.startswith("WeightsUnpickler error")), lines[0])
+        reason = refused.partition(". Please")[0]  # without PyTorch's advice to trust the file
+        raise WeightsError(f"{name}: cannot be read as weights ({reason}).") from error
     if not isinstance(state, dict):
         raise WeightsError(f"{name}: holds a {type(state).__name__}, weights files hold a dict.")
     return state
 
 
-def _reason(error: Exception) -> str:
-    """The line of PyTorch's message that says what is wrong, without its advice to trust the file."""
-    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-    refused = (line for line in lines if line.startswith("WeightsUnpickler error"))
-    return next(refused, lines[0]).partition(". Please")[0]
-
-
 def model_state(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The parameters in what load_weights gave: under "model", or bare."""
+    """Return the parameters in what load_weights gave: under "model", or directly."""
     return state["model"] if isinstance(state.get("model"), dict) else state
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
-    """A SHA-256 of names, dtypes, shapes and bits of a state dict: equal only for models that are equal bit for bit."""
+    """Return a SHA-256 of names, dtypes, shapes and bits: equal for models that are equal bit for bit."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

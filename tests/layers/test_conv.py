@@ -1,3 +1,5 @@
+"""Layers: their sizes, the order of their parts, and what each of them starts with."""
+
 from functools import partial
 
 import pytest
@@ -10,6 +12,7 @@ from dida_tools.layers import ConvLayer, DeconvLayer, TransConvLayer
 LAYERS = [ConvLayer, TransConvLayer, DeconvLayer]
 NORMS = [nn.BatchNorm2d, nn.InstanceNorm2d, partial(nn.GroupNorm, 2), None]
 NORMS_OF_ANY_LAYOUT = [nn.BatchNorm2d, partial(nn.GroupNorm, 2), None]
+every_layer = pytest.mark.parametrize("layer", LAYERS)
 SIZES = [(1, 1), (2, 3), (7, 8), (9, 5)]
 
 
@@ -29,23 +32,15 @@ def share_inside_cells(output: Tensor) -> float:
     return float(inside / (output - output.mean((0, 2, 3), keepdim=True)).square().mean())
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("k_size", [1, 3, 5, 7])
-def test_convolution_keeps_height_and_width(size: tuple[int, int], k_size: int) -> None:
-    assert ConvLayer(3, 6, k_size)(image(2, 3, *size)).shape == (2, 6, *size)
-
-
-@pytest.mark.parametrize("height, width", SIZES)
-@pytest.mark.parametrize("k_size", [1, 3, 5])
-def test_stride_two_halves_rounding_up(height: int, width: int, k_size: int) -> None:
-    output = ConvLayer(3, 6, k_size, stride=2)(image(2, 3, height, width))
-    assert output.shape == (2, 6, (height + 1) // 2, (width + 1) // 2)
-
-
-@pytest.mark.parametrize("height, width", SIZES)
-@pytest.mark.parametrize("layer", [TransConvLayer, DeconvLayer, partial(DeconvLayer, k_size=1)])
-def test_upsampling_doubles_height_and_width(layer: type, height: int, width: int) -> None:
-    assert layer(3, 6)(image(2, 3, height, width)).shape == (2, 6, 2 * height, 2 * width)
+def test_sizes_are_kept_halved_rounding_up_or_doubled(height: int, width: int, k_size: int) -> None:
+    x = image(2, 3, height, width)
+    assert ConvLayer(3, 6, k_size)(x).shape == (2, 6, height, width)
+    halved = ConvLayer(3, 6, k_size, stride=2)(x)
+    assert halved.shape == (2, 6, (height + 1) // 2, (width + 1) // 2)
+    for layer in (TransConvLayer(3, 6), DeconvLayer(3, 6, k_size)):
+        assert layer(x).shape == (2, 6, 2 * height, 2 * width)
 
 
 @pytest.mark.parametrize("layer", [ConvLayer, DeconvLayer])
@@ -55,7 +50,7 @@ def test_even_kernel_is_refused(layer: type, k_size: int) -> None:
         layer(3, 6, k_size)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@every_layer
 def test_order_is_convolution_normalization_activation_dropout(layer: type) -> None:
     order = []
     module = layer(3, 4, dropout=0.5)
@@ -66,41 +61,33 @@ def test_order_is_convolution_normalization_activation_dropout(layer: type) -> N
     assert order.index("conv") + 1 == order.index("shuffle" if layer is DeconvLayer else "norm")
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("norm", NORMS)
-def test_bias_only_without_normalization(layer: type, norm: type | None) -> None:
-    assert (layer(3, 4, norm=norm).conv.bias is None) == (norm is not None)
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_normalization_gets_the_output_channels(layer: type) -> None:
+@every_layer
+def test_the_normalization_gets_the_output_channels_and_takes_the_place_of_the_bias(layer: type) -> None:
     module = layer(3, 6, norm=partial(nn.GroupNorm, 3))
     assert (module.norm.num_groups, module.norm.num_channels) == (3, 6)
+    for norm in NORMS:
+        assert (layer(3, 4, norm=norm).conv.bias is None) == (norm is not None)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@every_layer
 def test_normalized_output_has_mean_zero_and_variance_one(layer: type) -> None:
     output = layer(3, 4, activ=nn.Identity)(image(8, 3, 16, 16) * 5 + 3)
     assert torch.allclose(output.mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
     assert torch.allclose(output.var((0, 2, 3)), torch.ones(4), atol=1e-2)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@every_layer
 def test_activation_class_may_be_a_partial(layer: type) -> None:
     output = layer(3, 4, activ=partial(nn.Hardtanh, 0.0, 0.25))(image(2, 3, 6, 6))
     assert output.min() == 0 and output.max() == 0.25
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_dropout_zeroes_whole_channels_in_training_only(layer: type) -> None:
+@every_layer
+def test_dropout_zeroes_full_channels_in_training_only_and_is_not_there_by_default(layer: type) -> None:
     module = layer(3, 64, dropout=0.5, norm=None)
     dropped = (module(image(2, 3, 6, 6)) == 0).flatten(2)
     assert torch.equal(dropped.any(-1), dropped.all(-1)) and 0.3 < dropped.float().mean() < 0.7
     assert not (module.eval()(image(2, 3, 6, 6)) == 0).any()
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_no_dropout_by_default(layer: type) -> None:
     assert not any(isinstance(module, nn.Dropout2d) for module in layer(3, 4).modules())
 
 
@@ -114,15 +101,10 @@ def test_deconvolution_starts_without_checkerboard(k_size: int, norm: type | Non
     assert share_inside_cells(layer(x)) > 0.5
 
 
-def test_deconvolution_starts_as_nearest_neighbor_upsampling() -> None:
-    layer = DeconvLayer(3, 5, norm=None, activ=nn.Identity)
-    output = layer(image(2, 3, 7, 6))
+def test_deconvolution_starts_as_nearest_neighbor_upsampling_with_different_channels() -> None:
+    output = DeconvLayer(3, 5, norm=None, activ=nn.Identity)(image(2, 3, 7, 6))
     assert torch.equal(output, functional.interpolate(output[..., ::2, ::2].contiguous(), scale_factor=2))
-
-
-def test_deconvolution_starts_with_different_channels() -> None:
-    output = DeconvLayer(3, 5, norm=None)(image(1, 3, 4, 4))[0].flatten(1)
-    assert len(output.unique(dim=0)) == 5
+    assert len(output[0].flatten(1).unique(dim=0)) == 5
 
 
 def test_deconvolution_leaves_nearest_neighbor_in_training() -> None:
@@ -142,7 +124,7 @@ def test_channels_last_is_kept(layer: type, norm: type | None, size: tuple[int, 
     assert output.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@every_layer
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activ", [nn.ELU, nn.PReLU, partial(nn.ReLU, inplace=True)])
 def test_every_parameter_gets_a_gradient(layer: type, norm: type | None, activ: type) -> None:

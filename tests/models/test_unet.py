@@ -1,3 +1,5 @@
+"""UNET: any size, its parameters and receptive field, and what it keeps when compiled, cast or saved."""
+
 import ast
 import copy
 import itertools
@@ -232,15 +234,21 @@ def test_exported_equals_eager_at_every_size(use_shuffle: bool, use_pooling: boo
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_pickled_and_deep_copies_give_equal_outputs(norm: Any, copied: Any) -> None:
-    model = settled_unet(norm=norm, dropout=0.2, activ=partial(nn.ELU, 0.5))
-    twin = copied(model)
-    x = torch.randn(2, 3, 6, 7)
-    assert torch.equal(twin(x), model(x))
-    with torch.no_grad():
-        next(twin.parameters()).zero_()
-    assert not torch.equal(twin(x), model(x))
+def test_copies_pickles_and_state_dicts_give_equal_outputs(norm: Any, tmp_path: Path) -> None:
+    model, x = settled_unet(norm=norm, dropout=0.2, activ=partial(nn.ELU, 0.5)), torch.randn(2, 3, 6, 7)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+        with torch.no_grad():
+            next(twin.parameters()).zero_()
+        assert not torch.equal(twin(x), model(x))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    torch.manual_seed(1)
+    other = small_unet(norm=norm, activ=partial(nn.ELU, 0.5)).eval()
+    assert not torch.equal(other(x), model(x))
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+    assert torch.equal(other(x), model(x))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -261,54 +269,29 @@ def test_channels_last_is_kept(
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_bfloat16_autocast_is_finite_and_close(norm: Any) -> None:
-    model = settled_unet(norm=norm)
-    x = torch.randn(2, 3, 13, 10)
+def test_other_precisions_are_finite_and_autocast_is_close(norm: Any) -> None:
+    model, x = settled_unet(norm=norm), torch.randn(2, 3, 13, 10)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(x)
     assert output.dtype == torch.bfloat16 and output.isfinite().all()
     expected = model(x)
     assert (output.float() - expected).abs().max() < 0.05 * expected.abs().max()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        output = model.to(dtype)(x.to(dtype))
+        assert output.dtype == dtype and output.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_model_may_be_cast_as_a_whole(dtype: torch.dtype) -> None:
-    output = settled_unet().to(dtype)(torch.randn(2, 3, 5, 6, dtype=dtype))
-    assert output.dtype == dtype and output.isfinite().all()
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_state_dict_round_trip_is_bit_equal(norm: Any, tmp_path: Path) -> None:
-    model = settled_unet(norm=norm)
-    torch.save(model.state_dict(), tmp_path / "weights.pt")
-    torch.manual_seed(1)
-    other = small_unet(norm=norm).eval()
-    x = torch.randn(2, 3, 6, 7)
-    assert not torch.equal(other(x), model(x))
-    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(other.state_dict()[name], tensor), name
-    assert torch.equal(other(x), model(x))
-
-
-def test_equal_seeds_give_equal_weights() -> None:
-    torch.manual_seed(3)
-    first = small_unet().state_dict()
-    torch.manual_seed(3)
-    second = small_unet().state_dict()
+def test_equal_seeds_give_equal_weights_and_dropout_alone_is_random() -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        models.append(small_unet(dropout=0.5, norm=GROUP_NORM))
+    first, second = (model.state_dict() for model in models)
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_evaluation_is_deterministic_and_training_with_dropout_is_not() -> None:
-    model = small_unet(dropout=0.5, norm=GROUP_NORM)
-    x = torch.randn(2, 3, 8, 8)
+    model, x = models[0], torch.randn(2, 3, 8, 8)
     assert not torch.equal(model.train()(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
-
-
-def test_training_without_dropout_is_deterministic() -> None:
     model = small_unet(norm=GROUP_NORM).train()
-    x = torch.randn(2, 3, 8, 8)
     assert torch.equal(model(x), model(x))
 
 

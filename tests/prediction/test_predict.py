@@ -1,193 +1,233 @@
 """Prediction reads images as training did, writes under the input's name, and refuses what does not fit."""
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
-import rasterio
 import torch
 from PIL import Image
-from rasterio.transform import from_origin
 from torch import nn
 
-from dida_tools.config.capture import ConfigError
-from dida_tools.prediction import predict
+from dida_tools.config.errors import ConfigError
+from dida_tools.config.predict_keys import OUTPUTS
+from dida_tools.prediction import load_predictor, predict
 from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.data.images import DataError
 from dida_tools.utils.weights import WeightsError, save_weights
+from tests.prediction.samples import (
+    CONTRACT,
+    Brightest,
+    Net,
+    expected,
+    make_config,
+    reflectance,
+    write_arrays,
+)
 
 RNG = np.random.default_rng(0)
-
-
-class Brightest(nn.Module):
-    """Logits are the channels themselves, so that what went in can be told from what came out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, x):
-        return x * self.scale
+# Subtracts (100, 50, 0) and divides by (10, 20, 40), before scaling.
+SCALED = {"scale": 1 / 255, "mean": (100 / 255, 50 / 255, 0.0), "std": (10 / 255, 20 / 255, 40 / 255)}
+RGB = DataContract(3, dtype="uint8", outputs=3, **SCALED)
 
 
 @pytest.fixture
-def config(tmp_path) -> dict:
-    """A predict_config whose contract subtracts (100, 50, 0) and divides by (10, 20, 40), before scaling."""
-    contract = DataContract(
-        channels=3,
-        dtype="uint8",
-        scale=1 / 255,
-        mean=(100 / 255, 50 / 255, 0.0),
-        std=(10 / 255, 20 / 255, 40 / 255),
-    )
-    save_weights(tmp_path / "best.pt", {"model": Brightest().state_dict(), "contract": contract.to_dict()})
-    return {
-        "MODEL": Brightest,
-        "WEIGHTS": tmp_path / "best.pt",
-        "OUT_DIR": tmp_path / "out",
-        "DEVICE": "cpu",
-        "PRECISION": "fp32",
-    }
+def rgb(tmp_path: Path) -> dict[str, Any]:
+    return make_config(tmp_path, Brightest(), RGB) | {"TILE": None}
 
 
 def expected_classes(image: np.ndarray) -> np.ndarray:
-    values = (image.astype(np.float64) - (100, 50, 0)) / (10, 20, 40)
-    return values.argmax(-1)
+    return ((image.astype(np.float64) - (100, 50, 0)) / (10, 20, 40)).argmax(-1)
 
 
 def an_image(height: int = 20, width: int = 30) -> np.ndarray:
     return RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_the_stored_normalization_is_applied(tmp_path, config):
-    image = an_image()
-    np.save(tmp_path / "a.npy", image)
-    (written,) = predict(config | {"FILES": [tmp_path / "a.npy"]})
-    assert written == tmp_path / "out" / "a.npy"
-    assert np.array_equal(np.load(written), expected_classes(image))
-    assert not np.array_equal(np.load(written), image.argmax(-1))
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_every_kind_of_output(tmp_path, config, dtype):
+    image = reflectance(90, 70)
+    image[:10] = 0
+    p, valid = expected(config, image), (image != 0).any(-1)
+    entropy = -(p * np.log(p)).sum(0) / np.log(3)
+    right = dict(zip(OUTPUTS, (p.argmax(0), np.moveaxis(p, 0, -1), p.max(0), entropy), strict=True))
+    (file,) = write_arrays(tmp_path, image)
+    files = predict(config | {"FILES": file, "OUTPUT": OUTPUTS, "OUTPUT_DTYPE": dtype})
+    assert [file.name for file in files] == [f"0_{kind}.npy" for kind in OUTPUTS]
+    for kind, written in zip(OUTPUTS, files, strict=True):
+        values = np.load(written)
+        assert values.dtype == (np.uint8 if kind == "classes" else dtype), kind
+        missing = values == 255 if values.dtype == np.uint8 else np.isnan(values)
+        assert np.array_equal(missing.all(-1) if missing.ndim == 3 else missing, ~valid), kind
+        scaled = kind != "classes" and dtype == "uint8"
+        found, atol = (values[valid] / 254, 0.5 / 254 + 1e-6) if scaled else (values[valid], 1e-5)
+        np.testing.assert_allclose(found, right[kind][valid], atol=atol)
+    assert 0.1 < entropy[valid].min() < entropy[valid].max() <= 1
 
 
-def test_probabilities_are_the_softmax(tmp_path, config):
-    image = an_image()
-    np.save(tmp_path / "a.npy", image)
-    (written,) = predict(config | {"FILES": tmp_path / "a.npy", "OUTPUT": "probabilities"})
-    probabilities = np.load(written)
-    assert probabilities.dtype == np.float32
-    assert probabilities.shape == (20, 30, 3)
-    assert probabilities.sum(-1) == pytest.approx(np.ones((20, 30)), abs=1e-5)
-    assert np.array_equal(probabilities.argmax(-1), expected_classes(image))
+def test_a_binary_model_uses_its_threshold(tmp_path):
+    contract = DataContract(channels=1, dtype="float32", task="multi-label", threshold=0.9)
+    config = make_config(tmp_path, Brightest(), contract)
+    logits = np.linspace(-5, 5, 100, dtype=np.float32).reshape(10, 10)
+    (written,) = predict(config | {"FILES": write_arrays(tmp_path, logits)})
+    assert np.array_equal(np.load(written), 1 / (1 + np.exp(-logits)) >= 0.9)
 
 
-def test_a_geotiff_becomes_a_geotiff_on_the_same_grid(tmp_path, config):
-    image = an_image(17, 23)
-    grid = {"crs": "EPSG:32633", "transform": from_origin(400_000, 5_800_000, 10, 10)}
-    with rasterio.open(
-        tmp_path / "scene.tif", "w", driver="GTiff", height=17, width=23, count=3, dtype="uint8", **grid
-    ) as file:
-        file.write(np.moveaxis(image, -1, 0))
-    (written,) = predict(config | {"FILES": [tmp_path / "scene.tif"]})
-    with rasterio.open(written) as file:
-        assert written.name == "scene.tif"
-        assert (file.crs, file.transform) == (grid["crs"], grid["transform"])
-        assert np.array_equal(file.read(1), expected_classes(image))
+@pytest.mark.parametrize("size", [(20, 30), (32, 32), (70, 31)])
+def test_an_array_is_predicted_as_its_file(tmp_path, config, size):
+    image = reflectance(*size)
+    image[:5] = 0
+    files = write_arrays(tmp_path, *[image] * 3)
+    for file in predict(config | {"FILES": files, "OUTPUT": "probabilities"}):  # alone or in company
+        assert np.array_equal(np.moveaxis(np.load(file), -1, 0), expected(config, image), equal_nan=True)
 
 
-def test_pictures_become_pictures_and_names_take_prefix_and_suffix(tmp_path, config):
+def test_weights_without_a_contract_predict_what_the_first_image_suggests(tmp_path, config):
+    save_weights(config["WEIGHTS"], {"model": Net().state_dict()})
+    images = reflectance(30, 25), reflectance(70, 40)
+    files = predict(config | {"FILES": write_arrays(tmp_path, *images), "OUTPUT": "probabilities"})
+    with torch.no_grad():
+        inputs = torch.from_numpy(np.moveaxis(images[0] / np.float32(65535), -1, 0))[None]
+        wanted = Net()(inputs).softmax(1)[0].numpy()
+    np.testing.assert_allclose(np.load(files[0]), np.moveaxis(wanted, 0, -1), atol=1e-6)
+    assert np.load(files[1]).shape == (70, 40, 3)
+    with pytest.raises(WeightsError, match="holds no data contract"):
+        load_predictor(config["WEIGHTS"], Net)
+
+
+def test_pictures_become_pictures_and_names_take_prefix_and_suffix(tmp_path, rgb):
     image = an_image()
     Image.fromarray(image).save(tmp_path / "photo.png")
-    (written,) = predict(config | {"FILES": [tmp_path / "photo.png"], "PREFIX": "p_", "SUFFIX": "_classes"})
+    (written,) = predict(rgb | {"FILES": tmp_path / "photo.png", "PREFIX": "p_", "SUFFIX": "_classes"})
     assert written.name == "p_photo_classes.png"
     assert np.array_equal(np.asarray(Image.open(written)), expected_classes(image))
 
 
-def test_what_no_picture_can_hold_goes_into_npy(tmp_path, config):
-    image = an_image()
-    Image.fromarray(image).save(tmp_path / "photo.png")
-    for task, dtype, shape in (("values", np.float32, (20, 30, 3)), ("multi-label", np.uint8, (20, 30, 3))):
-        contract = DataContract(channels=3, dtype="uint8", task=task, outputs=3)
-        save_weights(config["WEIGHTS"], {"model": Brightest().state_dict(), "contract": contract.to_dict()})
-        (written,) = predict(config | {"FILES": [tmp_path / "photo.png"]})
-        assert written.name == "photo.npy"
-        assert (np.load(written).dtype, np.load(written).shape) == (dtype, shape)
+def test_a_picture_shows_the_colors_of_the_classes(tmp_path):
+    colors = ((1, 2, 3), (4, 5, 6), (7, 8, 9))
+    config = make_config(tmp_path, Net(3), DataContract(3, dtype="uint8", outputs=3, class_colors=colors))
+    Image.fromarray(an_image(50, 40)).save(tmp_path / "photo.jpg", quality=100)
+    (file,) = predict(config | {"FILES": tmp_path / "photo.jpg", "MODEL_CONFIG": {"channels": 3}})
+    with Image.open(file) as picture:
+        numbers, shown = np.asarray(picture), np.asarray(picture.convert("RGB"))
+    assert file.name == "photo.png" and set(np.unique(numbers)) == {0, 1, 2}
+    assert np.array_equal(shown, np.array(colors)[numbers])
 
 
-def test_folders_of_images_of_several_sizes(tmp_path, config):
+@pytest.mark.parametrize(("task", "dtype"), [("values", np.float32), ("multi-label", np.uint8)])
+def test_what_no_picture_can_hold_goes_into_npy(tmp_path, rgb, task, dtype):
+    rgb = make_config(tmp_path, Brightest(), DataContract(channels=3, dtype="uint8", task=task, outputs=3))
+    Image.fromarray(an_image()).save(tmp_path / "photo.png")
+    (written,) = predict(rgb | {"FILES": [tmp_path / "photo.png"]})
+    assert written.name == "photo.npy"
+    assert (np.load(written).dtype, np.load(written).shape) == (dtype, (20, 30, 3))
+
+
+def test_a_format_that_cannot_hold_an_output_is_refused_before_anything_is_written(tmp_path, config):
+    files = {"FILES": write_arrays(tmp_path, reflectance(20, 20)), "FORMAT": ".png"}
+    with pytest.raises(ConfigError, match=r"which cannot hold probabilities: choose \.npy or \.tif"):
+        predict(config | files | {"OUTPUT": ["classes", "probabilities"]})
+    assert not config["OUT_DIR"].exists()
+    (file,) = predict(config | files)
+    assert np.asarray(Image.open(file)).shape == (20, 20)
+
+
+def test_folders_of_images_of_several_sizes(tmp_path, rgb):
     (tmp_path / "images").mkdir()
-    images = {f"{number}.npy": an_image(10 + number, 30 - number) for number in range(4)}
-    for name, image in images.items():
-        np.save(tmp_path / "images" / name, image)
-    written = predict(config | {"FILES": tmp_path / "images"})
-    assert [file.name for file in written] == list(images)
-    for file in written:
-        assert np.array_equal(np.load(file), expected_classes(images[file.name]))
+    images = [an_image(10 + number, 30 - number) for number in range(4)]
+    written = predict(rgb | {"FILES": write_arrays(tmp_path / "images", *images)[0].parent})
+    assert written == [tmp_path / "out" / f"{number}.npy" for number in range(4)]
+    for file, image in zip(written, images, strict=True):
+        assert np.array_equal(np.load(file), expected_classes(image))
 
 
-def test_a_binary_model_uses_its_threshold(tmp_path, config):
-    contract = DataContract(channels=1, dtype="float32", task="multi-label", threshold=0.9)
-    save_weights(config["WEIGHTS"], {"model": Brightest().state_dict(), "contract": contract.to_dict()})
-    logits = np.linspace(-5, 5, 100, dtype=np.float32).reshape(10, 10)
-    np.save(tmp_path / "a.npy", logits)
-    (written,) = predict(config | {"FILES": [tmp_path / "a.npy"]})
-    assert np.array_equal(np.load(written), 1 / (1 + np.exp(-logits)) >= 0.9)
+def test_nothing_overwrites_an_input_or_another_output(tmp_path, rgb):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_arrays(tmp_path / folder, an_image())
+    with pytest.raises(DataError, match="several inputs would be written to it"):
+        predict(rgb | {"FILES": [tmp_path / "one", tmp_path / "two"]})
+    with pytest.raises(DataError, match="would overwrite an input"):
+        predict(rgb | {"FILES": tmp_path / "one", "OUT_DIR": tmp_path / "one"})
+    assert np.load(tmp_path / "one" / "0.npy").shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize(
-    ("array", "message"),
+    ("change", "message"),
     [
-        (np.zeros((8, 8, 4), np.uint8), "4 channels, the model was trained on 3"),
-        (np.zeros((8, 8, 3), np.float32), "it is float32, the model was trained on uint8"),
-        (np.zeros((8, 8, 3), np.uint16), "it is uint16, the model was trained on uint8"),
+        (lambda image: image[..., [0, 1, 2, 3, 0]], "it has 5 channels, the model was trained on 4"),
+        (lambda image: (image / 1e4).astype(np.float32), "it is float32, the model was trained on uint16"),
+        (lambda image: (image // 256).astype(np.uint16), "as if they had been divided by a number"),
+        (lambda image: image * np.uint16([1, 0, 1, 1]) + np.uint16([0, 7, 0, 0]), "B03 is constant .7."),
     ],
 )
-def test_an_image_that_the_model_does_not_know_is_refused_before_anything_is_written(
-    tmp_path, config, array, message
+@pytest.mark.parametrize("size", [(30, 30), (100, 80)])
+def test_data_unlike_those_of_training_are_refused_before_anything_is_written(
+    tmp_path, config, change, message, size
 ):
-    np.save(tmp_path / "good.npy", an_image())
-    np.save(tmp_path / "odd.npy", array)
+    files = write_arrays(tmp_path, reflectance(30, 30), change(reflectance(*size)))
     with pytest.raises(DataError, match=message) as caught:
-        predict(config | {"FILES": [tmp_path / "good.npy", tmp_path / "odd.npy"]})
-    assert "odd.npy" in str(caught.value)
-    assert not (tmp_path / "out").exists()
+        predict(config | {"FILES": files})
+    assert "1.npy" in str(caught.value) and not config["OUT_DIR"].exists()
+    if "divided" in message:
+        assert len(predict(config | {"FILES": files, "CHECK_VALUES": False})) == 2
 
 
-def test_nan_is_refused_with_the_files_name(tmp_path, config):
-    contract = DataContract(channels=1, dtype="float32")
-    save_weights(config["WEIGHTS"], {"model": Brightest().state_dict(), "contract": contract.to_dict()})
-    np.save(tmp_path / "bad.npy", np.array([[0.0, np.nan]], np.float32))
-    with pytest.raises(DataError, match=r"bad\.npy.*NaN"):
-        predict(config | {"FILES": [tmp_path / "bad.npy"]})
+def test_an_image_that_turns_out_to_be_odd_does_not_cost_the_others(tmp_path, config, monkeypatch):
+    monkeypatch.setattr("dida_tools.prediction.jobs._NUM_CHECKED", 0)
+    images = [reflectance(20 + 20 * (number % 2), 20, seed=number) for number in range(5)]
+    images[1:3] = [(image // 256).astype(np.uint16) for image in images[1:3]]
+    with pytest.raises(DataError) as caught:
+        predict(config | {"FILES": write_arrays(tmp_path, *images)})
+    assert len(caught.value.problems) == 2
+    assert [path.name for path in sorted(config["OUT_DIR"].glob("*.npy"))] == ["0.npy", "3.npy", "4.npy"]
 
 
-def test_an_input_is_never_overwritten(tmp_path, config):
-    np.save(tmp_path / "a.npy", an_image())
-    with pytest.raises(DataError, match="would overwrite an input"):
-        predict(config | {"FILES": [tmp_path / "a.npy"], "OUT_DIR": tmp_path})
-    assert np.load(tmp_path / "a.npy").shape == (20, 30, 3)
+def test_nan_is_refused_with_the_files_name(tmp_path):
+    config = make_config(tmp_path, Brightest(), DataContract(channels=1, dtype="float32"))
+    with pytest.raises(DataError, match=r"0\.npy.*NaN"):
+        predict(config | {"FILES": write_arrays(tmp_path, np.array([[0.0, np.nan]], np.float32))})
+    assert [path.name for path in config["OUT_DIR"].iterdir()] == ["predictions.jsonl"]
 
 
-def test_two_inputs_never_share_an_output(tmp_path, config):
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-        np.save(tmp_path / folder / "a.npy", an_image())
-    with pytest.raises(DataError, match="several inputs"):
-        predict(config | {"FILES": [tmp_path / "one", tmp_path / "two"]})
+def test_a_small_image_is_checked_as_a_whole(tmp_path, config, monkeypatch):
+    monkeypatch.setattr("dida_tools.prediction.jobs._NUM_CHECKED", 0)
+    seen = []
+    monkeypatch.setattr(DataContract, "value_problems", lambda self, pixels: seen.append(pixels.size) or [])
+    predict(config | {"FILES": write_arrays(tmp_path, reflectance(200, 180)), "TILE": 256})
+    assert seen == [200 * 180 * 4]
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"FILES": None}, ConfigError, "FILES is missing"),
-        ({"FILE": 1}, ConfigError, "FILE is no key"),
-        ({"OUTPUT": "picture"}, ConfigError, "OUTPUT"),
+        ({"FILES": None}, ConfigError, "FILES is None: it must be a path or a list of them"),
+        ({"FILE": 1}, ConfigError, r"FILE is no key of a config: did you mean FILES\?"),
+        ({"OUTPUT": "picture"}, ConfigError, "OUTPUT is 'picture': it must be one or several of classes, "),
+        ({"OUTPUT": ["classes", 3]}, ConfigError, "OUTPUT is"),
+        ({"OUTPUT_DTYPE": "int8"}, ConfigError, "it must be one of float32, uint8"),
+        ({"FORMAT": ".bmp"}, ConfigError, r"it must be one of \.npy, \.png, \.tif or None"),
+        ({"AUGMENT": "some"}, ConfigError, "it must be one of none, flips, all"),
+        ({"OVERLAP": 1}, ConfigError, "OVERLAP is 1: it must be a number of at least 0 and below 1"),
+        ({"TILE": 0}, ConfigError, "TILE is 0: it must be a whole number of at least 1 or None"),
         ({"FILES": "nowhere.npy"}, DataError, "no such file"),
+        ({"FILES": "nowhere*.npy"}, DataError, "nothing matches this pattern"),
         ({"WEIGHTS": "nowhere.pt"}, WeightsError, "no such weights file"),
         (
             {"MODEL": nn.Linear, "MODEL_CONFIG": {"in_features": 2, "out_features": 2}},
             WeightsError,
-            "does not fit",
+            "not fit",
         ),
     ],
 )
-def test_mistakes_are_told(tmp_path, config, changes, error, message):
-    np.save(tmp_path / "a.npy", an_image())
+def test_mistakes_are_reported(tmp_path, rgb, changes, error, message):
+    files = write_arrays(tmp_path, an_image())
     with pytest.raises(error, match=message):
-        predict(config | {"FILES": [tmp_path / "a.npy"]} | changes)
+        predict(rgb | {"FILES": files} | changes)
+
+
+def test_masks_are_refused_where_values_are_predicted(tmp_path, config):
+    config |= make_config(tmp_path, Net(), replace(CONTRACT, task="values"))
+    with pytest.raises(ConfigError, match="the model predicts values, not classes"):
+        predict(config | {"FILES": write_arrays(tmp_path, reflectance(20, 20)), "MASKS": tmp_path})

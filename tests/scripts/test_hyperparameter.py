@@ -5,20 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from dida_tools.utils.logging import read_log
+from tests.helpers import ROOT, global_config_of, rows_of, run_script, wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
-SPACE = """search_space = {
-    "OPTIMIZER_CONFIG.lr": log_uniform(1e-3, 1e-1),
-    "OPTIMIZER": choice(torch.optim.AdamW, torch.optim.SGD),
-    "MODEL_CONFIG.dropout": uniform(0.0, 0.4),
-}
-"""
+LR, DROPOUT = '"OPTIMIZER_CONFIG.lr": log_uniform(1e-3, 1e-1)', '"MODEL_CONFIG.dropout": uniform(0.0, 0.4)'
+SPACE = "{" + LR + ', "OPTIMIZER": choice(torch.optim.AdamW, torch.optim.SGD), ' + DROPOUT + "}"
 TINY = ("MODEL_CONFIG.bulk_ch=8", "MODEL_CONFIG.n_recursions=1", "DATASET_CONFIG.train.crop=16", "DEVICE=cpu")
 TINY += ("DATASET_CONFIG.train.crops_per_image=1", "EPOCHS=2", "PRECISION=fp32")
 
@@ -27,29 +21,31 @@ def script(folder: Path, space: str = SPACE) -> Path:
     """The script with another space, as a user would edit it."""
     folder.mkdir(parents=True, exist_ok=True)
     text = (ROOT / "hyperparameter.py").read_text()
-    start, end = text.index("search_space = {"), text.index("_NUM_SHOWN")
+    start = text.index("    return {  # <- your space here")
+    end = text.index("    }\n", start) + len("    }\n")
     file = folder / "hyperparameter.py"
-    file.write_text(text[:start] + space + text[end:])
+    file.write_text(f"{text[:start]}    return {space}\n{text[end:]}")
     return file
 
 
-def start(project: Path, *arguments: object, space: str = SPACE) -> subprocess.Popen:
+def run(project: Path, *arguments: object, code: int = 0, space: str = SPACE) -> tuple[str, str]:
+    done = run_script(str(script(project, space)), *arguments, root=project, OPTUNA_STORAGE="")
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout, done.stderr
+
+
+def start(project: Path, *arguments: object) -> subprocess.Popen:
+    """The same in a process of its own."""
     environment = os.environ | {"ROOT_PATH": str(project), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("OPTUNA_STORAGE", None)
-    command = [sys.executable, str(script(project, space)), *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=project, env=environment, **pipes)
+    command = [sys.executable, str(script(project)), *map(str, arguments)]
+    output = open(project / "output.txt", "a")  # noqa: SIM115
+    return subprocess.Popen(command, cwd=project, env=environment, stdout=output, stderr=output)
 
 
-def run(project: Path, *arguments: object, code: int = 0, space: str = SPACE) -> tuple[str, str]:
-    process = start(project, *arguments, space=space)
-    out, err = process.communicate(timeout=500)
-    assert process.returncode == code, out + err
-    return out, err
-
-
-def rows_of(project: Path) -> list[dict]:
-    return read_log(project / "logs" / "experiments.csv")
+def rows(project: Path) -> list[dict]:
+    return rows_of(global_config_of(project))
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +55,19 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def searched(project, pairs_dir) -> str:
-    """Three trials by two workers; what was printed."""
-    return run(project, "--data", pairs_dir, *TINY, "--trials", 3, "--workers", 2)[0]
+    """Three trials; what was printed."""
+    return run(project, "--data", pairs_dir, *TINY, "--trials", 3)[0]
 
 
 def test_a_search_leaves_rows_the_best_config_and_pictures(project, searched):
-    rows = rows_of(project)
-    assert [(row["STUDY"], row["STATUS"]) for row in rows] == [("search", "finished")] * 3
-    assert {row["TRIAL"] for row in rows} == {0, 1, 2}
-    best = max(rows, key=lambda row: row["validation.f1"])
+    assert [(row["STUDY"], row["TRIAL"], row["STATUS"]) for row in rows(project)] == [
+        ("search", number, "finished") for number in range(3)
+    ]
+    best = max(rows(project), key=lambda row: row["validation.f1"])
     folder = project / "logs" / "search" / "search"
     saved = json.loads((folder / "best_config.json").read_text())
-    assert (saved["run"], saved["trial"], saved["value"]) == (
-        best["NAME"],
-        best["TRIAL"],
-        best["validation.f1"],
-    )
+    found = (best["NAME"], best["TRIAL"], best["validation.f1"])
+    assert (saved["run"], saved["trial"], saved["value"]) == found
     assert saved["config"]["OPTIMIZER_CONFIG"]["lr"] == best["OPTIMIZER_CONFIG.lr"]
     assert {"history.png", "slices.png"} <= {file.name for file in folder.iterdir()}
     assert f"f1 {best['validation.f1']:.4f}" in searched and "--train-best" in searched
@@ -82,48 +75,64 @@ def test_a_search_leaves_rows_the_best_config_and_pictures(project, searched):
 
 def test_another_search_needs_another_name(project, searched, pairs_dir):
     _, err = run(project, "--data", pairs_dir, *TINY, "EPOCHS=3", "--trials", 4, code=1)
-    assert "EPOCHS (was 2, is 3)" in err and "--study search-2" in err and "Traceback" not in err
+    assert "EPOCHS (was 2, is 3)" in err and "--study search-2" in err
 
 
-@pytest.mark.slow
 def test_the_best_config_is_trained_in_full(project, searched):
-    best = max(rows_of(project), key=lambda row: row["validation.f1"])
+    best = max(rows(project), key=lambda row: row["validation.f1"])
     run(project, "--train-best", "EPOCHS=3")
-    row = rows_of(project)[-1]
-    assert (row["STATUS"], row["EPOCHS"], row["STUDY"], row["TRIAL"]) == (
-        "finished",
-        3,
-        "search",
-        best["TRIAL"],
-    )
-    keys = ("OPTIMIZER_CONFIG.lr", "OPTIMIZER", "MODEL_CONFIG.dropout", "MODEL_CONFIG.bulk_ch")
+    row = rows(project)[-1]
+    keys = ("OPTIMIZER_CONFIG.lr", "OPTIMIZER", "MODEL_CONFIG.dropout", "MODEL_CONFIG.bulk_ch", "TRIAL")
     assert {key: row[key] for key in keys} == {key: best[key] for key in keys}
+    assert (row["STATUS"], row["EPOCHS"], row["STUDY"]) == ("finished", 3, "search")
     assert row["NAME"].endswith("_search-best")
 
 
 def test_impossible_keys_are_refused_before_the_first_trial(tmp_path, pairs_dir):
-    space = 'search_space = {"OPTIMIZER_CONFIG.lrr": uniform(0, 1), "EPOCH": choice(1, 2)}\n'
+    space = '{"OPTIMIZER_CONFIG.lrr": uniform(0, 1), "EPOCH": choice(1, 2)}'
     _, err = run(tmp_path, "--data", pairs_dir, *TINY, "ACCUMULATE=0", code=1, space=space)
-    assert "did you mean EPOCHS?" in err and "Traceback" not in err
+    assert "did you mean EPOCHS?" in err
     assert not list((tmp_path / "logs").glob("**/journal*"))
 
 
-def test_ctrl_c_ends_cleanly_and_the_next_call_goes_on(tmp_path, pairs_dir):
-    command = ("--data", pairs_dir, *TINY, "--trials", 1, "CHECKPOINT_SECONDS=0")
-    process = start(tmp_path, *command, "EPOCHS=1000")
-    deadline = time.monotonic() + 300
-    while not list((tmp_path / "weights").glob("*/last-*.pt")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 75, out + err
-    assert "The same command goes on" in out and "Traceback" not in err
-    assert [row["STATUS"] for row in rows_of(tmp_path)] == ["preempted"]
-    again = start(tmp_path, *command, "EPOCHS=1000")
-    while "goes on after epoch" not in (tmp_path / "logs/search/search/worker-0.log").read_text():
-        assert again.poll() is None and time.monotonic() < deadline + 300, again.communicate()
-        time.sleep(0.05)
-    again.send_signal(signal.SIGTERM)
-    again.communicate(timeout=300)
-    assert again.returncode == 75 and len(rows_of(tmp_path)) == 1
+@pytest.mark.parametrize(
+    ("arguments", "told"), [(["--trials", "0"], "give 1 or more"), (["--what"], "--what")]
+)
+def test_usage_errors(tmp_path, arguments, told):
+    assert told in run(tmp_path, *arguments, code=2)[1]
+
+
+def test_help_imports_neither_torch_nor_optuna():
+    code = (
+        "import runpy, sys; sys.argv = ['hyperparameter.py', '--help']\n"
+        "try: runpy.run_path('hyperparameter.py', run_name='__main__')\n"
+        "finally: assert not {'torch', 'optuna', 'numpy'} & set(sys.modules), sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "KEY=VALUE" in done.stdout
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_ends_cleanly_and_the_next_call_resumes(tmp_path, pairs_dir, workers):
+    command = ("--data", pairs_dir, *TINY, "--trials", workers, "--workers", workers, "CHECKPOINT_SECONDS=0")
+
+    def output() -> str:
+        files = [tmp_path / "output.txt", *(tmp_path / "logs/search/search").glob("worker-*.log")]
+        return "".join(file.read_text() for file in files)
+
+    def saved() -> bool:
+        return len(list((tmp_path / "weights").glob("*/last-*.pt"))) >= workers
+
+    for times, (condition, signum) in enumerate(
+        [(saved, signal.SIGINT), (lambda: "resumes after epoch" in output(), signal.SIGTERM)]
+    ):
+        process = start(tmp_path, *command, "EPOCHS=1000")
+        try:
+            wait_until(lambda condition=condition, one=process: one.poll() is not None or condition(), 300)
+            assert process.poll() is None, output()
+            process.send_signal(signum)
+            assert process.wait(300) == 75, output()
+        finally:
+            process.kill()
+        assert output().count("The same command resumes") == times + 1 and "Traceback" not in output()
+        assert [row["STATUS"] for row in rows(tmp_path)] == ["preempted"] * workers

@@ -3,178 +3,176 @@
 import io
 import json
 import os
-import runpy
+import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from filelock import FileLock
 
-from dida_tools.config.config import global_config, make_global_config
-from dida_tools.training.pytorch_training import train
-from dida_tools.utils.data import NpyDataset
-from dida_tools.utils.logging import read_log
-from dida_tools.utils.logging.runs import is_in_training
+from dida_tools.training.checkpoint import save_checkpoint
+from dida_tools.utils.locks import is_locked, locked
+from dida_tools.utils.logging import read_log, write_log
+from tests.helpers import ROOT, begin_run, run_script, write_run
 
-ROOT = Path(__file__).resolve().parents[2]
+NAMES = ["2026-01-01_roads", "2026-01-02_roads", "2026-01-02_roads-2"]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, pairs_dir) -> tuple[Path, list[str]]:
-    """A folder with three runs, and their names."""
-    from dida_tools.models import UNET
-    from dida_tools.utils.loss import f1, multi_class_dice_ce_sum
-
-    folder = tmp_path_factory.mktemp("project")
-    sets = [NpyDataset(pairs_dir / part / "x", pairs_dir / part / "y") for part in ("train", "test")]
-    config = {
-        "MODEL": UNET,
-        "MODEL_CONFIG": {"ch_in": 3, "ch_out": 3, "bulk_ch": 4, "n_recursions": 1},
-        "EPOCHS": 1,
-    }
-    config |= {
-        "OPTIMIZER": torch.optim.AdamW,
-        "OPTIMIZER_CONFIG": {"lr": 1e-2},
-        "LOSS": multi_class_dice_ce_sum,
-    }
-    config |= {"METRICS": {"f1": f1}, "MONITOR": "max f1", "DEVICE": "cpu", "PRECISION": "fp32"}
-    variants = [{}, {"OPTIMIZER_CONFIG": {"lr": 1e-3}, "EPOCHS": 2}, {}]
-    names = [train(*sets, config | changes, make_global_config(folder)).name for changes in variants]
-    return folder, names
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Three finished runs; the second has another learning rate, and other weights."""
+    for number, (name, rate) in enumerate(zip(NAMES, (1e-2, 1e-3, 1e-2), strict=True)):
+        results = {"validation.f1": 0.5, "test.f1": 0.9 - rate, "test.loss": rate}
+        config = {"MODEL_CONFIG": {"ch_in": 3}, "OPTIMIZER_CONFIG": {"lr": rate}}
+        write_run(tmp_path / "logs", name, results, hours_ago=9 - number, digest=str(rate), **config)
+        environment = {
+            "packages": {"torch": "2.13"},
+            "cpu_capability": "AVX2",
+            "arguments": ["train.py", "x"],
+        }
+        (tmp_path / "logs" / name / "environment.json").write_text(json.dumps(environment))
+        save_checkpoint(tmp_path / "weights" / name, 4, {"x": 1})
+        (tmp_path / "weights" / name / "best.pt").touch()
+    return tmp_path
 
 
-def run(
-    folder: Path, *arguments: str, columns: int = 120, given: str | io.StringIO = ""
-) -> subprocess.CompletedProcess:
-    """Runs the script as Python would, but in this process, where everything is imported already."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        for key, value in make_global_config(folder).items():
-            patch.setitem(global_config, key, value)
-        patch.setenv("COLUMNS", str(columns))
-        patch.setattr(sys, "argv", ["runs.py", *arguments])
-        patch.setattr(sys, "stdin", io.StringIO(given) if isinstance(given, str) else given)
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "runs.py"), run_name="__main__")
-    return subprocess.CompletedProcess(arguments, ended.value.code or 0, out.getvalue(), err.getvalue())
-
-
-def answer(folder: Path, *arguments: str, **options) -> str:
-    done = run(folder, *arguments, **options)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def answer(project: Path, *arguments: str, code: int = 0, columns: int = 120, given: Any = "") -> str:
+    done = run_script("runs.py", *arguments, root=project, given=given, COLUMNS=str(columns))
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    return done.stderr if code and done.stderr else done.stdout
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120, 300])
-def test_the_table_of_all_runs_fits_the_terminal(trained, columns):
-    folder, names = trained
-    lines = answer(folder, "list", columns=columns).splitlines()
+def test_the_table_of_all_runs_fits_the_terminal(project: Path, columns: int) -> None:
+    lines = answer(project, "list", columns=columns).splitlines()
     assert len(lines) == 4 and max(map(len, lines)) <= columns
-    assert "test.f1" in lines[0] or columns < 120
-    assert names[0] in lines[1] or columns < 120
+    assert columns < 120 or ("test.f1" in lines[0] and NAMES[0] in lines[1])
 
 
-def test_the_best_run_is_sorted_to_the_end(trained):
-    folder, _ = trained
-    rows = json.loads(answer(folder, "list", "--sort", "test.f1", "--json"))
-    assert [row["test.f1"] for row in rows] == sorted(row["test.f1"] for row in rows)
-    losses = [row["test.loss"] for row in json.loads(answer(folder, "list", "--sort", "test.loss", "--json"))]
-    assert losses == sorted(losses, reverse=True)
-    assert len(json.loads(answer(folder, "list", "-n", "2", "--json"))) == 2
-    refused = run(folder, "list", "--sort", "test.f2")
-    assert refused.returncode == 1 and "there is no column 'test.f2'" in refused.stderr
+def test_the_best_run_is_sorted_to_the_end(project: Path) -> None:
+    def values(*arguments: str) -> list[float]:
+        return [row[arguments[1]] for row in json.loads(answer(project, "list", *arguments, "--json"))]
+
+    assert values("--sort", "test.f1") == [0.89, 0.89, 0.899]
+    assert values("--sort", "test.loss") == [0.01, 0.01, 0.001]
+    assert values("--sort", "test.f1", "-n", "1") == [0.899]
+    assert "there is no column 'test.f2'; there are validation.f1, test.f1, test.loss." in answer(
+        project, "list", "--sort", "test.f2", code=1
+    )
 
 
-def test_a_run_is_shown_with_results_config_environment_and_places(trained):
-    folder, names = trained
-    text = answer(folder, "show", names[1])
-    for part in (
-        names[1],
-        "test.f1",
-        "OPTIMIZER_CONFIG.lr",
-        "0.001",
-        "cpu_capability",
-        str(folder / "weights"),
-    ):
-        assert part in text
-    shown = json.loads(answer(folder, "show", "2", "--json"))
-    assert shown["row"]["NAME"] == names[1] and "torch" in shown["environment"]["packages"]
+def test_a_run_is_shown_with_results_config_environment_and_places(project: Path) -> None:
+    text = answer(project, "show", NAMES[1])
+    parts = (NAMES[1], "test.f1", "OPTIMIZER_CONFIG.lr", "0.001", "cpu_capability", "train.py x")
+    assert all(part in text for part in (*parts, str(project / "weights")))
+    found = json.loads(answer(project, "show", "2", "--json"))
+    assert found["row"]["NAME"] == NAMES[1] and "torch" in found["environment"]["packages"]
 
 
-def test_comparing_shows_what_differs(trained):
-    folder, names = trained
-    text = answer(folder, "compare", "1", "2")
-    assert "OPTIMIZER_CONFIG.lr" in text and "MODEL_CONFIG.ch_in" not in text
-    assert "MODEL_CONFIG.ch_in" in answer(folder, "compare", "1", "2", "--all")
-    compared = json.loads(answer(folder, "compare", "1", "2", "--json"))
-    assert compared["values"]["OPTIMIZER_CONFIG.lr"] == [0.01, 0.001] and compared["runs"] == names[:2]
-    assert "The weights are identical, bit for bit." in answer(folder, "compare", "1", "3")
-    assert "identical" not in text
+def test_comparing_shows_what_differs(project: Path) -> None:
+    text = answer(project, "compare", "1", "2")
+    assert "OPTIMIZER_CONFIG.lr" in text and "MODEL_CONFIG.ch_in" not in text and "identical" not in text
+    assert "MODEL_CONFIG.ch_in" in answer(project, "compare", "1", "2", "--all")
+    compared = json.loads(answer(project, "compare", "1", "2", "--json"))
+    assert compared["values"]["OPTIMIZER_CONFIG.lr"] == [0.01, 0.001] and compared["runs"] == NAMES[:2]
+    assert "The weights are identical, bit for bit." in answer(project, "compare", "1", "3")
 
 
-def test_paths_of_weights(trained):
-    folder, names = trained
-    assert answer(folder, "weights", names[0]).strip() == str(folder / "weights" / names[0] / "best.pt")
-    last = Path(answer(folder, "weights", "1", "--last").strip())
-    assert last.is_file() and last.name.startswith("last-")
+def test_paths_of_weights(project: Path) -> None:
+    folder = project / "weights" / NAMES[0]
+    assert answer(project, "weights", NAMES[0]).strip() == str(folder / "best.pt")
+    assert answer(project, "weights", "1", "--last").strip() == str(folder / "last-00000004.pt")
+    shutil.rmtree(folder)
+    assert "has no weights yet" in answer(project, "weights", "1", code=1)
 
 
-def test_unknown_runs_are_refused_with_what_there_is(trained):
-    folder, names = trained
-    for command in ("show", "compare", "weights"):
-        refused = run(folder, command, "nonsense")
-        assert refused.returncode == 1 and names[-1] in refused.stderr and "Traceback" not in refused.stderr
+@pytest.mark.parametrize("command", ["show", "compare", "weights", "delete"])
+def test_unknown_runs_are_refused(project: Path, command: str) -> None:
+    assert "no run is called 'nonsense'" in answer(project, command, "nonsense", code=1)
+    for name in (".", "..", "../logs", str(project / "logs")):
+        assert "no run is called" in answer(project, command, name, code=1)
+    assert sorted(path.name for path in project.iterdir()) == ["logs", "weights"]
 
 
-def test_without_runs_it_says_how_to_train_one(tmp_path):
+def test_without_runs_it_says_how_to_train_one(tmp_path: Path) -> None:
     assert "python train.py" in answer(tmp_path, "list")
-    assert run(tmp_path, "show", "latest").returncode == 1
+    answer(tmp_path, "show", "latest", code=1)
+    assert not (tmp_path / "logs").exists()
 
 
-def test_help_shows_every_command_by_example():
-    text = answer(Path("."), "--help")
-    for command in ("list", "show", "compare", "weights", "delete", "rebuild"):
-        assert f"python runs.py {command}" in text
+def test_the_view_is_brought_up_to_date_and_keeps_what_was_added(project: Path) -> None:
+    log = project / "logs" / "experiments.csv"
+    answer(project, "list")
+    assert [row["STATUS"] for row in read_log(log)] == ["finished"] * 3
+    write_log(log, {"NAME": NAMES[1], "remark": "for Ada", "test.f1": 7})  # a result is not for hands
+    begin_run(project / "logs", NAMES[0]).close()  # resumed, and killed
+    text = answer(project, "list", "--columns", "remark", columns=300)
+    assert "for Ada" in text and "killed" in text
+    rows = {row["NAME"]: row for row in read_log(log)}
+    assert rows[NAMES[0]]["STATUS"] == "killed" and rows[NAMES[1]]["remark"] == "for Ada"
+    assert rows[NAMES[1]]["test.f1"] == 0.899
+    log.unlink()
+    log.mkdir()  # it cannot be written
+    assert NAMES[2] in answer(project, "list")
 
 
-def test_rebuilding(trained):
-    folder, _ = trained
-    log = folder / "logs" / "experiments.csv"
+def test_rebuilding(project: Path) -> None:
+    log = project / "logs" / "experiments.csv"
+    answer(project, "list")
     before = read_log(log)
     log.write_text("nonsense")
-    assert "3 runs" in answer(folder, "rebuild")
+    assert "3 runs" in answer(project, "rebuild")
     assert read_log(log) == before
     assert log.with_name("experiments.csv.old").read_text() == "nonsense"
 
 
-def test_deleting_asks_and_removes_everything(trained):
-    folder, names = trained  # the last test of this module: it takes the last run away
-    places = [folder / "logs" / names[2], folder / "weights" / names[2]]
-    assert run(folder, "delete", "latest").returncode == 1  # a whole name, lest the wrong one goes
+def test_deleting_asks_and_removes_everything(project: Path) -> None:
+    answer(project, "list")
+    folders = [project / "logs" / NAMES[2], project / "weights" / NAMES[2]]
+    answer(project, "delete", "latest", code=1)  # a whole name, lest the wrong one goes
     for given in ("", "n\n"):
-        kept = run(folder, "delete", names[2], given=given)
-        assert kept.returncode == 1 and "Nothing was removed." in kept.stdout
-        assert all(place.is_dir() for place in places)
-    with FileLock(places[0] / ".lock"):
-        assert "is being trained" in run(folder, "delete", names[2], "--yes").stderr
+        assert "Nothing was removed." in answer(project, "delete", NAMES[2], code=1, given=given)
+    with locked(folders[0] / ".lock"):
+        assert "is being trained" in answer(project, "delete", NAMES[2], "--yes", code=1)
     seen = []
 
     class Asked(io.StringIO):
-        def readline(self, *_) -> str:
-            seen.append(is_in_training(places[0]))
+        def readline(self, *_: Any) -> str:
+            seen.append(is_locked(folders[0] / ".lock"))
             return "n\n"
 
-    assert run(folder, "delete", names[2], given=Asked()).returncode == 1
-    assert seen == [True]  # nobody goes on with it while the question stands
-    os.replace(
-        places[1], places[1].with_name(f".deleted-{names[2]}")
-    )  # as a deletion that was killed leaves it
-    assert run(folder, "delete", names[2], given="y\n").returncode == 0
-    assert not any(file.name.startswith(".deleted") for place in places for file in place.parent.iterdir())
-    assert not any(place.exists() for place in places)
-    assert [row["NAME"] for row in read_log(folder / "logs" / "experiments.csv")] == names[:2]
-    assert sorted(entry.name for entry in (folder / "logs").iterdir() if entry.is_dir()) == sorted(names[:2])
-    assert names[2] not in answer(folder, "list")
+    answer(project, "delete", NAMES[2], code=1, given=Asked())
+    assert seen == [True] and all(folder.is_dir() for folder in folders)  # nobody resumes it meanwhile
+    os.replace(folders[1], folders[1].with_name(f".deleted-{NAMES[2]}"))  # of a deletion that was killed
+    folders[1].mkdir()
+    answer(project, "delete", NAMES[2], given="y\n")
+    assert sorted(os.listdir(project / "weights")) == NAMES[:2]
+    assert [row["NAME"] for row in read_log(project / "logs" / "experiments.csv")] == NAMES[:2]
+    assert NAMES[2] not in answer(project, "list")
+
+
+def test_a_row_without_a_run_can_be_removed_and_names_no_other_folder(project: Path) -> None:
+    log = project / "logs" / "experiments.csv"
+    for name in ("gone", "..", "."):
+        write_log(log, {"NAME": name})
+    answer(project, "delete", "gone", "..", ".", "--yes")
+    assert read_log(log) == [] and sorted(path.name for path in project.iterdir()) == ["logs", "weights"]
+    assert sorted(path.name for path in (project / "logs").iterdir() if path.is_dir()) == NAMES
+
+
+def test_help_and_list_answer_without_torch(project: Path) -> None:
+    code = (
+        "import runpy, sys, time; sys.argv = ['runs.py', *sys.argv[1:]]; start = time.perf_counter()\n"
+        "try:\n    runpy.run_path('runs.py', run_name='__main__')\n"
+        "finally:\n    loaded = {'torch', 'numpy', 'rasterio', 'matplotlib', 'tqdm'} & set(sys.modules)\n"
+        "    print('loaded', sorted(loaded))"
+    )
+    for arguments in (["--help"], ["list"]):
+        variables = os.environ | {"LOG_DIR": str(project / "logs"), "WEIGHT_DIR": str(project / "weights")}
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "loaded []", done.stderr
+        commands = ("list", "show", "compare", "weights", "delete", "rebuild")
+        assert NAMES[0] in done.stdout or all(f"runs.py {command}" in done.stdout for command in commands)

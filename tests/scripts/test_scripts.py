@@ -110,7 +110,7 @@ def test_a_run_is_prolonged_by_name_in_its_own_routine_and_reproduced(project, p
         (["train.py", "--data", "nowhere"], "nowhere"),
         (["train.py", "--resume", "nonsense"], "nonsense"),
         (["run_prediction.py", "nonsense", "-i", "x.npy", "-o", "out"], "nonsense"),
-        (["predict.py", "-i", "x.npy", "-o", "out"], "weights"),
+        (["predict.py", "-i", "x.npy", "-o", "out"], "x.npy: there is no such file"),
     ],
 )
 def test_mistakes_are_reported_in_a_sentence(project, trained, command, message):

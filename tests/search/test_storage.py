@@ -1,4 +1,4 @@
-"""The journal file of trials: no worker waits for one that was killed, and what it has half written is removed."""
+"""The journal file of trials: nobody waits for a killed worker, and what it has half written is removed."""
 
 import signal
 import sys
@@ -9,13 +9,14 @@ from optuna.trial import TrialState
 
 from dida_tools.config.errors import UserError
 from dida_tools.search.storage import KernelLock, open_storage
+from tests.helpers import wait_until
 
 
 def new_study(file, name="study") -> optuna.Study:
-    return optuna.create_study(storage=open_storage(file), study_name=name, load_if_exists=True)
+    return optuna.create_study(storage=open_storage(str(file)), study_name=name, load_if_exists=True)
 
 
-def test_a_killed_holder_of_the_lock_holds_nobody_up(tmp_path, fork, wait_for):
+def test_a_killed_holder_of_the_lock_holds_nobody_up(tmp_path, fork):
     file = tmp_path / "journal.log"
     new_study(file)
 
@@ -31,22 +32,22 @@ def test_a_killed_holder_of_the_lock_holds_nobody_up(tmp_path, fork, wait_for):
         (tmp_path / "taken").touch()
 
     holder = fork(hold)
-    wait_for((tmp_path / "held").exists)
+    wait_until((tmp_path / "held").exists)
     other = fork(take)
     assert not other.wait(0.5) and not (tmp_path / "taken").exists()  # one at a time
     holder.kill()
     assert other.wait() and (tmp_path / "taken").exists()
 
 
-@pytest.mark.parametrize("part", [1, 20, -1])
-def test_a_line_that_was_cut_off_by_a_kill_is_removed_and_the_next_one_is_whole(tmp_path, part):
+@pytest.mark.parametrize("end", [1, 20, -1])
+def test_a_line_that_was_cut_off_by_a_kill_is_removed_and_the_next_one_is_intact(tmp_path, end):
     file = tmp_path / "journal.log"
     study = new_study(file)
     study.add_trial(optuna.trial.create_trial(value=1.0))
-    whole = file.read_bytes()
+    intact = file.read_bytes()
     study.add_trial(optuna.trial.create_trial(value=2.0))
-    last = file.read_bytes()[len(whole) :]
-    file.write_bytes(whole + last[:part])  # of the second trial, only a part is written
+    last = file.read_bytes()[len(intact) :]
+    file.write_bytes(intact + last[:end])  # of the second trial, only the beginning is written
     assert [trial.value for trial in new_study(file).trials] == [1.0]
     new_study(file).add_trial(optuna.trial.create_trial(value=3.0))
     assert [trial.value for trial in new_study(file).trials] == [1.0, 3.0]
@@ -67,7 +68,7 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path, fork):
     assert values == [100 * worker + number for worker in range(4) for number in range(20)]
 
 
-def test_what_cannot_be_opened_is_said_without_the_password(tmp_path):
+def test_what_cannot_be_opened_is_reported_without_the_password():
     with pytest.raises(UserError) as refused:
         open_storage("postgresql+nothing://me:very-secret@localhost/name")
     assert "--storage" in str(refused.value) and "very-secret" not in str(refused.value)
@@ -84,6 +85,5 @@ def test_a_driver_that_is_missing_is_named(monkeypatch):
 def test_databases_are_storages_too(tmp_path):
     study = new_study(f"sqlite:///{tmp_path}/study.db")
     study.add_trial(optuna.trial.create_trial(value=1.0))
-    assert [trial.state for trial in new_study(f"sqlite:///{tmp_path}/study.db").trials] == [
-        TrialState.COMPLETE
-    ]
+    states = [trial.state for trial in new_study(f"sqlite:///{tmp_path}/study.db").trials]
+    assert states == [TrialState.COMPLETE]

@@ -367,7 +367,7 @@ def test_exported_forms_agree(subject: Subject, tmp_path: Path, kind: str) -> No
     """Guard against a delivered file that predicts otherwise than the model that was tested."""
     _need(subject.is_trained, "an untrained model is not delivered: give --run NAME or --weights FILE")
     try:
-        from dida_tools.prediction.export import KINDS
+        from dida_tools.prediction.export import export_model
     except ImportError:
         pytest.skip("this project exports no models")
     _need(subject.inputs.ndim == 4, "only models of images are exported")
@@ -375,7 +375,7 @@ def test_exported_forms_agree(subject: Subject, tmp_path: Path, kind: str) -> No
         pytest.importorskip(library, reason=f'{library} is not installed: pip install -e ".[export]"')
     file = tmp_path / f"model.{kind}"
     try:
-        KINDS[kind](subject.model, subject.contract, file)
+        export_model(subject.model, subject.contract, file)
     except UserError as error:
         raise AssertionError(str(error)) from error
     inputs = subject.inputs.cpu()

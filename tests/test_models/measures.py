@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dida_tools.utils.counts import f1_per_class
 from dida_tools.utils.data.contract import DataContract
-from dida_tools.utils.loss import f1_per_class
 from dida_tools.utils.scores import Scores
 
 WIDTH = 100

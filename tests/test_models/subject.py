@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 
 from dida_tools.config.device import get_device, get_precision
 from dida_tools.config.errors import UserError
+from dida_tools.config.project import project_of
 from dida_tools.training.determinism import EvaluationBatches
 from dida_tools.training.device import DeviceContext
 from dida_tools.training.evaluation import evaluate
@@ -25,7 +26,7 @@ from dida_tools.utils.data.contract import DataContract
 from dida_tools.utils.data.images import DataError
 from dida_tools.utils.logging.journal import read_journal
 from dida_tools.utils.logging.runs import find_run, read_run_config
-from dida_tools.utils.loss import unmask
+from dida_tools.utils.targets import unmask
 from dida_tools.utils.torchutils import evaluation_mode, fill_model, set_seed
 from dida_tools.utils.weights import load_weights, model_state
 
@@ -268,7 +269,7 @@ def subject_of_run(
     setup, no_data = None, ""
     try:
         train_set, test_set, validation_set = getattr(module, "DATASETS", build_datasets)(config)
-        setup = prepare(train_set, test_set, config, global_config, validation_set)
+        setup = prepare(train_set, test_set, config, global_config, validation_set, "dida_tools")
     except DataError as error:
         no_data, loss = f"{name}: {error}", _loss(config)
         inputs, targets = _synthetic_for(model, contract)
@@ -299,7 +300,7 @@ def subject_of_run(
 
 
 def _config_of_run(log_dir: Path, events: list[dict], device: torch.device, wanted: str) -> dict[str, Any]:
-    config = read_run_config(log_dir) | {"DEVICE": wanted}
+    config = read_run_config(log_dir, project_of("dida_tools")) | {"DEVICE": wanted}
     config |= dict.fromkeys(("RESUME", "RERUN_OF", "INIT_WEIGHTS", "NOTIFY"))
     started = [event for event in events if event["event"] == "start"]
     precision = started[-1]["precision"] if started else "auto"

@@ -1,4 +1,4 @@
-"""Temperature and thresholds are those that the validation data wants, stored with the best weights, and used."""
+"""Temperature and thresholds fit the validation data, are stored with the best weights, and are used."""
 
 import hashlib
 import math
@@ -17,12 +17,12 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from dida_tools.training import run as run_module
-from dida_tools.training.calibration import TEMPERATURES, Likelihoods
+from dida_tools.training.calibration import NLL, TEMPERATURES
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.data.contract import DataContract
-from dida_tools.utils.logging import read_log
 from dida_tools.utils.loss import dice_bce_sum, f1, masked_dice_bce_sum, masked_f1
 from dida_tools.utils.weights import load_weights
+from tests.helpers import rows_of
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -30,11 +30,11 @@ CLASSES, LABELS = DataContract(1, task="multi-class"), DataContract(1, task="mul
 FITTED = ("validation.temperature", "validation.threshold")
 
 
-# ---------------------------------------------------------------------------------------------------- the temperature
+# -------------------------------------------------------------------------------------------- the temperature
 
 
 def draw(task: str, scale: float, seed: int = 0, size: int = 20) -> tuple[Tensor, Tensor]:
-    """Logits that are too sure by this factor, and targets, some of them ignored."""
+    """Return logits that are too confident by this factor, and targets, some of them ignored."""
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(3, 3, size, size, generator=generator)
     if task == "multi-class":
@@ -52,18 +52,17 @@ def best_temperature(logits: Tensor, targets: Tensor, keep: Tensor) -> float:
         if targets.ndim == 3:
             loss = functional.cross_entropy(scaled, targets.where(keep, 0), reduction="none")
         else:
-            loss = functional.binary_cross_entropy_with_logits(
-                scaled, targets.where(keep, 0).double(), reduction="none"
-            )
+            truth = targets.where(keep, 0).double()
+            loss = functional.binary_cross_entropy_with_logits(scaled, truth, reduction="none")
         return loss[keep].sum().item()
 
     return math.exp(minimize_scalar(likelihood, bounds=(-2, 2), method="bounded", options={"xatol": 1e-9}).x)
 
 
 def fit(logits: Tensor, targets: Tensor, contract: DataContract = CLASSES, **options: Any) -> float:
-    likelihoods = Likelihoods(contract, **options)
-    likelihoods.update(logits, targets)
-    return likelihoods.results()["temperature"]
+    nll = NLL(contract, **options)
+    nll.update(logits, targets)
+    return nll.results()["temperature"]
 
 
 @pytest.mark.parametrize("scale", [0.2, 0.9, 1.6, 5.5])
@@ -83,9 +82,9 @@ def test_the_temperature_is_that_of_an_optimizer_within_one_percent(task, scale)
 
 @settings(max_examples=20, deadline=None)
 @given(st.data(), st.sampled_from(["multi-class", "multi-label"]), st.integers(1, 3), st.integers(2, 20))
-def test_likelihoods_are_the_same_for_all_batches_tiles_and_orders(data, task, batch_size, width):
+def test_the_nll_is_the_same_for_all_batches_tiles_and_orders(data, task, batch_size, width):
     logits, targets = draw(task, 2.0)
-    whole, parts = (Likelihoods(DataContract(1, task=task)) for _ in range(2))
+    whole, parts = (NLL(DataContract(1, task=task)) for _ in range(2))
     whole.update(logits, targets)
     pieces = [
         (logits[batch, ..., left], targets[batch, ..., left])
@@ -98,7 +97,7 @@ def test_likelihoods_are_the_same_for_all_batches_tiles_and_orders(data, task, b
 
 
 def test_where_nothing_is_to_be_fitted_the_temperature_is_one():
-    assert Likelihoods(CLASSES).results() == {"temperature": 1.0}
+    assert NLL(CLASSES).results() == {"temperature": 1.0}
     logits, targets = draw("multi-class", 2.0)
     assert fit(logits, torch.full_like(targets, 255)) == 1.0
     assert fit(torch.zeros_like(logits), targets) == 1.0
@@ -113,7 +112,7 @@ def test_the_temperature_stays_in_its_range():
     assert TEMPERATURES[0] <= fit(huge, torch.tensor([0, 1, 1])) <= TEMPERATURES[-1]
 
 
-# -------------------------------------------------------------------------------------------------------- a whole run
+# ------------------------------------------------------------------------------------------------ a whole run
 
 
 def make_labels(number: int, seed: int) -> TensorDataset:
@@ -126,16 +125,9 @@ def make_labels(number: int, seed: int) -> TensorDataset:
 
 @pytest.fixture
 def label_config(tiny_config) -> dict[str, Any]:
-    tiny_config |= {
-        "MODEL": nn.Conv2d,
-        "MODEL_CONFIG": {"in_channels": 3, "out_channels": 2, "kernel_size": 1},
-    }
-    return tiny_config | {
-        "LOSS": dice_bce_sum,
-        "METRICS": {"f1": f1},
-        "EPOCHS": 4,
-        "OPTIMIZER_CONFIG": {"lr": 0.2},
-    }
+    model = {"in_channels": 3, "out_channels": 2, "kernel_size": 1}
+    tiny_config |= {"MODEL": nn.Conv2d, "MODEL_CONFIG": model, "OPTIMIZER_CONFIG": {"lr": 0.2}}
+    return tiny_config | {"LOSS": dice_bce_sum, "METRICS": {"f1": f1}, "EPOCHS": 4}
 
 
 def logits_of(result: Any, dataset: TensorDataset) -> tuple[Tensor, Tensor]:
@@ -205,28 +197,24 @@ def test_the_fit_changes_the_contract_of_the_best_weights_alone(
     assert "validation.threshold" not in result.metrics
 
 
-def test_columns_and_last_lines_say_what_was_fitted(datasets, tiny_config, global_config, capsys):
-    result = train(*datasets, tiny_config, global_config)
-    (row,) = read_log(result.log_dir.parent / "experiments.csv")
-    said = capsys.readouterr()
+def test_columns_and_last_lines_report_what_was_fitted(datasets, tiny_config, global_config, capsys):
+    train(*datasets, tiny_config, global_config)
+    (row,), said = rows_of(global_config), capsys.readouterr()
     lines = (said.out + said.err).splitlines()
-    certainty = next(line for line in lines if "certainty" in line)
+    line = next(line for line in lines if "average precision" in line)
     for name, column in (("average precision", "test.average_precision"), ("calibration error", "test.ece")):
-        assert 0 < row[column] <= 1 and f"{name} {row[column]:.4f}" in certainty
-    assert f"temperature {row['validation.temperature']:.4f}" in certainty and "threshold" not in certainty
+        assert 0 < row[column] <= 1 and f"{name} {row[column]:.4f}" in line
+    assert f"temperature {row['validation.temperature']:.4f}" in line and "threshold" not in line
     assert {f"test.average_precision.{number}" for number in range(3)} <= row.keys()
-    assert row["test.ignored_pixels"] == 0 and "ignored" not in "".join(lines)
-    assert len(certainty) < 120
+    assert row["test.ignored_pixels"] == 0 and "ignored" not in "".join(lines) and len(line) < 120
 
 
 def test_ignored_pixels_of_the_test_set_are_reported(label_config, global_config, capsys):
     sets = make_labels(20, 0), make_labels(12, 1)
     sets[1].tensors[1][:, 0, :, :3] = 255
     sets[1].tensors[1][:, 1, :, :1] = 255
-    label_config["METRICS"] = {"f1": f1}
-    result = train(*sets, label_config, global_config)
+    result, said = train(*sets, label_config, global_config), capsys.readouterr()
     assert result.metrics["test.ignored_pixels"] == 12 * 12 * 4
-    said = capsys.readouterr()
     assert "; 576 pixels are ignored" in said.out + said.err
 
 
@@ -250,9 +238,7 @@ def test_masked_targets_are_fitted_to_the_usable_pixels(label_config, global_con
     assert contract_of(first).temperature == contract_of(second).temperature
     assert contract_of(first).threshold == contract_of(second).threshold
     assert first.metrics["test.f1"] == second.metrics["test.f1"]
-    assert (
-        first.metrics["test.ignored_pixels"] == 12 * 2 * 6 * 12 and second.metrics["test.ignored_pixels"] == 0
-    )
+    assert [one.metrics["test.ignored_pixels"] for one in (first, second)] == [12 * 2 * 6 * 12, 0]
 
 
 @pytest.mark.parametrize("metrics", [{}, {"f1": f1}])
@@ -266,10 +252,7 @@ def test_without_counted_metrics_the_same_is_fitted(label_config, global_config,
 
 
 def test_a_single_label_has_a_plain_threshold(label_config, global_config):
-    sets = [
-        TensorDataset(one.tensors[0], one.tensors[1][:, 1:])
-        for one in (make_labels(20, 0), make_labels(12, 1))
-    ]
+    sets = [TensorDataset(one[0], one[1][:, 1:]) for one in (make_labels(20, 0)[:], make_labels(12, 1)[:])]
     label_config["MODEL_CONFIG"] = label_config["MODEL_CONFIG"] | {"out_channels": 1}
     result = train(*sets, label_config, global_config)
     assert contract_of(result).threshold == result.metrics["validation.threshold"] != 0.5
@@ -295,8 +278,8 @@ def test_of_values_nothing_is_fitted(tiny_config, global_config):
     assert set(result.metrics) == {"validation.loss", "test.loss"}
 
 
-@pytest.mark.parametrize("at", ["calibrate", "evaluate", "save_picture"])
-def test_a_run_that_ends_while_it_is_fitted_or_tested_goes_on_to_the_same_end(
+@pytest.mark.parametrize("at", ["calibrate", "evaluate"])
+def test_a_run_that_ends_while_it_is_fitted_or_tested_resumes_to_the_same_end(
     label_config, global_config, tmp_path, monkeypatch, at
 ):
     sets = make_labels(20, 0), make_labels(12, 1)
@@ -312,7 +295,5 @@ def test_a_run_that_ends_while_it_is_fitted_or_tested_goes_on_to_the_same_end(
     files = [hashlib.sha256(result.weights["best"].read_bytes()).hexdigest() for result in (whole, again)]
     assert files[0] == files[1] and again.metrics == whole.metrics
     longer = train(*sets, label_config | {"RESUME": again.name, "EPOCHS": 6}, global_config)
-    assert (
-        longer.state.epoch == 6
-        and contract_of(longer).temperature == longer.metrics["validation.temperature"]
-    )
+    assert longer.state.epoch == 6
+    assert contract_of(longer).temperature == longer.metrics["validation.temperature"]

@@ -1,4 +1,4 @@
-"""A damaged file is noticed and never used: checkpoints, configs, journals; the tracker's table is made anew."""
+"""Damaged files are noticed, and what they held is taken from elsewhere, or found out again."""
 
 import itertools
 import os
@@ -12,23 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from dida_tools.config.capture import ConfigError
+from dida_tools.config.errors import ConfigError
+from dida_tools.config.project import project_of
 from dida_tools.training.checkpoint import checkpoint_files, load_checkpoint
 from dida_tools.utils.data.facts import scan_files, scan_image
 from dida_tools.utils.logging import read_log, write_log
 from dida_tools.utils.logging.journal import Event, Journal, read_journal
-from dida_tools.utils.logging.rows import rebuild_log
-from dida_tools.utils.logging.runs import read_record, read_run_config
+from dida_tools.utils.logging.runs import find_rows, read_record, read_run_config
+from dida_tools.utils.table import rebuild
+from tests.helpers import PACKAGE, bare, fingerprint
 
-pytestmark = pytest.mark.usefixtures("quick")
-
-NUM_DAMAGES = 2000
-NUM_DAMAGES_OF_TABLES = 50
-NUM_DAMAGES_OF_CACHES = 200
 KILLED = 9
 FEW_TENSORS: dict[str, Any] = {"OPTIMIZER": torch.optim.SGD, "EMA": None, "SCHEDULER": None}  # quick to read
-
-ROOTS = ("tests",)  # where the model is
+PROJECT, ROOTS = project_of(PACKAGE), ("tests",)  # where the model is
 
 NewTraining = Callable[..., Any]
 
@@ -43,14 +39,11 @@ def cut_off(content: bytes, chance: random.Random) -> bytes:
 
 
 def zero_a_page(content: bytes, chance: random.Random) -> bytes:
-    """As a crash leaves a block that was not yet on the disk; also smaller ones, since the files are small."""
+    """As a crash leaves a block that was not yet on the disk; also smaller ones: the files are small."""
     size = 2 ** chance.randrange(4, 13)
     start = size * chance.randrange(-(-len(content) // size))
     end = min(len(content), start + size)
     return content[:start] + bytes(end - start) + content[end:]
-
-
-DAMAGES = (flip_a_bit, cut_off, zero_a_page)
 
 
 def damaged(content: bytes, damage: Callable[..., bytes], number: int) -> Iterator[bytes]:
@@ -58,6 +51,11 @@ def damaged(content: bytes, damage: Callable[..., bytes], number: int) -> Iterat
     chance = random.Random(damage.__name__)
     changed = (text for text in iter(lambda: damage(content, chance), None) if text != content)
     return itertools.islice(changed, number)
+
+
+each_damage = pytest.mark.parametrize("damage", [flip_a_bit, cut_off, zero_a_page])
+how_often = pytest.mark.parametrize("number", [200, pytest.param(2000, marks=pytest.mark.slow)])
+less_often = pytest.mark.parametrize("number", [50, pytest.param(2000, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def trained(make_training: NewTraining, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def damage_file() -> Iterator[Callable[[Path, bytes], None]]:
-    """Writes over files, and puts back what was in them."""
+    """Write over files, and put back what was in them."""
     originals: dict[Path, bytes] = {}
 
     def write(file: Path, content: bytes) -> None:
@@ -82,23 +80,6 @@ def damage_file() -> Iterator[Callable[[Path, bytes], None]]:
         file.write_bytes(content)
 
 
-def end_at_step(number: int, how: Callable[[], object]) -> Callable[[], None]:
-    """To be called in a child: ends the training after a step is in the journal, but not in a checkpoint."""
-
-    def setup() -> None:
-        write = Journal.write
-
-        def ending_write(journal: Journal, event: Event) -> bool:
-            is_new = write(journal, event)
-            if event["event"] == "step" and event["step"] == number:
-                how()
-            return is_new
-
-        Journal.write = ending_write  # type: ignore[method-assign]
-
-    return setup
-
-
 def be_killed() -> None:
     os._exit(KILLED)
 
@@ -108,39 +89,48 @@ def be_interrupted() -> None:
 
 
 def end_early(training: Any, how: Callable[[], object] = be_killed, **changes: Any) -> None:
-    child = training.start(setup=end_at_step(5, how), **changes)
+    """End a training after its fifth step is in the journal, but not in a checkpoint."""
+
+    def setup() -> None:
+        write = Journal.write
+
+        def ending_write(journal: Journal, event: Event) -> bool:
+            is_new = write(journal, event)
+            if event["event"] == "step" and event["step"] == 5:
+                how()
+            return is_new
+
+        Journal.write = ending_write  # type: ignore[method-assign]
+
+    child = training.start(setup=setup, **changes)
     assert child.wait() and child.code != 0, child.said()
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_of_a_damaged_checkpoint_the_one_before_is_used(trained, damage_file, damage):
+@how_often
+@each_damage
+def test_of_a_damaged_checkpoint_the_one_before_is_used(trained, damage_file, damage, number):
     folder = trained.weight_dir()
     newest, _ = checkpoint_files(folder)
     newest_state, content = load_checkpoint(folder), newest.read_bytes()
     newest.unlink()
-    expected = trained.fingerprint(load_checkpoint(folder))
+    expected = fingerprint(load_checkpoint(folder))
     newest.write_bytes(content)
-    assert trained.fingerprint(newest_state) != expected
-    for text in damaged(content, damage, NUM_DAMAGES):
+    assert fingerprint(newest_state) != expected
+    for text in damaged(content, damage, number):
         damage_file(newest, text)
         said: list[str] = []
         state = load_checkpoint(folder, said.append)
-        assert state is not None and trained.fingerprint(state) == expected
+        assert state is not None and fingerprint(state) == expected
         assert len(said) == 1 and newest.name in said[0] and said[0].endswith("The one before is used.")
 
 
-# --------------------------------------------------------------------------------------------------------------- config
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_of_a_damaged_config_the_copy_is_used_and_that_is_said(trained, damage_file, damage):
+@how_often
+@each_damage
+def test_of_a_damaged_config_the_copy_is_used_and_that_is_said(trained, damage_file, damage, number):
     run_dir = trained.log_root / trained.name()
-    file = run_dir / "config.json"
-    original, live, counts = read_record(run_dir), read_run_config(run_dir, ROOTS), Counter()
-    for number, text in enumerate(damaged(file.read_bytes(), damage, NUM_DAMAGES)):
+    file, counts = run_dir / "config.json", Counter()
+    original, live = read_record(run_dir), read_run_config(run_dir, PROJECT, ROOTS)
+    for index, text in enumerate(damaged(file.read_bytes(), damage, number)):
         damage_file(file, text)
         said: list[str] = []
         found = read_record(run_dir, said.append)
@@ -152,10 +142,9 @@ def test_of_a_damaged_config_the_copy_is_used_and_that_is_said(trained, damage_f
             )
         else:
             assert repr(found) == repr(original)
-        if number % 20 == 0:
-            assert read_run_config(run_dir, ROOTS, said.append) == live
-    print(counts)
-    assert counts["fell back"] > 0.99 * NUM_DAMAGES
+        if index % 20 == 0:
+            assert read_run_config(run_dir, PROJECT, ROOTS, said.append) == live
+    assert counts["fell back"] > 0.98 * number
 
 
 def test_without_an_undamaged_copy_a_damaged_config_is_an_error(trained, damage_file):
@@ -171,7 +160,7 @@ def test_without_an_undamaged_copy_a_damaged_config_is_an_error(trained, damage_
             read_record(run_dir)
 
 
-def test_a_run_whose_config_is_damaged_goes_on_and_repairs_it(trained, new_training):
+def test_a_run_whose_config_is_damaged_resumes_and_repairs_it(trained, new_training):
     training = new_training(**FEW_TENSORS)
     end_early(training)
     file = training.log_root / training.name() / "config.json"
@@ -184,34 +173,30 @@ def test_a_run_whose_config_is_damaged_goes_on_and_repairs_it(trained, new_train
     assert said == []
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_known_of_the_data_is_found_out_again_where_the_cache_is_damaged(tmp_path, damage):
+@how_often
+@each_damage
+def test_what_is_known_of_the_data_is_found_out_again_where_the_cache_is_damaged(tmp_path, damage, number):
     file, cache = tmp_path / "image.npy", tmp_path / "facts.json"
     np.save(file, np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
     facts = scan_files([file], scan_image, cache)
-    for text in damaged(cache.read_bytes(), damage, NUM_DAMAGES_OF_CACHES):
+    for text in damaged(cache.read_bytes(), damage, number):
         cache.write_bytes(text)
         assert scan_files([file], scan_image, cache) == facts
 
 
-# -------------------------------------------------------------------------------------------------------------- journal
-
-
 def is_part(found: list[Event], events: list[Event]) -> bool:
-    """Whether these are some of those events, in their order."""
+    """Return whether these are some of those events, in their order."""
     rest = iter(events)
     return all(event in rest for event in found)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_from_a_damaged_journal_only_what_was_written_is_read(trained, damage_file, damage):
+@how_often
+@each_damage
+def test_from_a_damaged_journal_only_what_was_written_is_read(trained, damage_file, damage, number):
     file = trained.log_root / trained.name() / "journal.jsonl"
     events = read_journal(file)
     assert len(events) == 10
-    for text in damaged(file.read_bytes(), damage, NUM_DAMAGES):
+    for text in damaged(file.read_bytes(), damage, number):
         damage_file(file, text)
         found = read_journal(file)
         assert is_part(found, events) and len(found) < len(events)
@@ -221,41 +206,38 @@ def test_from_a_damaged_journal_only_what_was_written_is_read(trained, damage_fi
             assert found == events[: text.count(b"\n")]
 
 
-@pytest.mark.parametrize(
-    ("lines", "number"),
-    [((0,), 1), ((2,), 1), ((4,), 1), ((1, 3, 5), 3), (range(6), 6)],
-    ids=["start", "step", "epoch", "three", "all"],
-)
-def test_a_run_whose_journal_is_damaged_goes_on_and_says_so(trained, new_training, lines, number):
+LINES = {"start": (0,), "step": (2,), "epoch": (4,), "three": (1, 3, 5), "all": range(6)}
+
+
+@pytest.mark.parametrize("lines", LINES.values(), ids=LINES)
+def test_a_run_whose_journal_is_damaged_resumes_and_says_so(trained, new_training, lines):
     training = new_training(**FEW_TENSORS)
     end_early(training)
     file = training.log_root / training.name() / "journal.jsonl"
     written, chance = file.read_bytes().splitlines(keepends=True), random.Random(0)
     assert len(written) == 7
     for line in lines:
-        written[line] = (
-            flip_a_bit(written[line][:-2], chance).replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
-        )
+        text = flip_a_bit(written[line][:-2], chance)
+        written[line] = text.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
     file.write_bytes(b"".join(written))
-    survived = [event for event in read_journal(file) if event["event"] == "step"]
+    survived = [bare(event) for event in read_journal(file) if event["event"] == "step"]
     training.finish()
     end, expected = training.end(), trained.end()
-    assert f"{number} damaged lines are left out" in training.output.read_text()
+    assert f"{len(lines)} damaged lines are left out" in training.output.read_text()
     for part in ("state", "best", "test"):
         assert end[part] == expected[part]
-    assert sorted(end["epochs"], key=lambda event: event["epoch"]) == expected["epochs"]
-    assert is_part([training.bare(event) for event in survived], end["steps"])
-    assert is_part(end["steps"], expected["steps"])
+    assert sorted(end["epoch"], key=lambda event: event["epoch"]) == expected["epoch"]
+    assert is_part(survived, end["step"]) and is_part(end["step"], expected["step"])
     (row,) = training.rows()
     assert row["STATUS"] == "finished" and row["WEIGHTS_DIGEST"] == expected["test"]["digest"]
 
 
-# -------------------------------------------------------------------------------------------------------------- tracker
+# ----------------------------------------------------------------------------------------------- tracker
 
 
 @pytest.fixture(scope="module")
 def tracked(make_training: NewTraining, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs of all kinds in one table: finished, interrupted, killed, interrupted and gone on, with other columns."""
+    """Runs of all kinds in one table: finished, interrupted, killed, resumed, with other columns."""
     training = make_training(tmp_path_factory.mktemp("tracked"))
     training.finish(RESUME=None, SESSION_NAME="finished", __COMMENT='=1+1, "quoted"\nand ä 日本')
     end_early(training, be_interrupted, RESUME=None, SESSION_NAME="interrupted")
@@ -268,68 +250,33 @@ def tracked(make_training: NewTraining, tmp_path_factory: pytest.TempPathFactory
     return training
 
 
-def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """
-    By name, since the order of runs of one second is not told; without what the table of a run that was killed cannot
-    know: that it was, and when it was last written of.
-    """
-    unknown = {"STATUS": None, "HEARTBEAT": None}
-    rows = [row | unknown if row["STATUS"] in ("running", "killed") else row for row in rows]
-    return sorted(rows, key=lambda row: row["NAME"])
-
-
 def test_the_table_of_the_tracker_is_that_of_the_journals(tracked):
+    rows = {row["SESSION_NAME"]: row for row in tracked.rows()}
+    assert {session: row["STATUS"] for session, row in rows.items()} == {
+        "finished": "finished",
+        "interrupted": "interrupted",
+        "killed": "killed",
+        "resumed": "finished",
+        "other columns": "finished",
+    }
+    assert rows["finished"]["__COMMENT"] == '=1+1, "quoted"\nand ä 日本'
     file = tracked.log_root / "experiments.csv"
-    rows, content = tracked.rows(), file.read_bytes()
-    by_session = {row["SESSION_NAME"]: row for row in rows}
-    finished = [session for session, row in by_session.items() if row["STATUS"] == "finished"]
-    assert len(rows) == 5 and sorted(finished) == ["finished", "other columns", "resumed"]
-    assert by_session["interrupted"]["STATUS"] == "interrupted"
-    assert by_session["finished"]["__COMMENT"] == '=1+1, "quoted"\nand ä 日本'
-    assert rebuild_log(tracked.log_root) == 5
-    assert comparable(tracked.rows()) == comparable(rows)
-    assert [list(row) for row in tracked.rows()] == [list(row) for row in rows]
-    assert file.with_name("experiments.csv.old").read_bytes() == content
+    before, content = tracked.rows(), file.read_bytes()
+    file.unlink()
+    rebuild(file, find_rows(tracked.log_root))
+    assert {row["NAME"]: row for row in tracked.rows()} == {row["NAME"]: row for row in before}
+    file.write_bytes(content)
 
 
-def test_a_table_that_was_deleted_is_made_anew(tracked):
-    rows = comparable(tracked.rows())
-    (tracked.log_root / "experiments.csv").unlink()
-    assert rebuild_log(tracked.log_root) == len(rows)
-    assert comparable(tracked.rows()) == rows
-
-
-def rebuild_damaged(tracked: Any, damage: Callable[..., bytes], number: int) -> None:
-    rebuild_log(tracked.log_root)
-    file, old = tracked.log_root / "experiments.csv", tracked.log_root / "experiments.csv.old"
-    rows, content = tracked.rows(), file.read_bytes()
-    for text in damaged(content, damage, number):
-        file.write_bytes(text)
-        assert rebuild_log(tracked.log_root) == len(rows)
-        assert file.read_bytes() == content and old.read_bytes() == text
-    assert tracked.rows() == rows
-
-
-def write_into_damaged(tracked: Any, folder: Path, damage: Callable[..., bytes], number: int) -> None:
-    content, file = (tracked.log_root / "experiments.csv").read_bytes(), folder / "experiments.csv"
-    for text in damaged(content, damage, number):
+@less_often
+@each_damage
+def test_a_damaged_table_is_made_anew_and_takes_rows(tracked, tmp_path, damage, number):
+    rows, file = find_rows(tracked.log_root), tmp_path / "experiments.csv"
+    for text in damaged((tracked.log_root / "experiments.csv").read_bytes(), damage, number):
         file.write_bytes(text)
         write_log(file, {"NAME": "new", "STATUS": "running", "LOSS": 0.25})
         assert [row["STATUS"] for row in read_log(file) if row.get("NAME") == "new"] == ["running"]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_table_is_made_anew_and_kept_beside_it(tracked, damage):
-    rebuild_damaged(tracked, damage, NUM_DAMAGES_OF_TABLES)
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_table_does_not_keep_a_training_from_writing_its_row(tracked, tmp_path, damage):
-    write_into_damaged(tracked, tmp_path, damage, NUM_DAMAGES_OF_TABLES)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_thousands_of_damaged_tables_are_made_anew_and_written_into(tracked, tmp_path, damage):
-    rebuild_damaged(tracked, damage, NUM_DAMAGES)
-    write_into_damaged(tracked, tmp_path, damage, NUM_DAMAGES)
+        rebuild(file, rows)
+        found = {row["NAME"]: row for row in read_log(file)}
+        for row in rows:
+            assert {key: found[row["NAME"]].get(key) for key in row} == row

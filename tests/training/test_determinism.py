@@ -1,7 +1,7 @@
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from dida_tools.training.determinism import (
     seed_sample,
     seed_step,
 )
+from dida_tools.utils.data.dataset import as_dataset
 
 CPU = torch.device("cpu")
 
@@ -36,26 +37,26 @@ def draws() -> tuple:
     return random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------------ mix
+# -------------------------------------------------------------------------------------------------------- mix
 
 
-def test_mix_is_splitmix64() -> None:
+def test_mix_is_splitmix64():
     golden = 0x9E3779B97F4A7C15
     outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
     assert [mix(golden * place) for place in range(4)] == [output >> 1 for output in outputs]
 
 
-def test_mix_has_no_collisions_on_a_grid_of_small_numbers() -> None:
+def test_mix_has_no_collisions_on_a_grid_of_small_numbers():
     grid = list(itertools.product(range(3), range(8), range(60), range(60)))
     assert len({mix(*numbers) for numbers in grid}) == len(grid)
 
 
-def test_mix_depends_on_order_and_number_of_arguments() -> None:
+def test_mix_depends_on_order_and_number_of_arguments():
     found = [mix(*numbers) for length in range(5) for numbers in itertools.product(range(4), repeat=length)]
     assert len(set(found)) == len(found) == 341
 
 
-def test_mix_gives_63_bits_that_are_all_used() -> None:
+def test_mix_gives_63_bits_that_are_all_used():
     numbers = [mix(*pair) for pair in itertools.product(range(60), range(60))]
     assert all(0 <= number < 2**63 for number in numbers)
     for bit in range(63):
@@ -63,7 +64,7 @@ def test_mix_gives_63_bits_that_are_all_used() -> None:
 
 
 @pytest.mark.parametrize("place", range(3))
-def test_each_bit_of_the_input_changes_half_of_the_output(place: int) -> None:
+def test_each_bit_of_the_input_changes_half_of_the_output(place):
     for bit in range(40):
         changes = []
         for number in range(40):
@@ -75,11 +76,11 @@ def test_each_bit_of_the_input_changes_half_of_the_output(place: int) -> None:
 
 
 @pytest.mark.parametrize("number", [-1, -(2**63), 2**63, 2**64 - 1, 2**70])
-def test_mix_takes_any_number(number: int) -> None:
+def test_mix_takes_any_number(number):
     assert 0 <= mix(number, 1) < 2**63 and mix(number, 1) != mix(1, number)
 
 
-# ---------------------------------------------------------------------------------------------------------------- seeds
+# ------------------------------------------------------------------------------------------------------ seeds
 
 
 def seed_a_step(seed: int, number: int, more: int) -> None:
@@ -87,7 +88,7 @@ def seed_a_step(seed: int, number: int, more: int) -> None:
 
 
 @pytest.mark.parametrize("seed_function", [seed_a_step, seed_sample])
-def test_draws_of_python_numpy_and_torch_are_the_same_again(seed_function: Callable) -> None:
+def test_draws_of_python_numpy_and_torch_are_the_same_again(seed_function):
     for numbers in [(0, 0, 0), (1, 2, 3), (2**62, 10**9, 7)]:
         seed_function(*numbers)
         first = draws()
@@ -97,7 +98,7 @@ def test_draws_of_python_numpy_and_torch_are_the_same_again(seed_function: Calla
 
 
 @pytest.mark.parametrize("seed_function", [seed_a_step, seed_sample])
-def test_draws_differ_for_each_seed_and_place(seed_function: Callable) -> None:
+def test_draws_differ_for_each_seed_and_place(seed_function):
     found = []
     for numbers in itertools.product(range(4), repeat=3):
         seed_function(*numbers)
@@ -105,14 +106,14 @@ def test_draws_differ_for_each_seed_and_place(seed_function: Callable) -> None:
     assert all(len({str(value) for value in values}) == 64 for values in zip(*found, strict=True))
 
 
-def test_steps_and_samples_draw_differently() -> None:
+def test_steps_and_samples_draw_differently():
     seed_sample(1, 2, 3)
     sample = draws()
     seed_step(1, 2, CPU, 3)
     assert all(one != other for one, other in zip(sample, draws(), strict=True))
 
 
-def test_dropout_is_a_function_of_seed_and_step() -> None:
+def test_dropout_is_a_function_of_seed_and_step():
     dropout = torch.nn.Dropout(0.5)
 
     def mask(seed: int, number: int) -> Tensor:
@@ -123,7 +124,7 @@ def test_dropout_is_a_function_of_seed_and_step() -> None:
     assert not torch.equal(mask(0, 5), mask(0, 6)) and not torch.equal(mask(0, 5), mask(1, 5))
 
 
-# ---------------------------------------------------------------------------------------------------------------- order
+# ------------------------------------------------------------------------------------------------------ order
 
 
 def batches(order: TrainingBatches, epoch: int = 0, first_batch: int = 0) -> list[list[int]]:
@@ -139,7 +140,7 @@ def flat(parts: list[list[Any]]) -> list[Any]:
 
 @pytest.mark.parametrize("num_samples, batch_size", [(1, 1), (7, 3), (12, 4), (5, 8), (100, 7)])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_each_sample_comes_once_per_epoch(num_samples: int, batch_size: int, shuffle: bool) -> None:
+def test_each_sample_comes_once_per_epoch(num_samples, batch_size, shuffle):
     order = TrainingBatches(num_samples, batch_size, shuffle, False, seed=3)
     for epoch in range(3):
         found = batches(order, epoch)
@@ -148,16 +149,14 @@ def test_each_sample_comes_once_per_epoch(num_samples: int, batch_size: int, shu
 
 
 @pytest.mark.parametrize("num_samples, batch_size, number", [(7, 3, 2), (12, 4, 3), (5, 8, 0), (100, 7, 14)])
-def test_the_last_batch_is_dropped_where_it_is_smaller(
-    num_samples: int, batch_size: int, number: int
-) -> None:
+def test_the_last_batch_is_dropped_where_it_is_smaller(num_samples, batch_size, number):
     order = TrainingBatches(num_samples, batch_size, True, True, seed=3)
     found = batches(order, 1)
     assert [len(batch) for batch in found] == [batch_size] * number
     assert flat(found) == list(order.order(1))[: number * batch_size]
 
 
-def test_the_order_differs_per_epoch_and_seed_and_is_the_same_again() -> None:
+def test_the_order_differs_per_epoch_and_seed_and_is_the_same_again():
     orders = [
         tuple(TrainingBatches(50, 8, True, False, seed).order(epoch))
         for seed in range(5)
@@ -172,14 +171,14 @@ def test_the_order_differs_per_epoch_and_seed_and_is_the_same_again() -> None:
     assert again == orders
 
 
-def test_the_order_does_not_depend_on_what_was_drawn_before() -> None:
+def test_the_order_does_not_depend_on_what_was_drawn_before():
     torch.manual_seed(1)
     first = TrainingBatches(50, 8, True, False, 0).order(0)
     draws()
     assert TrainingBatches(50, 8, True, False, 0).order(0) == first
 
 
-def test_the_order_spreads() -> None:
+def test_the_order_spreads():
     order = TrainingBatches(10, 1, True, False, 0)
     places = Counter(
         (place, index) for epoch in range(2000) for place, index in enumerate(order.order(epoch))
@@ -188,34 +187,32 @@ def test_the_order_spreads() -> None:
 
 
 @pytest.mark.parametrize("seed, epoch", [(0, 0), (5, 7)])
-def test_without_shuffling_the_order_is_that_of_the_data(seed: int, epoch: int) -> None:
+def test_without_shuffling_the_order_is_that_of_the_data(seed, epoch):
     assert flat(batches(TrainingBatches(10, 4, False, False, seed), epoch)) == list(range(10))
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("first_batch", range(6))
-def test_an_epoch_goes_on_with_the_rest_of_its_order(
-    shuffle: bool, drop_last: bool, first_batch: int
-) -> None:
+def test_an_epoch_resumes_with_the_rest_of_its_order(shuffle, drop_last, first_batch):
     order = TrainingBatches(23, 4, shuffle, drop_last, seed=1)
     assert batches(order, 2, first_batch) == batches(order, 2)[first_batch:]
     assert batches(order, 3, 0) == batches(TrainingBatches(23, 4, shuffle, drop_last, seed=1), 3)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_indices_agree_with_iteration(shuffle: bool) -> None:
+def test_indices_agree_with_iteration(shuffle):
     order = TrainingBatches(23, 4, shuffle, False, seed=1)
     for epoch in range(3):
         assert [order.indices(epoch, batch) for batch in range(order.num_batches)] == batches(order, epoch)
 
 
 @pytest.mark.parametrize("seed", [0, 2**32, 2**63 - 1])
-def test_large_seeds_are_taken(seed: int) -> None:
+def test_large_seeds_are_taken(seed):
     assert sorted(TrainingBatches(9, 2, True, False, seed).order(10**6)) == list(range(9))
 
 
-# -------------------------------------------------------------------------------------------------------------- loaders
+# ---------------------------------------------------------------------------------------------------- loaders
 
 
 class Noise(Dataset):
@@ -247,7 +244,7 @@ def equal(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
     return all(torch.equal(*pair) for pair in pairs)
 
 
-def test_loaders_give_the_same_with_and_without_workers() -> None:
+def test_loaders_give_the_same_with_and_without_workers():
     epochs = [(0, 0), (1, 0), (5, 2)]
     expected = load(0, epochs)
     assert equal(load(2, epochs, persistent_workers=True), expected)
@@ -255,7 +252,7 @@ def test_loaders_give_the_same_with_and_without_workers() -> None:
     assert [len(epoch) for epoch in expected] == [4, 4, 2]
 
 
-def test_loaded_samples_differ_per_epoch_and_seed_but_not_per_visit() -> None:
+def test_loaded_samples_differ_per_epoch_and_seed_but_not_per_visit():
     first, second, again = load(0, [(0, 0), (1, 0), (0, 0)])
     assert equal([first], [again]) and not equal([first], load(0, [(0, 0)], seed=5))
     for samples in (torch.cat(first), torch.cat(second)):
@@ -264,14 +261,14 @@ def test_loaded_samples_differ_per_epoch_and_seed_but_not_per_visit() -> None:
     assert not (ordered[0][:, 1:] == ordered[1][:, 1:]).any(0).all()
 
 
-def test_a_loader_goes_on_within_an_epoch_as_if_nothing_had_happened() -> None:
+def test_a_loader_resumes_within_an_epoch():
     whole = load(0, [(3, 0)])[0]
     for first_batch in range(4):
         assert equal(load(0, [(3, first_batch)]), [whole[first_batch:]])
     assert equal(load(2, [(2, 3), (3, 1)], persistent_workers=True)[1:], [whole[1:]])
 
 
-def test_a_sample_does_not_depend_on_its_neighbors() -> None:
+def test_a_sample_does_not_depend_on_its_neighbors():
     samples = Samples(Noise(), 7)
     alone = samples[2, 5]
     for index in (3, 9, 0):
@@ -279,7 +276,7 @@ def test_a_sample_does_not_depend_on_its_neighbors() -> None:
     assert torch.equal(samples[2, 5], alone)
 
 
-# ----------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
 class Images:
@@ -298,9 +295,7 @@ SHAPES = [(4, 4), (8, 8), (4, 4), (4, 8), (8, 4), (4, 4), (40, 40), (8, 8), (4, 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 @pytest.mark.parametrize("max_pixels", [None, 1, 32, 64, 128, 10**6])
-def test_evaluation_has_each_sample_once_and_one_shape_per_batch(
-    batch_size: int, max_pixels: int | None
-) -> None:
+def test_evaluation_has_each_sample_once_and_one_shape_per_batch(batch_size, max_pixels):
     order = EvaluationBatches(Images(SHAPES), batch_size, max_pixels)
     found = list(order)
     assert len(found) == len(order) and list(order) == found
@@ -312,7 +307,7 @@ def test_evaluation_has_each_sample_once_and_one_shape_per_batch(
         assert len(batch) == 1 or max_pixels is None or pixels <= max_pixels
 
 
-def test_evaluation_fills_its_batches() -> None:
+def test_evaluation_fills_its_batches():
     sizes = [len(batch) for batch in EvaluationBatches(Images([(4, 4)] * 10), 4, 48)]
     assert sizes == [3, 3, 3, 1]
     sizes = [len(batch) for batch in EvaluationBatches(Images([(4, 4)] * 10), 4, 64)]
@@ -320,20 +315,20 @@ def test_evaluation_fills_its_batches() -> None:
 
 
 @pytest.mark.parametrize("max_pixels", [None, 1])
-def test_evaluation_takes_data_that_does_not_tell_its_shapes(max_pixels: int | None) -> None:
-    order = EvaluationBatches(Noise(), 4, max_pixels)
+def test_evaluation_takes_data_that_does_not_tell_its_shapes(max_pixels):
+    order = EvaluationBatches(as_dataset(Noise()), 4, max_pixels)
     assert [[index for _, index in batch] for batch in order] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
 
 
-def test_evaluation_draws_the_same_each_time_and_with_workers() -> None:
+def test_evaluation_draws_the_same_each_time_and_with_workers():
     found = []
     for num_workers in (0, 0, 2):
-        order = EvaluationBatches(Noise(), 4, None)
+        order = EvaluationBatches(as_dataset(Noise()), 4, None)
         found.append(list(DataLoader(Samples(Noise(), 1), batch_sampler=order, num_workers=num_workers)))
     assert equal([found[0]], [found[1]]) and equal([found[0]], [found[2]])
 
 
-# ----------------------------------------------------------------------------------------------------------- algorithms
+# ------------------------------------------------------------------------------------------------- algorithms
 
 
 def global_settings() -> tuple:
@@ -348,7 +343,7 @@ def global_settings() -> tuple:
     )
 
 
-def test_on_the_cpu_global_settings_stay_as_they_are() -> None:
+def test_on_the_cpu_global_settings_stay_as_they_are():
     before = global_settings()
     with deterministic_algorithms(CPU):
         assert global_settings() == before
@@ -359,7 +354,7 @@ def test_on_the_cpu_global_settings_stay_as_they_are() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_global_settings_are_restored() -> None:
+def test_on_a_gpu_global_settings_are_restored():
     before = global_settings()
     with pytest.raises(ValueError, match="mine"), deterministic_algorithms(torch.device("cuda")):
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
@@ -369,7 +364,7 @@ def test_on_a_gpu_global_settings_are_restored() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
-def test_on_a_gpu_dropout_is_a_function_of_seed_and_step(device: str) -> None:
+def test_on_a_gpu_dropout_is_a_function_of_seed_and_step(device):
     found = []
     for number in (5, 6, 5):
         seed_step(0, number, torch.device(device))

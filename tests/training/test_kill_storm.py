@@ -1,8 +1,7 @@
-"""Trainings that are killed at random moments, again and again, end as if nothing had happened, and lose nothing."""
+"""Trainings that are killed at random moments, again and again, end as if nothing had happened."""
 
 import io
 import os
-import pkgutil
 import random
 import signal
 import time
@@ -14,20 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-import dida_tools.training
 from dida_tools.training import run as run_module
 from dida_tools.utils.logging.journal import Event, Journal
+from tests.helpers import ROUTINES as ALL_ROUTINES
+from tests.helpers import bare, fingerprint, processes_of, scalars_of, wait_until
 
 # Of Lightning a single step takes as long as a whole training of the others.
-ROUTINES = [
-    module.name.removesuffix("_training")
-    for module in pkgutil.iter_modules(dida_tools.training.__path__)
-    if module.name.endswith("_training") and module.name != "lightning_training"
-]
+ROUTINES = [routine for routine in ALL_ROUTINES if routine != "lightning"]
 MOST_ATTEMPTS = 200
 # PyTorch's workers look every five seconds whether their main process is alive.
 WORKERS_END_WITHIN_SECONDS = 20
+WORKERS = {"batch_size": 1, "shuffle": True, "num_workers": 2}
 
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 NewTraining = Callable[..., Any]
 
 
@@ -41,11 +39,11 @@ class Expected:
         self.end = training.end()
         training.assert_ended_as(self.end)
         self.states = {(note["checkpoint"], note["state"]) for note in training.read_notes("checkpoint")}
-        assert {step for step, _ in self.states} == {event["step"] for event in self.end["steps"]}
+        assert {step for step, _ in self.states} == {event["step"] for event in self.end["step"]}
 
 
 class Storm:
-    """Kills one training at random moments until it ends, and looks after each kill whether anything is lost."""
+    """Kills one training at random moments until it ends, and checks after each kill that nothing is lost."""
 
     def __init__(self, training: Any, expected: Expected, seed: str) -> None:
         self.training, self.expected, self.chance = training, expected, random.Random(seed)
@@ -82,6 +80,11 @@ class Storm:
             raise AssertionError(f"not at its end after {MOST_ATTEMPTS} attempts: {child.said()}")
         self.assert_nothing_is_lost()
         self.training.assert_ended_as(self.expected.end)
+        shown = scalars_of(self.training.log_root / self.training.name())
+        steps = [event["step"] for event in self.expected.end["step"]]
+        assert [step for step, _ in shown["train/loss"]] == steps, (
+            "TensorBoard lacks steps, or shows some twice"
+        )
         for kind in ("event", "checkpoint", "row"):
             self.counts[f"acknowledged {kind}s"] = len(self.training.read_notes(kind))
         return self.counts
@@ -96,25 +99,25 @@ class Storm:
 
     def assert_nothing_is_lost(self) -> None:
         training, events = self.training, self.training.events()
-        contents = [training.bare(event) for event in events]
+        contents = [bare(event) for event in events]
         for note in training.read_notes("event"):
             event, is_there = note["event"], note["event"] in events
             if not note["is_new"]:  # it was there before, and then only the clock may differ
-                is_there = training.bare(event) in contents
+                is_there = bare(event) in contents
             assert is_there, f"an acknowledged event is lost: {event}"
-        state = training.assert_files_are_whole()
+        state = training.assert_files_are_intact()
         saved = [note["checkpoint"] for note in training.read_notes("checkpoint")]
         step = 0 if state is None else state["state"]["step"]
         assert step >= max(saved, default=0), f"an acknowledged checkpoint is lost: {max(saved)}, not {step}"
         if state is not None:
-            is_right = (step, training.fingerprint(state)) in self.expected.states
+            is_right = (step, fingerprint(state)) in self.expected.states
             assert is_right, f"the checkpoint of step {step} is not what a training has there"
         names = {note["row"] for note in training.read_notes("row")}
         assert names <= {row["NAME"] for row in training.rows()}, "an acknowledged row is lost"
         assert len(training.rows()) <= 1
 
     def survivors(self) -> list[str]:
-        return self.training.processes_of(self.sessions)
+        return processes_of(self.sessions)
 
 
 def storms(make: Callable[[], Any], expected: Expected, num_kills: int, **changes: Any) -> Counter[str]:
@@ -128,14 +131,16 @@ def storms(make: Callable[[], Any], expected: Expected, num_kills: int, **change
     return total
 
 
-@pytest.mark.parametrize("routine", ROUTINES)
+SOME = ["pytorch", *(pytest.param(r, marks=pytest.mark.slow) for r in ROUTINES if r != "pytorch")]
+
+
+@pytest.mark.parametrize("routine", SOME)
 def test_a_training_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(new_training, routine):
-    counts = storms(lambda: new_training(routine), Expected(new_training(routine)), 10)
-    print(counts)
+    counts = storms(lambda: new_training(routine), Expected(new_training(routine)), 8)
     assert counts["acknowledged events"] > 20 and counts["acknowledged checkpoints"] > 10
 
 
-def test_any_routine_goes_on_with_what_was_killed_of_another(new_training):
+def test_any_routine_resumes_what_was_killed_of_another(new_training):
     expected = Expected(new_training("pytorch"))
     routines = [new_training(routine).routine for routine in ROUTINES]
     training = new_training("pytorch")
@@ -147,23 +152,20 @@ def test_any_routine_goes_on_with_what_was_killed_of_another(new_training):
     storm.rage(after_kill=change)
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_loader_workers_do_not_outlive_a_killed_training_nor_keep_it_from_going_on(new_training):
-    loader = {"batch_size": 1, "shuffle": True, "num_workers": 2}
-    expected = Expected(new_training(), DATA_LOADER_CONFIG=loader)
+@needs_proc
+@pytest.mark.slow
+def test_loader_workers_do_not_outlive_a_killed_training_nor_keep_it_from_resuming(new_training):
+    expected = Expected(new_training(), DATA_LOADER_CONFIG=WORKERS)
     storm = Storm(new_training(), expected, "workers")
     left: list[str] = []
-    storm.rage(after_kill=lambda: left.extend(storm.survivors()), DATA_LOADER_CONFIG=loader)
+    storm.rage(after_kill=lambda: left.extend(storm.survivors()), DATA_LOADER_CONFIG=WORKERS)
     assert left, "no worker was left behind by any kill"
-    deadline = time.monotonic() + WORKERS_END_WITHIN_SECONDS
-    while storm.survivors() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert storm.survivors() == []
+    wait_until(lambda: not storm.survivors(), WORKERS_END_WITHIN_SECONDS)
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@needs_proc
 def test_workers_that_were_only_starting_do_not_outlive_it_either(new_training):
-    training = new_training(DATA_LOADER_CONFIG={"batch_size": 1, "shuffle": True, "num_workers": 2})
+    training = new_training(DATA_LOADER_CONFIG=WORKERS)
     started = training.root / "started"
 
     def setup() -> None:
@@ -180,20 +182,17 @@ def test_workers_that_were_only_starting_do_not_outlive_it_either(new_training):
         worker._generate_state = wait_for_its_end
 
     child = training.start(setup=setup)
-    deadline = time.monotonic() + 60
-    while not started.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert training.processes_of({child.pid})[1:], "no worker was started"
+    wait_until(started.exists, 60)
+    assert processes_of({child.pid})[1:], "no worker was started"
     child.kill()
-    deadline = time.monotonic() + WORKERS_END_WITHIN_SECONDS
-    while (left := training.processes_of({child.pid})) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for line in left:
-        os.kill(int(line.split()[0]), signal.SIGKILL)
-    assert left == []
+    try:
+        wait_until(lambda: not processes_of({child.pid}), WORKERS_END_WITHIN_SECONDS)
+    finally:
+        for line in processes_of({child.pid}):
+            os.kill(int(line.split()[0]), signal.SIGKILL)
 
 
-# ----------------------------------------------------------------------------------- would it notice if there were one?
+# ----------------------------------------------------------------------------------- would it notice?
 
 
 def buffer_the_journal() -> None:
@@ -229,13 +228,12 @@ def save_in_place() -> None:
 
 
 def forget_the_optimizer() -> None:
-    restore = run_module.Run._restore
+    restore = run_module.restore
 
-    def restore_the_rest(run: Any, stored: dict[str, Any] | None) -> None:
-        fresh = run.setup.optimizer.state_dict()
-        restore(run, None if stored is None else stored | {"optimizer": fresh})
+    def restore_the_rest(setup: Any, stored: dict[str, Any], name: str) -> Any:
+        return restore(setup, stored | {"optimizer": setup.optimizer.state_dict()}, name)
 
-    run_module.Run._restore = restore_the_rest  # type: ignore[method-assign]
+    run_module.restore = restore_the_rest
 
 
 @pytest.mark.parametrize(
@@ -243,7 +241,7 @@ def forget_the_optimizer() -> None:
     [
         (buffer_the_journal, "an acknowledged event is lost"),
         (save_in_place, "damaged"),
-        (forget_the_optimizer, "is not what a training has there|state|steps"),
+        (forget_the_optimizer, "is not what a training has there|state|step"),
     ],
 )
 def test_the_storm_notices_what_is_done_badly(new_training, fault, noticed):
@@ -251,23 +249,13 @@ def test_the_storm_notices_what_is_done_badly(new_training, fault, noticed):
         storms(new_training, Expected(new_training()), 50, setup=fault)
 
 
-# ------------------------------------------------------------------------------------------------------------ slow tier
+@pytest.mark.slow
+@pytest.mark.parametrize("routine", ROUTINES)
+@pytest.mark.parametrize(("num_kills", "in_full", "changes"), [(100, False, {"EPOCHS": 6}), (20, True, {})])
+def test_many_kills_of_each_routine_lose_nothing(new_training, routine, num_kills, in_full, changes, capsys):
+    def make() -> Any:
+        return new_training(routine, **changes)
 
-
-def report(capsys: pytest.CaptureFixture, name: str, counts: Counter[str]) -> None:
+    counts = storms(make, Expected(make(), in_full=in_full), num_kills, in_full=in_full)
     with capsys.disabled():
-        print(f"\n{name}: {', '.join(f'{number} {what}' for what, number in counts.items())}; 0 lost")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("routine", ROUTINES)
-def test_a_hundred_kills_of_each_routine_lose_nothing(new_training, routine, capsys):
-    expected = Expected(new_training(routine, EPOCHS=6))
-    report(capsys, routine, storms(lambda: new_training(routine, EPOCHS=6), expected, 100))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("routine", ROUTINES)
-def test_kills_of_trainings_that_draw_and_describe_everything_lose_nothing(new_training, routine, capsys):
-    expected = Expected(new_training(routine), in_full=True)
-    report(capsys, f"{routine} in full", storms(lambda: new_training(routine), expected, 20, in_full=True))
+        print(f"\n{routine}: {', '.join(f'{number} {what}' for what, number in counts.items())}; 0 lost")

@@ -4,6 +4,7 @@ import math
 
 from PIL import Image
 
+from dida_tools.training import pictures
 from dida_tools.training.pictures import choose_samples
 from dida_tools.training.pytorch_training import train
 
@@ -15,7 +16,7 @@ class Named:
         return f"tile_{index}.tif"
 
 
-def test_the_worst_the_best_and_some_by_chance():
+def test_the_worst_the_best_and_some_at_random():
     order = [7, 3, 5, 1, 0, 2, 6, 4]
     losses = [0.7, 0.3, 0.5, 0.1, 0.0, 0.2, math.nan, 0.4]
     chosen = choose_samples(Named(), order, losses, seed=0)
@@ -34,14 +35,13 @@ def test_few_samples_are_shown_once_each():
 
 
 def test_the_losses_belong_to_the_samples(datasets, tiny_config, global_config, monkeypatch):
-    from dida_tools.training import run as module
-
     seen = {}
-    monkeypatch.setattr(
-        module,
-        "choose_samples",
-        lambda dataset, order, losses, seed: seen.update(zip(order, losses, strict=True)) or {},
-    )
+
+    def note(dataset, order, losses, seed):
+        seen.update(zip(order, losses, strict=True))
+        return {}
+
+    monkeypatch.setattr(pictures, "choose_samples", note)
     result = train(*datasets, tiny_config | {"DATA_LOADER_CONFIG": {"batch_size": 3}}, global_config)
     assert sorted(seen) == list(range(len(datasets[1])))
     assert sum(seen.values()) / len(seen) == result.metrics["test.loss"]

@@ -1,14 +1,9 @@
-"""
-A training that a signal ends has saved its last step, says so everywhere, and goes on to the very weights of the
-training that nobody has ended.
-"""
+"""A training that a signal ends has saved its last step, and resumes to the weights of an undisturbed one."""
 
 import contextlib
 import importlib
 import itertools
-import multiprocessing
 import os
-import pkgutil
 import random
 import signal
 import subprocess
@@ -17,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,114 +20,78 @@ import torch
 import torch.utils.tensorboard  # here, so that processes forked from this one need not
 from torch import Tensor
 
-from dida_tools import training
-from dida_tools.config.config import make_global_config
+from dida_tools.config import config as config_module
+from dida_tools.config.errors import exit_code
 from dida_tools.models import UNET
 from dida_tools.prediction import predict
-from dida_tools.prediction.outputs import GrowingFile
+from dida_tools.prediction.outputs import OutputFile
 from dida_tools.training import run as run_module
 from dida_tools.training.checkpoint import checkpoint_files
-from dida_tools.utils.logging import read_log
-from dida_tools.utils.logging.journal import read_journal
 from dida_tools.utils.signals import EXIT_CODE, Preempted, stop_requested
+from tests.helpers import (
+    FIRST,
+    ROOT,
+    ROUTINES,
+    Child,
+    events_of,
+    global_config_of,
+    load_routine,
+    processes_of,
+    rows_of,
+    wait_until,
+)
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="signals of POSIX"),
     pytest.mark.usefixtures("quick"),
 ]
-
-ROOT = Path(__file__).resolve().parents[2]
-ROUTINES = [
-    one.name[:-9] for one in pkgutil.iter_modules(training.__path__) if one.name.endswith("_training")
-]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-EACH_ROUTINE = pytest.mark.parametrize("routine", ROUTINES)
-
-
-def name_of(signum: int) -> str:
-    return signal.Signals(signum).name
-
-
-EACH_SIGNAL = pytest.mark.parametrize("signum", SIGNALS, ids=name_of)
-ONE_SIGNAL = pytest.mark.parametrize(
-    "signum",
-    [SIGNALS[0], *(pytest.param(signum, marks=pytest.mark.slow) for signum in SIGNALS[1:])],
-    ids=name_of,
-)
-
 # What train.py is called with: 6 steps in 2 epochs, each of two batches.
-KEYS = (
-    "MODEL_CONFIG.bulk_ch=4",
-    "MODEL_CONFIG.n_recursions=1",
-    "MODEL_CONFIG.dropout=0.1",
-    "MODEL_CONFIG.norm=None",
-)
-KEYS += (
-    "DATASET_CONFIG.train.crop=16",
-    "DATASET_CONFIG.train.crops_per_image=2",
-    "DATA_LOADER_CONFIG.batch_size=3",
-)
-KEYS += ("EPOCHS=2", "ACCUMULATE=2", "EMA=0.9", "PRECISION=fp32", "DEVICE=cpu", "CHECKPOINT_SECONDS=1000")
+KEYS = [f"MODEL_CONFIG.{one}" for one in ("bulk_ch=4", "n_recursions=1", "dropout=0.1", "norm=None")]
+KEYS += ["DATASET_CONFIG.train.crop=16", "DATASET_CONFIG.train.crops_per_image=2"]
+KEYS += ["DATA_LOADER_CONFIG.batch_size=3", "EPOCHS=2", "ACCUMULATE=2", "EMA=0.9"]
+KEYS += ["PRECISION=fp32", "DEVICE=cpu", "CHECKPOINT_SECONDS=1000"]
 
 
-def load(routine: str) -> ModuleType:
-    try:
-        return importlib.import_module(f"dida_tools.training.{routine}_training")
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("dida_tools"):
-            raise
-        pytest.skip(f"{error.name} is not installed")
-
-
-def handlers() -> list:
-    return [signal.getsignal(signum) for signum in SIGNALS]
-
-
-def the_row(folders: dict[str, str], name: str | None = None) -> dict[str, Any]:
-    rows = read_log(Path(folders["LOG_DIR"]) / "experiments.csv")
-    rows = [row for row in rows if name in (None, row["NAME"])]
-    assert len(rows) == 1
-    return rows[0]
-
-
-def events(folders: dict[str, str], name: str, kind: str) -> list[dict[str, Any]]:
+def cases(*values: Any, default: Callable[..., bool]) -> Any:
+    """Combine routines with other values; what is not default is slow."""
     return [
-        event
-        for event in read_journal(Path(folders["LOG_DIR"]) / name / "journal.jsonl")
-        if event["event"] == kind
+        pytest.param(*case, marks=() if default(*case) else pytest.mark.slow, id="-".join(map(str, case)))
+        for case in itertools.product(ROUTINES, *values)
     ]
 
 
-def assert_saved(folders: dict[str, str], step: int, status: str = "preempted") -> str:
-    """That there is one run, ended with this status, whose last step is this one and is saved. Returns its name."""
-    row = the_row(folders)
+EACH_ROUTINE = pytest.mark.parametrize("routine", cases(default=lambda routine: routine == FIRST))
+NAMES = [signum.name for signum in SIGNALS]
+
+
+def handlers() -> list[Any]:
+    return [signal.getsignal(signum) for signum in SIGNALS]
+
+
+def steps_of(folders: dict[str, str], name: str) -> list[int]:
+    return [event["step"] for event in events_of(Path(folders["LOG_DIR"]) / name, "step")]
+
+
+def assert_saved(folders: dict[str, str], step: int) -> str:
+    """Assert that there is one run, preempted after this step, which is saved. Return its name."""
+    (row,) = rows_of(folders)
     name = row["NAME"]
-    assert row["STATUS"] == status
-    assert [event["status"] for event in events(folders, name, "end")] == [status]
-    assert [event["step"] for event in events(folders, name, "step")] == list(range(1, step + 1))
-    newest = checkpoint_files(Path(folders["WEIGHT_DIR"]) / name)[0]
-    assert newest.name == f"last-{step:08d}.pt"
+    assert row["STATUS"] == "preempted"
+    assert [event["status"] for event in events_of(Path(folders["LOG_DIR"]) / name, "end")] == ["preempted"]
+    assert steps_of(folders, name) == list(range(1, step + 1))
+    assert checkpoint_files(Path(folders["WEIGHT_DIR"]) / name)[0].name == f"last-{step:08d}.pt"
     assert not list(Path(folders["ROOT_PATH"]).rglob("*.tmp"))
     return name
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited for too long"
-        time.sleep(0.01)
-
-
-# --------------------------------------------------------------------------------------------- as a notebook calls it
+# ---------------------------------------------------------------------------------- as a notebook calls it
 
 
 class When:
-    """When a process sends itself signals: in the training's forward passes, or in the calls of a metric."""
+    """When a process sends itself signals: the how manieth time that something happens."""
 
-    place = ""
-    at = 0
-    signals: tuple[int, ...] = ()
-    counted = 0
+    place, at, signals, counted = "", 0, tuple[int, ...](), 0
 
     @classmethod
     def set(cls, place: str = "", at: int = 0, *signals: int) -> None:
@@ -141,11 +99,10 @@ class When:
 
     @classmethod
     def comes(cls, place: str) -> None:
-        if place == cls.place:
-            cls.counted += 1
-            if cls.counted == cls.at:
-                for signum in cls.signals:
-                    os.kill(os.getpid(), signum)
+        cls.counted += place == cls.place
+        if place == cls.place and cls.counted == cls.at:
+            for signum in cls.signals:
+                os.kill(os.getpid(), signum)
 
 
 class SignaledUNET(UNET):
@@ -161,9 +118,17 @@ def signaled_metric(pred: Tensor, target: Tensor) -> float:
 
 
 @pytest.fixture
-def config(tiny_config) -> dict[str, Any]:
+def config(tiny_config, monkeypatch) -> dict[str, Any]:
     """3 steps an epoch, each of two batches; what is saved is saved at the end, unless a signal comes."""
     When.set()
+    originals = {method: getattr(run_module.Batches, method) for method in ("__len__", "__iter__")}
+    for method in originals:
+
+        def signaling(self: Any, method: str = method) -> Any:
+            When.comes("batches")
+            return originals[method](self)
+
+        monkeypatch.setattr(run_module.Batches, method, signaling)
     tiny_config |= {"MODEL": SignaledUNET, "ACCUMULATE": 2, "EMA": 0.9, "CHECKPOINT_SECONDS": 1000}
     tiny_config |= {"SCHEDULER": torch.optim.lr_scheduler.OneCycleLR}
     tiny_config["DATA_LOADER_CONFIG"] = {"batch_size": 3, "shuffle": True}
@@ -177,115 +142,92 @@ def expected() -> dict[Any, Any]:
     return {}
 
 
-def uninterrupted(routine: str, expected: dict, datasets: tuple, config: dict, folder: Path) -> Any:
+def uninterrupted(routine: str, expected: dict, datasets: tuple, config: dict, folder: Path) -> tuple:
     if routine not in expected:
-        expected[routine] = load(routine).train(
-            *datasets, config, make_global_config(folder / "uninterrupted")
-        )
+        result = load_routine(routine).train(*datasets, config, global_config_of(folder / "uninterrupted"))
+        expected[routine] = (result.digest, result.metrics)
     return expected[routine]
 
 
-# Two calls of the metric when everything is checked, 2 validation samples in each of 2 epochs, 4 test samples.
+# Two calls of the metric in the dry run, 2 validation samples in each of 2 epochs, 4 test samples.
+PLACES = {
+    "before-the-first-batch": ("batches", 1, 1),
+    "first-batch": ("training", 1, 1),
+    "end-of-a-step": ("training", 4, 2),
+    "end-of-an-epoch": ("training", 6, 3),
+    "validation": ("evaluation", 3, 3),
+    "end-of-a-validation": ("evaluation", 6, 6),
+    "test": ("evaluation", 8, 6),
+}
+
+
 @pytest.mark.parametrize(
-    ("place", "at", "step"),
-    [
-        ("training", 1, 1),
-        ("training", 4, 2),
-        ("training", 6, 3),
-        ("evaluation", 3, 3),
-        ("evaluation", 6, 6),
-        ("evaluation", 8, 6),
-    ],
-    ids=["first-batch", "end-of-a-step", "end-of-an-epoch", "validation", "end-of-a-validation", "test"],
+    ("routine", "where"),
+    cases(PLACES, default=lambda routine, where: routine == FIRST or where == "validation"),
 )
-@EACH_ROUTINE
-def test_after_a_signal_the_same_process_can_go_on(
-    routine, place, at, step, datasets, config, global_config, expected, tmp_path
+def test_after_a_signal_the_same_process_can_resume(
+    routine, where, datasets, config, global_config, expected, tmp_path
 ):
     wanted = uninterrupted(routine, expected, datasets, config, tmp_path)
-    module, before = load(routine), handlers()
+    (place, at, step), train, before = PLACES[where], load_routine(routine).train, handlers()
     When.set(place, at, signal.SIGTERM)
     with pytest.raises(Preempted, match="was received"):
-        module.train(*datasets, config, global_config)
-    assert not stop_requested()
-    assert handlers() == before
+        train(*datasets, config, global_config)
+    assert not stop_requested() and handlers() == before
     name = assert_saved(global_config, step)
     When.set()
-    result = module.train(*datasets, config | {"RESUME": name}, global_config)
-    assert (result.name, result.digest, result.metrics) == (name, wanted.digest, wanted.metrics)
-    assert the_row(global_config)["STATUS"] == "finished"
-    assert [event["step"] for event in events(global_config, name, "step")] == list(range(1, 7))
-    assert handlers() == before
-
-
-@EACH_ROUTINE
-def test_before_the_first_batch(routine, datasets, config, global_config, expected, tmp_path, monkeypatch):
-    wanted = uninterrupted(routine, expected, datasets, config, tmp_path)
-    train = load(routine).train
-    for method in ("__len__", "__iter__"):
-        original = getattr(run_module.RemainingBatches, method)
-
-        def signaling(self: Any, original: Callable = original) -> Any:
-            When.comes("batches")
-            return original(self)
-
-        monkeypatch.setattr(run_module.RemainingBatches, method, signaling)
-    When.set("batches", 1, signal.SIGTERM)
-    with pytest.raises(Preempted):
-        train(*datasets, config, global_config)
-    name = assert_saved(global_config, 1)
     result = train(*datasets, config | {"RESUME": name}, global_config)
-    assert (result.digest, result.metrics) == (wanted.digest, wanted.metrics)
+    assert (result.name, (result.digest, result.metrics)) == (name, wanted)
+    assert rows_of(global_config)[0]["STATUS"] == "finished" and handlers() == before
+    assert steps_of(global_config, name) == list(range(1, 7))
 
 
 @EACH_ROUTINE
 def test_twice_in_the_same_validation(routine, datasets, config, global_config, expected, tmp_path):
     wanted = uninterrupted(routine, expected, datasets, config, tmp_path)
-    train = load(routine).train
-    name = None
+    train, name = load_routine(routine).train, None
     for _ in range(2):
         When.set("evaluation", 3, signal.SIGTERM)
         with pytest.raises(Preempted):
             train(*datasets, config | {"RESUME": name}, global_config)
-        name = the_row(global_config)["NAME"]
-        assert [event["status"] for event in events(global_config, name, "end")][-1] == "preempted"
+        (row,) = rows_of(global_config)
+        name = row["NAME"]
+        assert row["STATUS"] == "preempted"
     When.set()
     result = train(*datasets, config | {"RESUME": name}, global_config)
-    assert (result.digest, result.metrics) == (wanted.digest, wanted.metrics)
+    assert (result.digest, result.metrics) == wanted
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [0, 2])
-@EACH_ROUTINE
-def test_at_any_moment(routine, num_workers, datasets, config, global_config, expected, tmp_path):
+@pytest.mark.parametrize(("routine", "num_workers"), list(itertools.product(ROUTINES, (0, 2))))
+def test_at_any_moment(routine, num_workers, datasets, config, expected, tmp_path):
     wanted = uninterrupted(routine, expected, datasets, config, tmp_path)
-    train = load(routine).train
+    train = load_routine(routine).train
     config["DATA_LOADER_CONFIG"] |= {"num_workers": num_workers}
     moments = [("training", at) for at in range(1, 13)] + [("evaluation", at) for at in range(3, 11)]
     for (place, at), signum in zip(moments[:: 1 + num_workers], itertools.cycle(SIGNALS), strict=False):
-        folders = make_global_config(tmp_path / f"{place}-{at}")
+        folders = global_config_of(tmp_path / f"{place}-{at}")
         When.set(place, at, signum)
         with pytest.raises(Preempted):
             train(*datasets, config, folders)
         When.set()
-        result = train(*datasets, config | {"RESUME": the_row(folders)["NAME"]}, folders)
-        assert (result.digest, result.metrics) == (wanted.digest, wanted.metrics), (place, at)
+        result = train(*datasets, config | {"RESUME": rows_of(folders)[0]["NAME"]}, folders)
+        assert (result.digest, result.metrics) == wanted, (place, at)
 
 
 @EACH_ROUTINE
 def test_a_second_interrupt_ends_at_once(routine, datasets, config, global_config, expected, tmp_path):
     wanted = uninterrupted(routine, expected, datasets, config, tmp_path)
-    train, before = load(routine).train, handlers()
+    train, before = load_routine(routine).train, handlers()
     When.set("training", 9, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(*datasets, config, global_config)
-    assert handlers() == before
-    row = the_row(global_config)
-    assert row["STATUS"] == "interrupted"
-    assert [event["step"] for event in events(global_config, row["NAME"], "step")] == [1, 2, 3, 4]
+    (row,) = rows_of(global_config)
+    assert handlers() == before and row["STATUS"] == "interrupted"
+    assert steps_of(global_config, row["NAME"]) == [1, 2, 3, 4]
     When.set()
     result = train(*datasets, config | {"RESUME": row["NAME"]}, global_config)
-    assert (result.digest, result.metrics) == (wanted.digest, wanted.metrics)
+    assert (result.digest, result.metrics) == wanted
 
 
 def broken_loss(pred: Tensor, target: Tensor) -> Tensor:
@@ -299,7 +241,7 @@ def test_the_handlers_of_before_come_back(routine, datasets, config, global_conf
     def custom(*_: Any) -> None:
         """A handler of the user's own."""
 
-    train, originals = load(routine).train, handlers()
+    train, originals = load_routine(routine).train, handlers()
     try:
         for signum in SIGNALS:
             signal.signal(signum, custom)
@@ -316,59 +258,51 @@ def test_the_handlers_of_before_come_back(routine, datasets, config, global_conf
 @EACH_ROUTINE
 def test_a_thread_can_train(routine, datasets, config, global_config, expected, tmp_path):
     wanted = uninterrupted(routine, expected, datasets, config, tmp_path)
-    train, before, results = load(routine).train, handlers(), []
+    train, before, results = load_routine(routine).train, handlers(), []
     thread = threading.Thread(target=lambda: results.append(train(*datasets, config, global_config)))
     thread.start()
     thread.join()
-    assert [result.digest for result in results] == [wanted.digest]
-    assert handlers() == before
+    assert [result.digest for result in results] == [wanted[0]] and handlers() == before
 
 
-# ---------------------------------------------------------------------------------------------- as train.py is started
+# ----------------------------------------------------------------------------------- as train.py is started
 
 
-class Started:
-    """A process that runs train.py, forked from this one: with its frameworks imported, it starts in no time."""
+def nothing() -> None:
+    """Patch nothing."""
 
-    def __init__(
-        self, folder: Path, arguments: list[str], patch: Callable[[], Any], own_group: bool = False
-    ) -> None:
-        self.log = folder / f"log-{time.monotonic_ns()}"
-        self.log.touch()
-        context = multiprocessing.get_context("fork")
-        self._process = context.Process(target=self._run, args=(folder, arguments, patch, own_group))
-        self._process.start()
-        self.pid: int = self._process.pid  # type: ignore[assignment]
 
-    def _run(self, folder: Path, arguments: list[str], patch: Callable[[], Any], own_group: bool) -> None:
-        if own_group:
-            os.setsid()
-        handle = os.open(self.log, os.O_WRONLY)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+def start(folder: Path, *arguments: str, patch: Callable[[], Any] = nothing) -> Child:
+    """Run train.py in a process forked from this one: with its frameworks imported, it starts in no time."""
+
+    def work() -> int:
         for signum in SIGNALS:
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-        script = importlib.import_module("train")
-        script.global_config = make_global_config(folder / "project")
+        config_module.global_config |= global_config_of(folder / "project")
         patch()
         sys.argv = ["train.py", *arguments]
-        sys.exit(script.main())
+        return exit_code(importlib.import_module("train").main)
 
-    def exit_code(self, seconds: float = 60) -> int | None:
-        self._process.join(seconds)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-            pytest.fail(f"it has not ended:\n{self.told()}")
-        return self._process.exitcode
+    return Child(work, folder / f"log-{time.monotonic_ns()}")
 
-    def told(self) -> str:
-        return self.log.read_text()
+
+def assert_ends(child: Child, code: int, seconds: float = 60) -> str:
+    """Assert with which code a process ends, with its data loading processes. Return what it said."""
+    try:
+        assert child.wait(seconds), f"it has not ended:\n{child.said()}"
+        assert child.code == code, child.said()
+        assert "Traceback" not in child.said() and "DataLoader worker" not in child.said()
+        with contextlib.suppress(AssertionError):  # after a kill, they look for it every five seconds
+            wait_until(lambda: not processes_of({child.pid}), 0 if code == EXIT_CODE else 15)
+        assert processes_of({child.pid}) == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    return child.said()
 
 
 def at_forward(number: int, action: Callable[[], None]) -> Callable[[], None]:
-    """Has the forward pass with this number, counted in training, do something before."""
+    """Return a patch: something is done before a forward pass, counted in training."""
 
     def patch() -> None:
         original, counter = UNET.forward, itertools.count(1)
@@ -383,18 +317,14 @@ def at_forward(number: int, action: Callable[[], None]) -> Callable[[], None]:
     return patch
 
 
-def meet(file: Path) -> Callable[[], None]:
-    """Waits until a signal has come, for the file's sight of which somebody waits."""
+def meet(file: Path, what: Callable[[], Any] = stop_requested) -> Callable[[], None]:
+    """Return an action: it shows a file, for which somebody waits, and waits until a signal has come."""
 
     def wait() -> None:
         file.touch()
-        wait_until(stop_requested)
+        wait_until(what)
 
     return wait
-
-
-def nothing() -> None:
-    """Patches nothing."""
 
 
 @pytest.fixture
@@ -404,154 +334,98 @@ def arguments(pairs_dir) -> list[str]:
 
 @pytest.fixture
 def folders(tmp_path) -> dict[str, str]:
-    return make_global_config(tmp_path / "project")
+    return global_config_of(tmp_path / "project")
 
 
-def digest_of_script(routine: str, expected: dict, arguments: list[str], folder: Path) -> str:
-    """Digest of the weights that train.py ends with."""
-    if ("script", routine) not in expected:
-        folder = folder / "uninterrupted"
-        folder.mkdir()
-        process = Started(folder, ["--routine", routine, *arguments], nothing)
-        assert process.exit_code() == 0, process.told()
-        expected["script", routine] = the_row(make_global_config(folder / "project"))["WEIGHTS_DIGEST"]
-    return expected["script", routine]
+@pytest.fixture
+def assert_resumes(expected, arguments, folders, tmp_path) -> Callable[[str], None]:
+    """Resume with train.py, and compare with what it ends with when nobody ends it."""
+
+    def resume(routine: str) -> None:
+        key, folder = ("script", routine), tmp_path / "uninterrupted"
+        if key not in expected:
+            folder.mkdir()
+            assert_ends(start(folder, "--routine", routine, *arguments), 0)
+            expected[key] = rows_of(global_config_of(folder / "project"))[0]["WEIGHTS_DIGEST"]
+        assert_ends(start(tmp_path, "--resume", "latest"), 0)
+        (row,) = rows_of(folders)
+        assert (row["STATUS"], row["WEIGHTS_DIGEST"]) == ("finished", expected[key])
+        assert steps_of(folders, row["NAME"]) == list(range(1, 7))
+
+    return resume
 
 
-def assert_goes_on(folder: Path, folders: dict[str, str], digest: str) -> None:
-    process = Started(folder, ["--resume", "latest"], nothing)
-    assert process.exit_code() == 0, process.told()
-    row = the_row(folders)
-    assert (row["STATUS"], row["WEIGHTS_DIGEST"]) == ("finished", digest)
-    assert [event["step"] for event in events(folders, row["NAME"], "step")] == list(range(1, 7))
+ROUTINES_AND_SIGNALS = pytest.mark.parametrize(
+    ("routine", "name"), cases(NAMES, default=lambda routine, name: routine == FIRST or name == "SIGTERM")
+)
 
 
-@EACH_SIGNAL
-@EACH_ROUTINE
-def test_a_signal_ends_the_command_after_its_step(routine, signum, arguments, folders, expected, tmp_path):
-    load(routine)
-    wanted = digest_of_script(routine, expected, arguments, tmp_path)
-    met = tmp_path / "met"
-    process = Started(tmp_path, ["--routine", routine, *arguments], at_forward(7, meet(met)))
+@ROUTINES_AND_SIGNALS
+def test_a_signal_ends_the_command_after_its_step(
+    routine, name, arguments, folders, assert_resumes, tmp_path
+):
+    load_routine(routine)
+    met, workers = tmp_path / "met", "DATA_LOADER_CONFIG.num_workers=2"  # which the signal must spare
+    child = start(tmp_path, "--routine", routine, *arguments, workers, patch=at_forward(7, meet(met)))
     wait_until(met.exists)
-    os.kill(process.pid, signum)
-    assert process.exit_code() == EXIT_CODE == 75, process.told()
-    name = assert_saved(folders, 4)
-    assert process.told().count(f"{name_of(signum)}: what is done so far will be saved") == 1
-    assert (
-        f"Ended by a signal after step 4. It goes on with: python train.py --resume {name}" in process.told()
-    )
-    assert "Traceback" not in process.told()
-    assert_goes_on(tmp_path, folders, wanted)
+    assert len(processes_of({child.pid})) >= 3
+    os.killpg(child.pid, signal.Signals[name])
+    said = assert_ends(child, EXIT_CODE)
+    run = assert_saved(folders, 4)
+    assert said.count(f"{name}: saving what is done") == 1
+    assert f"Ended by a signal after step 4. Resume it with: python train.py --resume {run}" in said
+    assert_resumes(routine)
 
 
 @pytest.mark.parametrize(
-    "second",
-    [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)],
-    ids=name_of,
+    ("routine", "name"), cases(NAMES, default=lambda routine, name: routine == FIRST and name != "SIGUSR1")
 )
-@EACH_ROUTINE
-def test_a_second_signal_ends_the_command_at_once(routine, second, arguments, folders, expected, tmp_path):
-    load(routine)
-
-    def sleep() -> None:
-        met.touch()
-        time.sleep(100)
-
-    met = tmp_path / "met"
-    process = Started(tmp_path, ["--routine", routine, *arguments], at_forward(9, sleep))
+def test_a_second_signal_ends_the_command_at_once(
+    routine, name, arguments, folders, assert_resumes, tmp_path
+):
+    load_routine(routine)
+    met, second = tmp_path / "met", signal.Signals[name]
+    action = at_forward(9, meet(met, lambda: False))
+    child = start(
+        tmp_path, "--routine", routine, *arguments, "DATA_LOADER_CONFIG.num_workers=1", patch=action
+    )
     wait_until(met.exists)
-    os.kill(process.pid, second)
-    wait_until(lambda: "A second signal ends it at once" in process.told())
-    os.kill(process.pid, second)
-    ended = process.exit_code(10)
-    row = the_row(folders)
-    if second == signal.SIGINT:
-        assert ended == 130, process.told()
-        assert row["STATUS"] == "interrupted"
-        assert f"python train.py --resume {row['NAME']}" in process.told()
-        assert "Traceback" not in process.told()
+    os.kill(child.pid, second)
+    wait_until(lambda: "A second signal ends it at once" in child.said())
+    os.kill(child.pid, second)
+    said = assert_ends(child, 130 if name == "SIGINT" else -second, 10)
+    (row,) = rows_of(folders)
+    if name == "SIGINT":
+        assert row["STATUS"] == "interrupted" and f"python train.py --resume {row['NAME']}" in said
     else:
-        assert ended == -second
-        assert_goes_on(tmp_path, folders, digest_of_script(routine, expected, arguments, tmp_path))
+        assert_resumes(routine)
 
 
 def test_what_torchrun_passes_on_again_is_the_same_signal(monkeypatch, arguments, folders, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    met = tmp_path / "met"
+    met, first, second = (tmp_path / name for name in ("met", "first", "second"))
 
     def wait() -> None:
         meet(met)()
-        (tmp_path / "first").touch()
-        wait_until((tmp_path / "second").exists)
+        meet(first, second.exists)()
 
-    process = Started(tmp_path, arguments, at_forward(7, wait))
+    child = start(tmp_path, *arguments, patch=at_forward(7, wait))
     wait_until(met.exists)
-    os.kill(process.pid, signal.SIGINT)
-    wait_until((tmp_path / "first").exists)
-    os.kill(process.pid, signal.SIGINT)
-    os.kill(process.pid, signal.SIGTERM)
-    (tmp_path / "second").touch()
-    assert process.exit_code() == EXIT_CODE, process.told()
+    os.kill(child.pid, signal.SIGINT)
+    wait_until(first.exists)
+    os.kill(child.pid, signal.SIGINT)
+    os.kill(child.pid, signal.SIGTERM)
+    second.touch()
+    assert_ends(child, EXIT_CODE)
     assert_saved(folders, 4)
 
 
-# ------------------------------------------------------------------------------------------- processes that load data
-
-
-def living(group: int) -> list[str]:
-    """The processes of a group that have not ended."""
-    table = subprocess.run(
-        ["ps", "-A", "-o", "pgid=,stat=,pid=,args="], capture_output=True, text=True, check=True
-    )
-    lines = [line.split(maxsplit=2) for line in table.stdout.splitlines()]
-    return [rest for pgid, state, rest in lines if pgid == str(group) and not state.startswith("Z")]
-
-
-def workers_are_there(group: int) -> bool:
-    return len(living(group)) >= 3
-
-
-@contextlib.contextmanager
-def no_survivors(group: int, seconds: float = 0) -> Iterator[None]:
-    try:
-        yield
-        with contextlib.suppress(AssertionError):
-            wait_until(lambda: not living(group), seconds)
-        assert living(group) == []
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-
-
-@ONE_SIGNAL
-@EACH_ROUTINE
-def test_a_signal_to_the_whole_group_spares_those_that_load_data(
-    routine, signum, arguments, folders, expected, tmp_path
+@pytest.mark.parametrize(
+    "name", [NAMES[0], *(pytest.param(one, marks=pytest.mark.slow) for one in NAMES[1:])]
+)
+def test_a_signal_spares_data_loading_processes_that_only_start(
+    name, arguments, folders, assert_resumes, tmp_path
 ):
-    load(routine)
-    wanted = digest_of_script(routine, expected, arguments, tmp_path)
-    met = tmp_path / "met"
-    command = ["--routine", routine, *arguments, "DATA_LOADER_CONFIG.num_workers=2"]
-    process = Started(tmp_path, command, at_forward(9, meet(met)), own_group=True)
-    with no_survivors(process.pid):
-        wait_until(met.exists)
-        assert workers_are_there(process.pid)
-        os.killpg(process.pid, signum)
-        sent = time.monotonic()
-        assert process.exit_code() == EXIT_CODE, process.told()
-        assert time.monotonic() - sent < 10
-    assert "DataLoader worker" not in process.told() and "Traceback" not in process.told()
-    assert process.told().count("A second signal") == 1
-    assert_saved(folders, 5)
-    assert_goes_on(tmp_path, folders, wanted)
-
-
-@EACH_SIGNAL
-def test_a_signal_to_the_whole_group_spares_those_that_only_start(
-    signum, arguments, folders, expected, tmp_path
-):
-    wanted = digest_of_script(ROUTINES[0], expected, arguments, tmp_path)
     starting, go_on = tmp_path / "starting", tmp_path / "go_on"
 
     def patch() -> None:
@@ -560,171 +434,127 @@ def test_a_signal_to_the_whole_group_spares_those_that_only_start(
         original = worker._generate_state  # called before the worker_init_fn
 
         def wait(*state: Any) -> Any:
-            starting.touch()
-            wait_until(go_on.exists)
+            meet(starting, go_on.exists)()
             return original(*state)
 
         worker._generate_state = wait
 
-    command = ["--routine", ROUTINES[0], *arguments, "DATA_LOADER_CONFIG.num_workers=2"]
-    process = Started(tmp_path, command, patch, own_group=True)
-    with no_survivors(process.pid):
-        wait_until(starting.exists)
-        os.killpg(process.pid, signum)
-        wait_until(lambda: "A second signal" in process.told())
-        go_on.touch()
-        assert process.exit_code() == EXIT_CODE, process.told()
-    assert process.told().count("A second signal") == 1
+    child = start(tmp_path, "--routine", FIRST, *arguments, "DATA_LOADER_CONFIG.num_workers=2", patch=patch)
+    wait_until(starting.exists)
+    os.killpg(child.pid, signal.Signals[name])
+    wait_until(lambda: "A second signal" in child.said())
+    go_on.touch()
+    assert assert_ends(child, EXIT_CODE).count("A second signal") == 1
     assert_saved(folders, 1)
-    assert_goes_on(tmp_path, folders, wanted)
-
-
-@pytest.mark.parametrize("second", SIGNALS, ids=name_of)
-@pytest.mark.slow
-def test_those_that_load_data_end_with_the_process(second, arguments, folders, tmp_path):
-    def sleep() -> None:
-        met.touch()
-        time.sleep(100)
-
-    met = tmp_path / "met"
-    process = Started(
-        tmp_path, [*arguments, "DATA_LOADER_CONFIG.num_workers=2"], at_forward(9, sleep), own_group=True
-    )
-    with no_survivors(process.pid, 15):  # they look for it every five seconds
-        wait_until(met.exists)
-        assert workers_are_there(process.pid)
-        os.killpg(process.pid, second)
-        wait_until(lambda: "A second signal" in process.told())
-        os.killpg(process.pid, second)
-        assert process.exit_code(10) == (130 if second == signal.SIGINT else -second), process.told()
+    assert_resumes(FIRST)
 
 
 @pytest.mark.slow
-@EACH_ROUTINE
-def test_it_goes_on_after_signals_at_any_time(routine, arguments, folders, tmp_path):
-    load(routine)
-    command = [
-        "--resume",
-        "auto",
-        "--routine",
-        routine,
-        *arguments,
-        "EPOCHS=10",
-        "DATA_LOADER_CONFIG.num_workers=1",
-    ]
+@pytest.mark.parametrize("routine", ROUTINES)
+def test_it_resumes_after_signals_at_any_time(routine, arguments, folders, tmp_path):
+    load_routine(routine)
+    command = ["--resume", "auto", "--routine", routine, *arguments, "EPOCHS=10"]
+    command.append("DATA_LOADER_CONFIG.num_workers=1")
     started = time.monotonic()
-    process = Started(tmp_path, [*command, "SESSION_NAME=whole"], nothing)
-    assert process.exit_code() == 0, process.told()
-    duration = time.monotonic() - started
-
-    chance, codes = random.Random(routine), []
+    assert_ends(start(tmp_path, *command, "SESSION_NAME=whole"), 0)
+    duration, chance, codes = time.monotonic() - started, random.Random(routine), list[int]()
     while codes[-1:] != [0]:
-        process = Started(tmp_path, [*command, "SESSION_NAME=parts"], nothing, own_group=True)
-        with no_survivors(process.pid):
-            wait_until(lambda: "million parameters" in process.told())  # noqa: B023
-            time.sleep(chance.uniform(0, duration) / 4)
-            if len(codes) < 12:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, chance.choice(SIGNALS))
-            codes.append(process.exit_code())
-            assert codes[-1] in (0, EXIT_CODE), process.told()
-    assert EXIT_CODE in codes
-    rows = read_log(Path(folders["LOG_DIR"]) / "experiments.csv")
-    assert [row["STATUS"] for row in rows] == ["finished"] * 2
+        child = start(tmp_path, *command, "SESSION_NAME=parts")
+        wait_until(lambda: child.output.exists() and "million parameters" in child.said())  # noqa: B023
+        time.sleep(chance.uniform(0, duration) / 4)
+        if len(codes) < 12:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, chance.choice(SIGNALS))
+        assert child.wait() and child.code in (0, EXIT_CODE), child.said()
+        codes.append(assert_ends(child, child.code) and child.code)
+    rows = rows_of(folders)
+    assert EXIT_CODE in codes and [row["STATUS"] for row in rows] == ["finished"] * 2
     assert rows[0]["WEIGHTS_DIGEST"] == rows[1]["WEIGHTS_DIGEST"]
 
 
-# ----------------------------------------------------------------------------------------------- the scripts themselves
+# ------------------------------------------------------------------------------------ the scripts themselves
 
 
-def script(project: Path, *command: object, **options: Any) -> subprocess.Popen:
+@contextlib.contextmanager
+def script(project: Path, *command: object) -> Iterator[subprocess.Popen]:
     environment = os.environ | {"ROOT_PATH": str(project), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, **pipes, **options
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    words = [sys.executable, *map(str, command)]
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    try:
+        yield process
+        assert processes_of({process.pid}) == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    "routine", [ROUTINES[-1], *(pytest.param(routine, marks=pytest.mark.slow) for routine in ROUTINES[:-1])]
-)
+@pytest.mark.parametrize("routine", cases(default=lambda routine: routine == ROUTINES[-1]))
 def test_train_py_ends(routine, arguments, folders, tmp_path):
-    load(routine)
-    long = [*arguments, "EPOCHS=500", "DATA_LOADER_CONFIG.num_workers=2"]
-    process = script(tmp_path / "project", "train.py", "--routine", routine, *long, start_new_session=True)
-    with no_survivors(process.pid):
+    load_routine(routine)
+    long = ["--routine", routine, *arguments, "EPOCHS=500", "DATA_LOADER_CONFIG.num_workers=2"]
+    with script(tmp_path / "project", "train.py", *long) as process:
         journals = Path(folders["LOG_DIR"])
         wait_until(
             lambda: any(b'"step"' in file.read_bytes() for file in journals.glob("*/journal.jsonl")), 60
         )
         os.killpg(process.pid, signal.SIGTERM)
-        told, _ = process.communicate(timeout=30)
-        assert process.returncode == 75, told
-    assert "DataLoader worker" not in told and "Traceback" not in told
-    row = the_row(folders)
-    steps = events(folders, row["NAME"], "step")
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, said
+    assert "DataLoader worker" not in said and "Traceback" not in said
+    steps = steps_of(folders, rows_of(folders)[0]["NAME"])
     assert_saved(folders, len(steps))
     assert 1 <= len(steps) < 1500
 
 
-# ----------------------------------------------------------------------------------------------------------- prediction
+@pytest.fixture
+def trained(datasets, tiny_config, folders) -> Any:
+    return load_routine(FIRST).train(*datasets, tiny_config | {"EPOCHS": 1}, folders)
 
 
 def many_images(folder: Path, number: int) -> Path:
-    """One image under many names."""
+    """Make one image under many names."""
     folder.mkdir()
-    np.save(
-        folder / "image_000.npy", np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
-    )
+    np.save(folder / "000.npy", np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8))
     for index in range(1, number):
-        os.link(folder / "image_000.npy", folder / f"image_{index:03d}.npy")
+        os.link(folder / "000.npy", folder / f"{index:03d}.npy")
     return folder
 
 
-@pytest.fixture
-def trained(datasets, tiny_config, folders) -> Any:
-    return load(ROUTINES[0]).train(*datasets, tiny_config | {"EPOCHS": 1}, folders)
+def assert_intact(out_dir: Path, numbers: range) -> None:
+    maps = [np.load(file) for file in out_dir.iterdir() if file.suffix == ".npy"]
+    assert len(maps) in numbers and not list(out_dir.glob(".*")) and not list(out_dir.glob("*.tmp"))
+    assert maps[0].shape == (128, 128) and all(np.array_equal(one, maps[0]) for one in maps)
 
 
-def assert_whole(out_dir: Path, number: range) -> None:
-    files = sorted(file for file in out_dir.iterdir() if file.name != "predictions.jsonl")
-    assert len(files) in number
-    assert all(file.suffix == ".npy" and not file.name.startswith(".") for file in files)
-    first = np.load(files[0])
-    assert first.shape == (128, 128) and first.dtype == np.uint8
-    assert all(np.array_equal(np.load(file), first) for file in files)
+def test_prediction_stops_between_two_images(trained, tmp_path):
+    images, out_dir = many_images(tmp_path / "images", 500), tmp_path / "predicted"
+    command = ["run_prediction.py", trained.name, "-i", images, "-o", out_dir]
+    with script(tmp_path / "project", *command) as process:
+        wait_until(lambda: out_dir.is_dir() and len(list(out_dir.glob("*.npy"))) >= 3, 60)
+        process.terminate()
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75 and "Traceback" not in said, said
+    assert_intact(out_dir, range(3, 500))
 
 
-@ONE_SIGNAL
-def test_prediction_stops_between_two_images(signum, trained, tmp_path):
-    images = many_images(tmp_path / "images", 500)
-    out_dir = tmp_path / "predicted"
-    process = script(tmp_path / "project", "run_prediction.py", trained.name, "-i", images, "-o", out_dir)
-    wait_until(lambda: out_dir.is_dir() and len(list(out_dir.glob("image_*"))) >= 3, 60)
-    process.send_signal(signum)
-    told, _ = process.communicate(timeout=30)
-    assert process.returncode == 75, told
-    assert "what is written is whole" in told and "Traceback" not in told
-    assert_whole(out_dir, range(3, 500))
-
-
-@EACH_SIGNAL
+@pytest.mark.parametrize("signum", SIGNALS)
 def test_prediction_as_a_notebook_calls_it(signum, trained, tiny_config, tmp_path, monkeypatch):
-    images = many_images(tmp_path / "images", 8)
-    original, counter = GrowingFile.finish, itertools.count(1)
+    original, counter = OutputFile.finish, itertools.count(1)
 
     def finish(*arguments: Any, **options: Any) -> None:
         if next(counter) == 5:
             os.kill(os.getpid(), signum)
         original(*arguments, **options)
 
-    monkeypatch.setattr(GrowingFile, "finish", finish)
-    keys = {key: tiny_config[key] for key in ("MODEL", "MODEL_CONFIG", "DEVICE")} | {"BATCH_SIZE": 1}
-    predict_config = keys | {"WEIGHTS": trained.weights["best"], "FILES": images, "OUT_DIR": tmp_path / "out"}
+    monkeypatch.setattr(OutputFile, "finish", finish)
+    config = {key: tiny_config[key] for key in ("MODEL", "MODEL_CONFIG", "DEVICE")} | {"BATCH_SIZE": 1}
+    config |= {"WEIGHTS": trained.weights["best"], "OUT_DIR": tmp_path / "out"}
+    config |= {"FILES": many_images(tmp_path / "images", 8)}
     before = handlers()
     with pytest.raises(Preempted, match="was received"):
-        predict(predict_config)
+        predict(config)
     assert handlers() == before
-    assert_whole(tmp_path / "out", range(5, 6))
-    assert len(predict(predict_config)) == 8
-    assert_whole(tmp_path / "out", range(8, 9))
+    assert_intact(tmp_path / "out", range(5, 6))
+    assert len(predict(config)) == 8
+    assert_intact(tmp_path / "out", range(8, 9))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dida_tools.utils.data.contract import DataContract
-from dida_tools.utils.loss import f1
+from dida_tools.utils.metrics import f1
 from dida_tools.utils.scores import CALIBRATION_BINS, NUM_BINS, Scores, counts_by_threshold
 
 TASKS = ("multi-class", "multi-label", "binary")
@@ -51,13 +51,13 @@ def score(task: str, logits: Tensor, targets: Tensor, valid: Tensor | None = Non
 
 
 def state(scores: Scores) -> tuple[Any, ...]:
-    tensors = (scores.confusion, scores.histograms, scores.certainties)
+    tensors = (scores.confusion, scores.histograms, scores.confidences)
     assert all(tensor.dtype == torch.int64 for tensor in tensors)
     return (*(tensor.tolist() for tensor in tensors), scores.num_ignored)
 
 
 def pixels(task: str, logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of all pixels: truth and guess, a row of 0 and 1 for each unless multi-class, and probabilities, a row each."""
+    """Of all pixels: truth and guess, unless multi-class a row of 0 and 1 each, and rows of probabilities."""
     classes = logits.shape[1]
     rows = logits.movedim(1, -1).reshape(-1, classes)
     if task == "multi-class":
@@ -75,7 +75,7 @@ def approx(value: float) -> Any:
     return pytest.approx(value, rel=1e-12, abs=1e-12)
 
 
-# ----------------------------------------------------------------------------------------- the same however it is split
+# ------------------------------------------------------------------------------- the same however it is split
 
 
 @settings(max_examples=20, deadline=None)
@@ -145,51 +145,34 @@ def test_scores_of_different_things_are_not_added():
         Scores(3, False, threshold=(0.1, 0.2, 0.3)) + Scores(3, False)
 
 
-# ------------------------------------------------------------------------------------------------ against scikit-learn
+# --------------------------------------------------------------------------------------- against scikit-learn
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_confusion_is_that_of_scikit_learn(task):
+def test_confusion_and_metrics_are_those_of_scikit_learn(task):
     logits, targets = draw(task)
     truth, guess, _ = pixels(task, logits, targets)
-    is_multi_label = task == "multi-label"
-    confusion = reference.multilabel_confusion_matrix if is_multi_label else reference.confusion_matrix
-    expected = confusion(truth, guess)[None] if task == "binary" else confusion(truth, guess)
-    assert score(task, logits, targets).confusion.tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("name", METRICS)
-@pytest.mark.parametrize("task", TASKS)
-def test_metrics_of_classes_macro_and_micro_are_those_of_scikit_learn(task, name):
-    logits, targets = draw(task)
-    truth, guess, _ = pixels(task, logits, targets)
-    found = score(task, logits, targets).results()
-    if task == "binary":
-        assert (
-            found[name]
-            == found[f"{name}_macro"]
-            == found[f"{name}_micro"]
-            == approx(METRICS[name](truth, guess))
-        )
-        return
-    for average in ("macro", "micro"):
-        assert found[f"{name}_{average}"] == approx(METRICS[name](truth, guess, average=average))
-    assert found[name] == found[f"{name}_macro"]
-    per_class = METRICS[name](truth, guess, average=None)
-    assert [found[f"{name}.{number}"] for number in range(4)] == [approx(value) for value in per_class]
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_accuracy_is_that_of_scikit_learn(task):
-    logits, targets = draw(task)
-    truth, guess, _ = pixels(task, logits, targets)
-    found = score(task, logits, targets).results()
+    scores, several = score(task, logits, targets), task != "binary"
+    multilabel, plain = reference.multilabel_confusion_matrix, reference.confusion_matrix
+    expected = (multilabel if task == "multi-label" else plain)(truth, guess)
+    assert scores.confusion.tolist() == (expected if several else expected[None]).tolist()
+    found = scores.results()
+    for name, metric in METRICS.items():
+        for average in ("macro", "micro"):
+            value = metric(truth, guess, average=average if several else "binary")
+            assert found[f"{name}_{average}"] == approx(value)
+        assert found[name] == found[f"{name}_macro"]
+        each = metric(truth, guess, average=None) if several else []
+        assert [found[f"{name}.{number}"] for number in range(len(each))] == [approx(one) for one in each]
     assert found["accuracy"] == approx((truth == guess).mean())
     if task == "multi-label":
         each = [reference.accuracy_score(*column) for column in zip(truth.T, guess.T, strict=True)]
         assert [found[f"accuracy.{number}"] for number in range(4)] == [approx(value) for value in each]
     else:
         assert "accuracy.0" not in found
+    names = ("average_precision", "ece", "ignored_pixels")
+    trust = {key: value for key, value in found.items() if key.partition(".")[0] in names}
+    assert scores.reliability() == trust and len(trust) == (7 if several else 3)
 
 
 def test_of_two_classes_the_summary_is_that_of_the_second():
@@ -235,23 +218,7 @@ def test_average_precision_is_within_its_bound_of_that_without_bins(seed, spread
     assert abs(scores.average_precision().item() - exact) <= bound + 1e-9
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_precision_recall_curve_is_that_of_scikit_learn_on_the_same_bins(task):
-    logits, targets = draw(task)
-    truth, _, probabilities = pixels(task, logits, targets)
-    number = logits.shape[1] - 1
-    binned = np.floor(probabilities[:, number] * NUM_BINS) / NUM_BINS
-    labels = labels_of(task, truth, logits.shape[1])[:, number]
-    expected = reference.precision_recall_curve(labels, binned)
-    precision, recall, thresholds = score(task, logits, targets).precision_recall_curve(number)
-    assert len(precision) == len(recall) == NUM_BINS + 1 and precision[-1] == 1 and recall[-1] == 0
-    there = np.searchsorted(thresholds.numpy(), expected[2])
-    assert (thresholds.numpy()[there] == expected[2]).all() and len(there) > 50
-    np.testing.assert_allclose(precision.numpy()[there], expected[0][:-1], rtol=1e-12)
-    np.testing.assert_allclose(recall.numpy()[there], expected[1][:-1], rtol=1e-12)
-
-
-# ----------------------------------------------------------------------------------------- thresholds and calibration
+# --------------------------------------------------------------------------------- thresholds and calibration
 
 
 @settings(max_examples=40, deadline=None)
@@ -345,7 +312,7 @@ def test_certain_answers_are_in_the_outermost_bins():
     )
 
 
-# --------------------------------------------------------------------------------------------------- rules of absence
+# ------------------------------------------------------------------------------------------- rules of absence
 
 
 def test_a_class_that_occurs_nowhere_is_nan_and_left_out_of_the_mean():
@@ -392,22 +359,19 @@ def test_where_all_is_ignored_everything_is_nan(task):
     assert scores.best_threshold(0) == 0.5
 
 
-# ----------------------------------------------------------------------------------------- errors that others have made
+# ------------------------------------------------------------------------------- errors that others have made
 
 
 def test_the_mean_of_f1_over_batches_is_not_the_f1():
     """The same predictions gave 0.225 by batches of one and 0.893 in truth: most tiles are empty."""
-    generator = torch.Generator().manual_seed(0)
     targets = torch.zeros(256, 1, 16, 16)
     targets[:64, :, 4:12] = 1
     logits = torch.where(targets == 1, 2.0, -2.0)
-    flipped = torch.rand(targets.shape, generator=generator) < 0.04
+    flipped = torch.rand(targets.shape, generator=torch.Generator().manual_seed(0)) < 0.04
     logits = torch.where(flipped, -logits, logits)
     truth = reference.f1_score(targets.flatten(), logits.flatten() >= 0)
-    mean_over_tiles = (
-        sum(f1(*pair).item() for pair in zip(logits.split(1), targets.split(1), strict=True)) / 256
-    )
-    assert mean_over_tiles < 0.3 and truth > 0.8
+    tiles = [f1(*pair).item() for pair in zip(logits.split(1), targets.split(1), strict=True)]
+    assert sum(tiles) / 256 < 0.3 and truth > 0.8
     for batch_size in (1, 4, 32, 256):
         scores = Scores(1, multi_class=False)
         for pair in zip(logits.split(batch_size), targets.split(batch_size), strict=True):
@@ -425,15 +389,15 @@ def test_empty_tiles_with_false_positives_count():
 
 def test_no_pixel_of_a_whole_scene_is_lost():
     """
-    In float32, 72 % of the pixels of 10,980 x 10,980 are: beyond 2 ** 24, adding 1 changes nothing. That none is lost
-    in one call either, see test_loss.py.
+    In float32, 72 % of the pixels of 10,980 x 10,980 are: beyond 2 ** 24, adding 1 changes nothing. That none
+    is lost in one call either, see test_metrics.py.
     """
     strip = torch.tensor([-1.0, 1.0]).reshape(1, 2, 1, 1).expand(1, 2, 1220, 10_980)
     scores = score("multi-class", strip[..., :61, :], torch.ones(1, 61, 10_980, dtype=torch.int64))
     strip_scores = sum([scores] * 19, scores)
     scene = sum([strip_scores] * 8, strip_scores)
     assert scene.confusion.tolist() == [[0, 0], [0, 10_980**2]] and scene.num_valid == 120_560_400
-    assert scene.histograms[1, 1].sum() == scene.certainties[1].sum() == 10_980**2
+    assert scene.histograms[1, 1].sum() == scene.confidences[1].sum() == 10_980**2
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
@@ -445,7 +409,7 @@ def test_a_perfect_prediction_has_perfect_means(classes):
 
 
 def test_a_channel_of_one_is_not_broadcast_against_the_batch():
-    """(N, 1, H, W) against (N, H, W) became (N, N, H, W), in which one image's ignored pixels hid all others'."""
+    """(N, 1, H, W) against (N, H, W) became (N, N, H, W): ignored pixels of an image hid all others'."""
     logits, targets = draw("binary")
     with pytest.raises(ValueError, match="has the shape"):
         score("binary", logits, targets[:, 0])
@@ -456,7 +420,7 @@ def test_a_channel_of_one_is_not_broadcast_against_the_batch():
 
 
 def test_255_in_a_mask_is_ignored_or_refused_but_no_class():
-    """It was counted as a class, multiplied into sums, or made a TypeError where nothing was to be ignored."""
+    """It was counted as a class, multiplied into sums, or a TypeError where nothing was to be ignored."""
     logits, targets = draw("multi-class")
     targets[2, :3] = 255
     kept = targets != 255
@@ -481,7 +445,7 @@ def test_a_dead_class_shows():
 
 
 def test_iou_and_f1_come_from_the_same_predictions():
-    """IoU by the highest class and F1 by a threshold of 0.5 stood in one table: no pixel reaches it with 4 classes."""
+    """IoU by the highest class and F1 by a threshold of 0.5 stood in one table."""
     logits, targets = draw("multi-class")
     found = score("multi-class", 0.1 * logits, targets).results()
     for number in range(4):

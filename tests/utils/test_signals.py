@@ -1,9 +1,7 @@
-"""Signals: the first one sets a flag, the second one ends the process, and afterwards everything is as it was."""
+"""The first signal sets a flag, the second one ends the process; afterwards everything is as it was."""
 
-import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from dida_tools.utils.signals import (
     stop_on_signals,
     stop_requested,
 )
+from tests.helpers import Child
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
@@ -33,22 +32,11 @@ def handlers() -> list:
     return [signal.getsignal(getattr(signal, name)) for name in NAMES]
 
 
-def in_process(function: Callable[[], object], log: Path | None = None) -> int | None:
-    """Runs a function in a process of its own. Returns its exit code; of one that a signal ends, its number negated."""
-
-    def run() -> None:
-        if log is not None:
-            handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-            os.dup2(handle, 2)
-        function()
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join(30)
-    if process.is_alive():
-        process.kill()
-        pytest.fail("the process has not ended")
-    return process.exitcode
+def exit_code(function: Callable[[], object], folder: Path) -> int | None:
+    """Run a function in a process of its own. Return its exit code; after a signal, its number negated."""
+    child = Child(lambda: int(function() or 0), folder / "log")
+    assert child.wait(), "the process has not ended"
+    return child.code
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +49,7 @@ def _handlers_of_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not stop_requested()
 
 
-# ---------------------------------------------------------------------------------------------------- the first signal
+# ------------------------------------------------------------------------------------------- the first signal
 
 
 def test_without_a_signal_nothing_happens():
@@ -72,7 +60,7 @@ def test_without_a_signal_nothing_happens():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_signal_sets_a_flag_and_says_so_once(name, capfd):
+def test_a_signal_sets_a_flag_and_reports_it_once(name, capfd):
     with stop_on_signals():
         send(name)
         assert stop_requested()
@@ -80,9 +68,9 @@ def test_a_signal_sets_a_flag_and_says_so_once(name, capfd):
             raise_if_stop_requested()
         assert stop_requested()
     raise_if_stop_requested()
-    told = capfd.readouterr().err
-    assert told.count(name) == 1
-    assert "will be saved" in told and "A second signal ends it at once." in told
+    said = capfd.readouterr().err
+    assert said.count(name) == 1
+    assert "saving what is done" in said and "A second signal ends it at once." in said
 
 
 def test_nobody_who_catches_exceptions_catches_it():
@@ -90,7 +78,7 @@ def test_nobody_who_catches_exceptions_catches_it():
     assert not issubclass(Preempted, Exception | KeyboardInterrupt | SystemExit)
 
 
-def test_of_several_processes_the_first_one_speaks(monkeypatch, capfd):
+def test_of_several_processes_the_first_one_reports_it(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     with stop_on_signals():
         send("SIGTERM")
@@ -108,7 +96,7 @@ def test_the_flag_is_seen_in_other_threads():
     assert seen == [True]
 
 
-def test_what_waits_goes_on_waiting():
+def test_what_waits_keeps_waiting():
     with stop_on_signals():
         timer = threading.Timer(0.05, send, ["SIGTERM"])
         timer.start()
@@ -119,7 +107,7 @@ def test_what_waits_goes_on_waiting():
         timer.join()
 
 
-# --------------------------------------------------------------------------------------------- before and afterwards
+# -------------------------------------------------------------------------------------- before and afterwards
 
 
 def custom(*_: object) -> None:
@@ -148,15 +136,15 @@ def test_the_handlers_of_before_come_back(before, error):
             signal.signal(getattr(signal, name), handler)
 
 
-def test_a_handler_that_python_does_not_know_becomes_the_default(monkeypatch):
-    def run() -> None:
+def test_a_handler_that_python_does_not_know_becomes_the_default(monkeypatch, tmp_path):
+    def run() -> bool:
         with monkeypatch.context() as patch:
             patch.setattr(signal, "getsignal", lambda signum: None)
             with stop_on_signals():
                 pass
-        sys.exit(0 if handlers() == [signal.SIG_DFL] * len(NAMES) else 1)
+        return handlers() == [signal.SIG_DFL] * len(NAMES)
 
-    assert in_process(run) == 0
+    assert exit_code(run, tmp_path) == 1
 
 
 def test_one_within_another_keeps_the_flag_and_the_handlers():
@@ -186,29 +174,22 @@ def test_handlers_that_a_library_has_replaced_can_be_set_again():
         assert handlers() == mine
 
 
-@pytest.mark.parametrize("from_thread", [stop_on_signals, install_handlers])
-def test_in_another_thread_nothing_is_changed(from_thread):
-    before, seen, errors = handlers(), [], []
+def test_in_another_thread_nothing_is_changed():
+    before, seen = handlers(), []
 
     def run() -> None:
-        try:
-            if from_thread is install_handlers:
-                install_handlers()
-                seen.append(handlers())
-            else:
-                with stop_on_signals():
-                    seen.append(handlers())
-        except BaseException as error:
-            errors.append(error)
+        install_handlers()
+        seen.append(handlers())
+        with stop_on_signals():
+            seen.append(handlers())
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert errors == []
-    assert seen == [before]
+    assert seen == [before] * 2
 
 
-# --------------------------------------------------------------------------------------------------- the second signal
+# ------------------------------------------------------------------------------------------ the second signal
 
 
 @pytest.mark.parametrize("first", NAMES)
@@ -227,7 +208,7 @@ def test_a_second_signal_ends_the_process(first, second, tmp_path):
             send(second)
             time.sleep(20)
 
-    assert in_process(run, tmp_path / "log") == -getattr(signal, second)
+    assert exit_code(run, tmp_path) == -getattr(signal, second)
 
 
 def test_under_torchrun_a_repetition_within_seconds_is_the_same_request(monkeypatch, capfd):
@@ -242,7 +223,7 @@ def test_under_torchrun_a_repetition_within_seconds_is_the_same_request(monkeypa
         now[0] = 1005.1
         with pytest.raises(KeyboardInterrupt):
             send("SIGINT")
-    assert capfd.readouterr().err.count("will be saved") == 1
+    assert capfd.readouterr().err.count("saving what is done") == 1
 
 
 def test_under_torchrun_a_late_repetition_ends_the_process(monkeypatch, tmp_path):
@@ -258,18 +239,18 @@ def test_under_torchrun_a_late_repetition_ends_the_process(monkeypatch, tmp_path
             send("SIGTERM")
             time.sleep(20)
 
-    assert in_process(run, tmp_path / "log") == -signal.SIGTERM
+    assert exit_code(run, tmp_path) == -signal.SIGTERM
 
 
-# --------------------------------------------------------------------------------------------- processes that load data
+# ----------------------------------------------------------------------------------- processes that load data
 
 
-def test_a_process_that_ignores_signals_lives_on():
-    def run() -> None:
+def test_a_process_that_ignores_signals_lives_on(tmp_path):
+    def run() -> int:
         with stop_on_signals():
             ignore_signals()
             for name in NAMES * 2:
                 send(name)
-            sys.exit(1 if stop_requested() else 7)
+            return 1 if stop_requested() else 7
 
-    assert in_process(run) == 7
+    assert exit_code(run, tmp_path) == 7

@@ -1,3 +1,5 @@
+"""Helpers for models: draws, weights of every kind of file, steps, and checks that name what is wrong."""
+
 import math
 import random
 import re
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dida_tools.training.modules import evaluation_mode, fill_model
 from dida_tools.utils.torchutils import (
     assert_isfinite,
     assert_lowerbound,
@@ -17,8 +20,6 @@ from dida_tools.utils.torchutils import (
     assert_not_nan,
     assert_upperbound,
     backprop,
-    evaluation_mode,
-    fill_model,
     forward,
     load_model,
     set_module_trainable,
@@ -48,65 +49,39 @@ def digest(model: nn.Module) -> str:
     return weights_digest(model.state_dict())
 
 
-# ---------------------------------------------------------------------------------------------------------------- seeds
-
-
-def draws() -> tuple:
-    return random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**40 + 7, 2**63 - 1])
-def test_a_seed_gives_the_same_draws_of_python_numpy_and_torch(seed: int) -> None:
-    set_seed(seed)
-    first = draws()
-    assert draws() != first
-    set_seed(seed)
-    assert draws() == first
-
-
-def test_seeds_give_different_draws() -> None:
-    found = []
-    for seed in range(20):
+def test_a_seed_decides_the_draws_of_python_numpy_and_torch() -> None:
+    def draws(seed: int) -> tuple:
         set_seed(seed)
-        found.append(draws())
-    assert all(len({str(value) for value in values}) == 20 for values in zip(*found, strict=True))
+        return random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()
+
+    found = [draws(seed) for seed in (*range(20), 2**31, 2**40 + 7, 2**63 - 1)]
+    assert found == [draws(seed) for seed in (*range(20), 2**31, 2**40 + 7, 2**63 - 1)]
+    assert all(len({str(value) for value in values[:20]}) == 20 for values in zip(*found, strict=True))
 
 
-# -------------------------------------------------------------------------------------------------------------- loading
-
+# ------------------------------------------------------------------------------------------------- loading
 
 SAVERS: dict[str, Callable[[Path, nn.Module], None]] = {
     "a run's best": lambda file, model: save_weights(file, {"model": model.state_dict(), "contract": {}}),
-    "our bare": lambda file, model: save_weights(file, model.state_dict()),
-    "bare": lambda file, model: torch.save(model.state_dict(), file),
+    "our own": lambda file, model: save_weights(file, model.state_dict()),
+    "torch's": lambda file, model: torch.save(model.state_dict(), file),
 }
 
 
 @pytest.mark.parametrize("save", SAVERS.values(), ids=list(SAVERS))
-@pytest.mark.parametrize("as_class", [True, False])
-def test_models_are_loaded_from_every_kind_of_file(tmp_path: Path, save: Callable, as_class: bool) -> None:
-    model = Net(width=5)
+def test_models_are_loaded_from_every_kind_of_file(tmp_path: Path, save: Callable) -> None:
+    model, target, file = Net(), Net(), tmp_path / "w.pt"
     model(torch.randn(8, 3))
-    save(tmp_path / "w.pt", model)
-    target = Net(width=5)
-    loaded = (
-        load_model(tmp_path / "w.pt", Net, {"width": 5})
-        if as_class
-        else load_model(tmp_path / "w.pt", target)
-    )
-    assert digest(loaded) == digest(model) and not any(module.training for module in loaded.modules())
-    assert as_class or loaded is target
+    save(file, model)
+    for loaded in (load_model(file, Net, {"width": 4}), load_model(str(file), Net), load_model(file, target)):
+        assert digest(loaded) == digest(model) and not any(module.training for module in loaded.modules())
+    assert loaded is target
     inputs = torch.randn(4, 3)
-    assert torch.equal(loaded(inputs), model.eval()(inputs))
-
-
-def test_a_class_without_arguments_needs_no_config(tmp_path: Path) -> None:
-    save_weights(tmp_path / "w.pt", (model := Net()).state_dict())
-    assert digest(load_model(str(tmp_path / "w.pt"), Net)) == digest(model)
+    assert torch.equal(target(inputs), model.eval()(inputs))
 
 
 @pytest.mark.parametrize(
-    "saved, said",
+    ("saved", "told"),
     [
         (Net(bias=False), "1 parameters are missing, such as first.bias"),
         (nn.ModuleDict({"first": nn.Linear(3, 4)}), "7 parameters are missing, such as last.bias"),
@@ -118,25 +93,22 @@ def test_a_class_without_arguments_needs_no_config(tmp_path: Path) -> None:
         (nn.Linear(1, 1), "2 are not of this model, such as bias"),
     ],
 )
-def test_what_differs_from_a_wrong_model_is_said(tmp_path: Path, saved: nn.Module, said: str) -> None:
+def test_weights_of_another_model_are_refused_with_what_differs(
+    tmp_path: Path, saved: nn.Module, told: str
+) -> None:
     save_weights(tmp_path / "w.pt", {"model": saved.state_dict()})
     model = Net()
     before = digest(model)
-    with pytest.raises(WeightsError, match=re.escape(said)) as error:
+    with pytest.raises(WeightsError, match=re.escape(told)) as error:
         load_model(tmp_path / "w.pt", model)
     assert "does not fit this Net" in str(error.value) and str(tmp_path / "w.pt") in str(error.value)
     assert digest(model) == before
 
 
-def test_all_differences_are_said_at_once() -> None:
+def test_all_differences_are_reported_at_once_and_damaged_files_are_refused(tmp_path: Path) -> None:
     state = Net(width=6, bias=False).state_dict() | {"more": torch.ones(1)}
-    with pytest.raises(
-        WeightsError, match=r"memory: .*1 parameters are missing.*1 are not of.*6 have another shape"
-    ):
+    with pytest.raises(WeightsError, match=r"memory: .*1 parameters are.*1 are not of.*6 have another shape"):
         fill_model(Net(), state, "memory")
-
-
-def test_damaged_and_missing_files_are_refused(tmp_path: Path) -> None:
     save_weights(tmp_path / "w.pt", Net().state_dict())
     content = bytearray((tmp_path / "w.pt").read_bytes())
     content[len(content) // 2] ^= 1
@@ -146,93 +118,52 @@ def test_damaged_and_missing_files_are_refused(tmp_path: Path) -> None:
             load_model(tmp_path / name, Net)
 
 
-# ------------------------------------------------------------------------------------------------------------- one step
+# ------------------------------------------------------------------------------------------------ one step
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_forward_evaluates_without_gradients_and_restores_the_mode(training: bool) -> None:
-    model = Net().train(training)
-    inputs = torch.randn(4, 3)
+def test_forward_evaluates_without_gradients_and_restores_the_mode_of_each_module(training: bool) -> None:
+    model, inputs = Net().train(training), torch.randn(4, 3)
+    model.norm.eval()
     before = digest(model)
     found = forward(model, inputs)
-    assert model.training == training and digest(model) == before and not found.requires_grad
+    assert model.training == model.drop.training == training and not model.norm.training
+    assert digest(model) == before and not found.requires_grad
     assert torch.equal(found, forward(model, inputs)) and torch.equal(found, model.eval()(inputs))
-
-
-def test_forward_restores_the_mode_after_an_error() -> None:
-    model = Net().train()
+    model.train()
     with pytest.raises(RuntimeError):
         forward(model, torch.randn(4, 99))
     assert all(module.training for module in model.modules())
-
-
-def test_evaluation_mode_leaves_frozen_parts_frozen() -> None:
-    model = Net().train()
-    model.norm.eval()
     with evaluation_mode(model):
         assert not any(module.training for module in model.modules())
-    assert not model.norm.training and model.training and model.drop.training
-    forward(model, torch.randn(4, 3))
-    assert not model.norm.training and model.first.training
 
 
-def test_backprop_changes_every_parameter_and_leaves_the_gradients() -> None:
-    model = Net().eval()
+def test_backprop_changes_every_parameter_that_is_trainable_and_leaves_the_gradients() -> None:
+    model, data = Net().eval(), (torch.randn(64, 3), torch.randint(2, (64,)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    loss = backprop(
-        model, nn.functional.cross_entropy, optimizer, torch.randn(64, 3), torch.randint(2, (64,))
-    )
-    assert isinstance(loss, float) and loss > 0 and model.training
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and not torch.equal(parameter, before[name]), name
+    for trainable in (True, False):
+        set_module_trainable(model.first, trainable)
+        optimizer.zero_grad(set_to_none=True)
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        loss = backprop(model, nn.functional.cross_entropy, optimizer, *data)
+        assert isinstance(loss, float) and loss > 0 and model.training
+        for name, parameter in model.named_parameters():
+            is_frozen = name.startswith("first") and not trainable
+            assert (parameter.grad is None) == torch.equal(parameter, before[name]) == is_frozen, name
 
 
 def test_backprop_returns_the_loss_before_the_step_and_starts_without_gradients() -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 3.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    inputs, targets = torch.ones(1, 1), torch.zeros(1, 1)
-    assert backprop(model, nn.functional.mse_loss, optimizer, inputs, targets) == 9.0
-    assert model.weight.item() == 0.0
-    assert backprop(model, nn.functional.mse_loss, optimizer, inputs, targets) == 0.0
+    data = torch.ones(1, 1), torch.zeros(1, 1)
+    assert [backprop(model, nn.functional.mse_loss, optimizer, *data) for _ in range(2)] == [9.0, 0.0]
     assert model.weight.item() == 0.0
 
 
-def test_modules_are_frozen_and_freed() -> None:
-    model = Net()
-    set_module_trainable(model.first, False)
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert frozen == {"first.weight", "first.bias"}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    before = model.first.weight.clone()
-    backprop(model, nn.functional.cross_entropy, optimizer, torch.randn(8, 3), torch.randint(2, (8,)))
-    assert torch.equal(model.first.weight, before)
-    set_module_trainable(model, True)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-# --------------------------------------------------------------------------------------------------------------- checks
-
+# -------------------------------------------------------------------------------------------------- checks
 
 NAN, INF = math.nan, math.inf
-FAILING: list[tuple[Callable, tuple, list[float], str]] = [
-    (assert_not_nan, (), [1.0, NAN, NAN], "2 of 3 values are NaN"),
-    (assert_isfinite, (), [INF, 0.0, NAN, -INF], "3 of 4 values are NaN or infinite"),
-    (assert_nonzero, (), [0.0, -0.0], "all 2 values are zero"),
-    (assert_upperbound, (1.5,), [1.5, 1.6, INF, -9.0], "2 of 4 values are above 1.5"),
-    (assert_upperbound, (1,), [NAN, 1.0], "1 of 2 values are above 1"),
-    (assert_lowerbound, (-1,), [-1.0, -1.5, 2.0], "1 of 3 values are below -1"),
-    (assert_lowerbound, (0,), [NAN, -INF], "2 of 2 values are below 0"),
-]
-PASSING: list[tuple[Callable, tuple, list[float]]] = [
-    (assert_not_nan, (), [1.0, INF, -INF]),
-    (assert_isfinite, (), [1.0, 3e38, -0.0]),
-    (assert_nonzero, (), [0.0, 1e-30]),
-    (assert_nonzero, (), [0.0, NAN]),
-    (assert_upperbound, (1.5,), [1.5, -INF]),
-    (assert_lowerbound, (-1,), [-1.0, INF]),
-]
 
 
 def with_parameter(values: list[float]) -> nn.Module:
@@ -243,29 +174,48 @@ def with_parameter(values: list[float]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("check, bounds, values, said", FAILING)
+@pytest.mark.parametrize(
+    ("check", "bounds", "values", "told"),
+    [
+        (assert_not_nan, (), [1.0, NAN, NAN], "2 of 3 values are NaN"),
+        (assert_not_nan, (), [1.0, INF, -INF], None),
+        (assert_isfinite, (), [INF, 0.0, NAN, -INF], "3 of 4 values are NaN or infinite"),
+        (assert_isfinite, (), [1.0, 3e38, -0.0], None),
+        (assert_nonzero, (), [0.0, -0.0], "all 2 values are zero"),
+        (assert_nonzero, (), [0.0, 1e-30], None),
+        (assert_nonzero, (), [0.0, NAN], None),
+        (assert_upperbound, (1.5,), [1.5, 1.6, INF, -9.0], "2 of 4 values are above 1.5"),
+        (assert_upperbound, (1,), [NAN, 1.0], "1 of 2 values are above 1"),
+        (assert_upperbound, (1.5,), [1.5, -INF], None),
+        (assert_lowerbound, (-1,), [-1.0, -1.5, 2.0], "1 of 3 values are below -1"),
+        (assert_lowerbound, (0,), [NAN, -INF], "2 of 2 values are below 0"),
+        (assert_lowerbound, (-1,), [-1.0, INF], None),
+    ],
+)
 def test_checks_fail_with_names_and_numbers(
-    check: Callable, bounds: tuple, values: list[float], said: str
+    check: Callable, bounds: tuple, values: list[float], told: str | None
 ) -> None:
-    with pytest.raises(AssertionError, match=re.escape(f"tensor: {said}")):
-        check(torch.tensor(values), *bounds)
-    with pytest.raises(AssertionError, match=re.escape(f"1.odd: {said}")):
-        check(with_parameter(values), *bounds)
-
-
-@pytest.mark.parametrize("check, bounds, values", PASSING)
-def test_checks_pass(check: Callable, bounds: tuple, values: list[float]) -> None:
-    check(torch.tensor(values, requires_grad=True), *bounds)
-    check(with_parameter(values), *bounds)
+    for place, given in (
+        ("tensor", torch.tensor(values, requires_grad=True)),
+        ("1.odd", with_parameter(values)),
+    ):
+        if told is None:
+            check(given, *bounds)
+            continue
+        with pytest.raises(AssertionError, match=re.escape(f"{place}: {told}")):
+            check(given, *bounds)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.bfloat16])
 def test_checks_take_other_dtypes(dtype: torch.dtype) -> None:
     values: Any = torch.tensor([1, 0, 1]).to(dtype)
-    assert_not_nan(values)
-    assert_isfinite(values)
-    assert_nonzero(values)
-    assert_upperbound(values, 1)
-    assert_lowerbound(values, 0)
+    for check, *bounds in (
+        (assert_not_nan,),
+        (assert_isfinite,),
+        (assert_nonzero,),
+        (assert_upperbound, 1),
+        (assert_lowerbound, 0),
+    ):
+        check(values, *bounds)  # type: ignore[operator]
     with pytest.raises(AssertionError, match="1 of 3 values are below 1"):
         assert_lowerbound(values, 1)

@@ -21,7 +21,7 @@ DEPENDENCIES, EXTRAS = PROJECT["dependencies"], PROJECT["optional-dependencies"]
 DEV = [one for extra in EXTRAS.values() for one in extra if not one.startswith("dida-tools")]
 PACKAGES = ("dida_tools", "dida_core")
 OPTIONAL = {"pandas"}  # read_frame works where it is there
-LOADED_BY_NAME = {"onnxscript"}  # torch.onnx does
+LOADED_BY_NAME = {"onnx", "onnxscript"}  # torch.onnx does
 
 
 def name_of(requirement: str) -> str:
@@ -161,7 +161,7 @@ def test_the_configs_of_training_prediction_and_suite_are_of_one_model():
         {name: tensor.shape for name, tensor in UNET(**config).state_dict().items()}
         for config in (
             small()["MODEL_CONFIG"],
-            script.predict_config["MODEL_CONFIG"],
+            script.predict_config()["MODEL_CONFIG"],
             suite.MODEL_CONFIG,
         )
     )

@@ -1,4 +1,4 @@
-"""Contains images, datasets, augmentation and the built-in scenes."""
+"""Images, datasets, augmentation and the built-in scenes."""
 
 from .datasets import NpyDataset, NpyPredictionDataset
 from .scenes import SceneDataset

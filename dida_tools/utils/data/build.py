@@ -1,47 +1,59 @@
-"""Contains how a config's datasets are made: from DATASET and DATASET_CONFIG, which can be filled in from a folder."""
+"""Build the datasets of a config, from DATASET and DATASET_CONFIG, which a folder can fill in."""
 
 from pathlib import Path
 from typing import Any
 
-from ...config.keys import copy_config
-from .datasets import NpyDataset
-from .fingerprint import folders_of, suggest
+from ...config.keys import copy_config, upgrade
+from ...config.project import Project
+from ...config.references import resolve
+from .fingerprint import splits_of, suggest
 from .images import DataError
+from .pairs import Pairs
 
 
 def build_datasets(config: dict[str, Any]) -> tuple[Any, Any, Any]:
     """
-    Makes the datasets that a config names.
+    Build the datasets that a config names.
 
-    :return: the training, test and validation set; None where DATASET_CONFIG has no such part
-    :raises DataError: if they cannot be made
+    :return: the training, test and validation set; None where DATASET_CONFIG has no such split
+    :raises DataError: if they cannot be built
     """
+    config = upgrade(config)
     if config.get("DATASET") is None or "train" not in (config.get("DATASET_CONFIG") or {}):
-        raise DataError(
-            ['the config names no training data: set DATASET and DATASET_CONFIG["train"], or give a folder']
-        )
-    parts = {part: config["DATASET"](**arguments) for part, arguments in config["DATASET_CONFIG"].items()}
-    return parts["train"], parts.get("test"), parts.get("validation")
+        remedy = 'set DATASET and DATASET_CONFIG["train"], or give a folder'
+        raise DataError([f"the config names no training data: {remedy}"])
+    splits = {split: config["DATASET"](**arguments) for split, arguments in config["DATASET_CONFIG"].items()}
+    return splits["train"], splits.get("test"), splits.get("validation")
 
 
-def use_folder(config: dict[str, Any], folder: Path, cache_file: Path | None = None) -> dict[str, Any]:
+def use_folder(
+    config: dict[str, Any], folder: Path, project: Project, cache_file: Path | None = None
+) -> dict[str, Any]:
     """
-    A copy of a config for the images and masks of a folder, with what they suggest: channels, classes, crop, loss.
+    Return a copy of a config for the images and masks of a folder, with what these suggest: channels,
+    classes, crop, loss.
 
     :param folder: holds train/{x,y} and usually test/{x,y}
+    :param project: whose datasets, losses and metrics are taken
     :raises DataError: if it does not, or if files cannot be read
     """
-    config = copy_config(config)
-    places = {part: (str(x_dir), str(y_dir)) for part, (x_dir, y_dir) in folders_of(folder.resolve()).items()}
-    suggestion = suggest(NpyDataset(*places["train"]), cache_file)
+    config, folders = copy_config(config), splits_of(folder.resolve())
+    suggestion = suggest(Pairs(*folders["train"]), cache_file)
+    suggestion = {key: _resolved(value, project) for key, value in suggestion.items()}
     for_training = suggestion.pop("DATASET_CONFIG")
     arguments = (config.get("DATASET_CONFIG") or {}).get("train", {})
     for_training["augment"] = arguments.get("augment", ())
-    config["DATASET"] = NpyDataset
     config["DATASET_CONFIG"] = {
-        part: {"x_dir": x_dir, "y_dir": y_dir}
-        | (for_training if part == "train" else {"task": for_training["task"]})
-        for part, (x_dir, y_dir) in places.items()
+        split: {"x_dir": str(x_dir), "y_dir": str(y_dir)}
+        | (for_training if split == "train" else {"task": for_training["task"]})
+        for split, (x_dir, y_dir) in folders.items()
     }
     config["MODEL_CONFIG"] = config.get("MODEL_CONFIG", {}) | suggestion.pop("MODEL_CONFIG")
     return config | suggestion
+
+
+def _resolved(value: Any, project: Project) -> Any:
+    """Return a suggestion with the objects in place of their references ("module:name")."""
+    if isinstance(value, dict):
+        return {key: _resolved(item, project) for key, item in value.items()}
+    return resolve(value, project) if isinstance(value, str) and ":" in value else value

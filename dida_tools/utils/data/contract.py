@@ -1,49 +1,52 @@
 """
-Contains the data contract: what a model was trained on, stored with its weights, so that whatever is predicted with it
-later is read, scaled and normalized in the same way, or refused.
+The data contract: what a model was trained on, stored with its weights.
+
+So what is predicted with it later is read, scaled and normalized in the same way, or refused.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .facts import has_data
+from .images import ImageInfo
 
 TASKS = ("multi-class", "multi-label", "values")
 
-# Colors of classes that have none of their own, by number.  # <- your colors here
+# Colors of classes whose dataset gives no class_colors, by number.
 PALETTE = [
     (222, 205, 120), (34, 110, 60), (45, 100, 190), (200, 70, 60), (235, 235, 235), (145, 95, 170),
     (240, 145, 50), (90, 200, 200), (230, 130, 180), (130, 130, 60), (100, 70, 50), (150, 150, 150),
 ]  # fmt: skip
 _MIN_PIXELS = 64
+Values = np.ndarray  # one for each channel
 
 
 @dataclass(frozen=True)
 class DataContract:
     """
-    What goes in and what comes out of a model. All of it is plain data, so that it fits into a weights file.
+    What goes into a model and what comes out. All of it is plain data, so that it fits into a weights file.
 
     :param channels: number of channels, in their order in the files
     :param channel_names: their names, or ()
     :param dtype: of the files, such as "uint8"
-    :param scale: what values are multiplied with after reading
+    :param scale: factor of the values after reading
     :param mean: of each channel, scaled; () where images are not normalized
     :param std: of each channel, scaled
     :param nodata: pixels with this value in all channels are no data
-    :param minimum: smallest value of each channel in the training files, as it stands there; () where it is not known
+    :param minimum: smallest value of each channel in the training files, as it stands there; () if unknown
     :param maximum: largest value of each channel
-    :param tile_size: edge of the images that the model was trained on, in pixels
-    :param task: "multi-class" (softmax over the classes), "multi-label" (sigmoid for each class), "values" (regression)
+    :param tile_size: size of the images that the model was trained on, in pixels
+    :param task: "multi-class" (softmax), "multi-label" (sigmoid of each class), "values" (regression)
     :param outputs: number of the model's output channels
     :param class_names: names of the classes, or ()
     :param class_colors: a color of each class, (red, green, blue) from 0 to 255, or ()
-    :param threshold: probability from which a pixel belongs to a class (multi-label); one for all classes, or one each
-    :param temperature: what logits are divided by, so that probabilities are frequencies (Guo et al. 2017)
+    :param threshold: probability from which a pixel belongs to a class (multi-label), one for all or one each
+    :param temperature: divisor of logits, so that probabilities are frequencies (Guo et al. 2017)
     """
 
     channels: int
@@ -63,44 +66,50 @@ class DataContract:
     threshold: float | Sequence[float] = 0.5
     temperature: float = 1.0
 
+    @classmethod
+    def of(cls, info: ImageInfo, **more: Any) -> Self:
+        """Return the contract that an image suggests, without normalization; what is given counts more."""
+        about = {"dtype": info.dtype, "scale": default_scale(info.dtype), "nodata": info.nodata}
+        given = {key: _tuples(value) for key, value in more.items() if value is not None}
+        return cls(info.shape[2], **(about | given))
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: strings, numbers and lists."""
+        """Return plain data: strings, numbers and lists."""
         return {key: _lists(value) for key, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> "DataContract":
-        """Reads what to_dict wrote; ignores what a later version may have added."""
+    def from_dict(cls, stored: dict[str, Any]) -> Self:
+        """Read what to_dict wrote; ignore what a later version may have added."""
         known = {field.name for field in fields(cls)}
         return cls(**{key: _tuples(value) for key, value in stored.items() if key in known})
 
     def problems(self, image: np.ndarray) -> list[str]:
-        """What of an image (H, W, C), as read from its file, is not as the model knows it: a sentence each."""
+        """Return in what an image (H, W, C), as read from its file, is not as the model knows it."""
         found = []
         if image.shape[-1] != self.channels:
             names = f" ({', '.join(self.channel_names)})" if self.channel_names else ""
             found.append(
-                f"it has {image.shape[-1]} channels, the model was trained on {self.channels}{names}: give those, in "
-                "this order"
+                f"it has {image.shape[-1]} channels, the model was trained on {self.channels}{names}"
             )
+            found[-1] += ": give those, in this order"
         if image.dtype.name != self.dtype:
             found.append(
-                f"it is {image.dtype}, the model was trained on {self.dtype} files, whose values were multiplied with "
-                f"{self.scale:g}: convert it to {self.dtype} with the same range of values"
+                f"it is {image.dtype}, the model was trained on {self.dtype} files, whose values were "
+                f"multiplied with {self.scale:g}: convert it to {self.dtype} with the same range of values"
             )
         elif image.dtype.kind == "f":
             bad = ~np.isfinite(image) & has_data(image, self.nodata)[..., None]
             if bad.any():
-                found.append(
-                    f"it has {int(bad.sum())} NaN or infinite values: replace them, or name them as nodata"
-                )
+                remedy = "replace them, or name them as nodata"
+                found.append(f"it has {int(bad.sum())} NaN or infinite values: {remedy}")
         return found
 
     def value_problems(self, pixels: np.ndarray) -> list[str]:
         """
-        What the values of an image, or of a sample of its pixels, tell against its being like those of training:
-        another scale, another offset, a band that is missing. Values that are merely unusual are no problem.
+        Return what shows that values are unlike those of training: another scale, another offset, a missing
+        band. Values that are merely unusual are no problem.
 
-        :param pixels: (..., C) as read from the file; few pixels with data tell nothing
+        :param pixels: (..., C), of an image or a sample of it, as read from the file; few show nothing
         """
         pixels = pixels[has_data(pixels, self.nodata)].astype(np.float64)
         if len(pixels) < _MIN_PIXELS or pixels.shape[-1] != self.channels or not self.maximum:
@@ -108,21 +117,18 @@ class DataContract:
         low, high = pixels.min(0), pixels.max(0)
         return self.range_problems(low, high, *np.percentile(pixels, (1, 99), axis=0))
 
-    def range_problems(
-        self, low: np.ndarray, high: np.ndarray, usual_low: np.ndarray, usual_high: np.ndarray
-    ) -> list[str]:
-        """The same from what is known of each channel: smallest and largest value, and where nearly all values lie."""
+    def range_problems(self, low: Values, high: Values, usual_low: Values, usual_high: Values) -> list[str]:
+        """Return the same for each channel's smallest and largest value, and where nearly all values lie."""
         minimum, maximum = np.array(self.minimum), np.array(self.maximum)
-        span = maximum - minimum
-        deviation = np.array(self.std) / self.scale if self.std else span / 20  # one hot pixel makes a span
-        varies = span > 0
-        spread = usual_high - usual_low
+        span, spread = maximum - minimum, usual_high - usual_low
+        std = np.array(self.std) / self.scale if self.std else span / 20  # one hot pixel makes a span
+        varies, is_flat = span > 0, high == low
         here, there = f"{low.min():g} to {high.max():g}", f"{minimum.min():g} to {maximum.max():g}"
         about = f"its values go from {here}, those of the training data from {there}"
         remedy = "bring them to the scale of the training data"
-        if not varies.any() or (high == low).all():
+        if not varies.any() or is_flat.all():
             return []
-        if (spread < 0.05 * deviation)[varies].all() and (high - low < 0.05 * span)[varies].all():
+        if (spread < 0.05 * std)[varies].all() and (high - low < 0.05 * span)[varies].all():
             return [f"{about}: as if they had been divided by a number; {remedy}"]
         if (spread > 50 * span)[varies].any():
             return [f"{about}: as if they had been multiplied by a number; {remedy}"]
@@ -130,45 +136,43 @@ class DataContract:
         outside = varies & ((usual_high < minimum - span / 2) | (usual_low > maximum + span / 2))
         if outside.any():
             problems.append(f"{about}, with another offset in {self._named(outside)}; {remedy}")
-        dead = varies & (high == low)
+        dead = varies & is_flat
         if dead.any():
             values = ", ".join(f"{value:g}" for value in sorted(set(low[dead])))
             problems.append(
-                f"{self._named(dead)} is constant ({values}): is the band missing, or at another place?"
+                f"{self._named(dead)} is constant ({values}): is the band missing, or in another place?"
             )
         alive = ~varies & ((low != minimum) | (high != maximum))
         if alive.any():
             problems.append(
-                f"{self._named(alive)} was constant in the training data, and is not here: fill it with that value, "
-                "or train with data that have it"
+                f"{self._named(alive)} was constant in the training data, and is not here: fill it with that "
+                "value, or train with data that have it"
             )
         return problems
 
-    def for_nodata(self, nodata: float | None) -> "DataContract":
-        """The contract for a file that states its nodata value, which counts more than that of the training data."""
+    def for_nodata(self, nodata: float | None) -> Self:
+        """Return the contract for a file that states a nodata value, which counts more than its own."""
         return self if nodata is None else replace(self, nodata=nodata)
 
     def constant_channels(self) -> str:
-        """Names the channels that were constant in the training data, or ""."""
+        """Name the channels that were constant in the training data, or return ""."""
         constant = np.array(self.minimum) == np.array(self.maximum)
         return self._named(constant) if constant.any() and not constant.all() else ""
 
     def _named(self, which: np.ndarray) -> str:
-        names = [
-            str(self.channel_names[int(one)]) if self.channel_names else str(one)
-            for one in np.flatnonzero(which)
-        ]
+        numbers = np.flatnonzero(which).tolist()
+        names = [str(self.channel_names[one]) if self.channel_names else str(one) for one in numbers]
         return f"channel{'s' * (len(names) > 1)} {', '.join(names)}"
 
     def colors(self) -> list[tuple[int, ...]]:
-        """A color of each class: its own, or one of PALETTE."""
+        """Return a color of each class: its own, or one of PALETTE."""
         number = max(2, self.outputs)
         given = [tuple(color) for color in self.class_colors]
         return given if len(given) >= number else [PALETTE[one % len(PALETTE)] for one in range(number)]
 
     def prepare(self, image: np.ndarray) -> tuple[Tensor, Tensor]:
         """
-        Scales and normalizes an image.
+        Scale and normalize an image.
 
         :param image: (H, W, C) as read from its file
         :return: (C, H, W) in float32, 0 where there is no data; and where there is data, (H, W) bool
@@ -176,7 +180,7 @@ class DataContract:
         valid = has_data(image, self.nodata)
         kind = (
             np.float32 if image.dtype.itemsize <= 2 else np.float64
-        )  # of a large mean, float32 loses the deviation
+        )  # of a large mean, float32 loses the std
         values = np.multiply(image, self.scale, dtype=kind)
         if self.mean:
             values = (values - np.asarray(self.mean, kind)) / np.asarray(self.std, kind)
@@ -185,7 +189,7 @@ class DataContract:
         return torch.from_numpy(channels_first), torch.from_numpy(valid)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Logits (N, C, ...) as probabilities of the classes in float32; values of a regression as they are."""
+        """Turn logits (N, C, ...) into probabilities in float32; values of a regression stay as they are."""
         if self.task == "values":
             return logits.float()
         logits = logits.float() / self.temperature
@@ -193,8 +197,8 @@ class DataContract:
 
     def classes(self, probabilities: Tensor) -> Tensor:
         """
-        Probabilities (N, C, ...) as uint8 classes: (N, ...) class numbers for multi-class, (N, C, ...) of 0 and 1 for
-        multi-label (of a single class: (N, ...)).
+        Turn probabilities (N, C, ...) into classes in uint8: (N, ...) class numbers for multi-class,
+        (N, C, ...) of 0 and 1 for multi-label (of a single class: (N, ...)).
         """
         if self.task == "multi-class":
             return probabilities.argmax(1).to(torch.uint8)
@@ -209,9 +213,9 @@ def _lists(value: Any) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
+    return tuple(_tuples(one) for one in value) if isinstance(value, list | tuple) else value
 
 
 def default_scale(dtype: str) -> float:
-    """Integers are divided by the largest value of their type (255, 65535, ...); floats stay as they are."""
+    """Return the factor that makes the largest integer of a type 1; floats stay as they are."""
     return 1 / np.iinfo(dtype).max if np.dtype(dtype).kind in "ui" else 1.0

@@ -1,229 +1,166 @@
 """
-Contains the doctor: what is wrong or odd about a dataset, from the facts of its files.
+The doctor: what is in a dataset, what is wrong with it, and what config it suggests.
 
-It does not find images that were copied with a change of their values (compressed, resampled, brightened, cropped), nor
-parts of one place without a georeference.
+    python -m dida_tools.utils.data.doctor DIR      DIR holds x and y, or train/x, train/y, test/x, test/y
+
+Exit codes: 0 no problem; 1 training would refuse the data, or learn or measure what is wrong. It does not
+find images that were copied with other values (compressed, resampled, brightened, cropped), nor images of one
+place without a georeference.
 """
 
+import argparse
 import contextlib
-import copy
 import re
+import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .datasets import NpyDataset
+from ...config.errors import exit_code
+from .checks import dataset_problems, find_problems
+from .contract import DataContract
 from .facts import Facts
-from .images import DataError
+from .fingerprint import fingerprint, splits_of, suggest
+from .pairs import MaskReading, Pairs
 
-_NEARLY_ALL = 0.95  # part of the pixels
-_SMALLEST_OVERLAP = 0.01  # part of the smaller tile: neighbors may touch
+_SMALLEST_OVERLAP = 0.01  # of the smaller tile: neighbors may touch
 _MOST_CHANNELS = 32  # a first dimension up to this may be channels
-_OTHER_RANGE = 10.0  # times larger or smaller, of a part
-_OTHER_RANGE_OF_ONE = (
-    1000.0  # of a single image; in the dark, images of one microscope differ by some dozen times
-)
-_FILES_NAMED = 3
+_OTHER_RANGE = 10.0  # times larger or smaller, of a split
+_OTHER_RANGE_OF_ONE = 1000.0  # of an image; in the dark, images of one microscope differ by some dozen times
 
 
-@dataclass(frozen=True)
-class Finding:
-    """
-    Something found.
-
-    :param is_problem: whether training would refuse the data, or learn or measure what is wrong
-    :param text: what it is and what to do, one sentence
-    :param files: the files it is about, or pairs of them ("a = b"), relative to the dataset
-    """
+class Finding(NamedTuple):
+    """A problem or a remark: what it is and what to do, and the files, or pairs of files, concerned."""
 
     is_problem: bool
     text: str
     files: Sequence[str] = ()
 
-    def __str__(self) -> str:
-        head = "  PROBLEM  " if self.is_problem else "  remark   "
-        lines = [head + self.text]
-        if self.files:
-            more = len(self.files) - _FILES_NAMED
-            named = ", ".join(self.files[:_FILES_NAMED]) + (f", and {more} more" if more > 0 else "")
-            lines.append(" " * len(head) + named)
-        return "\n".join(
-            textwrap.fill(
-                line, 110, subsequent_indent=" " * len(head), break_on_hyphens=False, break_long_words=False
-            )
-            for line in lines
-        )
 
-
-@dataclass(frozen=True)
-class _Pair:
-    """An image and its mask: their part, their names, and what is known of them."""
-
-    part: str
-    image_name: str
+class _Pair(NamedTuple):
+    split: str
+    name: str  # of the image
     mask_name: str
     image: Facts
     mask: Facts
 
 
-def examine(
-    parts: dict[str, NpyDataset], root: Path, task: str = "multi-class", mask_values: dict | None = None
-) -> list[Finding]:
+def examine(splits: dict[str, Pairs], root: Path, reading: MaskReading) -> list[Finding]:
     """
-    What is wrong or odd, problems first.
+    Return what is wrong or odd, problems first.
 
-    :param parts: "train" and possibly "test" and "validation", all of whose files can be read
+    :param splits: "train" and possibly "test" and "validation", all of whose files can be read
     :param root: what the names of files are relative to
-    :param task: of the training, as suggest() gives it
-    :param mask_values: likewise
+    :param reading: what the masks mean
     """
     pairs = [
-        _Pair(part, _name(image, root), _name(mask, root), dataset.scan()[image], dataset.scan()[mask])
-        for part, dataset in sorted(parts.items(), key=lambda item: item[0] != "train")
-        for image, mask in zip(dataset.images, dataset.masks, strict=True)
+        _Pair(split, _name(image, root), _name(mask, root), of_split.fact(image), of_split.fact(mask))
+        for split, of_split in sorted(splits.items(), key=lambda item: item[0] != "train")
+        for image, mask in zip(of_split.images, of_split.masks, strict=True)
     ]
     found = list(_axes(pairs))
     if not found:  # else, sizes and channels are mixed up, and all that follows would be too
-        found += _refused(parts, root, task, mask_values or {})
-        found += [*_duplicates(pairs), *_overlaps(pairs), *_ranges(pairs), *_channels(pairs), *_empty(pairs)]
-        if task != "values":
-            found += [*_mask_values(pairs, mask_values or {}), *_ignored(pairs, mask_values or {})]
-            found += _classes(pairs, task, mask_values or {})
+        found += [*_refused(splits, root, reading), *_copies(pairs), *_overlaps(pairs), *_ranges(pairs)]
+        if reading.task != "values":
+            found += [*_mask_values(pairs, reading), *_classes(pairs, reading)]
     return sorted(found, key=lambda finding: not finding.is_problem)
 
 
-def report(findings: Sequence[Finding]) -> str:
-    """The findings as text."""
-    problems = sum(finding.is_problem for finding in findings)
-    counts = [_count(problems, "problem")] if problems else []
-    counts += [_count(len(findings) - problems, "remark")] if len(findings) > problems else []
-    return "\n".join([f"doctor: {', '.join(counts) or 'nothing found'}", *map(str, findings)])
-
-
-# --------------------------------------------------------------------------------------------------------------- checks
-
-
 def _axes(pairs: list[_Pair]) -> Iterator[Finding]:
-    """Arrays (C, H, W), which are read as (H, W, C)."""
-    shapes = [(pair.image["shape"], pair.mask["shape"]) for pair in pairs]
-    images = [
-        pair.image_name
-        for pair, (image, mask) in zip(pairs, shapes, strict=True)
-        if _is_first(image, mask, True)
-    ]
-    masks = [
-        pair.mask_name
-        for pair, (image, mask) in zip(pairs, shapes, strict=True)
-        if _is_first(mask, image, False)
-    ]
-    for noun, names in (("image", images), ("mask", masks)):
-        if names:
-            advice = "channels are expected last: save np.moveaxis(array, 0, -1)."
-            yield Finding(
-                True, f"{_count(len(names), noun)} with channels first, as it seems; {advice}", names
-            )
+    """Find arrays (C, H, W), which are read as (H, W, C), by the partner's size, or else by the numbers."""
+
+    def is_first(shape: Sequence[int], partner: Sequence[int], may_guess: bool) -> bool:
+        few = may_guess and 2 * shape[0] < min(shape[1:]) > _MOST_CHANNELS >= shape[0]
+        return shape[:2] != partner[:2] and (shape[1:] == partner[:2] or few)
+
+    names = [one.name for one in pairs if is_first(one.image["shape"], one.mask["shape"], True)]
+    names += [one.mask_name for one in pairs if is_first(one.mask["shape"], one.image["shape"], False)]
+    if names:
+        advice = "channels are expected last: save np.moveaxis(array, 0, -1)."
+        yield Finding(True, f"{_count(names, 'file')} with channels first, as it seems; {advice}", names)
 
 
-def _is_first(shape: Sequence[int], partner: Sequence[int], may_guess: bool) -> bool:
-    """Whether the first of three dimensions is the channels, by what the partner's size is, or else by the numbers."""
-    if list(shape[:2]) == list(partner[:2]):
-        return False
-    side = min(shape[1:])
-    return list(shape[1:]) == list(partner[:2]) or (
-        may_guess and 2 * shape[0] < side > _MOST_CHANNELS >= shape[0]
-    )
-
-
-def _refused(parts: dict[str, NpyDataset], root: Path, task: str, mask_values: dict) -> Iterator[Finding]:
-    """What training would refuse."""
-    problems: list[str] = []
-    contract = parts["train"].contract(normalize=False)
-    for part in parts.values():
-        dataset = copy.copy(part.with_mask_values(mask_values) if mask_values else part)
-        dataset.task = task
-        try:
-            dataset.check(training=False)
-            dataset.with_contract(contract)
-        except DataError as error:
-            # Other units are told by _ranges, which sees smaller factors, too.
-            problems += [problem for problem in error.problems if "as if they had been" not in problem]
+def _refused(splits: dict[str, Pairs], root: Path, reading: MaskReading) -> Iterator[Finding]:
+    """Find what training would refuse."""
+    contracts = {
+        split: DataContract.of(pairs.info(pairs.images[0]), nodata=pairs.nodata)
+        for split, pairs in splits.items()
+    }
+    of_train = splits["train"].fit(contracts["train"], normalize=False)
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for problem in problems:
-        name, _, text = problem.partition(": ")
-        groups[re.sub(r"\d+", "0", text)].append((_name(Path(name), root), text))
+    for split, pairs in splits.items():
+        problems = find_problems(pairs, reading, training=False)
+        for problem in problems or dataset_problems(of_train, pairs, contracts[split].nodata):
+            name, _, text = problem.partition(": ")
+            if "as if they had been" not in text:  # _ranges sees smaller factors, too
+                groups[re.sub(r"\d+", "0", text)].append((_name(Path(name), root), text))
     for group in groups.values():
         like = ", as the first of them" if len(group) > 1 else ""
-        text = f"{_count(len(group), 'file')} would be refused{like}: {group[0][1]}."
+        text = f"{_count(group, 'file')} would be refused{like}: {group[0][1]}."
         yield Finding(True, text, [name for name, _ in group])
 
 
-def _duplicates(pairs: list[_Pair]) -> Iterator[Finding]:
-    """The same image twice; or the same values in another order, as a flipped or turned copy has them."""
-    whole = [pair for pair in pairs if not _is_blank(pair.image)]
-    same = _groups(whole, lambda image: (image["shape"], image["dtype"], image["digests"]))
-    yield from _copies(same, ("is the same as one", "are the same as others"), ("values", "places"))
-    distinct: dict[str, _Pair] = {}
-    for pair in whole:
-        distinct.setdefault(str((pair.image["shape"], pair.image["digests"])), pair)
-    turned = _groups(list(distinct.values()), _statistics)
-    yield from _copies(
-        turned, ("is a flipped or turned copy of one", "are flipped or turned copies"), ("values",)
-    )
+def _copies(pairs: list[_Pair]) -> Iterator[Finding]:
+    """Find images twice, and the same values in another order, as a flipped or rotated copy has them."""
+
+    def statistics(image: Facts) -> Any:
+        rounded = [f"{value:.9g}" for name in ("mean", "m2") for value in image[name]]
+        return sorted(image["shape"][:2]), image["dtype"], image["min"], image["max"], image["count"], rounded
+
+    pairs = [pair for pair in pairs if not _is_blank(pair.image)]
+    same = _groups(pairs, lambda image: (image["shape"], image["dtype"], image["digests"]))
+    yield from _copies_in(same, "is the same as one", ("values", "places"))
+    distinct = [group[0] for group in _groups(pairs, lambda image: (image["shape"], image["digests"]), 1)]
+    yield from _copies_in(_groups(distinct, statistics), "is a flipped or rotated copy of one", ("values",))
 
 
-def _copies(groups: list[list[_Pair]], says: tuple[str, str], compared: Sequence[str]) -> Iterator[Finding]:
+def _copies_in(groups: list[list[_Pair]], verb: str, compared: Sequence[str]) -> Iterator[Finding]:
     found: dict[tuple[bool, bool], list[str]] = defaultdict(list)
     for group in groups:
         for number, pair in enumerate(group[1:], 1):
-            elsewhere = [other for other in group[:number] if other.part != pair.part]
+            elsewhere = [other for other in group[:number] if other.split != pair.split]
             other = (elsewhere or group)[0]
             differ = any(pair.mask[name] != other.mask[name] for name in compared)
-            found[bool(elsewhere), differ].append(f"{pair.image_name} = {other.image_name}")
+            found[bool(elsewhere), differ].append(f"{pair.name} = {other.name}")
+    leak = "results on what was trained on are too good. Leave it in one split alone."
+    twice = "a validation set drawn from this split may hold what is trained on. Leave one of them."
     for (is_leak, differ), names in sorted(found.items(), reverse=True):
-        text = f"{_count(len(names), 'image')} {says[len(names) > 1]} of {'another' if is_leak else 'the same'} part"
-        text += ", with another mask: " if differ else ": "
-        text += (
-            "results on what was trained on are too good; leave it in one part alone."
-            if is_leak
-            else "a validation part drawn from it may hold what is trained on; leave one of them."
-        )
+        head = f"{_count(names, 'image')}: each {verb} of {'another' if is_leak else 'the same'} split"
+        text = f"{head}{', with another mask' if differ else ''}; {leak if is_leak else twice}"
         yield Finding(is_leak or differ, text, names)
 
 
 def _overlaps(pairs: list[_Pair]) -> Iterator[Finding]:
-    """Georeferenced tiles of two parts that show the same place."""
+    """Find georeferenced tiles of two splits that show the same place."""
     tiles = [pair for pair in pairs if pair.image["grid"]]
     found = []
-    for crs in {pair.image["grid"]["crs"] for pair in tiles if pair.part != "train"}:
-        corners = _projected([pair.image["grid"] for pair in tiles], crs)
-        low, high = corners.min(1), corners.max(1)
+    for crs in {pair.image["grid"]["crs"] for pair in tiles if pair.split != "train"}:
+        rectangles = _rectangles([pair.image["grid"] for pair in tiles], crs)
         for number, pair in enumerate(tiles):
-            if pair.part == "train" or pair.image["grid"]["crs"] != crs:
-                continue
-            near = ((low < high[number]) & (high > low[number])).all(1)  # never of NaN
-            for index in np.flatnonzero(near):
-                other = tiles[index]
-                if other.part == "train" or (other.part != pair.part and index < number):
-                    share = shared_area(corners[number], corners[index])
-                    if share >= _SMALLEST_OVERLAP:
-                        found.append((share, f"{pair.image_name} = {other.image_name} ({share:.0%})"))
+            if pair.split != "train" and pair.image["grid"]["crs"] == crs:
+                shared = shared_area(rectangles[number], rectangles)
+                for index in np.flatnonzero(shared >= _SMALLEST_OVERLAP):  # NaN never is
+                    other = tiles[index]
+                    if other.split == "train" or (other.split != pair.split and index < number):
+                        found.append((shared[index], f"{pair.name} = {other.name} ({shared[index]:.0%})"))
     if found:
         found.sort(reverse=True)
-        yield Finding(
-            True,
-            f"{_count(len(found), 'pair')} of tiles from different parts overlap, by up to {found[0][0]:.0%} of the "
-            "smaller tile: results on places that were trained on are too good; divide the area, not the tiles.",
-            [name for _, name in found],
-        )
+        text = f"{_count(found, 'pair')} of tiles from different splits overlap, by up to {found[0][0]:.0%}"
+        advice = "results on places that were trained on are too good. Divide the area, not the tiles."
+        yield Finding(True, f"{text} of the smaller tile: {advice}", [names for _, names in found])
 
 
-def _projected(grids: list[dict[str, Any]], crs: str) -> np.ndarray:
-    """The corners (n, 4, 2) in a coordinate system; NaN where there is no way."""
+def _rectangles(grids: list[dict[str, Any]], crs: str) -> np.ndarray:
+    """
+    Return center and size (n, 2, 2) of tiles in a coordinate system; NaN where there is no way into it.
+
+    A tile that is slightly rotated there counts as an upright one of its size: its bounding box would overlap
+    those of its neighbors.
+    """
     corners = np.array([grid["corners"] for grid in grids], np.float64)
     for other in {grid["crs"] for grid in grids} - {crs}:
         chosen = np.array([grid["crs"] == other for grid in grids])
@@ -235,217 +172,166 @@ def _projected(grids: list[dict[str, Any]], crs: str) -> np.ndarray:
             with contextlib.suppress(RasterioError):
                 points = np.transpose(transform(other, crs, *corners[chosen].reshape(-1, 2).T))
         corners[chosen] = np.where(np.isfinite(points), points, np.nan).reshape(-1, 4, 2)
-    return corners
+    edges = np.diff(corners, axis=1)[:, :2]  # along the first row, and down the last column
+    sizes = np.linalg.norm(edges, axis=2)
+    is_rotated = abs(edges[:, 0, 0]) < abs(edges[:, 0, 1])  # by a right angle
+    return np.stack([corners.mean(1), np.where(is_rotated[:, None], sizes[:, ::-1], sizes)], 1)
 
 
-def shared_area(one: np.ndarray, other: np.ndarray) -> float:
-    """
-    The area that two convex polygons (n, 2) share, as a part of the smaller one (Sutherland and Hodgman 1974).
-    """
-    areas = [_area(one), _area(other)]
-    smaller = min(abs(area) for area in areas)
-    if not smaller > 0:
-        return 0.0
-    clipped = list(one)
-    for start, end in zip(other, np.roll(other, -1, 0), strict=True):
-        edge, points, clipped = (end - start) * np.sign(areas[1]), clipped, []
-        sides = [edge[0] * (point - start)[1] - edge[1] * (point - start)[0] for point in points]
-        for number, (point, side) in enumerate(zip(points, sides, strict=True)):
-            last_point, last_side = points[number - 1], sides[number - 1]
-            if side * last_side < 0:
-                clipped.append(last_point + (point - last_point) * last_side / (last_side - side))
-            if side >= 0:
-                clipped.append(point)
-        if len(clipped) < 3:
-            return 0.0
-    return float(abs(_area(np.array(clipped))) / smaller)
-
-
-def _area(polygon: np.ndarray) -> float:
-    """Positive where the corners go round counterclockwise."""
-    x, y = (polygon - polygon[0]).T  # of large coordinates, products lose the area
-    return float(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y) / 2)
+def shared_area(one: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return what fraction of the smaller rectangle one (center, size) and others (n, 2, 2) share."""
+    (center, size), (centers, sizes) = one, others.swapaxes(0, 1)
+    shared = np.minimum((size + sizes) / 2 - abs(center - centers), np.minimum(size, sizes))
+    return shared.clip(0).prod(1) / np.minimum(size.prod(), sizes.prod(1))
 
 
 def _ranges(pairs: list[_Pair]) -> Iterator[Finding]:
-    """Parts or single images whose values are in other units."""
-    values: dict[str, dict[str, float]] = defaultdict(dict)
-    for pair in pairs:
-        if not _is_blank(pair.image):
-            values[pair.part][pair.image_name] = _typical(pair.image)
-    usual = {part: float(np.median(list(of_images.values()))) for part, of_images in values.items()}
-    for part in usual.keys() - {"train"} if "train" in usual else ():
-        if _times(usual[part], usual["train"]) >= _OTHER_RANGE:
-            text = f"the values of {part} are around {usual[part]:.3g}, those of train around {usual['train']:.3g}: "
-            yield Finding(True, text + "bring both to the same units.")
-    odd = [
-        name
-        for part, of_images in values.items()
-        for name, value in of_images.items()
-        if _times(value, usual[part]) >= _OTHER_RANGE_OF_ONE
-    ]
+    """Find splits or single images whose values are in other units."""
+
+    def times(one: float, other: float) -> float:
+        return max(one, other) / min(one, other) if min(one, other) > 0 else 1.0
+
+    values = [(pair, _root_mean_square(pair.image)) for pair in pairs if not _is_blank(pair.image)]
+    usual = {
+        split: float(np.median([value for pair, value in values if pair.split == split]))
+        for split in dict.fromkeys(pair.split for pair, _ in values)
+    }
+    train = usual.get("train", 0.0)
+    for split, value in usual.items():
+        if times(value, train) >= _OTHER_RANGE:
+            text = f"the values of {split} are around {value:.3g}, those of train around {train:.3g}"
+            yield Finding(True, f"{text}: bring both to the same units.")
+    odd = [pair.name for pair, value in values if times(value, usual[pair.split]) >= _OTHER_RANGE_OF_ONE]
     if odd:
-        text = f"{_count(len(odd), 'image')} with values {_OTHER_RANGE_OF_ONE:g} times larger or smaller than usual: "
-        yield Finding(False, text + "look at the units.", odd)
-
-
-def _times(one: float, other: float) -> float:
-    return max(one, other) / min(one, other) if min(one, other) > 0 else 1.0
-
-
-def _channels(pairs: list[_Pair]) -> Iterator[Finding]:
-    """Channels that are constant, or equal to another one."""
-    whole = [pair for pair in pairs if not _is_blank(pair.image)]
-    if not whole or len({pair.image["shape"][2] for pair in whole}) > 1:
-        return
-    low, high = (np.array([pair.image[name] for pair in whole]) for name in ("min", "max"))
-    flat = low == high
-    never = flat.all(0) & (low == low[0]).all(0)
-    if never.any():
-        numbers = _numbers(np.flatnonzero(never))
-        yield Finding(
-            False, f"channel {numbers} has the same value in all images: it tells nothing; leave it out."
+        text = (
+            f"{_count(odd, 'image')} with values {_OTHER_RANGE_OF_ONE:g} times larger or smaller than usual"
         )
-    some = flat & ~never
-    for channel in np.flatnonzero(some.any(0)):
-        names = [pair.image_name for pair, is_flat in zip(whole, some[:, channel], strict=True) if is_flat]
-        text = f"channel {channel} is constant in {_count(len(names), 'image')} of {len(whole)}: was it missing there?"
-        yield Finding(False, text, names)
-    columns = defaultdict(list)
-    for channel in np.flatnonzero(~flat.all(0)):
-        columns[tuple(pair.image["digests"][channel] for pair in whole)].append(channel)
-    for channels in columns.values():
-        if len(channels) > 1:
-            text = f"channels {_numbers(channels)} are equal in all images: one of them is enough."
-            yield Finding(False, text)
+        yield Finding(False, f"{text}: look at the units.", odd)
 
 
-def _empty(pairs: list[_Pair]) -> Iterator[Finding]:
-    """Images nearly without data, or of one value."""
-    names: dict[str, list[str]] = defaultdict(list)
-    for pair in pairs:
-        most = _NEARLY_ALL * pair.image["shape"][0] * pair.image["shape"][1]
-        for kind, applies in (
-            ("missing", pair.image["missing"] > most),
-            ("zeros", pair.image["zeros"] > most),
-            ("blank", _is_blank(pair.image)),
-        ):
-            if applies:
-                names[kind].append(pair.image_name)
-                break
-    for kind, what in (
-        ("missing", f"with data in less than {1 - _NEARLY_ALL:.0%} of the pixels: leave them out."),
-        (
-            "zeros",
-            f"with 0 in more than {_NEARLY_ALL:.0%} of the pixels: if that is no data, give nodata=0 to the dataset.",
-        ),
-        ("blank", "of one value alone: leave them out."),
-    ):
-        if names[kind]:
-            yield Finding(False, f"{_count(len(names[kind]), 'image')} {what}", names[kind])
-
-
-def _mask_values(pairs: list[_Pair], mask_values: dict) -> Iterator[Finding]:
-    """Masks of 0 and 255."""
-    if mask_values.get(255) == 1:
-        text = "masks of 0 and 255: train.py --data takes 255 for class 1; for a config of your own, "
-        yield Finding(False, text + "give MASK_VALUES={255: 1}.")
+def _mask_values(pairs: list[_Pair], reading: MaskReading) -> Iterator[Finding]:
+    """Find masks of 0 and 255."""
+    if (reading.mask_values or {}).get(255) == 1:
+        text = "masks of 0 and 255: train.py --data takes 255 for class 1; for a config of your own"
+        yield Finding(False, f"{text}, give MASK_VALUES={{255: 1}}.")
         return
-    values = {pair.mask_name: _values(pair.mask) for pair in pairs if pair.mask["shape"][2] == 1}
+    single = [pair for pair in pairs if pair.mask["shape"][2] == 1]
+    values = {pair.mask_name: {value for value, _ in pair.mask["values"] or []} for pair in single}
     either = [name for name, found in values.items() if 255 in found and found <= {0, 255}]
     if either and all(found <= {0, 1} for name, found in values.items() if name not in either):
-        text = f"{_count(len(either), 'mask')} of 0 and 255 among masks of 0 and 1: 255 is ignored in training; if it "
-        yield Finding(True, text + "means class 1, give MASK_VALUES={255: 1}.", either)
+        text = f"{_count(either, 'mask')} of 0 and 255 among masks of 0 and 1: 255 is ignored in training"
+        yield Finding(True, f"{text}. If it means class 1, give MASK_VALUES={{255: 1}}.", either)
 
 
-def _ignored(pairs: list[_Pair], mask_values: dict) -> Iterator[Finding]:
-    """Masks that count nearly nowhere."""
-    names = []
+def _classes(pairs: list[_Pair], reading: MaskReading) -> Iterator[Finding]:
+    """Find classes that one split lacks."""
+
+    def labels(mask: Facts) -> set[Any]:
+        values = [value for value, _ in mask["values"] or []]
+        if reading.task == "multi-label":
+            return {label for value in values for label in reading.labels_of(value)}
+        return {reading.class_of(value) for value in values} - {reading.ignore_index}
+
+    of_split: dict[str, set[Any]] = defaultdict(set)
     for pair in pairs:
-        height, width, _ = pair.mask["shape"]
-        counted = (
-            number for value, number in pair.mask["values"] or [] if not _is_ignored(value, mask_values)
-        )
-        if pair.mask["values"] is not None and sum(counted) < (1 - _NEARLY_ALL) * height * width:
-            names.append(pair.mask_name)
-    if names:
-        text = f"{_count(len(names), 'mask')} with less than {1 - _NEARLY_ALL:.0%} of the pixels in a class, the others "
-        yield Finding(False, text + "ignored or no data: leave them out.", names)
-
-
-def _classes(pairs: list[_Pair], task: str, mask_values: dict) -> Iterator[Finding]:
-    """Classes that one part lacks."""
-    if any(pair.mask["values"] is None for pair in pairs):
-        return
-    of_part: dict[str, set[Any]] = defaultdict(set)
-    for pair in pairs:
-        of_part[pair.part] |= _labels(pair.mask, task, mask_values)
-    train = of_part.pop("train")
-    for part, labels in of_part.items():
+        of_split[pair.split] |= labels(pair.mask)
+    train = of_split.pop("train")
+    for split, found in of_split.items():
         for missing, has, lacks, so in (
-            (labels - train, part, "train", "nothing can be learned of it."),
-            (train - labels, "train", part, f"the results on {part} tell nothing of it."),
+            (found - train, split, "train", "nothing can be learned of it"),
+            (train - found, "train", split, f"the results on {split} say nothing about it"),
         ):
             if missing:
-                text = f"{_count(len(missing), 'class', 'classes')} of {has} not in {lacks}: {so}"
+                text = f"{_count(missing, 'class')} of {has} not in {lacks}: {so}."
                 yield Finding(lacks == "train", text, [f"class {label}" for label in sorted(missing)])
-
-
-# ---------------------------------------------------------------------------------------------------------------- facts
 
 
 def _name(file: Path, root: Path) -> str:
     return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
 
 
-def _count(number: int, noun: str, plural: str = "") -> str:
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
-
-
-def _numbers(values: Iterable[Any]) -> str:
-    return ", ".join(map(str, values))
+def _count(things: Any, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{len(things)} {noun if len(things) == 1 else plural}"
 
 
 def _is_blank(image: Facts) -> bool:
-    """Whether all pixels with data are equal."""
+    """Return whether all pixels with data are equal: that such images are copies means nothing."""
     return image["min"] == image["max"]
 
 
-def _groups(pairs: list[_Pair], key: Any) -> list[list[_Pair]]:
+def _groups(pairs: list[_Pair], key: Callable[[Facts], Any], smallest: int = 2) -> list[list[_Pair]]:
     groups = defaultdict(list)
     for pair in pairs:
         groups[str(key(pair.image))].append(pair)
-    return [group for group in groups.values() if len(group) > 1]
+    return [group for group in groups.values() if len(group) >= smallest]
 
 
-def _statistics(image: Facts) -> Any:
-    """What a flipped or turned copy shares with its image, and hardly any other image does."""
-    rounded = [[f"{value:.9g}" for value in image[name]] for name in ("mean", "m2")]
-    return sorted(image["shape"][:2]), image["dtype"], image["min"], image["max"], image["count"], rounded
-
-
-def _typical(image: Facts) -> float:
-    """The largest root mean square of a channel."""
+def _root_mean_square(image: Facts) -> float:
+    """Return that of the channel in which it is largest."""
     count, mean, m2 = (np.array(image[name]) for name in ("count", "mean", "m2"))
     return float(np.sqrt(mean**2 + m2 / np.maximum(count, 1)).max())
 
 
-def _values(mask: Facts) -> set[Any]:
-    found = mask["values"] or []
-    return {part for value, _ in found for part in (value if isinstance(value, list) else [value])}
+def describe(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Give a fingerprint as rows of a report."""
+    yield "images", str(facts["images"])
+    for name in ("sizes", "channels", "dtypes", "mask channels", "mask dtypes"):
+        counts = facts[name].most_common()
+        texts = [f"{value} ({number})" if len(counts) > 1 else str(value) for value, number in counts]
+        yield name, _first(texts, 4)
+    values = facts["mask values"]
+    texts = [f"{value}: {part:.2%}" for value, part in (values or {}).items()]
+    yield "mask values", "numbers, no classes" if values is None else _first(texts, 16)
+    for number, channel in enumerate(facts["statistics"]):
+        yield f"channel {number}", ", ".join(f"{name} {value:.5g}" for name, value in channel.items())
 
 
-def _is_ignored(value: Any, mask_values: dict) -> bool:
-    """Whether a pixel is 255 in all channels, and that is neither a class nor white."""
-    return 255 not in mask_values and set(np.atleast_1d(value).tolist()) == {255} and np.size(value) != 3
+def report(findings: Sequence[Finding]) -> Iterator[tuple[str, str]]:
+    """Give findings as rows of a report."""
+    yield "doctor", "nothing found" if not findings else _count(findings, "finding")
+    for is_problem, text, files in findings:
+        yield "PROBLEM" if is_problem else "remark", text
+        if files:
+            yield "", _first(files, 3)
 
 
-def _labels(mask: Facts, task: str, mask_values: dict) -> set[Any]:
-    """Class numbers or colors of a multi-class mask; of a multi-label one, the channels in which something is."""
-    values = [value for value, _ in mask["values"] if not _is_ignored(value, mask_values)]
-    if task == "multi-class":
-        return {
-            tuple(value) if isinstance(value, list) else mask_values.get(value, value) for value in values
-        }
-    rows = [value if isinstance(value, list) else [value] for value in values]
-    return {label for row in rows for label, part in enumerate(row) if part == 1 or part in mask_values}
+def _print(rows: Iterable[tuple[str, str]]) -> None:
+    """Print rows of a head and a text, which is wrapped beside it."""
+    for head, text in rows:
+        print(textwrap.fill(text, 110, initial_indent=f"  {head:<14} ", subsequent_indent=" " * 17,
+                            break_on_hyphens=False, break_long_words=False))  # fmt: skip
+
+
+def _first(texts: Sequence[str], number: int) -> str:
+    more = len(texts) - number
+    return ", ".join(texts[:number]) + (f", and {more} more" if more > 0 else "")
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_readable(item)}" for key, item in value.items()) + "}"
+    return value.partition(":")[2] if isinstance(value, str) and ":" in value else repr(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="holds x and y, or train/x, train/y, ...")
+    folder = parser.parse_args(arguments).folder
+    splits = {split: Pairs(*places) for split, places in splits_of(folder).items()}
+    for split, pairs in splits.items():
+        _print([(split, str(folder)), *describe(fingerprint(pairs)), ("", "")])
+    suggestion = suggest(splits["train"])
+    reading = MaskReading(suggestion["DATASET_CONFIG"]["task"], suggestion.get("MASK_VALUES"))
+    findings = examine(splits, folder, reading)
+    _print(report(findings))
+    print("\nThis suggests (train.py --data does so by itself):")
+    print("\n".join(f"  {key} = {_readable(value)}" for key, value in suggestion.items()))
+    return int(any(finding.is_problem for finding in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,22 +1,25 @@
 """
-Contains the built-in scenes: invented satellite images with masks, for first steps, demonstrations and tests.
+The built-in scenes: invented satellite images with masks, for first steps, demonstrations and tests.
 
-They look like Sentinel-2 images (12 bands, 10 m pixels, reflectance times 10,000 in uint16): fields, forest, water,
-settlements and clouds, with sensor noise, blurred 20 m and 60 m bands, haze, cloud shadows and slanted borders without
-data. Color alone does not tell the classes apart: lush fields have the color of forest but not its texture,
-settlements are a mixture of all colors, shadows are as dark as water. Everything follows from the number of a scene.
+They look like Sentinel-2 images (12 bands, 10 m pixels, reflectance times 10,000 in uint16): fields, forest,
+water, settlements and clouds, with noise, blurred 20 m and 60 m bands, haze, cloud shadows and borders
+without data. Color alone does not tell the classes apart: lush fields have the color of forest but not its
+texture, settlements are a mixture of all colors, shadows are as dark as water. Everything follows from the
+number of a scene.
 """
 
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from ...config.config import global_config
+from ..locks import locked
 from .datasets import NpyDataset, Transform
 
 VERSION = 1  # a change of the scenes gets a new number, and with it a new folder
@@ -30,7 +33,7 @@ CHANNEL_NAMES = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", 
 BLOCK_PIXELS = (6, 1, 1, 1, 2, 2, 2, 1, 2, 6, 2, 2)  # ground resolution of each band in units of 10 m
 
 # Reflectance of each band.
-SPECTRA = {
+_REFLECTANCE = {
     "soil": (0.08, 0.10, 0.13, 0.17, 0.20, 0.22, 0.24, 0.26, 0.27, 0.28, 0.34, 0.29),
     "crop": (0.03, 0.04, 0.08, 0.04, 0.11, 0.31, 0.40, 0.43, 0.45, 0.46, 0.22, 0.11),
     "straw": (0.07, 0.09, 0.14, 0.18, 0.22, 0.26, 0.29, 0.32, 0.34, 0.34, 0.38, 0.26),
@@ -45,14 +48,17 @@ SPECTRA = {
     "bright roof": (0.24, 0.28, 0.31, 0.34, 0.35, 0.36, 0.37, 0.38, 0.39, 0.39, 0.42, 0.40),
     "cloud": (0.55, 0.58, 0.58, 0.60, 0.61, 0.62, 0.63, 0.63, 0.63, 0.58, 0.42, 0.33),
 }
+SPECTRA = {name: np.array(reflectance) for name, reflectance in _REFLECTANCE.items()}
+
+Scene = tuple[np.ndarray, np.ndarray]
 
 
 class SceneDataset(NpyDataset):
-    """The built-in scenes as an NpyDataset; they are made when they are first asked for."""
+    """The built-in scenes as an NpyDataset; they are made on first use."""
 
     def __init__(
         self,
-        part: str,
+        split: str,
         data_dir: str | os.PathLike | None = None,
         crop: int | None = None,
         crops_per_image: int = 1,
@@ -61,53 +67,41 @@ class SceneDataset(NpyDataset):
         mask_values: dict | None = None,
     ) -> None:
         """
-        :param part: "train" or "test"
+        :param split: "train" or "test"
         :param data_dir: where the scenes are kept; None: DATA_DIR of the global config
         """
-        arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        if part not in NUM_SCENES:
-            raise ValueError(f"part is {part!r}: choose one of {', '.join(NUM_SCENES)}.")
-        folder = make_scenes(data_dir or global_config["DATA_DIR"]) / part
-        super().__init__(
-            folder / "x",
-            folder / "y",
-            crop,
-            crops_per_image,
-            foreground,
-            augment,
-            class_names=CLASS_NAMES,
-            channel_names=CHANNEL_NAMES,
-            mask_values=mask_values,
-            nodata=NODATA,
-        )
-        self.arguments = arguments | {"data_dir": None if data_dir is None else str(data_dir)}
+        if split not in NUM_SCENES:
+            raise ValueError(f"split is {split!r}: choose one of {', '.join(NUM_SCENES)}.")
+        folder = make_scenes(data_dir or global_config["DATA_DIR"]) / split
+        options: dict[str, Any] = {"crop": crop, "crops_per_image": crops_per_image, "foreground": foreground}
+        options |= {"augment": augment, "mask_values": mask_values}
+        about: dict[str, Any] = {"class_names": CLASS_NAMES, "channel_names": CHANNEL_NAMES, "nodata": NODATA}
+        super().__init__(folder / "x", folder / "y", **options, **about)
+        data_dir = None if data_dir is None else str(data_dir)
+        self.arguments = {"split": split, "data_dir": data_dir, **options}
 
 
 def make_scenes(data_dir: str | os.PathLike) -> Path:
-    """
-    Writes the scenes as train/{x,y} and test/{x,y}, unless they are there.
-
-    :return: their folder in data_dir
-    """
+    """Write the scenes as train/{x,y} and test/{x,y}, unless they are there, and return their folder."""
     folder = Path(data_dir) / f"scenes-{VERSION}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with locked(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():
             return folder
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:
-            number = 0
-            for part, count in NUM_SCENES.items():
-                for kind in ("x", "y"):
-                    (unfinished / part / kind).mkdir(parents=True)
-                for _ in range(count):
+            numbers = itertools.count()
+            for split, count in NUM_SCENES.items():
+                x_dir, y_dir = unfinished / split / "x", unfinished / split / "y"
+                x_dir.mkdir(parents=True)
+                y_dir.mkdir()
+                for number in itertools.islice(numbers, count):
                     image, mask = make_scene(number)
-                    np.save(unfinished / part / "x" / f"scene_{number:03d}.npy", image)
-                    np.save(unfinished / part / "y" / f"scene_{number:03d}.npy", mask)
-                    number += 1
+                    np.save(x_dir / f"scene_{number:03d}.npy", image)
+                    np.save(y_dir / f"scene_{number:03d}.npy", mask)
             about = {"version": VERSION, "classes": CLASS_NAMES, "channels": CHANNEL_NAMES, "nodata": NODATA}
             (unfinished / "scenes.json").write_text(json.dumps(about, indent=2) + "\n")
             os.replace(unfinished, folder)  # all of them or none
@@ -116,13 +110,11 @@ def make_scenes(data_dir: str | os.PathLike) -> Path:
     return folder
 
 
-def make_scene(number: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
+def make_scene(number: int, size: int = SIZE) -> Scene:
     """
-    Invents a scene.
+    Invent a scene: the image (size, size, 12) in uint16, and the mask (size, size) in uint8.
 
     :param number: which one; equal numbers give equal scenes
-    :param size: its edge in pixels
-    :return: image (size, size, 12) uint16, and mask (size, size) uint8
     """
     rng = np.random.default_rng([VERSION, number])
     land, mask = _land(rng, size)
@@ -135,12 +127,8 @@ def make_scene(number: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
     return image, mask.astype(np.uint8)
 
 
-def _spectrum(name: str) -> np.ndarray:
-    return np.array(SPECTRA[name])
-
-
 def _smooth_noise(rng: np.random.Generator, size: int, scale: float) -> np.ndarray:
-    """Noise of zero mean and a deviation near 1 whose hills are about scale pixels wide."""
+    """Return noise of mean 0 and std near 1 whose hills are about scale pixels wide."""
     cells = max(2, int(np.ceil(size / scale)) + 2)
     grid = rng.standard_normal((cells, cells))
     position = np.arange(size) / scale
@@ -151,11 +139,10 @@ def _smooth_noise(rng: np.random.Generator, size: int, scale: float) -> np.ndarr
     return (rows[:, low] * (1 - step) + rows[:, low + 1] * step) * 1.3
 
 
-def _land(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Parcels of fields, forest and settlement: reflectance (H, W, 12) and classes (H, W)."""
+def _land(rng: np.random.Generator, size: int) -> Scene:
+    """Return parcels of fields, forest and settlement: reflectance (H, W, 12) and classes (H, W)."""
     y, x = np.mgrid[0:size, 0:size].astype(float)
-    bent_y = y + 5 * _smooth_noise(rng, size, 25)
-    bent_x = x + 5 * _smooth_noise(rng, size, 25)
+    bent_y, bent_x = (axis + 5 * _smooth_noise(rng, size, 25) for axis in (y, x))
     num_parcels = max(6, int(size * size / 1100))
     centers = rng.uniform(-10, size + 10, (num_parcels, 2))
     distance = (bent_y[..., None] - centers[:, 0]) ** 2 + (bent_x[..., None] - centers[:, 1]) ** 2
@@ -175,7 +162,7 @@ def _land(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
             surface = _field(rng, y, x, inside)
         elif kind == FOREST:
             share = np.clip(rng.random() + 0.25 * _smooth_noise(rng, size, 12)[inside], 0, 1)[:, None]
-            surface = (share * _spectrum("broadleaf") + (1 - share) * _spectrum("conifer")) * _variety(rng)
+            surface = (share * SPECTRA["broadleaf"] + (1 - share) * SPECTRA["conifer"]) * _variety(rng)
             surface = surface * rng.uniform(0.95, 1.35) * crowns[inside][:, None]
         else:
             surface = _settlement(rng, y, x, inside)
@@ -184,13 +171,13 @@ def _land(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _variety(rng: np.random.Generator) -> np.ndarray:
-    """A factor for each band: plants of one kind differ from parcel to parcel."""
+    """Return a factor for each band: plants of one kind differ from parcel to parcel."""
     return np.exp(0.10 * rng.standard_normal(len(CHANNEL_NAMES)) + 0.12 * rng.standard_normal())
 
 
 def _field(rng: np.random.Generator, y: np.ndarray, x: np.ndarray, inside: np.ndarray) -> np.ndarray:
     growth = rng.choice([rng.uniform(0, 0.3), rng.uniform(0.7, 1.0)], p=[0.4, 0.6])
-    ground = _spectrum(str(rng.choice(["soil", "straw", "peat", "plastic"], p=[0.4, 0.36, 0.12, 0.12])))
+    ground = SPECTRA[str(rng.choice(["soil", "straw", "peat", "plastic"], p=[0.4, 0.36, 0.12, 0.12]))]
     plants = rng.dirichlet([1, 1, 1]) @ np.array([SPECTRA[name] for name in ("crop", "broadleaf", "conifer")])
     angle, spacing = rng.uniform(0, np.pi), rng.uniform(3.0, 6.0)
     rows = np.sin((y[inside] * np.sin(angle) + x[inside] * np.cos(angle)) * 2 * np.pi / spacing)
@@ -200,41 +187,35 @@ def _field(rng: np.random.Generator, y: np.ndarray, x: np.ndarray, inside: np.nd
 
 
 def _settlement(rng: np.random.Generator, y: np.ndarray, x: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Streets in a grid, and between them houses of several roofs, gardens and trees."""
+    """Return streets in a grid, and between them houses of several roofs, gardens and trees."""
     angle, spacing = rng.uniform(0, np.pi / 2), rng.uniform(8, 13)
     u = y[inside] * np.cos(angle) + x[inside] * np.sin(angle)
     v = x[inside] * np.cos(angle) - y[inside] * np.sin(angle)
     street = (u % spacing < 1.6) | (v % (1.7 * spacing) < 1.6)
-    plot = (
-        np.floor(u / 4).astype(np.int64) * 73_856_093 ^ np.floor(v / 4).astype(np.int64) * 19_349_663
-    ) % 997
+    row, column = (np.floor(axis / 4).astype(np.int64) for axis in (u, v))
+    plot = (row * 73_856_093 ^ column * 19_349_663) % 997
     covers = ["red roof", "bright roof", "asphalt", "soil", "crop", "broadleaf", "conifer"]
     of_plot = rng.choice(len(covers), 997, p=[0.12, 0.06, 0.10, 0.16, 0.22, 0.20, 0.14])
     brightness = np.exp(0.2 * rng.standard_normal((997, 1)))
     surface = (np.array([SPECTRA[name] for name in covers])[of_plot] * brightness)[plot]
-    surface[street] = _spectrum("asphalt")
+    surface[street] = SPECTRA["asphalt"]
     return surface * np.exp(0.10 * rng.standard_normal(len(surface)))[:, None]
 
 
-def _waters(
-    rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _waters(rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray) -> Scene:
     valley = _smooth_noise(rng, size, size / 2.2)
     river = np.abs(valley - rng.normal(0, 0.5)) < rng.uniform(0.05, 0.13)
     lake = _smooth_noise(rng, size, size / 4) > rng.uniform(1.3, 2.2)
     wet = lake | (river if rng.random() < 0.7 else False)
     share = np.clip(rng.random() + 0.2 * _smooth_noise(rng, size, 30), 0, 1)[..., None]
-    water = share * _spectrum("water") + (1 - share) * _spectrum("turbid")
+    water = share * SPECTRA["water"] + (1 - share) * SPECTRA["turbid"]
     plants = rng.uniform(0, 0.25) * np.clip(_smooth_noise(rng, size, 15), 0, 1)[..., None]
-    water = (water * (1 - plants) + plants * _spectrum("broadleaf")) * np.exp(
-        0.05 * rng.standard_normal((size, size, 1))
-    )
+    water = water * (1 - plants) + plants * SPECTRA["broadleaf"]
+    water = water * np.exp(0.05 * rng.standard_normal((size, size, 1)))
     return np.where(wet[..., None], water, land), np.where(wet, WATER, mask)
 
 
-def _clouds(
-    rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _clouds(rng: np.random.Generator, size: int, land: np.ndarray, mask: np.ndarray) -> Scene:
     if rng.random() < 0.35:
         return land, mask
     cover = _smooth_noise(rng, size, size / 5) + 0.4 * _smooth_noise(rng, size, 9) - rng.uniform(0.7, 1.5)
@@ -243,11 +224,11 @@ def _clouds(
     shadow = np.roll(thickness, tuple(shift), (0, 1))
     shaded = land * (1 - 0.85 * shadow[..., None])
     thick = thickness[..., None]
-    return (1 - thick) * shaded + thick * _spectrum("cloud"), np.where(thickness > 0.25, CLOUD, mask)
+    return (1 - thick) * shaded + thick * SPECTRA["cloud"], np.where(thickness > 0.25, CLOUD, mask)
 
 
 def _sensor(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Sun and haze of the day, ground resolution of the bands, noise."""
+    """Add sun and haze of the day, the bands' ground resolution, and noise."""
     bands = len(CHANNEL_NAMES)
     haze = rng.uniform(0, 0.03) * np.linspace(1, 0, bands) ** 2
     image = image * rng.uniform(0.75, 1.15) * rng.normal(1, 0.04, bands) + haze
@@ -266,7 +247,7 @@ def _averaged(band: np.ndarray, block: int) -> np.ndarray:
 
 
 def _beyond_border(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Pixels on the far side of a slanted line, as at the edge of a satellite's track."""
+    """Return the pixels beyond a slanted line, as at the edge of a satellite's track."""
     y, x = np.mgrid[0:size, 0:size] - size / 2
     angle = rng.uniform(0, 2 * np.pi)
     return y * np.sin(angle) + x * np.cos(angle) > rng.uniform(0.3, 0.5) * size

@@ -1,10 +1,10 @@
 """
-Contains augmentation: functions of an image and its mask, for any number of channels.
+Augmentation: functions of an image and its mask, for any number of channels.
 
-Each takes the image (C, H, W) in float32, normalized, and the mask (H, W) or (K, H, W), and returns both. They draw
-from PyTorch's generator, which the routines seed for each sample from (seed, epoch, index): a sample is the same
-whatever the number of workers. Strengths are set with functools.partial, so that a config can record them:
-``augment=(flip, quarter_turn, partial(noise, std=0.1))``.
+Each takes the image (C, H, W) in float32, normalized, and the mask (H, W) or (K, H, W), and returns both.
+They draw from PyTorch's generator, which the routines seed for each sample from (seed, epoch, index): a
+sample is the same with any number of workers. Set strengths with functools.partial, so that a config can
+record them: ``augment=(flip, quarter_turn, partial(noise, std=0.1))``.
 """
 
 import torch
@@ -15,7 +15,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def flip(image: Tensor, mask: Tensor) -> Pair:
-    """Mirrors top and bottom, and left and right, each in half of the cases."""
+    """Mirror top and bottom, and left and right, each in half of the cases."""
     for dim in (-2, -1):
         if torch.rand(()) < 0.5:
             image, mask = image.flip(dim), mask.flip(dim)
@@ -23,7 +23,7 @@ def flip(image: Tensor, mask: Tensor) -> Pair:
 
 
 def quarter_turn(image: Tensor, mask: Tensor) -> Pair:
-    """Turns by a multiple of 90 degrees; images that are not square by 180 degrees, so that the size stays."""
+    """Rotate by a multiple of 90 degrees; what is not square by 180 degrees, so that the size stays."""
     square = image.shape[-2] == image.shape[-1]
     turns = int(torch.randint(4, ())) if square else 2 * int(torch.randint(2, ()))
     return image.rot90(turns, (-2, -1)), mask.rot90(turns, (-2, -1))
@@ -32,7 +32,7 @@ def quarter_turn(image: Tensor, mask: Tensor) -> Pair:
 def rescale(
     image: Tensor, mask: Tensor, low: float = 0.8, high: float = 1.25, probability: float = 0.5
 ) -> Pair:
-    """Magnifies around the center by a factor between low and high; what comes in at the edges is mirrored."""
+    """Magnify around the center by a factor between low and high; what comes in from outside is mirrored."""
     if torch.rand(()) >= probability:
         return image, mask
     # Even in the logarithm: half as large is as likely as twice as large.
@@ -46,20 +46,20 @@ def rescale(
 
 
 def brightness(image: Tensor, mask: Tensor, std: float = 0.1) -> Pair:
-    """Adds a number to each channel, in units of its standard deviation where images are normalized."""
+    """Add a number to each channel, in units of its std where images are normalized."""
     return image + std * torch.randn(image.shape[0], 1, 1), mask
 
 
 def contrast(image: Tensor, mask: Tensor, amount: float = 0.1) -> Pair:
-    """Stretches each channel around its mean in this image by a factor between 1 - amount and 1 + amount."""
+    """Stretch each channel around its mean in this image by a factor between 1 - amount and 1 + amount."""
     factor = torch.empty(image.shape[0], 1, 1).uniform_(1 - amount, 1 + amount)
-    # By numpy: torch's sums depend on the number of threads, which is another in a worker than in the main process.
+    # By numpy: torch's sums depend on the number of threads, which is another in a worker.
     mean = torch.from_numpy(image.numpy().mean((-2, -1), keepdims=True))
     return (image - mean) * factor + mean, mask
 
 
 def noise(image: Tensor, mask: Tensor, std: float = 0.05) -> Pair:
-    """Adds noise to each value, in units of the channel's standard deviation where images are normalized."""
+    """Add noise to each value, in units of the channel's std where images are normalized."""
     return image + std * torch.randn(image.shape), mask
 
 
@@ -70,7 +70,7 @@ STANDARD = (flip, quarter_turn, rescale, brightness, contrast, noise)
 
 
 def strong(image: Tensor, mask: Tensor) -> Pair:
-    """For few images that differ much, as those of other places or days: all of STANDARD, with larger changes."""
+    """Apply all of STANDARD with larger changes: for few images that differ much."""
     image, mask = rescale(*quarter_turn(*flip(image, mask)))
     image, mask = contrast(*brightness(image, mask, std=0.5), amount=0.4)
     return noise(image, mask, std=0.1)

@@ -1,120 +1,107 @@
-"""
-Contains how a run's row in the tracker follows from its journal. The row that a training writes, and the one that is
-made anew from the journal, come from the same function.
-"""
+"""How a run's row in the tracker follows from the events of its journal."""
 
+import contextlib
 import os
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
-from ...config.capture import flatten
-from .csv import KEY, read_log, replace_log, write_log
-from .journal import Event, read_journal
-from .runs import is_in_training, run_names
+from ...config.tree import flatten
+from ..locks import is_locked
+from .journal import Event, from_line, read_journal, to_line
 
-_FORMAT = "%Y-%m-%d %H:%M:%S"
-_SECONDS_OF_DELAY = 150.0  # a row is written every minute
+_CLOCK = "%Y-%m-%d %H:%M:%S"
+_FORMAT = 1  # another number where a row comes to follow from a journal in another way
 _SECONDS_TO_BELIEVE_OTHERS = 3600.0
 
 
+def row_of(events: list[Event]) -> dict[str, Any]:
+    """Return the row of a run with these events; empty where its start is not among them."""
+    row: dict[str, Any] = {}
+    for event in events:
+        row = fold(row, event)
+    return row if "NAME" in row else {}
+
+
 def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
-    """The row after an event."""
+    """Return the row after an event."""
     columns: dict[str, Any] = {}
     kind = event["event"]
     if kind == "start":
-        columns |= {
+        # Epochs after the checkpoint that are in the journal already are trained again, but not appended again.
+        is_ahead = (row.get("EPOCH") or 0) > event["epoch"]
+        columns = {
             "NAME": event["name"],
             "STATUS": "running",
             "STARTED": row.get("STARTED", clock(event["time"])),
+            "SECONDS": None,
+            "EPOCH": row["EPOCH"] if is_ahead else event["epoch"],
+            "BEST_EPOCH": row["BEST_EPOCH"] if is_ahead else event["best_epoch"],
+            "HEARTBEAT": None,
+            "HOST": event["host"],
+            "PID": event["pid"],
+            "ERROR": None,
+            "RAN_ON": f"{event['device']} {event['precision']}",
+            "RERUNNABLE": f"no: {event['not_rerunnable']}" if event["not_rerunnable"] else "yes",
         }
-        columns |= {"SECONDS": None, "EPOCH": event["epoch"], "BEST_EPOCH": event["best_epoch"]}
-        columns |= {"HEARTBEAT": None, "HOST": event["host"], "PID": event["pid"], "ERROR": None}
-        columns["RAN_ON"] = f"{event['device']} {event['precision']}"
-        columns["RERUNNABLE"] = f"no: {event['not_rerunnable']}" if event["not_rerunnable"] else "yes"
-        # A run that goes on may have fewer options than before.
+        # A run that is resumed may have fewer options than before.
         columns |= {key: None for key in row if key.partition(".")[0] in event["config"]}
-        columns |= flatten({"version": event["version"], "config": event["config"]})
+        columns |= flatten(event["config"])
     elif kind == "epoch":
-        columns |= {"EPOCH": event["epoch"], "train.loss": event["train.loss"]}
+        columns = {"EPOCH": event["epoch"], "train.loss": event["train.loss"]}
         if event["best"]:
             columns["BEST_EPOCH"] = event["epoch"]
     elif kind == "test":
-        columns |= {"STATUS": "finished", "SECONDS": event["seconds"], "WEIGHTS_DIGEST": event["digest"]}
+        columns = {"STATUS": "finished", "SECONDS": event["seconds"], "WEIGHTS_DIGEST": event["digest"]}
         columns |= {key: value for key, value in event.items() if key.startswith(("validation.", "test."))}
         if "identical" in event:
             columns["RERUN_IDENTICAL"] = event["identical"]
     elif kind == "end":
-        columns |= {"STATUS": event["status"], "ERROR": event["error"], "SECONDS": event["seconds"]}
+        columns = {"STATUS": event["status"], "ERROR": event["error"], "SECONDS": event["seconds"]}
     return row | columns | {"HEARTBEAT": clock(event["time"])}
 
 
-def row_of(events: list[Event]) -> dict[str, Any]:
-    """The row of a run with these events; empty where its start is not among them."""
-    row: dict[str, Any] = {}
-    for event in events:
-        row = fold(row, event)
-    return row if KEY in row else {}
-
-
-def rebuild_log(log_dir: str | os.PathLike, logfile: str = "experiments.csv") -> int:
-    """
-    Makes the tracker's file anew from the journals. The old one, which may hold columns of your own, stays beside it.
-
-    :return: how many runs have a journal
-    """
-    rows = [_current_row(Path(log_dir) / name) for name in run_names(log_dir)]
-    rows = [row for row in rows if row.get("LOGFILE") == logfile]
-    rows.sort(key=lambda row: (row["STARTED"], row[KEY]))
-    replace_log(Path(log_dir) / logfile, rows)
-    return len(rows)
-
-
-def refresh_log(log_dir: str | os.PathLike, logfile: str = "experiments.csv") -> None:
-    """
-    Merges what the tracker's file lacks: rows that could not be written, and that a run was killed. It reads only the
-    journals of runs that seem to be running, or that were written to after their row.
-    """
-    file = Path(log_dir) / logfile
-    known = {row.get(KEY): row for row in read_log(file)}
-    for name in run_names(log_dir):
-        row, journal = known.get(name, {}), Path(log_dir) / name / "journal.jsonl"
-        if row.get("STATUS") != "running" and not _is_newer(journal, row.get("HEARTBEAT")):
-            continue
-        current = _current_row(Path(log_dir) / name)
-        if current.get("LOGFILE") == logfile and any(row.get(key) != value for key, value in current.items()):
-            write_log(file, current)
-
-
-def _current_row(run_dir: Path) -> dict[str, Any]:
-    """A run's row by its journal; one that is running, but not being trained, was killed."""
-    before, row = None, row_of(read_journal(run_dir / "journal.jsonl"))
-    while row != before:  # it may have ended, or gone on, between the journal and the lock
-        if row.get("STATUS") != "running" or is_in_training(run_dir):
-            return row
-        before, row = row, row_of(read_journal(run_dir / "journal.jsonl"))
-    if (
-        row["HOST"] != socket.gethostname()
-        and time.time() - _seconds(row["HEARTBEAT"]) < _SECONDS_TO_BELIEVE_OTHERS
-    ):
-        return row  # not every network drive knows the locks of other machines
-    return row | {"STATUS": "killed"}
-
-
-def _is_newer(journal: Path, heartbeat: Any) -> bool:
-    if not journal.is_file():
-        return False
-    return not isinstance(heartbeat, str) or journal.stat().st_mtime > _seconds(heartbeat) + _SECONDS_OF_DELAY
-
-
-def _seconds(text: str) -> float:
-    try:
-        return time.mktime(time.strptime(text, _FORMAT))
-    except (ValueError, OverflowError):
-        return 0.0  # not ours: another program has changed it
-
-
 def clock(seconds: float) -> str:
-    """A point in time as the tracker shows it, local time."""
-    return time.strftime(_FORMAT, time.localtime(seconds))
+    """Return a point in time as the tracker shows it, local time."""
+    return time.strftime(_CLOCK, time.localtime(seconds))
+
+
+def is_in_training(run_dir: str | os.PathLike) -> bool:
+    """Return whether a process trains the run, without disturbing it."""
+    return is_locked(Path(run_dir) / ".lock")
+
+
+def current_row(run_dir: str | os.PathLike) -> dict[str, Any]:
+    """Return a run's row by its journal; one that is running, but is not being trained, was killed."""
+    row = _row_by_journal(Path(run_dir))
+    if row.get("STATUS") == "running" and not is_in_training(run_dir):
+        row = _row_by_journal(Path(run_dir))  # it may have ended between the two looks
+        if row["STATUS"] == "running" and not is_in_training(run_dir) and not _is_believed(row):
+            row["STATUS"] = "killed"
+    return row
+
+
+def _is_believed(row: dict[str, Any]) -> bool:
+    """Return whether a run may be trained on another machine; not every network drive shows its lock."""
+    age = time.time() - time.mktime(time.strptime(row["HEARTBEAT"], _CLOCK))
+    return row["HOST"] != socket.gethostname() and age < _SECONDS_TO_BELIEVE_OTHERS
+
+
+def _row_by_journal(run_dir: Path) -> dict[str, Any]:
+    """Return the row, from a cache beside the journal unless that has changed since."""
+    journal, cache = run_dir / "journal.jsonl", run_dir / ".row.json"
+    with contextlib.suppress(OSError):
+        about = journal.stat()
+        state = [_FORMAT, about.st_size, about.st_mtime_ns]
+        with contextlib.suppress(OSError):
+            row = from_line(cache.read_bytes()) or {}
+            if row.pop("journal", None) == state:
+                return row
+        row = row_of(read_journal(journal, without="step"))
+        if row:
+            row["NAME"] = run_dir.name  # whatever its journal says
+            with contextlib.suppress(OSError):  # such as in a folder of somebody else's
+                cache.write_bytes(to_line({"journal": state} | row))
+        return row
+    return {}

@@ -1,4 +1,4 @@
-"""Contains e-mail about trainings."""
+"""E-mail about trainings."""
 
 from .smtp import NotificationError, SMTPNotifier
 

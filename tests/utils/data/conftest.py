@@ -1,8 +1,12 @@
-"""Fixtures that write images and datasets in every format."""
+"""Fixtures that write images and datasets in every format, and run code in a new interpreter."""
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +14,10 @@ import rasterio
 from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning
 
-Write = Callable[..., Path]
+import dida_tools
 
 
-def write_file(path: Path, array: np.ndarray, nodata: float | None = None) -> Path:
+def write_file(path: Path, array: np.ndarray, nodata: float | None = None, **georeference: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
         np.save(path, array)
@@ -25,7 +29,7 @@ def write_file(path: Path, array: np.ndarray, nodata: float | None = None) -> Pa
         profile |= {"blockysize": 16, "count": len(bands), "height": bands.shape[1], "width": bands.shape[2]}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path, "w", **profile) as raster:
+            with rasterio.open(path, "w", **profile, **georeference) as raster:
                 raster.write(bands)
     else:
         Image.fromarray(array).save(path)
@@ -33,14 +37,14 @@ def write_file(path: Path, array: np.ndarray, nodata: float | None = None) -> Pa
 
 
 @pytest.fixture(scope="session")
-def write() -> Write:
-    """Writes an array as an image, in the format of the ending."""
+def write() -> Callable[..., Path]:
+    """Write an array as an image, in the format of the ending."""
     return write_file
 
 
 @pytest.fixture
 def write_pairs(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    """Writes images and masks as 0, 1, 2, ... into the folders x and y, and gives both."""
+    """Write images and masks as 0, 1, 2, ... into the folders x and y, and return both."""
 
     def write_all(
         images: Sequence[np.ndarray],
@@ -49,11 +53,44 @@ def write_pairs(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         folder: str = "data",
         nodata: float | None = None,
     ) -> tuple[Path, Path]:
-        for kind, arrays in (("x", images), ("y", masks)):
-            for number, array in enumerate(arrays):
-                write_file(
-                    tmp_path / folder / kind / f"{number}{ending}", array, nodata if kind == "x" else None
-                )
+        for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
+            write_file(tmp_path / folder / "x" / f"{number}{ending}", image, nodata)
+            write_file(tmp_path / folder / "y" / f"{number}{ending}", mask)
         return tmp_path / folder / "x", tmp_path / folder / "y"
 
     return write_all
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., str]:
+    """Run code in a new interpreter with arguments (sys.argv), and return what it prints."""
+
+    def run(code: str, *arguments: Any, **environment: str) -> str:
+        command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+        options: dict[str, Any] = {
+            "cwd": Path(dida_tools.__file__).parents[1],
+            "env": os.environ | environment,
+        }
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+GROWTH = """
+import resource
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+{code}
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.fixture(scope="session")
+def memory_growth(run_python: Callable[..., str]) -> Callable[..., float]:
+    """Return by how many MiB a new interpreter grows by some code, after some imports."""
+    if sys.platform != "linux":
+        pytest.skip("ru_maxrss is in KiB on Linux")
+    return lambda imports, code, *arguments: (
+        int(run_python(f"import sys\n{imports}\n{GROWTH.format(code=code)}", *arguments)) / 1024
+    )

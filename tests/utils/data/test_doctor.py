@@ -1,4 +1,4 @@
-"""Each check of the doctor finds what it is for, in files of every kind, and says nothing about sound data."""
+"""Each check of the doctor finds what it is for, in files of every kind, and nothing in valid data."""
 
 import re
 from collections.abc import Callable
@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rasterio
 from rasterio.transform import Affine, from_origin, xy
 from rasterio.warp import transform
 
-from dida_tools.utils.data import NpyDataset
-from dida_tools.utils.data.doctor import Finding, examine, report, shared_area
-from dida_tools.utils.data.fingerprint import folders_of, main, suggest
+from dida_tools.config.errors import exit_code
+from dida_tools.utils.data import doctor as module
+from dida_tools.utils.data import fingerprint as fingerprint_module
+from dida_tools.utils.data.doctor import Finding, examine, main, shared_area
+from dida_tools.utils.data.fingerprint import splits_of, suggest
+from dida_tools.utils.data.pairs import MaskReading, Pairs
 
 Examine = Callable[..., list[Finding]]
 RNG = np.random.default_rng(0)
@@ -29,212 +31,133 @@ def masks(count: int = 3, values: Any = (0, 1), shape: tuple[int, ...] = (40, 44
 
 @pytest.fixture
 def examined(tmp_path: Path, write: Any) -> Examine:
-    """Writes parts {"train": (images, masks), ...}, and gives what the doctor says of them as the command calls it."""
+    """Write splits {"train": (images, masks), ...}, and return what the doctor's command finds."""
 
-    def examine_all(ending: str = ".npy", nodata: float | None = None, **parts: Any) -> list[Finding]:
-        for part, (inputs, targets) in parts.items():
+    def examine_all(**splits: Any) -> list[Finding]:
+        for split, (inputs, targets) in splits.items():
             for number, (image, mask) in enumerate(zip(inputs, targets, strict=True)):
-                write(tmp_path / part / "x" / f"{number}{ending}", image)
-                write(tmp_path / part / "y" / f"{number}{ending}", mask)
-        return examine_folder(tmp_path, nodata)
+                write(tmp_path / split / "x" / f"{number}.npy", image)
+                write(tmp_path / split / "y" / f"{number}.npy", mask)
+        return examine_folder(tmp_path)
 
     return examine_all
 
 
-def examine_folder(folder: Path, nodata: float | None = None) -> list[Finding]:
-    datasets = {part: NpyDataset(*places, nodata=nodata) for part, places in folders_of(folder).items()}
-    suggestion = suggest(datasets["train"])
-    return examine(datasets, folder, suggestion["DATASET_CONFIG"]["task"], suggestion.get("MASK_VALUES"))
+def examine_folder(folder: Path) -> list[Finding]:
+    splits = {split: Pairs(*places) for split, places in splits_of(folder).items()}
+    suggestion = suggest(splits["train"])
+    reading = MaskReading(suggestion["DATASET_CONFIG"]["task"], suggestion.get("MASK_VALUES"))
+    return examine(splits, folder, reading)
 
 
-def assert_only(findings: list[Finding], text: str, *files: str, is_problem: bool = False) -> None:
-    assert len(findings) == 1, report(findings)
+def assert_only(findings: list[Finding], text: str, *files: str, is_problem: bool = True) -> None:
+    assert len(findings) == 1, findings
     assert re.search(text, findings[0].text), findings[0].text
     assert (list(findings[0].files), findings[0].is_problem) == (list(files), is_problem)
 
 
-# ----------------------------------------------------------------------------------------------------------- sound data
+# ------------------------------------------------------------------------------------------------- valid data
 
 
 @pytest.mark.parametrize("values", [(0, 1), (0, 1, 2, 255), (1, 2)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_nothing_is_said_of_sound_data(examined: Examine, values: tuple[int, ...], dtype: str) -> None:
-    parts = {part: (images(4, dtype=dtype), masks(4, values)) for part in ("train", "test", "validation")}
-    findings = examined(**parts)
-    assert findings == [] and report(findings) == "doctor: nothing found"
-
-
-def test_nothing_is_said_of_labels_colors_and_numbers(tmp_path: Path, write: Any) -> None:
-    colors = np.array([(0, 0, 0), (255, 255, 255), (255, 0, 0)], np.uint8)
-    targets = {
-        "labels": lambda: RNG.integers(0, 2, (40, 44, 4)).astype(np.uint8),
-        "colors": lambda: colors[RNG.integers(0, 3, (40, 44))],
-        "numbers": lambda: RNG.random((40, 44)).astype(np.float32),
-    }
-    for kind, make in targets.items():
-        for part in ("train", "test"):
-            for number, image in enumerate(images(2)):
-                write(tmp_path / kind / part / "x" / f"{number}.npy", image)
-                write(tmp_path / kind / part / "y" / f"{number}.npy", make())
-        assert examine_folder(tmp_path / kind) == [], kind
-
-
-# ------------------------------------------------------------------------------------------------------- axes and masks
-
-
-def test_channels_first(examined: Examine) -> None:
-    first = [np.moveaxis(image, -1, 0) for image in images(2)]
-    found = examined(train=(first, masks(2)))
-    assert_only(found, "2 images with channels first", "train/x/0.npy", "train/x/1.npy", is_problem=True)
-
-
-def test_channels_first_of_both(examined: Examine) -> None:
-    first = [np.moveaxis(image, -1, 0) for image in images(2)]
-    (found,) = examined(train=(first, [mask[None] for mask in masks(2)]))
-    assert "2 images with channels first" in found.text and found.is_problem
-
-
-def test_channels_first_of_masks(examined: Examine) -> None:
-    assert_only(
-        examined(train=(images(1), [masks(1)[0][None]])), "1 mask with", "train/y/0.npy", is_problem=True
-    )
-
-
-def test_flat_images_have_their_channels_last(examined: Examine) -> None:
-    assert examined(train=(images(2, (12, 90, 40)), masks(2, shape=(12, 90)))) == []
-
-
-def test_masks_of_0_and_255(examined: Examine) -> None:
-    findings = examined(train=(images(), masks(values=(0, 255))), test=(images(), masks(values=(0, 255))))
-    assert_only(findings, r"masks of 0 and 255: .*MASK_VALUES=\{255: 1\}")
-
-
-def test_masks_of_0_and_255_among_others(examined: Examine) -> None:
-    found = examined(train=(images(), [*masks(2), *masks(1, (0, 255))]))
-    assert_only(found, "1 mask of 0 and 255 among masks of 0 and 1", "train/y/2.npy", is_problem=True)
-
-
-def test_ignored_pixels_are_no_foreground(examined: Examine) -> None:
-    assert examined(train=(images(), [*masks(2, (0, 1, 2)), *masks(1, (0, 255))])) == []
-
-
-def test_masks_that_are_nearly_all_ignored(examined: Examine) -> None:
-    targets = masks(3, (0, 1, 255))
-    targets[1][:39], targets[1][39:] = 255, 1
-    targets[2][:34] = 255  # two thirds of the rest, 10 %, count
-    assert_only(examined(train=(images(), targets)), "1 mask with less than 5%", "train/y/1.npy")
+def test_nothing_is_found_in_valid_data(examined: Examine, values: tuple[int, ...], dtype: str) -> None:
+    splits = {split: (images(4, dtype=dtype), masks(4, values)) for split in ("train", "test", "validation")}
+    assert examined(**splits) == []
 
 
 @pytest.mark.parametrize(
-    ("train", "test", "text", "label", "is_problem"),
+    "make",
     [
-        ((0, 1), (0, 1, 2), "1 class of test not in train", "class 2", True),
-        ((0, 1, 2), (0, 1), "1 class of train not in test", "class 2", False),
+        lambda: RNG.integers(0, 2, (40, 44, 4)).astype(np.uint8),
+        lambda: np.uint8([(0, 0, 0), (255, 255, 255), (255, 0, 0)])[RNG.integers(0, 3, (40, 44))],
+        lambda: RNG.random((40, 44)).astype(np.float32),
+    ],
+    ids=["labels", "colors", "numbers"],
+)
+def test_nothing_is_found_in_labels_colors_and_numbers(examined: Examine, make: Any) -> None:
+    assert examined(**{split: (images(2), [make(), make()]) for split in ("train", "test")}) == []
+
+
+# --------------------------------------------------------------------------------------- axes, masks, classes
+
+
+def test_channels_first(examined: Examine) -> None:
+    first, text = [np.moveaxis(image, -1, 0) for image in images(2)], "files? with channels first"
+    assert_only(examined(train=(first, masks(2))), f"2 {text}", "train/x/0.npy", "train/x/1.npy")
+    found = examined(train=(first, [mask[None] for mask in masks(2)]))
+    assert_only(found, f"2 {text}", "train/x/0.npy", "train/x/1.npy")
+    found = examined(train=(images(2), [masks(1)[0][None], *masks(1)]))
+    assert_only(found, f"1 {text}", "train/y/0.npy")
+    assert examined(train=(images(2, (12, 90, 40)), masks(2, shape=(12, 90)))) == []  # flat, channels last
+
+
+def test_masks_of_0_and_255(examined: Examine) -> None:
+    either, both = masks(values=(0, 255)), masks(2)
+    text = r"masks of 0 and 255: .*MASK_VALUES=\{255: 1\}"
+    assert_only(examined(train=(images(), either), test=(images(), either)), text, is_problem=False)
+    found = examined(train=(images(), [*both, either[0]]), test=(images(), masks()))
+    assert_only(found, "1 mask of 0 and 255 among masks of 0 and 1", "train/y/2.npy")
+    others = masks(3, (0, 1, 2))  # ignored pixels are no foreground
+    assert examined(train=(images(), [*others[:2], either[0]]), test=(images(), others)) == []
+
+
+LABELS = masks(3, shape=(40, 44, 4))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "text", "is_problem"),
+    [
+        (masks(3, (0, 1)), masks(3, (0, 1, 2)), "1 class of test not in train: nothing", True),
+        (masks(3, (0, 1, 2)), masks(3, (0, 1)), "1 class of train not in test: the results", False),
+        (LABELS, [mask * np.uint8([1, 1, 0, 1]) for mask in LABELS], "1 class of train not in test", False),
     ],
 )
-def test_a_class_that_one_part_lacks(
-    examined: Examine, train: Any, test: Any, text: str, label: str, is_problem: bool
+def test_a_class_that_one_split_lacks(
+    examined: Examine, train: Any, test: Any, text: str, is_problem: bool
 ) -> None:
-    findings = examined(train=(images(), masks(3, train)), test=(images(), masks(3, test)))
-    assert_only(findings, text, label, is_problem=is_problem)
+    found = examined(train=(images(), train), test=(images(), test))
+    assert_only(found, text, "class 2", is_problem=is_problem)
 
 
-def test_a_label_that_one_part_lacks(examined: Examine) -> None:
-    train = masks(2, shape=(40, 44, 4))
-    test = [mask * np.uint8([1, 1, 0, 1]) for mask in masks(2, shape=(40, 44, 4))]
-    assert_only(
-        examined(train=(images(2), train), test=(images(2), test)), "1 class of train not in test", "class 2"
-    )
+# --------------------------------------------------------------------------------------------------- copies
 
 
-# ------------------------------------------------------------------------------------------------------------- channels
-
-
-def test_constant_channels(examined: Examine) -> None:
-    inputs = images(shape=(40, 44, 4))
-    for image in inputs:
-        image[..., 2] = 7
-    inputs[1][..., 0] = 9
-    findings = examined(train=(inputs, masks()))
-    assert [finding.text.partition(":")[0] for finding in findings] == [
-        "channel 2 has the same value in all images",
-        "channel 0 is constant in 1 image of 3",
-    ]
-    assert list(findings[1].files) == ["train/x/1.npy"] and not any(
-        finding.is_problem for finding in findings
-    )
-
-
-def test_equal_channels(examined: Examine) -> None:
-    inputs = images(shape=(40, 44, 5))
-    for image in inputs:
-        image[..., 3] = image[..., 1]
-    inputs[0][..., 2] = inputs[0][..., 0]  # in one image only
-    assert_only(examined(train=(inputs, masks())), "channels 1, 3 are equal in all images")
-
-
-# ----------------------------------------------------------------------------------------------------------- duplicates
-
-
-def test_an_image_of_two_parts(examined: Examine) -> None:
+def test_an_image_of_two_splits(examined: Examine, tmp_path: Path, write: Any) -> None:
     train, targets = (images(), masks()), masks()
     targets[0] = train[1][2]
-    findings = examined(train=train, test=([train[0][2], *images(2)], targets))
-    assert_only(
-        findings,
-        "1 image is the same as one of another part",
-        "test/x/0.npy = train/x/2.npy",
-        is_problem=True,
-    )
+    found = examined(train=train, test=([train[0][2], *images(2)], targets))
+    text = "1 image: each is the same as one of another split; results on what was trained on"
+    assert_only(found, text, "test/x/0.npy = train/x/2.npy")
+    for kind, array in (("x", train[0][1]), ("y", train[1][1])):  # in another format
+        write(tmp_path / "test" / kind / "other.png", array)
+    found = examine_folder(tmp_path)
+    assert_only(found, "2 images", "test/x/other.png = train/x/1.npy", "test/x/0.npy = train/x/2.npy")
 
 
-def test_an_image_in_two_formats(tmp_path: Path, write: Any, examined: Examine) -> None:
-    train = (images(), masks())
-    for kind, values in (("x", train[0][1]), ("y", train[1][1])):
-        write(tmp_path / "test" / kind / "other.png", values)
-    findings = examined(train=train)
-    assert_only(findings, "1 image is the same as one", "test/x/other.png = train/x/1.npy", is_problem=True)
-
-
-def test_an_image_twice_in_one_part(examined: Examine) -> None:
+def test_an_image_twice_in_one_split(examined: Examine) -> None:
     inputs, targets = images(), masks()
-    findings = examined(train=([*inputs, inputs[0]], [*targets, targets[0]]))
-    assert_only(findings, "1 image is the same as one of the same part", "train/x/3.npy = train/x/0.npy")
-
-
-def test_an_image_with_two_masks(examined: Examine) -> None:
-    inputs = images()
-    findings = examined(train=([*inputs, inputs[0]], masks(4)))
-    assert_only(findings, "same part, with another mask", "train/x/3.npy = train/x/0.npy", is_problem=True)
+    found = examined(train=([*inputs, inputs[0]], [*targets, targets[0]]))
+    assert_only(
+        found, "1 image: .* of the same split; a val", "train/x/3.npy = train/x/0.npy", is_problem=False
+    )
+    found = examined(train=([*inputs, inputs[0]], [*targets, targets[1]]))
+    assert_only(found, "same split, with another mask", "train/x/3.npy = train/x/0.npy")
 
 
 @pytest.mark.parametrize("turn", [np.flipud, np.fliplr, np.rot90, lambda array: np.rot90(array, 2)])
-def test_a_turned_copy(examined: Examine, turn: Any) -> None:
+def test_a_rotated_copy(examined: Examine, turn: Any) -> None:
     train = (images(dtype="float32"), masks())
-    findings = examined(train=train, test=([turn(train[0][1])], [turn(train[1][1])]))
-    text = "1 image is a flipped or turned copy of one of another part"
-    assert_only(findings, text, "test/x/0.npy = train/x/1.npy", is_problem=True)
+    found = examined(train=train, test=([turn(train[0][1])], [turn(train[1][1])]))
+    assert_only(found, "is a flipped or rotated copy of one of another split", "test/x/0.npy = train/x/1.npy")
 
 
-def test_blank_images_are_no_duplicates(examined: Examine) -> None:
+def test_blank_images_are_no_copies(examined: Examine) -> None:
     blank = [np.full((40, 44, 3), 5, np.uint8)]
-    findings = examined(train=(images() + blank * 2, masks(5)), test=(images() + blank, masks(4)))
-    names = ["train/x/3.npy", "train/x/4.npy", "test/x/3.npy"]
-    assert_only(findings, "3 images of one value alone", *names)
+    assert examined(train=(images() + blank * 2, masks(5)), test=(images() + blank, masks(4))) == []
 
 
-# -------------------------------------------------------------------------------------------------- places on the earth
-
-
-def write_tile(path: Path, crs: str | None, to_map: Affine, size: int = 40) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profile = {"driver": "GTiff", "height": size, "width": size, "count": 1, "dtype": "uint8"}
-    with rasterio.open(path, "w", crs=crs, transform=to_map, **profile) as raster:
-        raster.write(RNG.integers(1, 200, (1, size, size), dtype=np.uint8))
-    mask = path.parents[1] / "y" / path.name
-    mask.parent.mkdir(exist_ok=True)
-    with rasterio.open(mask, "w", crs=crs, transform=to_map, **profile) as raster:
-        raster.write(RNG.integers(0, 2, (1, size, size), dtype=np.uint8))
+# ---------------------------------------------------------------------------------------- places on the earth
 
 
 def utm(column: float, row: float) -> Affine:
@@ -242,75 +165,80 @@ def utm(column: float, row: float) -> Affine:
     return from_origin(400_000 + 10 * column, 5_800_000 - 10 * row, 10, 10)
 
 
-def tiles(
-    folder: Path, test: tuple[str | None, Affine], train_crs: str | None = "EPSG:32633"
-) -> list[Finding]:
-    """A row of three tiles for training, and one for the test."""
-    for number in range(3):
-        write_tile(folder / "train" / "x" / f"{number}.tif", train_crs, utm(40 * number, 0))
-    write_tile(folder / "test" / "x" / "a.tif", *test)
-    return examine_folder(folder)
+@pytest.fixture
+def tiles(tmp_path: Path, write: Any) -> Examine:
+    """Examine a row of three tiles of 40 x 40 pixels for training, and one for the test."""
+
+    def examine_tiles(crs: str | None, to_map: Affine, of_train: str | None = "EPSG:32633") -> list[Finding]:
+        places = [(f"train/{n}", of_train, utm(40 * n, 0)) for n in range(3)] + [("test/a", crs, to_map)]
+        for name, own_crs, own_place in places:
+            split, _, stem = name.partition("/")
+            for kind, array in (("x", images(1, (40, 40))[0]), ("y", masks(1, shape=(40, 40))[0])):
+                write(tmp_path / split / kind / f"{stem}.tif", array, crs=own_crs, transform=own_place)
+        return examine_folder(tmp_path)
+
+    return examine_tiles
 
 
-@pytest.mark.parametrize(("row", "share"), [(10, 75), (-30, 25), (0, 100), (39, 2)])
+@pytest.mark.parametrize(
+    ("row", "percent"), [(10, 75), (-30, 25), (0, 100), (39, 2), (40, 0), (-40, 0), (4000, 0)]
+)
 @pytest.mark.parametrize("crs", ["EPSG:32633", None])
-def test_tiles_that_overlap(tmp_path: Path, row: int, share: int, crs: str | None) -> None:
-    found = tiles(tmp_path, (crs, utm(40, row)), crs)
-    assert_only(
-        found, f"overlap, by up to {share}%", f"test/x/a.tif = train/x/1.tif ({share}%)", is_problem=True
-    )
+def test_tiles_that_overlap_or_touch(tiles: Examine, row: int, percent: int, crs: str | None) -> None:
+    found = tiles(crs, utm(40, row), crs)
+    if percent:
+        assert_only(found, f"overlap, by up to {percent}%", f"test/x/a.tif = train/x/1.tif ({percent}%)")
+    else:
+        assert found == []
 
 
-def test_tiles_that_overlap_several(tmp_path: Path) -> None:
-    (found,) = tiles(tmp_path, ("EPSG:32633", utm(50, 20)))
+def test_tiles_that_overlap_several(tiles: Examine) -> None:
+    (found,) = tiles("EPSG:32633", utm(50, 20))
     assert list(found.files) == ["test/x/a.tif = train/x/1.tif (38%)", "test/x/a.tif = train/x/2.tif (12%)"]
+    assert tiles(None, utm(40, 0)) == []  # without a common coordinate system
 
 
-@pytest.mark.parametrize("row", [40, -40, 4000])
-def test_tiles_that_touch_or_lie_apart(tmp_path: Path, row: int) -> None:
-    assert tiles(tmp_path, ("EPSG:32633", utm(40, row))) == []
-
-
-@pytest.mark.parametrize("row", [0, 41, -41])
-def test_tiles_in_two_coordinate_systems(tmp_path: Path, row: int) -> None:
-    # The same ground in the neighboring zone, where north is turned by some degrees: bounding boxes would overlap.
+@pytest.mark.parametrize("row", [0, 20, 41, -41])
+def test_tiles_in_two_coordinate_systems(tiles: Examine, row: int) -> None:
+    # The same ground in the neighboring zone, where north is turned by some degrees: bounding boxes would
+    # overlap.
     places = xy(utm(40, row), [0, 0, 1], [0, 1, 0], offset="ul")
     (x, x_right, x_down), (y, y_right, y_down) = transform("EPSG:32633", "EPSG:32632", *places)
-    turned = Affine(x_right - x, x_down - x, x, y_right - y, y_down - y, y)
-    assert abs(turned.b) > 0.1
-    found = tiles(tmp_path, ("EPSG:32632", turned))
-    if row:
+    rotated = Affine(x_right - x, x_down - x, x, y_right - y, y_down - y, y)
+    assert abs(rotated.b) > 0.1
+    found = tiles("EPSG:32632", rotated)
+    if abs(row) > 40:
         assert found == []
     else:
-        assert_only(found, "overlap", "test/x/a.tif = train/x/1.tif (100%)", is_problem=True)
-
-
-def test_tiles_without_a_common_coordinate_system(tmp_path: Path) -> None:
-    assert tiles(tmp_path, (None, utm(40, 0))) == []
+        assert len(found) == 1 and found[0].files[0].startswith("test/x/a.tif = train/x/1.tif")
+        percent = re.search(r"by up to (\d+)%", found[0].text)
+        assert percent and int(percent[1]) == pytest.approx(100 - row * 100 / 40, abs=3)
 
 
 def test_shared_area_is_that_of_a_fine_grid() -> None:
     y, x = np.mgrid[-2:2:801j, -2:2:801j]
-    square = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], float)
-    for angle, shift, orientation in ((0.3, (0.4, -0.2), 1), (0.8, (1.5, 1.5), -1), (1.2, (0.9, 0.1), -1)):
-        cos, sin = np.cos(angle), np.sin(angle)
-        turned = (square @ np.array([[cos, sin], [-sin, cos]]) * 0.7 + shift)[::orientation]
-        u, v = (x - shift[0]) * cos + (y - shift[1]) * sin, (y - shift[1]) * cos - (x - shift[0]) * sin
-        inside = (np.maximum(abs(u), abs(v)) < 0.7) & (np.maximum(abs(x), abs(y)) < 1)
-        expected = inside.sum() * 0.005**2 / 1.4**2
-        assert shared_area(square, turned) == pytest.approx(expected, abs=0.01)
-        assert shared_area(turned + 5e6, square + 5e6) == pytest.approx(expected, abs=0.01)
+    one = np.array([[0, 0], [2, 2]], float)
+    others = np.array([[[0.4, -0.2], [1, 2]], [[1.2, 1.2], [1, 1]], [[0, 0.1], [3, 3]], [[1.5, 0], [1, 1]]])
+    for (center, size), shared in zip(others, shared_area(one, others), strict=True):
+        inside = (
+            (np.maximum(abs(x), abs(y)) < 1)
+            & (abs(x - center[0]) < size[0] / 2)
+            & (abs(y - center[1]) < size[1] / 2)
+        )
+        assert shared == pytest.approx(inside.sum() * 0.005**2 / min(4, size.prod()), abs=0.01)
+    moved = np.array([[5e6, 5e6], [0, 0]])
+    np.testing.assert_allclose(shared_area(one + moved, others + moved), shared_area(one, others), atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------- values and nodata
+# -------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(("factor", "finds"), [(1e-4, True), (200.0, True), (3.0, False)])
-def test_parts_in_other_units(examined: Examine, factor: float, finds: bool) -> None:
+def test_splits_in_other_units(examined: Examine, factor: float, finds: bool) -> None:
     test = [(image * factor).astype(np.float32) for image in images()]
     found = examined(train=(images(dtype="float32"), masks()), test=(test, masks()))
     if finds:
-        assert_only(found, "the values of test are around .*, those of train around", is_problem=True)
+        assert_only(found, "the values of test are around .*, those of train around")
     else:
         assert found == []
 
@@ -318,55 +246,91 @@ def test_parts_in_other_units(examined: Examine, factor: float, finds: bool) -> 
 def test_an_image_in_other_units(examined: Examine) -> None:
     inputs = images(5, dtype="float32")
     inputs[3] /= 10_000
-    assert_only(examined(train=(inputs, masks(5))), "1 image with values 1000 times", "train/x/3.npy")
-
-
-def test_images_without_data(examined: Examine) -> None:
-    inputs = images(4)
-    inputs[1][:39] = 0
-    inputs[2][:36] = 0  # 90 %
-    findings = examined(train=(inputs, masks(4)), nodata=0)
-    assert_only(findings, "1 image with data in less than 5% of the pixels", "train/x/1.npy")
-
-
-def test_images_of_zeros(examined: Examine) -> None:
-    inputs = images(4)
-    inputs[1][:39] = 0
-    inputs[2][:, :, 0] = RNG.integers(0, 2, (40, 44))  # single channels may be 0
-    assert_only(examined(train=(inputs, masks(4))), "1 image with 0 in more than 95%", "train/x/1.npy")
-
-
-# ------------------------------------------------------------------------------------------------------------ refusals
+    text = "1 image with values 1000 times"
+    assert_only(examined(train=(inputs, masks(5))), text, "train/x/3.npy", is_problem=False)
 
 
 def test_what_training_would_refuse(examined: Examine) -> None:
     inputs = images(4, dtype="float32")
     inputs[1][3, 4], inputs[2][0, 0, 0] = np.nan, np.inf
     found = examined(train=(inputs, masks(4)), test=(images(), masks()))
-    by_problem = {finding.text: list(finding.files) for finding in found}
-    damaged = "2 files would be refused, as the first of them: 3 values are NaN or infinite: replace them, or name them"
-    assert by_problem.pop(damaged + " as nodata.") == ["train/x/1.npy", "train/x/2.npy"]
-    (other,) = by_problem
-    assert (
-        other.startswith("3 files would be refused")
-        and "it is uint8, the model was trained on float32" in other
-    )
+    by_text = {finding.text: list(finding.files) for finding in found}
+    damaged = "2 files would be refused, as the first of them: 3 values are NaN or infinite: replace them, "
+    assert by_text.pop(f"{damaged}or name them as nodata.") == ["train/x/1.npy", "train/x/2.npy"]
+    (other,) = by_text
+    assert other.startswith("3 files would be refused")
+    assert "it is uint8, the model was trained on float32" in other
     assert all(finding.is_problem for finding in found)
 
 
-# ------------------------------------------------------------------------------------------------------------- command
+# --------------------------------------------------------------------------------------------------- command
 
 
-def test_the_command_ends_with_1_for_problems_alone(
+def test_the_command_prints_what_is_there_and_what_is_wrong(
     tmp_path: Path, examined: Examine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    examined(train=(images(), masks(values=(0, 255))))
-    assert main([str(tmp_path)]) == 0
-    assert "\ndoctor: 1 remark\n  remark   masks of 0 and 255" in capsys.readouterr().out
     pairs = (images(6), masks(6, (0, 255)))
-    examined(train=pairs, test=pairs)
+    pairs[0][0][..., 0] = 7
+    examined(train=pairs)
+    before = sorted(tmp_path.rglob("*"))
+    assert main([str(tmp_path)]) == 0
+    assert sorted(tmp_path.rglob("*")) == before  # it writes nothing
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        f"  train          {tmp_path}",
+        "  images         6",
+        "  sizes          40 x 44",
+        "  channels       3",
+        "  dtypes         uint8",
+        "  mask channels  1",
+        "  mask dtypes    uint8",
+        "  doctor         1 finding",
+        "  MODEL_CONFIG = {'ch_in': 3, 'ch_out': 2}",
+        "  DATASET = NpyDataset",
+        "  MASK_VALUES = {255: 1}",
+    ):
+        assert line in lines, line
+    text = "\n".join(lines)
+    for pattern in (
+        r"mask values    0: \d\d\.\d\d%, 255: ",
+        r"channel 1      min 1, max 199, mean 1?\d\d\.?\d*, std 5\d\.\d+\n",
+        "remark         masks of 0 and 255: train.py --data takes 255",
+        r"METRICS = \{'f1': f1, 'precision': precision",
+    ):
+        assert re.search(pattern, text), pattern
+    examined(test=pairs)
     assert main([str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "\ndoctor: 1 problem, 1 remark\n  PROBLEM  6 images are the same as others of another part" in out
+    assert "  PROBLEM        6 images: each is the same as one of another split" in out
     assert "test/x/2.npy = train/x/2.npy, and 3 more remark masks of" in " ".join(out.split())
-    assert "This suggests" in out and max(map(len, out.splitlines())) <= 120
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_the_command_names_what_is_wrong(
+    tmp_path: Path, examined: Examine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(lambda: main([str(tmp_path / "missing")])) == 1
+    out, error = capsys.readouterr()
+    assert (
+        out == ""
+        and error.startswith("DataError: the data has 1 problem:")
+        and str(tmp_path / "missing") in error
+    )
+    examined(train=(images(), masks()))
+    (tmp_path / "train" / "y" / "0.npy").unlink()
+    (tmp_path / "train" / "y" / "1.npy").unlink()
+    assert exit_code(lambda: main([str(tmp_path)])) == 1
+    error = capsys.readouterr().err
+    assert "0.npy: has no mask" in error and "1.npy: has no mask" in error
+
+
+@pytest.mark.parametrize("command", [module, fingerprint_module])
+def test_both_commands_are_the_doctor(
+    examined: Examine, tmp_path: Path, run_python: Any, command: Any
+) -> None:
+    examined(train=(images(), masks()))
+    code = (
+        f"import runpy, sys\nsys.argv[0] = 'x'\nrunpy.run_module({command.__name__!r}, run_name='__main__')"
+    )
+    lines = run_python(code, tmp_path).splitlines()
+    assert "  doctor         nothing found" in lines and "  DATASET = NpyDataset" in lines

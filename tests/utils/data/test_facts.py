@@ -1,3 +1,5 @@
+"""Facts of files are those of numpy, found by bands in little memory; the cache is never wrong."""
+
 import hashlib
 import json
 import os
@@ -5,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +16,29 @@ import pytest
 
 import dida_tools
 from dida_tools.utils.data import facts as module
-from dida_tools.utils.data.facts import has_data, merge_moments, scan_files, scan_image, scan_mask
+from dida_tools.utils.data.facts import has_data, scan_files, scan_image, scan_mask
 
-ROOT = Path(dida_tools.__file__).parents[1]
-BANDS = pytest.mark.parametrize("band_values", [1, 500, 2**22])
+Scan = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def images(tmp_path: Path, write: Any) -> list[Path]:
-    rng = np.random.default_rng(0)
-    return [
-        write(tmp_path / "x" / f"{n}.npy", rng.integers(0, 200, (20, 31, 3), dtype=np.uint8) + 10 * n)
-        for n in range(4)
-    ]
+def scan(tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch) -> Scan:
+    """Scan an array by bands of one row, of several, and at once: the facts are the same."""
+
+    def scan_all(array: np.ndarray, scan: Scan = scan_image, name: str = "a.npy", **options: Any) -> dict:
+        path = write(tmp_path / name, array)
+        found = []
+        for band_values in (1, 500, 2**22):
+            monkeypatch.setattr(module, "_BAND_VALUES", band_values)
+            found.append(scan(path, **options))
+            assert json.loads(json.dumps(found[-1], allow_nan=False)) == found[-1]
+            for key in ("mean", "m2"):  # sums of bands round otherwise
+                np.testing.assert_allclose(found[-1].get(key, 0), found[0].get(key, 0), rtol=1e-9, atol=1e-9)
+        same = [{key: one[key] for key in one if key not in ("mean", "m2", "places")} for one in found]
+        assert same[0] == same[1] == same[2]
+        return found[-1]
+
+    return scan_all
 
 
 def assert_statistics(facts: dict[str, Any], pixels: np.ndarray) -> None:
@@ -36,167 +49,123 @@ def assert_statistics(facts: dict[str, Any], pixels: np.ndarray) -> None:
     np.testing.assert_allclose(facts["m2"], values.var(0) * len(values), rtol=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------------------------------------- images
 
 
-@BANDS
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32", "float64"])
-def test_statistics_are_those_of_numpy(
-    tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, band_values: int
-) -> None:
-    monkeypatch.setattr(module, "_BAND_VALUES", band_values)
+def test_statistics_are_those_of_numpy(tmp_path: Path, scan: Scan, dtype: str) -> None:
     image = (np.random.default_rng(0).normal(100, 30, (37, 21, 5)) * np.arange(1, 6) / 5).astype(dtype)
-    facts = scan_image(write(tmp_path / "image.npy", image))
+    facts = scan(image)
     assert_statistics(facts, image.reshape(-1, 5))
-    assert (facts["shape"], facts["dtype"], facts["nodata"], facts["damaged"]) == (
-        [37, 21, 5],
-        dtype,
-        None,
-        0,
-    )
+    expected = {
+        "shape": [37, 21, 5],
+        "dtype": dtype,
+        "nodata": None,
+        "damaged": 0,
+        "missing": 0,
+        "grid": None,
+    }
+    assert expected.items() <= facts.items()
+    assert facts["sha256"] == hashlib.sha256((tmp_path / "a.npy").read_bytes()).hexdigest()
 
 
-@BANDS
 @pytest.mark.parametrize("dtype", ["float32", "float64", "uint32"])
-def test_statistics_survive_large_means(
-    tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, band_values: int
-) -> None:
-    monkeypatch.setattr(module, "_BAND_VALUES", band_values)
+def test_statistics_survive_large_means(scan: Scan, dtype: str) -> None:
     image = (1e6 + np.random.default_rng(0).choice([-1, 1], (60, 50, 2))).astype(dtype)
-    facts = scan_image(write(tmp_path / "image.npy", image))
+    facts = scan(image)
     assert_statistics(facts, image.reshape(-1, 2))
     np.testing.assert_allclose(np.sqrt(np.array(facts["m2"]) / 3000), 1, rtol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64"])
-def test_merged_statistics_are_those_of_all_pixels_together(tmp_path: Path, write: Any, dtype: str) -> None:
-    rng = np.random.default_rng(1)
-    parts = [rng.normal(50 * n, 3, (10 + n, 7, 2)).clip(0, 255).astype(dtype) for n in range(5)]
-    moments: Any = (0, 0.0, 0.0)
-    for number, part in enumerate(parts):
-        facts = scan_image(write(tmp_path / f"{number}.npy", part))
-        moments = merge_moments(moments, tuple(np.array(facts[name]) for name in ("count", "mean", "m2")))
-    pixels = np.concatenate([part.reshape(-1, 2) for part in parts]).astype(np.float64)
-    np.testing.assert_allclose(moments[1], pixels.mean(0), rtol=1e-13)
-    np.testing.assert_allclose(moments[2] / moments[0], pixels.var(0), rtol=1e-10)
-
-
-@BANDS
 @pytest.mark.parametrize(
     ("dtype", "nodata"), [("uint8", 0), ("int16", -9999), ("float32", -9999), ("float32", np.nan)]
 )
-def test_pixels_without_data_are_left_out(
-    tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, nodata: float, band_values: int
-) -> None:
-    monkeypatch.setattr(module, "_BAND_VALUES", band_values)
+def test_pixels_without_data_are_left_out(scan: Scan, dtype: str, nodata: float) -> None:
     rng = np.random.default_rng(2)
     image = rng.integers(1, 100, (24, 25, 3)).astype(dtype)
     missing = rng.random((24, 25)) < 0.4
     missing[:3] = True
     image[missing] = nodata
-    facts = scan_image(write(tmp_path / "image.npy", image), nodata=nodata)
+    facts = scan(image, nodata=nodata)
     assert_statistics(facts, image[~missing])
-    assert facts["damaged"] == 0
+    assert (facts["damaged"], facts["missing"]) == (0, missing.sum())
 
 
-def test_a_pixel_lacks_data_only_if_all_its_channels_do(tmp_path: Path, write: Any) -> None:
+def test_a_pixel_lacks_data_only_if_all_its_channels_do(scan: Scan) -> None:
     image = np.array([[[0, 5], [0, 0], [7, 0]]], np.uint8)
-    facts = scan_image(write(tmp_path / "image.npy", image), nodata=0)
+    facts = scan(image, nodata=0)
     assert_statistics(facts, np.array([[0, 5], [7, 0]]))
+    assert (facts["missing"], facts["zeros"]) == (1, 1)
+    pixels = np.array([[[0, 0], [0, 1]], [[np.nan, np.nan], [np.nan, 1]]])
+    for nodata, expected in ((None, [[1, 1], [1, 1]]), (0, [[0, 1], [1, 1]]), (np.nan, [[1, 1], [0, 1]])):
+        assert np.array_equal(has_data(pixels, nodata), np.array(expected, bool))
 
 
 def test_the_nodata_value_of_the_file_counts_unless_another_is_given(tmp_path: Path, write: Any) -> None:
-    image = np.array([[1, 2], [3, 3]], np.float32)
-    path = write(tmp_path / "image.tif", image, nodata=3)
+    path = write(tmp_path / "image.tif", np.array([[1, 2], [3, 3]], np.float32), nodata=3)
     assert_statistics(scan_image(path), np.array([[1], [2]]))
     assert_statistics(scan_image(path, nodata=1), np.array([[2], [3], [3]]))
 
 
-def test_an_image_without_any_data_has_empty_statistics(tmp_path: Path, write: Any) -> None:
-    facts = scan_image(write(tmp_path / "image.npy", np.zeros((5, 5, 2), np.uint8)), nodata=0)
-    assert facts["count"] == [0, 0]
-    assert all(facts[name] == [0, 0] for name in ("min", "max", "mean", "m2"))
+def test_an_image_without_any_data_has_empty_statistics(scan: Scan) -> None:
+    facts = scan(np.zeros((5, 5, 2), np.uint8), nodata=0)
+    assert all(facts[name] == [0, 0] for name in ("count", "min", "max", "mean", "m2"))
 
 
-@BANDS
-def test_damaged_values_are_counted_and_left_out(
-    tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch, band_values: int
-) -> None:
-    monkeypatch.setattr(module, "_BAND_VALUES", band_values)
+def test_damaged_values_are_counted_and_left_out(scan: Scan) -> None:
     image = np.random.default_rng(3).random((20, 30, 2)).astype(np.float32)
     image[3, 4, 0], image[5, 5, 1], image[19, 29] = np.nan, np.inf, -np.inf
-    facts = scan_image(write(tmp_path / "image.npy", image))
+    facts = scan(image)
     assert facts["damaged"] == 4
     assert_statistics(facts, image[np.isfinite(image).all(-1)])
 
 
-def test_the_hash_is_that_of_the_file(tmp_path: Path, write: Any) -> None:
-    path = write(tmp_path / "image.png", np.zeros((5, 5), np.uint8))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert scan_image(path)["sha256"] == scan_mask(path)["sha256"] == digest
+def test_digests_are_of_values_and_corners_of_the_grid(tmp_path: Path, write: Any) -> None:
+    image = np.random.default_rng(0).integers(0, 9, (20, 30, 2), dtype=np.uint8)
+    grid = {"crs": "EPSG:32633", "transform": (10, 0, 500_000, 0, -10, 5_000_000)}
+    facts = [scan_image(write(tmp_path / name, image)) for name in ("a.npy", "a.npz")]
+    facts.append(scan_image(write(tmp_path / "a.tif", image[..., ::-1], **grid)))
+    digests = [one["digests"] for one in facts]
+    assert digests[0] == digests[1] == digests[2][::-1] and len({*digests[0]}) == 2
+    corners = [[500_000, 5_000_000], [500_300, 5_000_000], [500_300, 4_999_800], [500_000, 4_999_800]]
+    assert facts[2]["grid"]["corners"] == corners and "UTM zone 33N" in facts[2]["grid"]["crs"]
 
 
-@pytest.mark.parametrize("nodata", [None, 0, 3, np.nan])
-def test_facts_of_images_are_json(tmp_path: Path, write: Any, nodata: float | None) -> None:
-    facts = scan_image(write(tmp_path / "image.npy", np.full((3, 3), np.float32(3))), nodata=nodata)
-    assert json.loads(json.dumps(facts, allow_nan=False)) == facts
-
-
-@pytest.mark.parametrize("nodata", [None, 0, np.nan])
-def test_has_data_keeps_all_but_the_last_dimension(nodata: float | None) -> None:
-    pixels = np.array([[[0, 0], [0, 1]], [[np.nan, np.nan], [np.nan, 1]]])
-    expected = {"None": [[1, 1], [1, 1]], "0": [[0, 1], [1, 1]], "nan": [[1, 1], [0, 1]]}[str(nodata)]
-    assert np.array_equal(has_data(pixels, nodata), np.array(expected, bool))
-
-
-def test_a_large_image_is_scanned_in_little_memory(tmp_path: Path) -> None:
+def test_a_large_image_is_scanned_in_little_memory(tmp_path: Path, memory_growth: Any) -> None:
     np.lib.format.open_memmap(tmp_path / "large.npy", "w+", np.uint8, (3000, 3000, 12)).flush()
-    code = (
-        "import resource, sys; from pathlib import Path\n"
-        f"from {dida_tools.__name__}.utils.data.facts import scan_image\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "assert scan_image(Path(sys.argv[1]))['count'] == [9_000_000] * 12\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "large.npy")]
-    grown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    imports = f"from pathlib import Path\nfrom {module.__name__} import scan_image"
+    code = "assert scan_image(Path(sys.argv[1]))['count'] == [9_000_000] * 12"
     # The pages of the mapped file itself count too, but can be taken back at any time: 103 MiB.
-    assert int(grown) / 1024 < 103 + 200
+    assert memory_growth(imports, code, tmp_path / "large.npy") < 103 + 200
 
 
-# -------------------------------------------------------------------------------------------------------------- masks
+# ------------------------------------------------------------------------------------------------------ masks
 
 
-@BANDS
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int64", "bool"])
-def test_values_of_a_mask_are_counted(
-    tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, band_values: int
-) -> None:
-    monkeypatch.setattr(module, "_BAND_VALUES", band_values)
-    mask = np.random.default_rng(4).choice(np.array([0, 1, 2, 255]).astype(dtype), (30, 41))
-    facts = scan_mask(write(tmp_path / "mask.npy", mask))
-    values, counts = np.unique(mask, return_counts=True)
-    assert facts["values"] == [list(pair) for pair in zip(values.tolist(), counts.tolist(), strict=True)]
-    assert (facts["shape"], facts["dtype"], facts["damaged"]) == ([30, 41, 1], dtype, 0)
+def masks() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(4)
+    found = {
+        f"numbers in {dtype}": rng.choice(np.array([0, 1, 2, 255]).astype(dtype), (30, 41, 1))
+        for dtype in ("uint8", "int16", "uint16", "int64", "float32", "bool")
+    }
+    for channels, dtype in ((2, "uint8"), (3, "uint8"), (4, "int16"), (5, "int16"), (12, "uint8")):
+        colors = rng.integers(0, 3, (6, channels)).astype(dtype) * 100
+        found[f"{channels} channels"] = colors[rng.integers(0, 6, (20, 31))]
+    return found
 
 
-@BANDS
-@pytest.mark.parametrize(
-    ("channels", "dtype"), [(2, "uint8"), (3, "uint8"), (4, "int16"), (5, "int16"), (12, "uint8")]
-)
-def test_colors_of_a_mask_are_counted(
-    tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch, channels: int, dtype: str, band_values: int
-) -> None:
-    monkeypatch.setattr(module, "_BAND_VALUES", band_values)
-    rng = np.random.default_rng(5)
-    colors = rng.integers(0, 3, (6, channels)).astype(dtype) * 100
-    mask = colors[rng.integers(0, 6, (20, 31))]
-    facts = scan_mask(write(tmp_path / "mask.npy", mask))
+@pytest.mark.parametrize("mask", masks().values(), ids=masks().keys())
+def test_values_of_a_mask_are_counted(scan: Scan, mask: np.ndarray) -> None:
+    facts = scan(mask, scan_mask)
+    channels = mask.shape[2]
     values, counts = np.unique(mask.reshape(-1, channels), axis=0, return_counts=True)
+    values = values if channels > 1 else values[:, 0]
     assert facts["values"] == [list(pair) for pair in zip(values.tolist(), counts.tolist(), strict=True)]
+    about = {"shape": list(mask.shape), "dtype": mask.dtype.name, "damaged": 0, "nodata": None}
+    assert about.items() <= facts.items()
 
 
-@BANDS
+@pytest.mark.parametrize("band_values", [1, 500, 2**22])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_noted_places_hold_their_value_and_are_spread(
     tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch, channels: int, band_values: int
@@ -209,44 +178,48 @@ def test_noted_places_hold_their_value_and_are_spread(
         assert len(set(places)) == len(places) >= min(16, number)
         assert all(np.array_equal(mask.reshape(-1, channels)[place], np.ravel(value)) for place in places)
     rows = np.array(facts["places"][1]) // 50
-    assert rows.min() == 10 and rows.max() == 29
-    assert facts["places"][2] == [39 * 50 + 49]
+    assert (rows.min(), rows.max(), facts["places"][2]) == (10, 29, [39 * 50 + 49])
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_mask_of_too_many_values_has_none(tmp_path: Path, write: Any, channels: int) -> None:
-    mask = np.arange(80 * 80 * channels, dtype=np.uint16).reshape(80, 80, channels)
-    facts = scan_mask(write(tmp_path / "mask.npy", mask))
-    assert facts["values"] is None and facts["places"] == []
+def test_a_mask_of_floats_or_too_many_values_has_none(scan: Scan) -> None:
+    many = np.arange(80 * 80 * 3, dtype=np.uint16).reshape(80, 80, 3)
+    for mask in (many, many[..., 0], np.array([[0.0, 1.5], [np.nan, np.inf]], np.float32)):
+        facts = scan(mask, scan_mask)
+        assert (facts["values"], facts["places"]) == (None, [])
+    assert facts["damaged"] == 2
 
 
-def test_too_many_values_in_several_bands_are_noticed_too(
-    tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_BAND_VALUES", 80)
-    facts = scan_mask(write(tmp_path / "mask.npy", np.arange(80 * 80, dtype=np.uint16).reshape(80, 80)))
-    assert facts["values"] is None
-
-
-def test_noted_places_stay_few_in_a_mask_of_many_values(tmp_path: Path, write: Any) -> None:
+def test_noted_places_stay_few_and_colors_are_quick(tmp_path: Path, write: Any) -> None:
     facts = scan_mask(write(tmp_path / "mask.npy", np.arange(400 * 400).reshape(400, 400) % 4000))
-    assert len(facts["values"]) == 4000 and sum(map(len, facts["places"])) == 4000
+    assert len(facts["values"]) == sum(map(len, facts["places"])) == 4000
+    colors = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0]], np.uint8)
+    path = write(tmp_path / "colors.npy", colors[np.random.default_rng(0).integers(0, 3, (1000, 1000))])
+    started = time.process_time()
+    scan_mask(path)
+    assert time.process_time() - started < 1.0
 
 
-def test_a_mask_of_floats_has_no_values(tmp_path: Path, write: Any) -> None:
-    mask = np.array([[0.0, 1.5], [np.nan, np.inf]], np.float32)
-    facts = scan_mask(write(tmp_path / "mask.npy", mask))
-    assert facts["values"] is None and facts["damaged"] == 2
+def test_nodata_of_a_mask_is_no_value_but_0_is_a_class(tmp_path: Path, write: Any) -> None:
+    mask = np.array([[0, 1], [200, 200]], np.uint8)
+    assert scan_mask(write(tmp_path / "a.tif", mask, nodata=200))["values"] == [[0, 1], [1, 1]]
+    assert scan_mask(write(tmp_path / "b.tif", mask, nodata=0))["values"] == [[0, 1], [1, 1], [200, 2]]
 
 
-@pytest.mark.parametrize("shape", [(9, 8), (9, 8, 3)])
-def test_facts_of_masks_are_json(tmp_path: Path, write: Any, shape: tuple[int, ...]) -> None:
-    mask = np.random.default_rng(0).integers(0, 2, shape, dtype=np.uint8)
-    facts = scan_mask(write(tmp_path / "mask.npy", mask))
-    assert json.loads(json.dumps(facts)) == facts
+# ------------------------------------------------------------------------------------------------------ cache
 
 
-# -------------------------------------------------------------------------------------------------------------- cache
+@pytest.fixture
+def images(tmp_path: Path, write: Any) -> list[Path]:
+    rng = np.random.default_rng(0)
+    return [write(tmp_path / "x" / f"{n}.npy", rng.integers(0, 200, (20, 31, 3), dtype=np.uint8) + 10 * n)
+            for n in range(4)]  # fmt: skip
+
+
+@pytest.fixture
+def cache(tmp_path: Path, images: list[Path]) -> Path:
+    """A cache of all images, in a new folder."""
+    scan_files(images, scan_image, tmp_path / "new" / "folder" / "facts.json")
+    return tmp_path / "new" / "folder" / "facts.json"
 
 
 def never(file: Path) -> Any:
@@ -256,109 +229,82 @@ def never(file: Path) -> Any:
 never.__name__ = "scan_image"
 
 
-def test_a_scan_without_a_cache_reads_all_files(images: list[Path]) -> None:
-    assert scan_files(images, scan_image) == {file: scan_image(file) for file in images}
+def replace_content(file: Path, content: bytes, later: int = 0) -> None:
+    """Replace a file's content without a change of its time of modification, or with a small one."""
+    stat = file.stat()
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + later))
+
+
+def test_unchanged_files_are_not_read_again(images: list[Path], cache: Path) -> None:
+    expected = {file: scan_image(file) for file in images}
+    assert scan_files(images, never, cache) == scan_files(images, scan_image) == expected
+    assert scan_files([], scan_image, cache.with_name("other.json")) == {}
+    assert not cache.with_name("other.json").exists()
     with pytest.raises(AssertionError, match="was read again"):
         scan_files(images, never)
 
 
-def test_unchanged_files_are_not_read_again(tmp_path: Path, images: list[Path]) -> None:
-    cache = tmp_path / "new" / "folder" / "facts.json"
-    first = scan_files(images, scan_image, cache)
-    assert scan_files(images, never, cache) == first
-
-
-def test_a_changed_file_alone_is_read_again(tmp_path: Path, write: Any, images: list[Path]) -> None:
-    cache, read = tmp_path / "facts.json", []
+def test_a_changed_file_alone_is_read_again(write: Any, images: list[Path], cache: Path) -> None:
+    before, read = scan_files(images, never, cache), []
 
     def scan(file: Path) -> dict[str, Any]:
         read.append(file)
         return scan_image(file)
 
     scan.__name__ = "scan_image"
-    before = scan_files(images, scan, cache)
-    read.clear()
     write(images[2], np.full((20, 31, 3), 7, np.uint8))
     after = scan_files(images, scan, cache)
     assert read == [images[2]] and after[images[2]]["mean"] == [7, 7, 7]
     assert all(after[file] == before[file] for file in images if file != images[2])
-
-
-def test_a_file_of_the_same_size_and_another_time_is_read_again(
-    tmp_path: Path, write: Any, images: list[Path]
-) -> None:
-    scan_files(images, scan_image, tmp_path / "facts.json")
-    stat = images[0].stat()
-    os.utime(images[0], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert scan_files(images, never, cache) == after
+    replace_content(images[0], images[0].read_bytes(), later=1)
     with pytest.raises(AssertionError, match=r"0\.npy was read again"):
-        scan_files(images, never, tmp_path / "facts.json")
+        scan_files(images, never, cache)
 
 
 @pytest.mark.parametrize("options", [{"nodata": 0}, {"nodata": 1.5}, {"nodata": float("nan")}])
-def test_another_nodata_value_is_another_scan(
-    tmp_path: Path, images: list[Path], options: dict[str, Any]
-) -> None:
-    cache = tmp_path / "facts.json"
-    scan_files(images, scan_image, cache)
+def test_another_nodata_value_is_another_scan(images: list[Path], cache: Path, options: dict) -> None:
     found = scan_files(images, scan_image, cache, **options)
     assert found == {file: scan_image(file, **options) for file in images}
 
 
-def test_an_image_and_a_mask_in_one_file_have_facts_of_their_own(tmp_path: Path, images: list[Path]) -> None:
-    cache = tmp_path / "facts.json"
-    assert "mean" in scan_files(images, scan_image, cache)[images[0]]
-    assert "places" in scan_files(images, scan_mask, cache)[images[0]]
-    assert "mean" in scan_files(images, scan_image, cache)[images[0]]
+def test_an_image_and_a_mask_in_one_file_have_facts_of_their_own(images: list[Path], cache: Path) -> None:
+    for scan, key in ((scan_image, "mean"), (scan_mask, "places"), (scan_image, "mean")):
+        assert key in scan_files(images, scan, cache)[images[0]]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"null", bytes(100), b"\xff\xfe\x00", b'{"a": 1}'])
-def test_a_damaged_cache_is_made_anew(tmp_path: Path, images: list[Path], content: bytes) -> None:
-    cache = tmp_path / "facts.json"
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1, 2]", b"null", bytes(100), b"\xff\xfe\x00", b'{"a": 1}', None]
+)
+def test_a_damaged_or_truncated_cache_is_made_anew(images: list[Path], cache: Path, content: Any) -> None:
     expected = scan_files(images, scan_image)
-    cache.write_bytes(content)
+    cache.write_bytes(cache.read_bytes()[:-30] if content is None else content)
     assert scan_files(images, scan_image, cache) == expected
     assert scan_files(images, never, cache) == expected
 
 
-def test_a_truncated_cache_is_made_anew(tmp_path: Path, images: list[Path]) -> None:
-    cache = tmp_path / "facts.json"
-    expected = scan_files(images, scan_image, cache)
-    cache.write_bytes(cache.read_bytes()[:-30])
-    assert scan_files(images, scan_image, cache) == expected
-
-
-def test_a_cache_of_an_older_version_is_not_used(
-    tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scan_files(images, scan_image, tmp_path / "facts.json")
+def test_a_cache_of_an_older_version_is_not_used(images: list[Path], cache: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "_VERSION", module._VERSION + 1)
     with pytest.raises(AssertionError, match="was read again"):
-        scan_files(images, never, tmp_path / "facts.json")
+        scan_files(images, never, cache)
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, images: list[Path]) -> None:
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o500)
-    assert len(scan_files(images, scan_image, locked / "facts.json")) == len(images)
-
-
-def test_a_file_in_the_place_of_the_caches_folder_stops_nothing(tmp_path: Path, images: list[Path]) -> None:
     (tmp_path / "file").touch()
     assert len(scan_files(images, scan_image, tmp_path / "file" / "facts.json")) == len(images)
+    if os.name == "posix" and os.geteuid() != 0:  # root may write everywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        assert len(scan_files(images, scan_image, tmp_path / "locked" / "facts.json")) == len(images)
 
 
-def test_problems_are_told_and_not_cached(tmp_path: Path, write: Any, images: list[Path]) -> None:
-    cache = tmp_path / "facts.json"
-    content = images[1].read_bytes()
-    stat = images[1].stat()
-    images[1].write_bytes(bytes(len(content)))
-    os.utime(images[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+def test_problems_are_reported_and_not_cached(images: list[Path], tmp_path: Path) -> None:
+    cache, content = tmp_path / "facts.json", images[1].read_bytes()
+    replace_content(images[1], bytes(len(content)))
     found = scan_files(images, scan_image, cache)
     assert list(found[images[1]]) == ["problem"] and str(images[1]) in found[images[1]]["problem"]
     assert "mean" in found[images[0]]
-    images[1].write_bytes(content)
-    os.utime(images[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    replace_content(images[1], content)
     assert "mean" in scan_files(images, scan_image, cache)[images[1]]
 
 
@@ -366,31 +312,25 @@ def test_problems_are_told_and_not_cached(tmp_path: Path, write: Any, images: li
 def test_missing_files_and_dead_links_are_problems(
     tmp_path: Path, images: list[Path], with_cache: bool
 ) -> None:
-    dead = tmp_path / "x" / "dead.npy"
+    dead, missing = tmp_path / "x" / "dead.npy", tmp_path / "missing.tif"
     dead.symlink_to(tmp_path / "nowhere.npy")
-    cache = tmp_path / "facts.json" if with_cache else None
     for _ in range(2):
-        found = scan_files([*images, dead, tmp_path / "missing.tif"], scan_image, cache)
+        found = scan_files(
+            [*images, dead, missing], scan_image, tmp_path / "facts.json" if with_cache else None
+        )
         assert "dead.npy: cannot be read" in found[dead]["problem"]
-        assert "missing.tif: cannot be read" in found[tmp_path / "missing.tif"]["problem"]
+        assert "missing.tif: cannot be read" in found[missing]["problem"]
 
-
-def test_a_file_that_vanishes_while_it_is_read_is_a_problem(images: list[Path]) -> None:
-    def scan(file: Path) -> Any:
+    def vanished(file: Path) -> Any:
         raise FileNotFoundError(2, "No such file", str(file))
 
-    assert str(images[0]) in scan_files(images, scan)[images[0]]["problem"]
+    assert str(images[0]) in scan_files(images, vanished)[images[0]]["problem"]
 
 
-def test_no_files_have_no_facts(tmp_path: Path) -> None:
-    assert scan_files([], scan_image, tmp_path / "facts.json") == {}
-    assert not (tmp_path / "facts.json").exists()
-
-
-SCAN = """
+SCAN = f"""
 import sys
 from pathlib import Path
-from {package}.utils.data.facts import scan_files, scan_image
+from {module.__name__} import scan_files, scan_image
 print("ready", flush=True)
 sys.stdin.readline()
 files = sorted(Path(sys.argv[1]).iterdir())
@@ -399,45 +339,26 @@ for start in range(0, len(files), 2):
 """
 
 
-def test_two_processes_that_write_the_cache_at_once_lose_nothing(tmp_path: Path, write: Any) -> None:
-    cache = tmp_path / "facts.json"
-    files: list[Path] = []
-    processes = []
+def test_processes_and_threads_that_write_the_cache_at_once_lose_nothing(tmp_path: Path, write: Any) -> None:
+    cache, files, processes = tmp_path / "facts.json", [], []
     for folder in ("a", "b"):
         files += [write(tmp_path / folder / f"{n}.npy", np.full((4, 4), n, np.uint8)) for n in range(30)]
-        command = [
-            sys.executable,
-            "-c",
-            SCAN.format(package=dida_tools.__name__),
-            str(tmp_path / folder),
-            str(cache),
-        ]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))  # type: ignore[call-overload]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
+        command = [sys.executable, "-c", SCAN, str(tmp_path / folder), str(cache)]
+        options: dict[str, Any] = {"cwd": Path(dida_tools.__file__).parents[1], "text": True}
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+        processes.append(process)
+        assert process.stdout is not None and process.stdin is not None
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
+    files += [write(tmp_path / "c" / f"{n}.npy", np.full((4, 4), n, np.uint8)) for n in range(10)]
+    threads = [threading.Thread(target=scan_files, args=([file], scan_image, cache)) for file in files[60:]]
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
-    for process in processes:
-        process.communicate()
-        assert process.returncode == 0
-    assert len(scan_files(files, never, cache)) == 60
-
-
-def test_many_threads_that_write_the_cache_at_once_lose_nothing(tmp_path: Path, images: list[Path]) -> None:
-    cache = tmp_path / "facts.json"
-    threads = [threading.Thread(target=scan_files, args=([file], scan_image, cache)) for file in images]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(scan_files(images, never, cache)) == len(images)
-
-
-def test_a_large_mask_of_colors_is_scanned_quickly(tmp_path: Path, write: Any) -> None:
-    colors = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0]], np.uint8)
-    path = write(tmp_path / "mask.npy", colors[np.random.default_rng(0).integers(0, 3, (1000, 1000))])
-    started = time.process_time()
-    scan_mask(path)
-    assert time.process_time() - started < 1.0
+    for process in processes:
+        process.communicate()
+        assert process.returncode == 0
+    assert len(scan_files(files, never, cache)) == 70

@@ -1,8 +1,9 @@
+"""Every format is read as it was written, whole, by windows and by bands; what cannot be read is named."""
+
 import gc
 import os
 import pickle
 import struct
-import subprocess
 import sys
 import warnings
 import zipfile
@@ -17,64 +18,46 @@ import rasterio
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-import dida_tools
+from dida_tools.utils.data import images as module
 from dida_tools.utils.data.images import (
     ENDINGS,
     DataError,
     ImageInfo,
+    ImageReader,
     Window,
     image_info,
     list_images,
+    open_image,
     read_bands,
     read_image,
 )
 
-ROOT = Path(dida_tools.__file__).parents[1]
-LOSSLESS = [
-    (".npy", "uint8", 12),
-    (".npy", "uint16", 3),
-    (".npy", "int16", 1),
-    (".npy", "float32", 4),
-    (".npy", "float64", 2),
-    (".npy", "bool", 1),
-    (".npz", "uint8", 3),
-    (".npz", "float32", 12),
-    (".png", "uint8", 1),
-    (".png", "uint16", 1),
-    (".png", "uint8", 3),
-    (".png", "uint8", 4),
-    (".tif", "uint8", 1),
-    (".tif", "uint16", 12),
-    (".tif", "int16", 2),
-    (".tiff", "float32", 5),
-    (".tif", "float64", 1),
-]
-ALL = pytest.mark.parametrize(("ending", "dtype", "channels"), LOSSLESS)
+LOSSLESS = {
+    ".npy": [("uint8", 12), ("uint16", 3), ("int16", 1), ("float32", 4), ("float64", 2), ("bool", 1)],
+    ".npz": [("uint8", 3), ("float32", 12)],
+    ".png": [("uint8", 1), ("uint16", 1), ("uint8", 3), ("uint8", 4)],
+    ".tif": [("uint8", 1), ("uint16", 12), ("int16", 2), ("float64", 1)],
+    ".tiff": [("float32", 5)],
+}
 WINDOWS = [Window(0, 0, 37, 53), Window(5, 11, 20, 30), Window(36, 52, 1, 1), Window(0, 40, 37, 13)]
+GRID = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)}
 
 
 def invent(dtype: str, channels: int, height: int = 37, width: int = 53) -> np.ndarray:
     rng = np.random.default_rng(channels)
     shape = (height, width, channels)
-    if dtype == "bool":
-        return rng.random(shape) < 0.5
     if np.dtype(dtype).kind == "f":
         return rng.normal(size=shape).astype(dtype)
-    limits = np.iinfo(dtype)
-    return rng.integers(limits.min, limits.max, shape, endpoint=True, dtype=dtype)
-
-
-def without_channel(image: np.ndarray) -> np.ndarray:
-    return image[..., 0] if image.shape[-1] == 1 else image
+    limits = (0, 1) if dtype == "bool" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    return rng.integers(*limits, shape, endpoint=True).astype(dtype)
 
 
 def png_16_bit(path: Path, image: np.ndarray) -> Path:
-    """Pillow does not write 16-bit colors."""
+    """Write 16-bit colors, which Pillow does not."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
 
     height, width, channels = image.shape
     header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
@@ -84,84 +67,73 @@ def png_16_bit(path: Path, image: np.ndarray) -> Path:
     return path
 
 
-@ALL
-def test_every_format_is_read_as_it_was_written(
-    tmp_path: Path, write: Any, ending: str, dtype: str, channels: int
-) -> None:
-    image = invent(dtype, channels)
-    path = write(tmp_path / f"image{ending}", without_channel(image))
+def assert_reads(path: Path, image: np.ndarray) -> None:
+    """The image is read as it is by every way of reading."""
+    shape, dtype = image.shape, image.dtype.newbyteorder("=")
+    assert image_info(path) == ImageInfo(shape, dtype.name)
     found = read_image(path)
-    assert found.dtype == image.dtype and np.array_equal(found, image)
-    assert image_info(path) == ImageInfo((37, 53, channels), dtype)
+    assert found.dtype == dtype and np.array_equal(found, image)
+    with open_image(path) as source, ImageReader(path) as reader, ImageReader(path, path) as twice:
+        assert (source.shape, source.dtype, reader.shape, twice.shape[2]) == (
+            shape,
+            dtype,
+            shape,
+            2 * shape[2],
+        )
+        for window in WINDOWS:
+            top, left, height, width = window
+            part = image[top : top + height, left : left + width]
+            for read in (lambda window: read_image(path, window), source.read, reader.read):
+                assert np.array_equal(read(window), part) and read(window).dtype == dtype
+            assert np.array_equal(twice.read(window), np.concatenate([part, part], -1))
+        assert len(reader.sample(10)) == 900 and np.isin(reader.sample(10), image).all()
+    for max_values in (1, 700, 10**9):
+        bands = list(read_bands(path, max_values))
+        assert np.array_equal(np.concatenate(bands), image)
+        most = max(max_values, shape[1] * shape[2])
+        assert all(band.size <= most and band.shape[1:] == shape[1:] for band in bands)
 
 
-@ALL
-@pytest.mark.parametrize("window", WINDOWS)
-def test_a_window_is_the_slice_of_the_whole(
-    tmp_path: Path, write: Any, ending: str, dtype: str, channels: int, window: Window
-) -> None:
-    image = invent(dtype, channels)
-    path = write(tmp_path / f"image{ending}", without_channel(image))
-    top, left, height, width = window
-    part = read_image(path, window)
-    assert np.array_equal(part, image[top : top + height, left : left + width]) and part.dtype == image.dtype
-
-
-@ALL
-@pytest.mark.parametrize("max_values", [1, 700, 10**9])
-def test_bands_are_the_whole_image(
-    tmp_path: Path, write: Any, ending: str, dtype: str, channels: int, max_values: int
-) -> None:
-    image = invent(dtype, channels)
-    bands = list(read_bands(write(tmp_path / f"image{ending}", without_channel(image)), max_values))
-    assert np.array_equal(np.concatenate(bands), image)
-    assert all(
-        band.size <= max(max_values, 53 * channels) and band.shape[1:] == (53, channels) for band in bands
-    )
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-@pytest.mark.parametrize("ending", [".jpg", ".jpeg", ".JPG"])
-def test_jpeg_is_read_as_pillow_decodes_it(tmp_path: Path, mode: str, ending: str) -> None:
-    image = Image.fromarray(invent("uint8", 3)).convert(mode)
-    image.save(tmp_path / f"image{ending}")
-    decoded = np.asarray(Image.open(tmp_path / f"image{ending}")).reshape(37, 53, -1)
-    assert np.array_equal(read_image(tmp_path / f"image{ending}"), decoded)
-    part = read_image(tmp_path / f"image{ending}", Window(3, 4, 10, 12))
-    assert np.array_equal(part, decoded[3:13, 4:16])
+@pytest.mark.parametrize("ending", LOSSLESS)
+def test_every_format_is_read_as_it_was_written(tmp_path: Path, write: Any, ending: str) -> None:
+    for number, (dtype, channels) in enumerate(LOSSLESS[ending]):
+        image = invent(dtype, channels)
+        assert_reads(write(tmp_path / f"{number}{ending}", image if channels > 1 else image[..., 0]), image)
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_16_bit_colors_of_png_keep_their_16_bits(tmp_path: Path, channels: int) -> None:
     image = invent("uint16", channels)
-    path = png_16_bit(tmp_path / "image.png", image)
-    assert image_info(path) == ImageInfo((37, 53, channels), "uint16")
-    assert np.array_equal(read_image(path), image)
-    assert np.array_equal(read_image(path, Window(1, 2, 3, 4)), image[1:4, 2:6])
+    assert_reads(png_16_bit(tmp_path / "image.png", image), image)
 
 
-def test_palette_images_give_their_numbers(tmp_path: Path) -> None:
-    numbers = np.arange(12, dtype=np.uint8).reshape(3, 4) % 5
-    image = Image.fromarray(numbers, mode="P")
-    image.putpalette([value for number in range(5) for value in (number * 50, 0, 255 - number)])
-    image.save(tmp_path / "mask.png")
-    assert np.array_equal(read_image(tmp_path / "mask.png")[..., 0], numbers)
-
-
-def test_black_and_white_images_are_0_and_1(tmp_path: Path) -> None:
-    mask = invent("bool", 1)[..., 0]
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    found = read_image(tmp_path / "mask.png")
-    assert found.dtype == np.uint8 and np.array_equal(found[..., 0], mask.astype(np.uint8))
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("ending", [".jpg", ".jpeg", ".JPG"])
+def test_jpeg_is_read_as_pillow_decodes_it(tmp_path: Path, mode: str, ending: str) -> None:
+    path = tmp_path / f"image{ending}"
+    Image.fromarray(invent("uint8", 3)).convert(mode).save(path)
+    assert_reads(path, np.asarray(Image.open(path)).reshape(37, 53, -1))
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("dtype", [">u2", "<u2", ">f4"])
 def test_byte_and_memory_order_make_no_difference(tmp_path: Path, order: Any, dtype: str) -> None:
-    image = np.arange(60).reshape(4, 5, 3)
-    np.save(tmp_path / "image.npy", np.asarray(image, dtype, order=order))
-    assert image_info(tmp_path / "image.npy") == ImageInfo((4, 5, 3), np.dtype(dtype).name)
-    assert np.array_equal(read_image(tmp_path / "image.npy", Window(1, 1, 2, 3)), image[1:3, 1:4])
+    image = np.asarray(invent("uint16", 3), dtype, order=order)
+    np.save(tmp_path / "image.npy", image)
+    part = read_image(tmp_path / "image.npy", Window(1, 1, 2, 3))
+    assert image_info(tmp_path / "image.npy") == ImageInfo((37, 53, 3), np.dtype(dtype).name)
+    assert np.array_equal(part, image[1:3, 1:4])
+
+
+def test_palettes_give_their_numbers_and_black_and_white_0_and_1(tmp_path: Path) -> None:
+    numbers = np.arange(12, dtype=np.uint8).reshape(3, 4) % 5
+    image = Image.fromarray(numbers, mode="P")
+    image.putpalette([value for number in range(5) for value in (number * 50, 0, 255 - number)])
+    image.save(tmp_path / "palette.png")
+    assert np.array_equal(read_image(tmp_path / "palette.png")[..., 0], numbers)
+    Image.fromarray(numbers > 2).save(tmp_path / "bits.png")
+    found = read_image(tmp_path / "bits.png")
+    assert found.dtype == np.uint8 and np.array_equal(found[..., 0], numbers > 2)
 
 
 @pytest.mark.parametrize("nodata", [None, 0, -9999, float("nan"), 0.5])
@@ -170,32 +142,35 @@ def test_nodata_is_read_from_a_geotiff(tmp_path: Path, write: Any, nodata: float
     assert str(image_info(path).nodata) == str(None if nodata is None else float(nodata))
 
 
-def test_a_geotiff_with_its_grid_is_read_like_any_other(tmp_path: Path) -> None:
+def test_a_geotiff_has_a_grid_and_others_have_none(tmp_path: Path, write: Any) -> None:
     image = invent("uint16", 3)
-    grid = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)}
-    profile = {
-        "driver": "GTiff",
-        "height": 37,
-        "width": 53,
-        "count": 3,
-        "dtype": "uint16",
-        "compress": "deflate",
-    }
-    with rasterio.open(tmp_path / "image.tif", "w", **profile, **grid) as raster:
-        raster.write(np.moveaxis(image, -1, 0))
+    path = write(tmp_path / "image.tif", image, compress="deflate", **GRID)
+    with rasterio.open(path, "r+") as raster:
         raster.build_overviews([2, 4])
-    assert np.array_equal(read_image(tmp_path / "image.tif"), image)
+    assert_reads(path, image)
+    plain = write(tmp_path / "plain.tif", image), write(tmp_path / "plain.npy", image)
+    with ImageReader(path) as reader, ImageReader(plain[0]) as tiff, ImageReader(plain[1]) as array:
+        assert "UTM zone 33N" in reader.grid.crs
+        assert reader.grid.transform == (500_000, 10, 0, 5_000_000, 0, -10)
+        assert (tiff.grid, array.grid) == (("", None, None), None)
+        assert (reader.block_rows, array.block_rows) == (16, 1)
 
 
-def test_plain_tiffs_give_no_warning(tmp_path: Path, write: Any) -> None:
+def test_bands_in_several_files_fit_together_or_are_named(tmp_path: Path, write: Any) -> None:
+    files = [write(tmp_path / f"{dtype}{size}.npy", invent(dtype, 2, size, 9))
+             for dtype, size in (("uint8", 8), ("uint8", 7), ("int16", 8), ("uint8", 6))]  # fmt: skip
+    with pytest.raises(DataError) as caught:
+        ImageReader(*files)
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [str(file) for file in files[1:]]
+    assert "it has 7 x 9 pixels in uint8, uint88.npy has 8 x 9 in uint8" in caught.value.problems[0]
+
+
+def test_plain_tiffs_give_no_warning_and_what_is_read_is_a_copy(tmp_path: Path, write: Any) -> None:
     path = write(tmp_path / "image.tif", invent("uint8", 3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         image_info(path)
         read_image(path)
-
-
-def test_what_is_read_is_a_copy_that_may_be_written_to(tmp_path: Path, write: Any) -> None:
     path = write(tmp_path / "image.npy", np.zeros((4, 4), np.uint8))
     for window in (None, Window(0, 0, 4, 4)):
         read_image(path, window)[:] = 1
@@ -203,19 +178,13 @@ def test_what_is_read_is_a_copy_that_may_be_written_to(tmp_path: Path, write: An
 
 
 READ_WINDOW = """
-import resource, sys
-from pathlib import Path
-from {package}.utils.data.images import Window, image_info, read_image
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 part = read_image(Path(sys.argv[1]), Window(19_900, 19_900, 64, 64))
 assert part.shape == (64, 64, 12) and part[-1, -1, -1] == 7 and part.sum() == 7
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
 @pytest.mark.parametrize("ending", [".npy", ".tif"])
-def test_a_window_of_a_file_larger_than_memory_takes_little_memory(tmp_path: Path, ending: str) -> None:
+def test_a_window_of_a_huge_file_takes_little_memory(tmp_path: Path, memory_growth: Any, ending: str) -> None:
     path, shape = tmp_path / f"huge{ending}", (20_000, 20_000, 12)
     if ending == ".npy":
         array = np.lib.format.open_memmap(
@@ -224,78 +193,61 @@ def test_a_window_of_a_file_larger_than_memory_takes_little_memory(tmp_path: Pat
         array[19_963, 19_963, -1] = 7
         array.flush()
     else:
-        profile = {
-            "driver": "GTiff",
-            "height": shape[0],
-            "width": shape[1],
-            "count": shape[2],
-            "dtype": "uint16",
-        }
+        profile = {"driver": "GTiff", "height": 20_000, "width": 20_000, "count": 12, "dtype": "uint16"}
         options = {"tiled": True, "sparse_ok": True, "bigtiff": "yes"}
-        grid = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)}
-        with rasterio.open(path, "w", **profile, **options, **grid) as raster:
+        with rasterio.open(path, "w", **profile, **options, **GRID) as raster:
             raster.write(np.full((1, 1), 7, np.uint16), 12, window=((19_963, 19_964), (19_963, 19_964)))
     assert os.stat(path).st_blocks * 512 < 50 * 2**20
-    code = READ_WINDOW.format(package=dida_tools.__name__)
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < 100 * 1024
+    imports = f"from pathlib import Path\nfrom {module.__name__} import Window, read_image"
+    assert memory_growth(imports, READ_WINDOW, path) < 100
 
 
-def test_images_of_a_folder_are_listed_by_name_without_hidden_and_foreign_files(tmp_path: Path) -> None:
+def test_images_of_a_folder_are_listed_by_name_without_hidden_and_other_files(tmp_path: Path) -> None:
     for name in ("b.npy", "a.PNG", "c.tif", ".hidden.npy", "notes.txt", "a.npy.lock", "c.tif.aux.xml"):
         (tmp_path / name).touch()
     assert [file.name for file in list_images(tmp_path)] == ["a.PNG", "b.npy", "c.tif"]
 
 
-# ----------------------------------------------------------------------------------------------- what cannot be read
+# ----------------------------------------------------------------------------------------- what cannot be
+# read
 
 
 def refused(path: Path) -> str:
-    """The message of reading a file in any way: it is one problem, that begins with the file's name."""
+    """Return the one problem, which begins with the file's name, however the file is read."""
     with pytest.raises(DataError) as caught:
         read_image(path)
     (problem,) = caught.value.problems
     assert problem.startswith(f"{path}: cannot be read as an image (") and "\n" not in problem
     with pytest.raises(DataError, match="cannot be read as an image"):
         list(read_bands(path, 10**6))
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        ImageReader(path).read(Window(0, 0, 37, 53))
     return problem
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_missing_files_are_named(tmp_path: Path, ending: str) -> None:
-    with pytest.raises(DataError):
-        image_info(tmp_path / f"missing{ending}")
-    refused(tmp_path / f"missing{ending}")
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"no image at all", bytes(200), b"PK\x03\x04 half a zip", b"\x89PNG\r\n\x1a\n"]
-)
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_foreign_content_is_refused(tmp_path: Path, ending: str, content: bytes) -> None:
+def test_missing_files_folders_and_other_content_are_refused(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"image{ending}"
-    path.write_bytes(content)
+    refused(path)
+    for content in (b"", b"no image at all", bytes(200), b"PK\x03\x04 half a zip", b"\x89PNG\r\n\x1a\n"):
+        path.write_bytes(content)
+        refused(path)
+    path.unlink()
+    path.mkdir()
     refused(path)
 
 
 @pytest.mark.parametrize("ending", [".npy", ".npz", ".png", ".jpg", ".tif"])
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
-def test_truncated_files_are_refused(tmp_path: Path, write: Any, ending: str, part: float) -> None:
+def test_truncated_and_damaged_files_are_refused(tmp_path: Path, write: Any, ending: str) -> None:
     path = write(tmp_path / f"image{ending}", invent("uint8", 3))
     content = path.read_bytes()
-    path.write_bytes(content[: int(part * len(content))])
-    refused(path)
-
-
-@pytest.mark.parametrize("ending", [".npz", ".png"])
-def test_a_flipped_bit_in_compressed_pixels_is_noticed(tmp_path: Path, write: Any, ending: str) -> None:
-    path = write(tmp_path / f"image{ending}", invent("uint8", 3))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
-    refused(path)
+    for part in (0.1, 0.5, 0.9):
+        path.write_bytes(content[: int(part * len(content))])
+        refused(path)
+    if ending in (".npz", ".png"):  # compressed with a checksum
+        place = len(content) // 2
+        path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+        refused(path)
 
 
 @pytest.mark.parametrize("pair", [(".npy", ".npz"), (".npz", ".npy"), (".png", ".npy"), (".npy", ".tif")])
@@ -317,68 +269,41 @@ def test_pickled_objects_are_refused_and_not_loaded(tmp_path: Path) -> None:
         assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4, 5), (0, 3), (3, 0, 2), (3, 3, 0)])
 @pytest.mark.parametrize("ending", [".npy", ".npz"])
-def test_other_shapes_than_those_of_images_are_refused(
-    tmp_path: Path, write: Any, ending: str, shape: tuple[int, ...]
-) -> None:
-    path = write(tmp_path / f"image{ending}", np.zeros(shape))
-    problem = refused(path)
-    assert ending == ".npy" or "its shape is" in problem
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4, 5), (0, 3), (3, 0, 2), (3, 3, 0)])
+def test_other_shapes_are_refused(tmp_path: Path, write: Any, ending: str, shape: tuple[int, ...]) -> None:
+    assert ending == ".npy" or "its shape is" in refused(write(tmp_path / f"image{ending}", np.zeros(shape)))
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "U5", "datetime64[s]"])
-def test_other_values_than_real_numbers_are_refused(tmp_path: Path, dtype: str) -> None:
-    np.save(tmp_path / "image.npy", np.zeros((3, 3), dtype))
-    assert "dtype" in refused(tmp_path / "image.npy")
+def test_other_values_than_real_numbers_are_refused(tmp_path: Path, write: Any, dtype: str) -> None:
+    assert "dtype" in refused(write(tmp_path / "image.npy", np.zeros((3, 3), dtype)))
+    if dtype == "complex64":
+        assert dtype in refused(write(tmp_path / "image.tif", np.zeros((20, 20), dtype)))
 
 
-def test_complex_rasters_are_refused(tmp_path: Path, write: Any) -> None:
-    assert "complex64" in refused(write(tmp_path / "image.tif", np.zeros((20, 20), np.complex64)))
-
-
-@pytest.mark.parametrize("count", [0, 2])
-def test_archives_of_another_number_of_arrays_are_refused(tmp_path: Path, count: int) -> None:
-    np.savez(tmp_path / "image.npz", *[np.zeros((3, 3))] * count)
-    assert f"{count} arrays instead of one" in refused(tmp_path / "image.npz")
-
-
-def test_archives_of_something_else_are_refused(tmp_path: Path) -> None:
+def test_several_images_in_one_file_are_refused_rather_than_cut_to_the_first(tmp_path: Path) -> None:
+    for count in (0, 2):
+        np.savez(tmp_path / "image.npz", *[np.zeros((3, 3))] * count)
+        assert f"{count} arrays instead of one" in refused(tmp_path / "image.npz")
     with zipfile.ZipFile(tmp_path / "image.npz", "w") as archive:
         archive.writestr("readme.txt", "no array")
     refused(tmp_path / "image.npz")
-
-
-def test_tiffs_of_several_pages_are_refused_rather_than_cut_to_the_first(tmp_path: Path) -> None:
     pages = [Image.fromarray(np.full((20, 20), page, np.uint8)) for page in range(3)]
     pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
     assert "3 images instead of one" in refused(tmp_path / "stack.tif")
 
 
 def test_rasters_of_mixed_dtypes_are_refused(tmp_path: Path) -> None:
-    bands = "".join(
-        f'<VRTRasterBand dataType="{dtype}" band="{number}"/>'
-        for number, dtype in ((1, "Byte"), (2, "UInt16"))
-    )
+    bands = '<VRTRasterBand dataType="Byte" band="1"/><VRTRasterBand dataType="UInt16" band="2"/>'
     (tmp_path / "image.tif").write_text(f'<VRTDataset rasterXSize="4" rasterYSize="4">{bands}</VRTDataset>')
     assert "uint16, uint8" in refused(tmp_path / "image.tif")
 
 
-def test_images_that_pillow_takes_for_a_bomb_are_named(
-    tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_pixels_and_unknown_endings_are_named(tmp_path: Path, write: Any, monkeypatch: Any) -> None:
     path = write(tmp_path / "image.png", invent("uint8", 3))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     assert "exceeds limit" in refused(path)
-
-
-def test_a_folder_with_the_name_of_an_image_is_refused(tmp_path: Path) -> None:
-    for ending in (".npy", ".png", ".tif"):
-        (tmp_path / f"folder{ending}").mkdir()
-        refused(tmp_path / f"folder{ending}")
-
-
-def test_unknown_endings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "image.bmp").write_bytes(b"BM")
     assert "its ending is none of .npy" in refused(tmp_path / "image.bmp")
 
@@ -390,18 +315,15 @@ def test_files_without_permission_are_named(tmp_path: Path, write: Any) -> None:
     assert "Permission" in refused(path)
 
 
-# --------------------------------------------------------------------------------------------------------- DataError
+# -------------------------------------------------------------------------------------------------- DataError
 
 
-def test_an_error_lists_its_problems() -> None:
-    assert str(DataError(["one"])) == "the data has 1 problem:\n  - one"
-    assert str(DataError(["one", "two"])) == "the data has 2 problems:\n  - one\n  - two"
-
-
-def test_an_error_with_many_problems_keeps_them_all_and_shows_some() -> None:
+def test_an_error_keeps_all_problems_and_shows_some() -> None:
+    assert str(DataError(["one"])) == "the data has 1 problem: one"
     error = DataError([f"problem {number}" for number in range(70)])
     assert len(error.problems) == 70
     assert str(error).count("\n  - problem ") == 50 and str(error).endswith("\n  - and 20 more")
+    assert "  - one\n  - two" in str(pickle.loads(pickle.dumps(DataError(["one", "two"]))))
 
 
 class Broken(Dataset):
@@ -418,12 +340,8 @@ def test_an_error_in_a_worker_keeps_its_message() -> None:
     assert len(caught.value.problems) == 1
 
 
-def test_a_pickled_error_keeps_its_message() -> None:
-    assert "  - one\n  - two" in str(pickle.loads(pickle.dumps(DataError(["one", "two"]))))
-
-
 class Garbage:
-    """Keeps itself alive until the collector comes, and then runs Python code."""
+    """Keep itself alive until the collector comes, and then run Python code."""
 
     def __init__(self) -> None:
         self.self = self

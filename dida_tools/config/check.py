@@ -1,0 +1,146 @@
+"""Check a config, all problems at once, before anything is made or written."""
+
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Any
+
+from .capture import capture, short
+from .errors import ConfigError
+from .keys import KEYS, UNRECORDED, defaults, upgrade
+from .kinds import REQUIRED, Key, is_of
+from .project import Project
+
+# What the routines themselves pass to these objects, and a config therefore must not.
+_FILLED_IN = {
+    "OPTIMIZER": ("params",),
+    "SCHEDULER": ("optimizer",),
+    "DATA_LOADER": ("dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn", "generator"),
+}
+# What the routines fill in where it is missing: the length of the training, and the learning rate.
+_FILLED_IN_WHERE_MISSING = ("total_steps", "T_max", "max_lr")
+_SPLITS = ("train", "test", "validation")
+
+
+def check(config: dict[str, Any], project: Project, more: Sequence[str] = ()) -> dict[str, Any]:
+    """
+    Check a config and capture it.
+
+    :param more: problems that were found before, such as by override
+    :return: the captured config, with {"@unrecorded": reason} where REQUIRE_RERUNNABLE=False admits it
+    :raises ConfigError: with all problems: unknown keys, missing keys, values of the wrong type or range,
+        arguments that their MODEL, OPTIMIZER, ... does not take, and objects that no record can hold
+    """
+    config = upgrade(config)
+    wrong = check_keys(config)
+    problems = [*more, *wrong.values()]
+    right = {key: value for key, value in config.items() if key not in wrong}
+    problems += _argument_problems(defaults() | right, wrong)
+    unrecordable: list[str] = []
+    recorded = {key: value for key, value in right.items() if key not in UNRECORDED}
+    captured = capture(recorded, project, unrecordable)
+    if config.get("REQUIRE_RERUNNABLE", True):
+        problems += unrecordable
+    if problems:
+        raise ConfigError(problems)
+    return captured
+
+
+def find_problems(config: dict[str, Any], project: Project) -> list[str]:
+    """Return the problems of a config, a sentence each; see check."""
+    try:
+        check(config, project)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def check_keys(config: dict[str, Any], keys: Mapping[str, Key] = KEYS) -> dict[Any, str]:
+    """Return a sentence for each key that is unknown, missing, or holds what it must not."""
+    problems = {key: unknown(key, keys) for key in config if key not in keys}
+    for key, entry in keys.items():
+        if key not in config:
+            if entry.default is REQUIRED:
+                problems[key] = f"{key} is missing: it is {entry.about}."
+        elif problem := entry.test(config[key]):
+            problems[key] = f"{key} is {short(config[key])}: it {problem}."
+    return problems
+
+
+def unknown(key: Any, keys: Iterable[str] = KEYS) -> str:
+    """Return the sentence about a key that is none."""
+    near = difflib.get_close_matches(str(key).upper(), keys, n=1)
+    return f"{key} is no key of a config: " + (f"did you mean {near[0]}?" if near else "see config/keys.py.")
+
+
+def _argument_problems(config: dict[str, Any], wrong: Mapping[Any, str]) -> Iterable[str]:
+    """Yield the problems between keys that are right by themselves; the wrong ones have their default."""
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+    from torch.utils.data import DataLoader
+
+    for name in ("MODEL", "OPTIMIZER", "SCHEDULER", "LOSS"):
+        if config.get(name) is not None and f"{name}_CONFIG" not in wrong:
+            yield from _call_problems(config[name], config[f"{name}_CONFIG"], f"{name}_CONFIG", name)
+    loader = config["DATA_LOADER_CONFIG"]
+    yield from _call_problems(DataLoader, loader, "DATA_LOADER_CONFIG", "DATA_LOADER")
+    size = loader.get("batch_size", 1)
+    if size is None or (isinstance(size, int) and size < 1):
+        yield f"DATA_LOADER_CONFIG.batch_size is {size!r}: it must be a whole number of at least 1."
+    for split, arguments in (config["DATASET_CONFIG"] or {}).items():
+        path = f"DATASET_CONFIG.{split}"
+        if split not in _SPLITS or not isinstance(arguments, dict):
+            yield f"{path} must be one of {', '.join(_SPLITS)}, and a dict of arguments."
+        elif config["DATASET"] is not None:
+            yield from _call_problems(config["DATASET"], arguments, path, "DATASET")
+    if issubclass(config["SCHEDULER"] or object, ReduceLROnPlateau) and config["SCHEDULER_STEP"] != "epoch":
+        yield "SCHEDULER is ReduceLROnPlateau, which follows results of epochs: set SCHEDULER_STEP=epoch."
+    goal, results = config["MONITOR"].split()[1], ["loss", *config["METRICS"]]
+    if "METRICS" not in wrong and goal.partition(".")[0].removesuffix("_sample_mean") not in results:
+        monitor = config["MONITOR"]
+        yield f"MONITOR is {monitor!r}: {goal} is not among the results ({', '.join(results)})."
+
+
+def _call_problems(target: Callable, arguments: dict[str, Any], path: str, name: str) -> Iterable[str]:
+    """Yield why a class or function cannot be called with these arguments."""
+    try:
+        signature = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return  # some C functions have none
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = {key: parameter for key, parameter in signature.items() if parameter.kind in by_name}
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.values())
+    called = getattr(target, "__name__", repr(target))
+    filled_in = _FILLED_IN.get(name, ())
+    if name == "LOSS" and not isinstance(target, type):
+        filled_in = tuple(signature)[:2]  # the prediction and the target
+    for key in arguments:
+        if key in filled_in:
+            yield f"{path}.{key} is set by the routine: leave it out."
+        elif key not in parameters and not takes_any:
+            near = difflib.get_close_matches(key, parameters, n=1)
+            taken = ", ".join(parameter for parameter in parameters if parameter not in filled_in)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {taken}. {path}={{}} clears old ones."
+            yield f"{path}.{key} is no argument of {called}: {hint}"
+    may_lack = (*filled_in, *(_FILLED_IN_WHERE_MISSING if name == "SCHEDULER" else ()))
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in (*arguments, *may_lack):
+            yield f"{path}.{key} is missing: {called} needs it."
+    for key in (key for key in arguments if key in parameters):
+        types = _plain_types(parameters[key].annotation, target)
+        if types and not any(is_of(arguments[key], kind) for kind in types):
+            names = " or ".join("None" if kind is NoneType else kind.__name__ for kind in types)
+            yield f"{path}.{key} is {short(arguments[key])}: it must be {names}."
+
+
+def _plain_types(annotation: Any, target: Callable) -> tuple[type, ...]:
+    """Return the types of a hint where it is made of plain ones alone; () where we cannot judge."""
+    function = inspect.getattr_static(target, "__init__") if isinstance(target, type) else target
+    names = getattr(inspect.unwrap(function), "__globals__", {})
+    try:  # one by one: a single unknown name would take the others with it
+        hint = typing.get_type_hints(SimpleNamespace(__annotations__={"hint": annotation}), names)["hint"]
+    except (NameError, TypeError, AttributeError, SyntaxError):
+        return ()
+    types = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+    return types if all(kind in (bool, int, float, str, NoneType) for kind in types) else ()

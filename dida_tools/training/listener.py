@@ -1,0 +1,124 @@
+"""Listeners: what is told of a run while it trains, such as to the tracker, TensorBoard, bar and mail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:  # a listener that needs no torch, such as the tracker, imports none
+    from ..utils.logging.journal import Event
+    from .evaluation import Evaluation
+    from .setup import Setup
+
+
+@dataclass
+class State:
+    """Where a training stands."""
+
+    epoch: int = 0  # epochs done
+    batch: int = 0  # batches done of the current epoch
+    step: int = 0  # optimizer steps done
+    loss_sum: float = 0.0  # over the samples of the current epoch
+    num_samples: int = 0
+    best: float | None = None
+    best_epoch: int | None = None  # counted from 1
+    bad_epochs: int = 0  # since the best one
+    stopped: bool = False  # early
+    seconds: float = 0.0  # of training, over all interruptions
+
+
+@dataclass
+class Result:
+    """What a training leaves."""
+
+    name: str
+    log_dir: Path
+    weight_dir: Path
+    weights: dict[str, Path]  # "best" and "last"
+    digest: str  # of the last weights; equal for runs that are equal bit for bit
+    metrics: dict[str, float]  # "validation.f1" of the best epoch, "test.f1", ...
+    history: list[dict[str, Any]]  # one dict an epoch
+    state: State = field(default_factory=State)
+    identical: bool | None = None  # with RERUN_OF: whether the weights are those of that run
+    evaluation: Evaluation | None = None  # of the test set: confusion matrix, loss of each sample
+
+    @property
+    def picture(self) -> Path | None:
+        """The picture that sums up the run, if it was drawn."""
+        file = self.log_dir / "picture.png"
+        return file if file.is_file() else None
+
+
+@dataclass
+class Pending:
+    """What has happened in a run since its last event."""
+
+    losses: list[float] = field(default_factory=list)  # of the batches of an optimizer step
+    learning_rate: float = 0.0
+    values: dict[str, float] = field(default_factory=dict)  # that the user has logged
+    images: dict[str, Any] = field(default_factory=dict)  # likewise, (H, W, 3) uint8
+
+
+class RunView(Protocol):
+    """A run as its listeners see it."""
+
+    name: str
+    log_dir: Path
+    weight_dir: Path
+    setup: Setup
+    config: dict[str, Any]
+    state: State
+    history: dict[int, Event]  # the events of the epochs, by epoch
+    pending: Pending
+    captured: dict[str, Any]  # the config as plain data, without secrets
+    redact: Callable[[str], str]  # takes secrets out of a text
+
+    @property
+    def monitored(self) -> str:
+        """Name of the result that selects the best weights."""
+        ...
+
+    @property
+    def awaits_evaluation(self) -> bool:
+        """Tell whether all batches of an epoch are done, but not its evaluation."""
+        ...
+
+
+class Listener(Protocol):
+    """
+    Base of all listeners: override what you need. Of several processes, the main one alone calls them.
+
+    An ordinary exception in a listener is logged and never ends a training.
+    """
+
+    def check(self, setup: Setup) -> None:
+        """Raise UserError if this listener cannot work. Nothing is written yet, and nothing will be."""
+
+    def started(self, run: RunView) -> None:
+        """Act on a run that starts or resumes; run.state tells where."""
+
+    def step(self, run: RunView, event: Event) -> None:
+        """
+        Act on an optimizer step.
+
+        :param event: step, epoch (from 1), loss, learning_rate, and "log.NAME" of what the user has logged
+        """
+
+    def epoch(self, run: RunView, event: Event) -> None:
+        """
+        Act on the end of an epoch.
+
+        :param event: epoch (from 1), step, best (whether it is the best so far), train.loss, validation.NAME
+        """
+
+    def finished(self, run: RunView, result: Result) -> None:
+        """Act on a run that is trained and tested. The model holds the best weights."""
+
+    def ended(self, run: RunView, status: str, error: BaseException) -> None:
+        """
+        Act on a run that ends without a result.
+
+        :param status: "failed", "preempted", "interrupted" or "pruned"
+        """

@@ -1,0 +1,151 @@
+"""Resuming: which run to continue, with what config, and from what state."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.errors import ConfigError
+from ..config.tree import difference
+from ..utils.files import relative_path
+from ..utils.logging.journal import Event, read_journal
+from ..utils.logging.rows import is_in_training, row_of
+from ..utils.logging.runs import read_record, run_names
+from .console import say
+from .listener import State
+from .modules import fill_model
+from .optimization import build_scheduler
+from .setup import Setup
+
+logger = logging.getLogger(__name__)
+
+# Keys that may change when a run is resumed.
+RESUME_KEYS = (
+    *("DATE", "SESSION_NAME", "ROUTINE_NAME", "__COMMENT", "EPOCHS", "PATIENCE", "INIT_WEIGHTS", "LOGFILE"),
+    *("CHECKPOINT_SECONDS", "RERUN_OF", "STUDY", "TRIAL", "NOTIFY"),
+    *("DATA_LOADER_CONFIG.num_workers", "DATA_LOADER_CONFIG.pin_memory"),
+)
+# Keys whose change is reported. A change of any other key is refused: it would be another training.
+WARN_ON_CHANGE = ("DATASET", "DEVICE", "PRECISION", "CHANNELS_LAST", "METRICS", "MASK_VALUES")
+# Keys without any influence on the weights.
+IGNORED = tuple(key for key in RESUME_KEYS if key not in ("EPOCHS", "PATIENCE"))
+# Keys that tell one run from another, for RESUME=auto.
+IDENTITY_KEYS = ("SESSION_NAME", "EPOCHS", "DATASET")
+
+
+def find_unfinished(log_root: Path, captured: dict[str, Any]) -> str | None:
+    """Return the newest run of this config that is neither finished nor in training, or None."""
+    found: dict[str, float] = {}
+    free = tuple(key for key in (*RESUME_KEYS, *WARN_ON_CHANGE) if key not in IDENTITY_KEYS)
+    for name in run_names(log_root):
+        events = read_journal(log_root / name / "journal.jsonl")
+        if row_of(events).get("STATUS") == "finished":
+            continue
+        try:
+            stored = read_record(log_root / name, logger.debug)
+        except ConfigError:
+            continue
+        if not all(key.startswith(free) for key in difference(_plain(stored), _plain(captured))):
+            continue
+        if is_in_training(log_root / name):
+            say(f"{name}, of the same config, is being trained by another process.")
+        else:
+            found[name] = events[0]["time"] if events else 0.0
+    return max(found, key=lambda name: found[name]) if found else None
+
+
+def compare_configs(log_dir: Path, weight_dir: Path, captured: dict[str, Any]) -> None:
+    """
+    Refuse to resume a run with a config that would be another training.
+
+    :raises ConfigError: with all keys that have changed
+    """
+    refused = []
+    changes = difference(_plain(read_record(log_dir, say)), _plain(captured))
+    for key, (before, now) in changes.items():
+        if key.startswith(WARN_ON_CHANGE):
+            say(f"{log_dir.name} resumes with another {key}: {before} before, {now} now.")
+        elif not key.startswith(RESUME_KEYS):
+            refused.append(f"{key} was {before} and is now {now}: that would be another training.")
+    if refused:
+        weights = relative_path(weight_dir / "best.pt")
+        raise ConfigError(
+            [*refused, f"Start a new run, if you like from its weights: INIT_WEIGHTS={weights}."]
+        )
+
+
+def changes_on_the_way(starts: list[Event], start: Event, captured: dict[str, Any]) -> list[str]:
+    """
+    Return why a run that resumes now cannot be rerun in one piece.
+
+    :param starts: the events of its earlier starts
+    :param start: the event of this one
+    """
+    changed = {
+        key for event in starts for key in ("device", "precision", "processes") if event[key] != start[key]
+    }
+    config = captured["config"]
+    length_counts = config.get("SCHEDULER") or config.get("PATIENCE")
+    ignored = IGNORED if length_counts else (*IGNORED, "EPOCHS")
+    for event in starts:
+        changes = difference(_plain(event), _plain(captured))
+        changed |= {key for key in changes if not key.startswith(ignored)}
+    return [f"it was interrupted and resumed with another {', '.join(sorted(changed))}"] if changed else []
+
+
+def training_state(setup: Setup, state: State, history: dict[int, Event]) -> dict[str, Any]:
+    """Return all that a training needs to continue, for a checkpoint."""
+    return {
+        "model": setup.model.state_dict(),
+        "optimizer": setup.optimizer.state_dict(),
+        "scheduler": None if setup.scheduler is None else setup.scheduler.state_dict(),
+        "scaler": setup.scaler.state_dict(),
+        "ema": None if setup.ema is None else setup.ema.state_dict(),
+        "state": asdict(state),
+        "history": list(history.values()),
+        "contract": setup.contract.to_dict(),
+        "epochs": setup.config["EPOCHS"],
+    }
+
+
+def restore(setup: Setup, stored: dict[str, Any], name: str) -> tuple[State, dict[int, Event]]:
+    """Fill a setup with a stored training state. Return where the training stands, and its history."""
+    if stored["contract"] != setup.contract.to_dict():
+        say(f"{name}: the training data is not what it was: its channels, scale or statistics have changed.")
+    fill_model(setup.model, stored["model"], f"the checkpoint of {name}")
+    setup.optimizer.load_state_dict(stored["optimizer"])
+    if setup.scheduler is not None and stored["scheduler"] is not None:
+        _restore_schedule(setup, stored)
+    setup.scaler.load_state_dict(stored["scaler"])
+    if setup.ema is not None and stored["ema"] is not None:
+        setup.ema.load_state_dict(stored["ema"])
+    state = State(**stored["state"])
+    if setup.config["EPOCHS"] > stored["epochs"] and state.stopped:
+        state.stopped, state.bad_epochs = False, 0
+    say(f"{name} resumes after epoch {state.epoch}, step {state.step}.")
+    return state, {event["epoch"]: event for event in stored["history"]}
+
+
+def _restore_schedule(setup: Setup, stored: dict[str, Any]) -> None:
+    scheduler, config, saved = setup.scheduler, setup.config, stored["scheduler"]
+    assert scheduler is not None
+    if stored["epochs"] == config["EPOCHS"]:
+        scheduler.load_state_dict(saved)
+        return
+    # The training's length is part of some schedules. What a fresh schedule of the old length knows follows
+    # from the config, so only what differs from it is state. Learning rates stay as they are.
+    rates = [group["lr"] for group in setup.optimizer.param_groups]
+    dummy = config["OPTIMIZER"]([torch.zeros(1, requires_grad=True)], **config["OPTIMIZER_CONFIG"])
+    fresh = build_scheduler(config | {"EPOCHS": stored["epochs"]}, dummy, setup.steps_per_epoch)
+    assert fresh is not None
+    as_built = fresh.state_dict()
+    state = {key: value for key, value in saved.items() if value != as_built.get(key)}
+    scheduler.load_state_dict(scheduler.state_dict() | state)
+    for group, rate in zip(setup.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    return {"version": record["version"], "config": record["config"]}

@@ -1,0 +1,134 @@
+"""Counts of right and wrong pixels, which add up over batches and processes, and what follows from them."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .targets import IGNORE_INDEX, counting, is_multi_class, precise
+
+
+@runtime_checkable
+class CountMetric(Protocol):
+    """A metric that follows from counts: that of a whole dataset, instead of a mean over batches."""
+
+    masked: bool  # whether the first target channel is the usability mask
+
+    def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Return the metric of a batch."""
+
+    def from_counts(self, counts: Tensor) -> Tensor:
+        """Return the metric, one number, of what count gives."""
+
+    def per_class(self, counts: Tensor) -> Tensor:
+        """Return its value for each class, (C,)."""
+
+
+@torch.no_grad()
+def count(
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor | None = None,
+    threshold: float | Sequence[float] = 0.5,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """
+    Count right and wrong pixels. Counts of batches add up to those of the dataset.
+
+    :param pred: (N, C, ...) logits
+    :param target: by the conventions of targets.py
+    :param valid: (N, ...), 0 where a pixel does not count
+    :param threshold: from which probability a pixel belongs to a class, unless multi-class; one, or one each
+    :return: int64 [target, prediction]: the confusion matrix (C, C) if multi-class, else (C, 2, 2), one each
+    :raises ValueError: if the shapes disagree, or a class number is none of the prediction's
+    """
+    keep = counting(pred, target, valid, ignore_index)
+    if is_multi_class(pred, target):
+        classes = pred.shape[1]
+        wrong = keep & ((target < 0) | (target >= classes))
+        if wrong.any():
+            raise ValueError(
+                f"the target holds the class number {target[wrong][0]}, the prediction has the classes 0 to "
+                f"{classes - 1}, and {ignore_index} is ignored: map the mask's values, or set IGNORE_INDEX."
+            )
+        pairs = target.long() * classes + pred.max(1).indices  # argmax takes many times as long
+        return count_cells(pairs, keep, classes**2).reshape(classes, classes)
+    probability = precise(pred.float()).sigmoid().float()
+    edges = torch.as_tensor(threshold, dtype=probability.dtype, device=pred.device)
+    guess = probability >= edges.reshape(1, -1, *[1] * (pred.ndim - 2))
+    truth = target > 0.5
+    cases = [[~truth & ~guess, ~truth & guess], [truth & ~guess, truth & guess]]
+    dims = [0, *range(2, pred.ndim)]
+    return torch.stack([torch.stack([(case & keep).sum(dims) for case in row], -1) for row in cases], -2)
+
+
+def count_cells(cells: Tensor, keep: Tensor, num_cells: int) -> Tensor:
+    """
+    Return how often each cell occurs, (num_cells,) int64.
+
+    :param cells: integers from 0 to num_cells - 1 where keep is True, anything elsewhere
+    """
+    # The others get a cell of their own, which is faster than indexing. bincount counts in int64; histc
+    # counts in float32 and loses pixels beyond 2 ** 24.
+    cells = cells.masked_fill(~keep, num_cells).flatten()
+    return torch.bincount(cells, minlength=num_cells + 1)[:num_cells]
+
+
+def tp_fp_fn(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Return true positives, false positives, false negatives of the classes, float64 (C,), of either form.
+    """
+    counts = counts.cpu().double()  # Apple GPUs have no float64
+    if counts.ndim == 3:
+        return counts[:, 1, 1], counts[:, 0, 1], counts[:, 1, 0]
+    tp = counts.diagonal()
+    return tp, counts.sum(0) - tp, counts.sum(1) - tp
+
+
+def summarize(per_class: Tensor, counts: Tensor) -> Tensor:
+    """
+    Return one number for the values of the classes, as scikit-learn's default: with two classes that exclude
+    each other, the value of class 1; otherwise the mean over the classes, without those that are NaN (that
+    occur nowhere).
+    """
+    if counts.ndim == 2 and len(per_class) == 2:
+        return per_class[1]
+    return per_class.nanmean()
+
+
+def precision_per_class(counts: Tensor) -> Tensor:
+    """(C,) right / predicted. 0 where a class is never predicted, NaN where it is not there either."""
+    tp, fp, fn = tp_fp_fn(counts)
+    return _ratio(tp, tp + fp, occurs=tp + fp + fn > 0)
+
+
+def recall_per_class(counts: Tensor) -> Tensor:
+    """(C,) found / there. 0 where a class is not there, NaN where it is not predicted either."""
+    tp, fp, fn = tp_fp_fn(counts)
+    return _ratio(tp, tp + fn, occurs=tp + fp + fn > 0)
+
+
+def f1_per_class(counts: Tensor) -> Tensor:
+    """(C,) harmonic mean of precision and recall, NaN where a class is neither there nor predicted."""
+    tp, fp, fn = tp_fp_fn(counts)
+    return _ratio(2 * tp, 2 * tp + fp + fn, occurs=tp + fp + fn > 0)
+
+
+def iou_per_class(counts: Tensor) -> Tensor:
+    """(C,) intersection over union, NaN where a class is neither there nor predicted."""
+    tp, fp, fn = tp_fp_fn(counts)
+    return _ratio(tp, tp + fp + fn, occurs=tp + fp + fn > 0)
+
+
+def accuracy_per_class(counts: Tensor) -> Tensor:
+    """(1,) fraction of all pixels that is right, multi-class; (C,) the same for each class otherwise."""
+    counts = counts.cpu().double()
+    total = counts.sum((-2, -1)).reshape(-1)
+    right = counts.diagonal(dim1=-2, dim2=-1).sum(-1).reshape(-1)
+    return _ratio(right, total, occurs=total > 0)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor, occurs: Tensor) -> Tensor:
+    ratio = torch.where(denominator > 0, numerator / denominator.clamp(min=1), torch.zeros_like(numerator))
+    return torch.where(occurs, ratio, torch.full_like(ratio, torch.nan))

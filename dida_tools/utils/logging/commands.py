@@ -1,0 +1,226 @@
+"""What runs.py does: show, compare and remove runs."""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ...config.errors import UserError
+from .. import table
+from ..locks import locked
+from .runs import find_rows, find_run, run_names
+
+STATE = ("NAME", "STATUS", "EPOCH", "BEST_EPOCH", "SECONDS")
+# What a comparison need not show: it differs for every run, or says where and when.
+UNINTERESTING = (
+    "NAME", "STARTED", "HEARTBEAT", "DATE", "PID", "HOST", "SECONDS", "LOGFILE", "WEIGHTS_DIGEST",
+)  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+class Runs:
+    """All runs of a project, and the tracker's file as a view of them."""
+
+    def __init__(self, global_config: dict[str, str], logfile: str) -> None:
+        self.log_dir, self.weight_dir = Path(global_config["LOG_DIR"]), Path(global_config["WEIGHT_DIR"])
+        self.file = self.log_dir / logfile
+        self._global_config = global_config
+
+    @functools.cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The row of each run, with what was added by hand. The tracker's file is brought up to date."""
+        rows, added = find_rows(self.log_dir, self.file.name), {}
+        try:
+            if rows:
+                table.write_rows(self.file, rows)
+            added = {row.get(table.KEY): row for row in reversed(table.read_rows(self.file))}
+        except OSError as error:
+            logger.warning("%s cannot be brought up to date (%s).", self.file, error)
+        return [added.get(row[table.KEY], {}) | row for row in rows]
+
+    def find(self, wanted: str, with_weights: bool = False) -> str:
+        """Return the name of a run; see find_run."""
+        return find_run(self._global_config, wanted, self.file.name, with_weights)
+
+    def row(self, wanted: str) -> dict[str, Any]:
+        """Return the row of a run; with its name alone where its journal is lost."""
+        name = self.find(wanted)
+        return next((row for row in self.rows if row[table.KEY] == name), {table.KEY: name})
+
+    def folders(self, name: str) -> list[Path]:
+        """Return the folders that a run has; a name never leads out of those of logs and weights."""
+        roots = [root for root in (self.weight_dir, self.log_dir) if root.is_dir()]
+        return [root / name for root in roots if name in os.listdir(root) and (root / name).is_dir()]
+
+
+def list_runs(runs: Runs, arguments: Namespace) -> int:
+    """Show all runs in a table."""
+    rows = [{"ROW": number} | row for number, row in enumerate(runs.rows, start=1)]
+    if arguments.sort:
+        rows = _sorted(rows, arguments.sort)
+    rows = rows[-arguments.n :] if arguments.n else rows
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    if not rows:
+        print(f"{runs.log_dir}: there are no runs yet; train one with: python train.py")
+        return 0
+    wanted = [key for key in (arguments.sort, *(arguments.columns or "").split(",")) if key]
+    goals = dict.fromkeys(filter(None, map(_monitored, rows)))
+    results = [f"{split}.{goal}" for goal in goals for split in ("validation", "test")]
+    columns = list(dict.fromkeys(["ROW", *STATE, *wanted, *results]))
+    print_table([columns, *([_text(row.get(key)) for key in columns] for row in rows)])
+    return 0
+
+
+def show_run(runs: Runs, arguments: Namespace) -> int:
+    """Show all about a run."""
+    row = runs.row(arguments.name)
+    log_dir, weight_dir = runs.log_dir / row["NAME"], runs.weight_dir / row["NAME"]
+    environment_file = log_dir / "environment.json"
+    environment = json.loads(environment_file.read_bytes()) if environment_file.is_file() else {}
+    places = {"log": log_dir, "picture": log_dir / "picture.png", "weights": weight_dir}
+    found = {key: str(path) for key, path in places.items() if path.exists()}
+    if arguments.json:
+        print(json.dumps({"row": row, "environment": environment, "places": found}, indent=2))
+        return 0
+    about = ("python", "git_commit", "device_name", "cpu_capability", "threads", "arguments")
+    sections = {
+        "": found,
+        "results": {key: value for key, value in row.items() if _is_result(key)},
+        "config and state": {key: value for key, value in row.items() if not _is_result(key)},
+        "environment (environment.json has it all)": {key: environment.get(key) for key in about},
+    }
+    for title, values in sections.items():
+        print(f"\n{title}" if title else row["NAME"])
+        for key, value in values.items():
+            if value is not None:
+                print(f"  {key:<34} {' '.join(value) if isinstance(value, list) else _text(value)}")
+    return 0
+
+
+def compare_runs(runs: Runs, arguments: Namespace) -> int:
+    """Show what differs between runs, a line for each key."""
+    rows = [runs.row(name) for name in arguments.names]
+    keys = dict.fromkeys(key for row in rows for key in row if key not in UNINTERESTING)
+    compared = {key: [row.get(key) for row in rows] for key in sorted(keys, key=_is_result)}
+    if not arguments.all:
+        compared = {
+            key: values for key, values in compared.items() if any(one != values[0] for one in values)
+        }
+    names = [row["NAME"] for row in rows]
+    if arguments.json:
+        print(json.dumps({"runs": names, "values": compared}, indent=2))
+        return 0
+    print_table([["", *names], *([key, *map(_text, values)] for key, values in compared.items())])
+    digests = {row.get("WEIGHTS_DIGEST") for row in rows}
+    if len(digests) == 1 and None not in digests:
+        print("The weights are identical, bit for bit.")
+    return 0
+
+
+def show_weights(runs: Runs, arguments: Namespace) -> int:
+    """Show the path of a run's weights."""
+    folder = runs.weight_dir / runs.find(arguments.name, with_weights=not arguments.last)
+    if arguments.last:
+        from ...training.checkpoint import checkpoint_files  # imports torch
+
+        files = checkpoint_files(folder)
+    else:
+        files = [file for file in (folder / "best.pt",) if file.is_file()]
+    if not files:
+        raise UserError(f"{folder.name} has no weights yet: {folder}")
+    print(files[0])
+    return 0
+
+
+def delete_runs(runs: Runs, arguments: Namespace) -> int:
+    """Remove log, weights and row of runs."""
+    known = {*run_names(runs.log_dir), *(str(row.get(table.KEY)) for row in table.read_rows(runs.file))}
+    for name in arguments.names:
+        if name not in known:
+            raise UserError(f"no run is called {name!r}: delete wants whole names, as list shows them.")
+    with contextlib.ExitStack() as locks:  # nobody resumes them while the question stands
+        for name in arguments.names:
+            folders = runs.folders(name)
+            if runs.log_dir / name in folders:
+                lock_file = runs.log_dir / name / ".lock"
+                locks.enter_context(locked(lock_file, 1, f"{name} is being trained: end it first."))
+            files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+            size = sum(file.stat().st_size for file in files) / 1e6
+            print(f"{name}: {', '.join(map(str, folders)) or 'its row'} ({size:.1f} MB)")
+        if not arguments.yes and not _is_confirmed():
+            print("Nothing was removed.")
+            return 1
+    for folder in [folder for name in arguments.names for folder in runs.folders(name)]:
+        hidden = folder.with_name(f".deleted-{folder.name}")  # at once: half a run is none
+        shutil.rmtree(hidden, ignore_errors=True)  # of a deletion that was killed
+        os.replace(folder, hidden)
+        shutil.rmtree(hidden)
+    table.remove_rows(runs.file, arguments.names)
+    return 0
+
+
+def rebuild(runs: Runs, arguments: Namespace) -> int:
+    """Write the tracker's file anew."""
+    rows = find_rows(runs.log_dir, runs.file.name)
+    table.rebuild(runs.file, rows)
+    print(f"{runs.file} has the rows of {len(rows)} runs; the old one is {runs.file}.old")
+    return 0
+
+
+def _is_confirmed() -> bool:
+    try:
+        return input("Remove for good? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+def _monitored(row: dict[str, Any]) -> str:
+    """The result that a run's best weights were chosen by."""
+    goal = str(row.get("MONITOR") or "").partition(" ")[2]
+    return f"{goal}_sample_mean" if row.get(f"validation.{goal}_sample_mean") is not None else goal
+
+
+def _sorted(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The rows that have a number under this key, the best last."""
+    if not any(key in row for row in rows):
+        known = dict.fromkeys(key for row in rows for key in row if _is_result(key))
+        raise UserError(f"there is no column {key!r}; there are {', '.join(known)}.")
+    numbers = [row for row in rows if isinstance(row.get(key), int | float) and row[key] == row[key]]
+    is_loss = key.endswith(".loss") or any(
+        row.get("MONITOR") == f"min {key.partition('.')[2]}" for row in rows
+    )
+    return sorted(numbers, key=lambda row: row[key], reverse=is_loss)
+
+
+def _is_result(key: str) -> bool:
+    return key.startswith(("validation.", "test.", "train."))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
+
+
+def print_table(lines: list[list[str]]) -> None:
+    """Print a table that is as wide as the terminal at most: long cells are cut in their middle."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    room = shutil.get_terminal_size((120, 24)).columns - 2 * (len(widths) - 1)
+    while sum(widths) > room and max(widths) > 6:
+        widths[widths.index(max(widths))] -= 1
+    for line in lines:
+        cells = [_cut(cell, width).ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def _cut(text: str, width: int) -> str:
+    head = (width - 1) // 2
+    return text if len(text) <= width else f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"

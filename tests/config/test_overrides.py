@@ -1,0 +1,151 @@
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from dida_tools.config.errors import ConfigError
+from dida_tools.config.keys import complete, copy_config
+from dida_tools.config.overrides import override
+from dida_tools.config.tree import difference
+from dida_tools.models import UNET
+from dida_tools.utils.data.scenes import SceneDataset
+from dida_tools.utils.loss import dice_bce_sum, recall
+from tests.config.configs import PROJECT, capture, has, make_config, same
+
+BCE, CROSS_ENTROPY = nn.BCEWithLogitsLoss, functional.cross_entropy
+# What a key gets from a text.
+READ = {
+    "EPOCHS": {"3": 3},
+    "OPTIMIZER_CONFIG.lr": {"1e-4": 1e-4, "1": 1, "1.0": 1.0},
+    "OPTIMIZER_CONFIG.betas": {"(0.9, 0.99)": (0.9, 0.99)},
+    "MODEL_CONFIG.use_shuffle": {"False": False, "false": False, "True": True},
+    "MODEL_CONFIG.norm": {"None": None, "none": None},
+    "MODEL_CONFIG.activ": {"torch.nn.ReLU": nn.ReLU, "torch.nn:ReLU": nn.ReLU},
+    "MODEL_CONFIG.sizes": {"[1, 2]": [1, 2], "{[]: 1}": "{[]: 1}"},
+    "MODEL_CONFIG.mode": {"nearest": "nearest", "'3'": "3", "tiles.v2": "tiles.v2", "a=b": "a=b"},
+    "MODEL_CONFIG.deep.er.est": {"1": 1},
+    "OPTIMIZER": {"AdamW": torch.optim.AdamW, "torch.optim.AdamW": torch.optim.AdamW},
+    "SCHEDULER": {"OneCycleLR": torch.optim.lr_scheduler.OneCycleLR, "none": None},
+    "SCHEDULER_CONFIG.max_lr": {"0.1": 0.1},
+    "MODEL": {"UNET": UNET, ".models.unet.UNET": UNET, "dida_tools.models.unet.UNET": UNET},
+    "LOSS": {"dice_bce_sum": dice_bce_sum, "torch.nn.BCEWithLogitsLoss": BCE},
+    "LOSS_CONFIG.other": {"torch.nn.functional.cross_entropy": CROSS_ENTROPY},
+    "METRICS.new": {"recall": recall, "numpy.mean": np.mean},
+    "METRICS": {"{}": {}},
+    "SESSION_NAME": {text: text for text in ("2024", "true", "none", "torch.nn.ReLU")},
+    "DATE": {"2024-02-29": "2024-02-29", "None": None},
+    "__COMMENT": {"": "", "a lr of 1e-3 = good": "a lr of 1e-3 = good"},
+    "INIT_WEIGHTS": {"a/b.pt": "a/b.pt"},
+    "CHANNELS_LAST": {"false": False},
+    "PATIENCE": {"none": None},
+    "MASK_VALUES": {"{255: 1}": {255: 1}},
+    "DATASET_CONFIG.train.x_dir": {"data/x": "data/x"},
+    **{key: {text: text} for key, text in [("LOGFILE", "mine.csv"), ("ROUTINE_NAME", "ignite")]},
+    **{key: {text: text} for key, text in [("DEVICE", "cuda:1"), ("PRECISION", "bf16")]},
+    **{key: {text: text} for key, text in [("MONITOR", "max f1"), ("SCHEDULER_STEP", "epoch")]},
+}
+MALFORMED = {
+    "EPOCHS": "'EPOCHS' is no override: write KEY=VALUE",
+    "=3": "'=3' is no override",
+    "": "'' is no override",
+    "MODEL_CONFIG.=3": "is no override",
+    "MODEL_CONFIG..dropout=3": "is no override",
+    "EPOCH=3": "EPOCH is no key of a config: did you mean EPOCHS?",
+    "epochs=3": "epochs is no key of a config: did you mean EPOCHS?",
+    "EPOCHS.x=3": "EPOCHS is 100, which has no keys",
+    "MODEL_CONFIG.dropout.x=3": "MODEL_CONFIG.dropout is 0.2, which has no keys",
+    "OPTIMIZER=Nope": "OPTIMIZER=Nope: 'torch.optim:Nope' is not found",
+    "OPTIMIZER=torch.optim.Nope": "is not found",
+    "OPTIMIZER=two words": "OPTIMIZER wants an object: give its dotted name",
+    "MODEL_CONFIG.activ=torch.nn.RELU": "'torch.nn:RELU' is not found",
+    "MODEL_CONFIG.activ=.layers.conv.Nope": "'.layers.conv:Nope' is not found",
+    "MODEL=.models.nowhere.UNET": "is not found",
+    "LOSS=os.system": "outside of what may be restored",
+    "LOSS=.utils.path.create_dirs": "outside of what may be restored",
+    "METRICS.x=not_installed_at_all.f1": "is not found",
+}
+
+
+def at(config, dotted):
+    for key in dotted.split("."):
+        config = config[key]
+    return config
+
+
+@pytest.mark.parametrize("key", READ)
+def test_a_value_is_replaced(key):
+    config = make_config()
+    before = copy_config(config)
+    for text, value in READ[key].items():
+        assert same(at(override(config, [f"{key}={text}"], PROJECT), key), value)
+    assert same(config, before)
+
+
+def test_the_other_values_stay_and_the_result_is_a_copy():
+    config = make_config()
+    changed = override(config, ["EPOCHS=3", "MODEL_CONFIG.dropout=0.1"], PROJECT)
+    assert difference(capture(config), capture(changed)) == {
+        "EPOCHS": (100, 3),
+        "MODEL_CONFIG.dropout": (0.2, 0.1),
+    }
+    changed["MODEL_CONFIG"]["ch_in"] = 1
+    changed["METRICS"].clear()
+    assert same(config, make_config())
+
+
+def test_a_later_override_wins_and_none_is_fine_too():
+    assert override(make_config(), ["EPOCHS=3", "EPOCHS=4"], PROJECT)["EPOCHS"] == 4
+    assert same(override(make_config(), [], PROJECT), make_config())
+
+
+def test_names_of_version_0_1_are_understood():
+    splits = {"train": {"split": "train"}, "test": {"split": "test"}}
+    config = make_config(NORMALIZE=True, DATASET=SceneDataset, DATASET_CONFIG=splits)
+    changed = override(config, ["NORMALISE=False", "DATASET_CONFIG.test.part=train"], PROJECT)
+    assert changed["NORMALIZE"] is False and "NORMALISE" not in changed
+    assert changed["DATASET_CONFIG"] == {"train": {"split": "train"}, "test": {"split": "train"}}
+
+
+def test_one_argument_of_a_missing_key_leaves_the_other_defaults():
+    config = make_config()
+    del config["DATA_LOADER_CONFIG"]
+    changed = override(config, ["DATA_LOADER_CONFIG.num_workers=3"], PROJECT)
+    assert changed["DATA_LOADER_CONFIG"] == {"batch_size": 8, "shuffle": True, "num_workers": 3}
+    assert complete({})["DATA_LOADER_CONFIG"] == {"batch_size": 8, "shuffle": True}
+
+
+def test_a_mapping_of_another_type_in_the_callers_config_is_not_written_to():
+    config = make_config(MODEL_CONFIG=OrderedDict(ch_in=1, ch_out=1))
+    assert override(config, ["MODEL_CONFIG.ch_in=2"], PROJECT)["MODEL_CONFIG"]["ch_in"] == 2
+    assert config["MODEL_CONFIG"]["ch_in"] == 1
+
+
+@pytest.mark.parametrize("text", MALFORMED)
+def test_a_malformed_override_is_named(text):
+    with pytest.raises(ConfigError) as caught:
+        override(make_config(), [text], PROJECT)
+    assert len(caught.value.problems) == 1
+    assert has(caught.value.problems, MALFORMED[text]), caught.value.problems
+
+
+def test_all_malformed_overrides_are_reported_at_once_and_nothing_is_changed():
+    config, noted = make_config(), []
+    texts = ["MODEL_CONFIG.ch_in=3", "EPOCH=3", "nonsense", "EPOCHS.x=1", "OPTIMIZER=Nope", "LOSS=a b"]
+    with pytest.raises(ConfigError) as caught:
+        override(config, texts, PROJECT)
+    assert override(config, texts, PROJECT, noted)["MODEL_CONFIG"]["ch_in"] == 3
+    assert noted == caught.value.problems and len(noted) == 5
+    assert same(config, make_config())
+
+
+@settings(max_examples=100, deadline=None)
+@given(value=st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False))
+def test_the_repr_of_a_plain_value_is_read_as_this_value(value):
+    wanted = {"x": value, "y": [value], "z": (value,)}
+    changed = override({}, [f"MODEL_CONFIG.{key}={item!r}" for key, item in wanted.items()], PROJECT)
+    assert same(changed, {"MODEL_CONFIG": wanted})

@@ -1,0 +1,109 @@
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dida_tools
+from dida_tools.config import device
+from dida_tools.config.config import ALIASES, ALLOWED_ROOTS
+from dida_tools.config.errors import ConfigError, Preempted, Problems, UserError, exit_code
+from dida_tools.config.project import Project, find_project, project_of
+
+CHECKOUT = Path(dida_tools.__file__).parents[1]
+# What a script imports before it has parsed its arguments.
+WITHOUT_TORCH = """
+import sys
+import dida_tools.config.capture, dida_tools.config.check, dida_tools.config.overrides
+from dida_tools.config.project import project_of
+from dida_tools.config.tree import flatten
+flatten({"MODEL": {"@ref": ".models:UNET"}})
+project_of("dida_tools")
+sys.exit("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("name", ["dida_tools", "dida_tools.training.pytorch_training"])
+def test_a_module_tells_its_project(name):
+    project = project_of(name)
+    assert project == Project("dida_tools", CHECKOUT, ALLOWED_ROOTS, ALIASES)
+    assert hash(project) == hash(project_of(name))
+    assert project.module(".config.device") is device
+
+
+@pytest.mark.parametrize("name", ["json", "my_train", "torch.nn", "tests.config.test_project"])
+def test_what_belongs_to_no_project_is_told_where_to_go(name):
+    with pytest.raises(UserError, match=rf"{name} belongs to no project.* is not found.*into your package"):
+        project_of(name)
+
+
+def test_a_project_is_found_where_no_module_tells_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(CHECKOUT)])
+    (tmp_path / "other" / "config").mkdir(parents=True)
+    (tmp_path / "other" / "config" / "config.py").touch()
+    assert find_project() == find_project("torch.nn.modules") == project_of("dida_tools")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(
+        UserError, match="No project is found: run this in the folder that holds your package"
+    ):
+        find_project()
+
+
+def test_a_settings_module_that_fails_is_not_taken_for_a_missing_one(tmp_path, monkeypatch):
+    (tmp_path / "broken_project" / "config").mkdir(parents=True)
+    (tmp_path / "broken_project" / "config" / "config.py").write_text("import not_installed_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_at_all"):
+        project_of("broken_project.training")
+
+
+def test_the_config_imports_no_torch():
+    env = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_problems_are_counted_and_listed():
+    assert str(ConfigError(["A is wrong."])) == "the config has 1 problem: A is wrong."
+    assert str(ConfigError(["A.", "B."])) == "the config has 2 problems: \n  - A.\n  - B."
+    many = Problems([str(number) for number in range(60)])
+    assert str(many).startswith("the input has 60 problems:") and str(many).endswith("- 49\n  - and 10 more")
+    assert len(many.problems) == 60
+    assert issubclass(ConfigError, UserError) and issubclass(UserError, ValueError)
+
+
+def test_problems_survive_another_process():
+    again = pickle.loads(pickle.dumps(ConfigError(["A.", "B."])))
+    assert (again.problems, str(again)) == (["A.", "B."], str(ConfigError(["A.", "B."])))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (None, 0, ""),
+        (UserError("no such run."), 1, "UserError: no such run.\n"),
+        (ConfigError(["A."]), 1, "ConfigError: the config has 1 problem: A.\n"),
+        (OSError("disk full"), 1, "OSError: disk full\n"),
+        (Preempted("SIGTERM was received"), 75, ""),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_a_script_turns_what_was_raised_into_its_exit_code(error, code, told, capsys, monkeypatch):
+    def main():
+        if error is not None:
+            raise error
+        return 0
+
+    monkeypatch.delenv("RANK", raising=False)
+    assert exit_code(main) == code
+    assert capsys.readouterr().err == told
+    monkeypatch.setenv("RANK", "1")
+    assert exit_code(main) == code
+    assert capsys.readouterr().err == ""
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_code(lambda: 1 // 0)

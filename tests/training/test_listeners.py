@@ -1,0 +1,265 @@
+"""Listeners of a run: their protocol, TensorBoard, and mails that a real server receives."""
+
+import email
+import email.policy
+import io
+import os
+import signal
+import socket
+import time
+from email.message import EmailMessage
+from typing import Any
+
+import numpy as np
+import pytest
+from aiosmtpd.controller import Controller
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.util.tensor_util import make_ndarray
+from torch import Tensor
+
+from dida_tools.config.errors import ConfigError, Preempted, UserError
+from dida_tools.training import pytorch_training
+from dida_tools.training.console import ProgressBar
+from dida_tools.training.listener import Listener
+from dida_tools.training.run import start_run
+from dida_tools.training.setup import prepare
+from dida_tools.training.tensorboard import TensorBoard
+from dida_tools.utils.logging.runs import run_names
+from dida_tools.utils.loss import multi_class_dice_ce_sum
+from tests.helpers import events_of, run_script, scalars_of
+
+SECRET = "hunter2-in-the-error"
+train = pytorch_training.train
+
+
+class Recorder(Listener):
+    """Notes what it is told, and fails where it should."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.failing, self.told = failing, []
+
+    def _note(self, what: str, *values: Any) -> None:
+        self.told.append((what, *values))
+        if what == self.failing:
+            raise RuntimeError(f"{what} is broken")
+
+    def started(self, run) -> None:
+        self._note("started", run.state.step)
+
+    def step(self, run, event) -> None:
+        self._note("step", event["step"], event.get("log.twice"), list(run.pending.images))
+
+    def epoch(self, run, event) -> None:
+        self._note("epoch", event["epoch"], event.get("log.mine"))
+
+    def finished(self, run, result) -> None:
+        self._note("finished", result.name)
+
+    def ended(self, run, status, error) -> None:
+        self._note("ended", status, str(error))
+
+
+def run_with(listeners: list[Listener], datasets, config: dict, global_config: dict, fail_at: int = 0) -> Any:
+    """A loop of one's own: no training, but the run's bookkeeping, with values of one's own."""
+    setup = prepare(*datasets, config, global_config, None, pytorch_training.__name__)
+    with start_run(setup, listeners) as run:
+        for epoch in run.epochs():
+            for inputs, targets in run.batches():
+                run.log("twice", 2 * (run.state.step + 1))
+                run.log_image("first", np.zeros((8, 8, 3), np.uint8))
+                run.end_batch(setup.loss_fn(setup.model(inputs), targets))
+                if run.state.step + 1 == fail_at:
+                    raise LookupError("no more")
+                run.end_step()
+            run.log("mine", epoch / 2)
+            run.end_epoch({"f1": 0.5})
+        return run.finish()
+
+
+def test_listeners_get_each_event_and_values_of_ones_own(datasets, tiny_config, global_config, quick):
+    recorder = Recorder()
+    result = run_with([recorder, TensorBoard()], datasets, tiny_config, global_config)
+    steps = [("step", number, 2 * number, ["first"]) for number in range(1, 9)]
+    epochs = [("epoch", 1, 0.5), ("epoch", 2, 1.0)]
+    expected = [*steps[:4], epochs[0], *steps[4:], epochs[1]]
+    assert recorder.told == [("started", 0), *expected, ("finished", result.name)]
+    assert [event["log.twice"] for event in events_of(result.log_dir, "step")] == list(range(2, 18, 2))
+    shown = scalars_of(result.log_dir)
+    assert shown["log/twice"] == [(number, 2 * number) for number in range(1, 9)]
+    assert shown["log/mine"] == [(4, 0.5), (8, 1.0)]
+
+
+@pytest.mark.parametrize("failing", ["started", "step", "epoch", "finished"])
+def test_a_listener_that_fails_is_reported_once_and_ends_nothing(
+    datasets, tiny_config, global_config, quick, capsys, failing
+):
+    broken, sound = Recorder(failing), Recorder()
+    result = run_with([broken, sound, ProgressBar()], datasets, tiny_config, global_config)
+    assert events_of(result.log_dir)[-1]["event"] == "test" and broken.told == sound.told
+    sentence = f"Recorder failed (RuntimeError: {failing} is broken). Training continues."
+    assert capsys.readouterr().out.count(sentence) == 1
+
+
+def test_listeners_get_to_know_of_a_failure_and_of_a_resumption(datasets, tiny_config, global_config, quick):
+    recorder = Recorder()
+    with pytest.raises(LookupError):
+        run_with([recorder], datasets, tiny_config | {"CHECKPOINT_SECONDS": 0}, global_config, fail_at=3)
+    assert recorder.told[-1] == ("ended", "failed", "no more")
+    (name,) = run_names(global_config["LOG_DIR"])
+    config = tiny_config | {"RESUME": name, "CHECKPOINT_SECONDS": 0}
+    run_with([recorder], datasets, config, global_config)
+    assert ("started", 2) in recorder.told
+
+
+def test_all_that_tensorboards_tabs_show(datasets, tiny_config, global_config, quick):
+    result = train(*datasets, tiny_config, global_config)
+    sizes = {"scalars": 0, "tensors": 0, "images": 0}
+    reader = EventAccumulator(str(result.log_dir / "tensorboard"), size_guidance=sizes)
+    reader.Reload()
+    scalars = scalars_of(result.log_dir)
+    assert [step for step, _ in scalars["train/loss"]] == list(range(1, 9))
+    assert [value for _, value in scalars["train/learning_rate"]] == pytest.approx([1e-2] * 8)
+    written = [value for _, value in scalars["validation/f1"]]
+    assert written == pytest.approx([event["validation.f1"] for event in result.history])
+    assert scalars["test/f1"][-1][1] == pytest.approx(result.metrics["test.f1"])
+
+    pictures = reader.Tags()["images"]
+    assert pictures == [f"test/image_{number:02d}.npy" for number in range(4)]
+    assert len(reader.Images(pictures[0])) == 2
+    picture = Image.open(io.BytesIO(reader.Images(pictures[0])[0].encoded_image_string))
+    assert picture.size == (3 * 32 + 2 * 4, 32)
+
+    curves = reader.PluginTagToContent("pr_curves")
+    assert curves.keys() == {"test/0", "test/1", "test/2"}
+    for tag in curves:  # true positives, false positives, ..., precision, recall by threshold
+        curve = make_ndarray(reader.Tensors(tag)[-1].tensor_proto)
+        assert curve.shape == (6, 128) and (curve[:4].sum(0) == 4 * 32 * 32).all()
+        assert curve[5][0] == 1 and (curve[5][:-1] >= curve[5][1:]).all()
+
+    found = {}
+    for content in reader.PluginTagToContent("hparams").values():
+        data = plugin_data_pb2.HParamsPluginData.FromString(content)
+        found[data.WhichOneof("data")] = getattr(data, data.WhichOneof("data"))
+    options = found["session_start_info"].hparams
+    assert options["OPTIMIZER_CONFIG.lr"].number_value == 0.01
+    assert options["MODEL"].string_value == ".models.unet:UNET"
+    shown = {info.name.tag for info in found["experiment"].metric_infos}
+    assert {"test/f1", "validation/f1"} <= shown <= set(scalars)  # the tab looks the values up there
+    assert "session_end_info" in found
+
+
+# -------------------------------------------------------------------------------------------------- mail
+
+
+class Handler:
+    """Keeps what arrives."""
+
+    def __init__(self) -> None:
+        self.mails: list[EmailMessage] = []
+
+    async def handle_DATA(self, _server: Any, _session: Any, envelope: Any) -> str:
+        self.mails.append(email.message_from_bytes(envelope.content, policy=email.policy.default))
+        return "250 OK"
+
+
+def name_server(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    settings = {"HOST": "127.0.0.1", "PORT": str(port), "SECURITY": "none", "SENDER": "lab@example.org"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"SMTP_{name}", value)
+    for name in ("USER", "PASSWORD"):
+        monkeypatch.delenv(f"SMTP_{name}", raising=False)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on this machine, named by the environment."""
+    handler = Handler()
+    with socket.create_server(
+        ("127.0.0.1", 0)
+    ) as free:  # the controller cannot find out a port of the system's
+        port = free.getsockname()[1]
+    controller = Controller(handler, hostname="127.0.0.1", port=port)
+    controller.start()
+    name_server(monkeypatch, port)
+    yield handler
+    controller.stop()
+
+
+def failing_loss(pred: Tensor, target: Tensor) -> Tensor:
+    if pred.requires_grad:
+        raise RuntimeError(f"no connection with {SECRET}")
+    return multi_class_dice_ce_sum(pred, target)
+
+
+def signaling_loss(pred: Tensor, target: Tensor) -> Tensor:
+    if pred.requires_grad:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return multi_class_dice_ce_sum(pred, target)
+
+
+def test_start_and_end_are_mailed_with_results_and_curves(server, datasets, tiny_config, global_config):
+    result = train(*datasets, tiny_config | {"NOTIFY": ["me@example.org"]}, global_config)
+    subjects = [f"started: {result.name}", f"finished: {result.name}"]
+    assert [mail["Subject"] for mail in server.mails] == subjects
+    end = server.mails[1]
+    assert end["To"] == "me@example.org"
+    text = end.get_body(("plain",)).get_content()
+    assert f"test.f1 {result.metrics['test.f1']:.4f}" in text and "2 epochs in 0 min" in text
+    pictures = [part.get_content() for part in end.walk() if part.get_content_type() == "image/png"]
+    assert pictures == [result.picture.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "status", "text"),
+    [
+        (failing_loss, RuntimeError, "failed", "no connection with [redacted]"),
+        (signaling_loss, Preempted, "preempted", "python train.py --resume"),
+    ],
+)
+def test_an_end_without_a_result_is_mailed_without_secrets(
+    server, datasets, tiny_config, global_config, monkeypatch, loss, error, status, text
+):
+    monkeypatch.setenv("DATABASE_PASSWORD", SECRET)
+    with pytest.raises(error):
+        train(*datasets, tiny_config | {"LOSS": loss, "NOTIFY": "me@example.org"}, global_config)
+    (name,) = run_names(global_config["LOG_DIR"])
+    assert [mail["Subject"] for mail in server.mails] == [f"started: {name}", f"{status}: {name}"]
+    sent = server.mails[-1].get_body(("plain",)).get_content()
+    assert text in sent and (status == "preempted" or "in failing_loss" in sent)
+    assert not any(SECRET in mail.get_body(("plain",)).get_content() for mail in server.mails)
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_changes_nothing(datasets, tiny_config, global_config, monkeypatch):
+    expected = train(*datasets, tiny_config, global_config)
+    with socket.create_server(("127.0.0.1", 0)) as black_hole:
+        name_server(monkeypatch, black_hole.getsockname()[1])
+        start = time.monotonic()
+        result = train(*datasets, tiny_config | {"NOTIFY": "me@example.org"}, global_config)
+    assert time.monotonic() - start < 120  # hangs for ever otherwise
+    assert result.digest == expected.digest
+
+
+def test_the_command_has_an_option_for_it(server, pairs_dir, tmp_path):
+    options = ["MODEL_CONFIG.bulk_ch=8", "MODEL_CONFIG.n_recursions=1", "DEVICE=cpu", "PRECISION=fp32"]
+    arguments = ["--data", pairs_dir, "--smtp", "me@example.org", "EPOCHS=1", *options]
+    done = run_script("train.py", *arguments, root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [mail["Subject"].partition(":")[0] for mail in server.mails] == ["started", "finished"]
+    assert {mail["To"] for mail in server.mails} == {"me@example.org"}
+
+
+def test_without_a_server_the_training_does_not_start(datasets, tiny_config, global_config, monkeypatch):
+    for name in ("HOST", "SENDER", "USER"):
+        monkeypatch.delenv(f"SMTP_{name}", raising=False)
+    with pytest.raises(UserError, match="SMTP_HOST"):
+        train(*datasets, tiny_config | {"NOTIFY": "me@example.org"}, global_config)
+    assert run_names(global_config["LOG_DIR"]) == []
+
+
+@pytest.mark.parametrize("wrong", ["nobody", [], [3], {"a@b.c": 1}])
+def test_what_is_no_address_is_a_problem_of_the_config(wrong, datasets, tiny_config, global_config):
+    with pytest.raises(ConfigError, match=r"NOTIFY .*must be an e-mail address or a list of them"):
+        train(*datasets, tiny_config | {"NOTIFY": wrong}, global_config)
