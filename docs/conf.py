@@ -47,15 +47,15 @@ def api_of(package: str) -> str:
     """Return a section for each module of a package."""
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.origin
+    modules = {
+        one.name: one.ispkg for one in pkgutil.walk_packages([Path(spec.origin).parent], f"{package}.")
+    }
     sections = []
-    for module in sorted(
-        pkgutil.walk_packages([Path(spec.origin).parent], f"{package}."), key=lambda one: one.name
-    ):
+    for name in sorted(name for name in modules if not name.endswith("__main__")):
         members = (
-            "" if module.ispkg else "   :members:\n"
+            "" if modules[name] else "   :members:\n"
         )  # a package's names are shown where they are defined
-        text = f"```{{eval-rst}}\n.. automodule:: {module.name}\n{members}```\n"
-        sections.append(f"## {module.name}\n\n{text}")
+        sections.append(f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n{members}```\n")
     return "\n".join(sections)
 
 

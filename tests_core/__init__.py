@@ -1,0 +1,1 @@
+"""Tests of the library and of the template; a project does not have them."""
