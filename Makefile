@@ -111,5 +111,5 @@ template-update:  ## in a project: merge them, then run the tests
 	$(MAKE) test
 
 clean:  ## remove caches; data, logs and weights stay
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info */_build
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info */build */*.egg-info */_build
 	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +

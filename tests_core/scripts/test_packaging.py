@@ -25,9 +25,7 @@ UNWANTED = shutil.ignore_patterns(
 def build(folder: Path, out: Path) -> zipfile.ZipFile:
     """Build a wheel from a copy, since setuptools leaves folders in what it builds from."""
     copy = out / "copy"
-    shutil.copytree(
-        folder, copy, ignore=lambda at, names: UNWANTED(at, names) if Path(at) == folder else set()
-    )
+    shutil.copytree(folder, copy, ignore=lambda at, names: UNWANTED(at, names) if Path(at) == ROOT else set())
     (copy / "weights").mkdir()
     (copy / "weights" / "best.pt").touch()
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", out / "wheels"]
