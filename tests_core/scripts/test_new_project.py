@@ -590,9 +590,16 @@ def test_a_part_may_be_removed_later_and_another_be_wanted_after_all(edited, lat
     assert (edited / record["template"]).resolve() == later.resolve()
 
 
+CONFLICTS = {  # edits of what version 0.2 has rewritten, or moved into the library
+    "training/pytorch_training.py": ('"EPOCHS": 100', '"EPOCHS": 200'),
+    "config/keys.py": ("def complete(", "# Ours.\ndef complete("),
+}
+
+
 @pytest.mark.slow
-def test_a_project_of_version_0_1_is_updated(tmp_path):
-    """Edits of the project's half stay; edits of a file that moved into the library may conflict."""
+@pytest.mark.parametrize("conflicts", [{}, CONFLICTS], ids=["merged", "conflicts"])
+def test_a_project_of_version_0_1_is_updated(tmp_path, conflicts):
+    """Edits of the project's half stay; those of rewritten or moved files conflict, and are named."""
     template, folder = tmp_path / "origin", tmp_path / "crop_yield"
     if subprocess.run(["git", "cat-file", "-e", FIRST_RELEASE], cwd=ROOT, check=False).returncode:
         pytest.skip(f"this clone has no commit {FIRST_RELEASE}")
@@ -610,16 +617,15 @@ def test_a_project_of_version_0_1_is_updated(tmp_path):
     with open(package / "models" / "unet.py", "a") as file:
         file.write("\n\nclass OurNet(UNET):\n    pass\n")
     (package / "models" / "our_net.py").write_text("from .unet import UNET as OurBase\n")
+    (package / "training" / "gan_training.py").write_text("from .pytorch_training import train\n")
     git(folder, "rm", "--quiet", "crop_yield/training/fastai_training.py")
+    for name, change in conflicts.items():
+        edit(package / name, change)
     commit(folder, "Our project")
-    # Version 0.1 brings the update that it has; what then conflicts is listed.
-    done = subprocess.run(
-        [sys.executable, "tools/template.py", "update"], cwd=folder, env=environment(),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    conflicts = git(folder, "diff", "--name-only", "--diff-filter=U").splitlines()
-    assert not conflicts and done.returncode == 0, done.stdout + done.stderr
+    printed = update(folder, code=1 if conflicts else 0)  # by the tools of version 0.1
+    unmerged = git(folder, "diff", "--name-only", "--diff-filter=U").splitlines()
+    assert sorted(unmerged) == sorted(f"crop_yield/{name}" for name in conflicts), printed
     assert "class OurNet" in (package / "models" / "unet.py").read_text()
-    assert (package / "models" / "our_net.py").is_file()
+    assert all((package / name).is_file() for name in ("models/our_net.py", "training/gan_training.py"))
     assert not (package / "training" / "fastai_training.py").exists()
     assert json.loads((folder / ".template.json").read_text())["version"] >= "0.2"
