@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Folders whose modules take long come first, so that no test process waits for another at the end."""
     tests, first = Path(__file__).parent, ("training", "scripts", "search", "prediction", "test_models")
     order = {folder: number for number, folder in enumerate(first)}
-    items.sort(key=lambda item: order.get(item.path.relative_to(tests).parts[0], len(first)))
+    items.sort(key=lambda item: order.get(item.path.relative_to(tests.parent).parts[1], len(first)))
 
 
 def write_pairs(

@@ -147,12 +147,12 @@ def without_links(page: Path, gone: set[str]) -> str:
         return os.path.normpath(page.parent / target.partition("#")[0]) in gone
 
     kept: list[str] = []
-    for line in re.split(r"(?m)^(?![ ]{2,}\S)", page.read_text()):  # an item with its indented lines
-        first = re.match(r"\s*(?:[-*|]|\d\.)[^\[\n]*\[[^\]]*\]\(([^)\s]+)\)", line)
-        if not (first and is_gone(first[1])) and not is_gone(f"{line.strip() or '.'}.md"):
-            links = r"\[([^\]]*)\]\(([^)\s]+)\)"
-            kept.append(re.sub(links, lambda link: link[1] if is_gone(link[2]) else link[0], line))
-    return "".join(kept)
+    for item in re.split(r"(?m)^(?![ ]{2,}\S)", page.read_text()):  # a line with the indented ones after it
+        first = re.match(r"\s*(?:[-*|]|\d\.)[^\[\n]*\[[^\]]*\]\(([^)\s]+)\)", item)
+        if not (first and is_gone(first[1])) and not is_gone(f"{item.strip() or '.'}.md"):
+            kept.append(item)
+    links = r"\[([^\]]*)\]\(([^)\s]+)\)"
+    return re.sub(links, lambda link: link[1] if is_gone(link[2]) else link[0], "".join(kept))
 
 
 def remove_extras(folder: Path, names: set[str]) -> None:

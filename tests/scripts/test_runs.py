@@ -14,6 +14,7 @@ import pytest
 from dida_tools.training.checkpoint import save_checkpoint
 from dida_tools.utils.locks import is_locked, locked
 from dida_tools.utils.logging import read_log, write_log
+
 from tests.helpers import ROOT, begin_run, run_script, write_run
 
 NAMES = ["2026-01-01_roads", "2026-01-02_roads", "2026-01-02_roads-2"]

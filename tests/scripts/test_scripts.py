@@ -158,9 +158,15 @@ def test_warnings_can_be_suppressed(project, monkeypatch):
         assert [str(one.message) for one in caught] == expected
 
 
-@pytest.mark.parametrize("script", ["train.py", "predict.py", "run_prediction.py"])
-def test_help_teaches_in_a_process_of_its_own(script):
-    done = subprocess.run(
-        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
-    )
+SCRIPTS = ["train.py", "predict.py", "run_prediction.py", "runs.py", "hyperparameter.py"]
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if (ROOT / name).is_file()])
+def test_help_teaches_and_needs_no_torch(script):
+    code = f"import runpy, sys; sys.argv = [{script!r}, '--help']\n"
+    code += "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "finally:\n    assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert f"python {script}" in done.stdout

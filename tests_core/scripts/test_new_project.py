@@ -270,6 +270,16 @@ def test_it_trains_and_predicts_under_its_own_name(made, pairs_dir):
 
 
 @pytest.mark.slow
+def test_its_documentation_builds_without_the_parts_that_it_does_not_have(template, tmp_path):
+    folder = tmp_path / "zebra"
+    without = ",".join(part for part in MARKS if part != "docs")
+    new_project(template, folder, "--routines=ignite", f"--without={without}")
+    build = ["-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", tmp_path / "html"]
+    python(folder, *build, PYTHONPATH=str(folder))
+    assert "Zebra" in (tmp_path / "html" / "index.html").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("options", list(OPTIONS))
 def test_its_own_tests_pass(template, tmp_path, options):
