@@ -7,7 +7,7 @@ Show, compare and remove runs.
     python runs.py compare 3 5                   what differs between two runs, or more, side by side
     python runs.py weights best                  path of a run's best weights
     python runs.py delete NAME                   removes log, weights and row, after asking
-    python runs.py rebuild                       writes experiments.csv anew from the journals
+    python runs.py rebuild                       rewrites experiments.csv from the journals
 
 A run is named by its name or a part of it, by the number of its row, or as latest or best. --json gives data
 for scripts. To resume a run, to repeat it, or to predict with it: see train.py and run_prediction.py.
@@ -58,11 +58,11 @@ def main() -> int:
     one.set_defaults(call=commands.show_weights)
 
     one = subparsers.add_parser("delete", help="removes runs")
-    one.add_argument("names", nargs="+", metavar="NAME", help="whole names")
+    one.add_argument("names", nargs="+", metavar="NAME", help="full names")
     one.add_argument("--yes", action="store_true", help="do not ask")
     one.set_defaults(call=commands.delete_runs)
 
-    one = subparsers.add_parser("rebuild", help="writes the tracker's file anew from the journals")
+    one = subparsers.add_parser("rebuild", help="rewrites the tracker's file from the journals")
     one.set_defaults(call=commands.rebuild)
 
     arguments = parser.parse_args()

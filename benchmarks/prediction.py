@@ -1,10 +1,10 @@
 """
-Measures how much memory and time the prediction of large images takes, each in a process of its own.
+Measure memory and time of predicting large images, each in a process of its own.
 
-    python benchmarks/prediction.py                            8192 x 8192, 12 channels, 2 and 10 classes; also MONAI's
-    python benchmarks/prediction.py --size 20000 --only ours   larger; --height 2048 for a part of it
+    python benchmarks/prediction.py                            8192 x 8192 x 12, 2, 10 classes; also MONAI
+    python benchmarks/prediction.py --size 20000 --only ours   larger; --height 2048 for some of its rows
 
-The model is one small convolution, so what is measured is cutting, blending, reading and writing. Overlap: 50 %.
+The model is one small convolution: this measures cutting, blending, reading and writing. Overlap: 50 %.
 """
 
 import argparse
@@ -26,7 +26,7 @@ TILE = 256
 
 
 class Net(nn.Module):
-    """As cheap as a model can be that looks at its surroundings."""
+    """The cheapest model that sees its surroundings."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 def make_image(path: Path, height: int, size: int) -> None:
-    """(height, size, CHANNELS) uint16, as .npy or as GeoTIFF."""
+    """Write (height, size, CHANNELS) uint16, as .npy or as GeoTIFF."""
     rng = np.random.default_rng(0)
     tile = rng.integers(1, 10_000, (256, size, CHANNELS), np.uint16)
     if path.suffix == ".npy":
@@ -62,7 +62,7 @@ def make_image(path: Path, height: int, size: int) -> None:
 
 
 def ours(path: Path, classes: int, folder: Path) -> None:
-    """predict(), from file to file."""
+    """Run predict(), from file to file."""
     from dida_tools.prediction import predict
     from dida_tools.utils.data.contract import DataContract
     from dida_tools.utils.weights import save_weights
@@ -80,7 +80,7 @@ def ours(path: Path, classes: int, folder: Path) -> None:
 
 
 def monai(path: Path, classes: int, folder: Path) -> None:
-    """MONAI's sliding_window_inference, whose input and output lie in the memory."""
+    """Run MONAI's sliding_window_inference, whose input and output lie in memory."""
     from monai.inferers.utils import sliding_window_inference
 
     model = Net(classes)
@@ -98,7 +98,7 @@ METHODS = {"ours": ours, "monai": monai}
 
 
 def measure(method: str, path: Path, classes: int) -> None:
-    """In a process of its own: prints seconds and GiB above the start."""
+    """Print seconds and GiB above the start, in a process of its own."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     __import__("monai.inferers.utils" if method == "monai" else "dida_tools.prediction")
     __import__("rasterio")
@@ -112,13 +112,13 @@ def measure(method: str, path: Path, classes: int) -> None:
 
 
 def resident(key: str = "VmRSS") -> int:
-    """Bytes that this process holds; with VmHWM the most that it has held (ru_maxrss would be the parent's)."""
+    """Return the bytes that this process holds; VmHWM: the most so far (ru_maxrss would be the parent's)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
 def main() -> None:
-    """The command."""
+    """Measure all methods and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -111,7 +111,7 @@ def _read_partial(function: Any, arguments: Any, keywords: Any) -> partial:
 
 
 class _Writer:
-    """Writes values as plain data, and notes what it cannot write."""
+    """The way from live values to plain data. Problems has what cannot be written."""
 
     def __init__(self, project: Project, problems: list[str]) -> None:
         self.project, self.problems = project, problems
@@ -142,7 +142,7 @@ class _Writer:
 
 
 class _Reader:
-    """Reads values from plain data, and notes what it cannot read."""
+    """The way from plain data to live values. Problems has what cannot be read."""
 
     def __init__(self, project: Project, roots: tuple[str, ...]) -> None:
         self.project, self.roots, self.problems = project, roots, list[str]()

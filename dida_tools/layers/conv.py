@@ -87,8 +87,7 @@ class DeconvLayer(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(ch_in, 4 * ch_out, k_size, padding=_padding(k_size), bias=norm is None)
         self.shuffle = nn.PixelShuffle(2)
-        # After the shuffle, the four pixels of a cell share one scale and one shift.
-        self.norm = nn.Identity() if norm is None else norm(ch_out)
+        self.norm = nn.Identity() if norm is None else norm(ch_out)  # one scale for the four pixels of a cell
         self.activ = activ()
         self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Contains prediction."""
+"""Prediction: from a trained model to maps."""
 
 from .predict import predict, predict_run
 from .predictor import Predictor, load_predictor, predict_array

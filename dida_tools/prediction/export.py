@@ -133,6 +133,7 @@ def export_model(
 
 def _to_onnx(raw: RawModel, metadata: Notes) -> tuple[bytes, float]:
     import onnxruntime
+    import onnxscript  # noqa: F401  # torch's exporter needs it
     from torch.onnx.verification import verify_onnx_program
 
     program, multiple = _export(raw, metadata)

@@ -101,12 +101,12 @@ def load_predictor(
         suggested
     """
     stored = load_weights(weights)
-    if "contract" not in stored and suggest is None:
-        raise WeightsError(f"{weights}: holds no data contract, without which no image can be scaled.")
     model = model_class(**(model_config or {}))
     fill_model(model, model_state(stored), str(weights))
     if "contract" in stored:
         contract = DataContract.from_dict(stored["contract"])
+    elif suggest is None:
+        raise WeightsError(f"{weights}: holds no data contract, without which no image can be scaled.")
     else:
         contract = suggest()
         with torch.no_grad():

@@ -6,7 +6,7 @@ and never with the height. The next rows are read while the current ones are com
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def blending_weights(height: int, width: int) -> np.ndarray:
 
 def predict_bands(
     predict_batch: PredictBatch, image: Image, contract: DataContract, tiling: Tiling
-) -> Iterator[Band]:
+) -> Generator[Band, None, None]:
     """
     Predict an image from top to bottom.
 
@@ -133,7 +133,7 @@ def _in_batches(
         yield from predict_batch(torch.stack(filled))[: len(batch)]
 
 
-def _read_ahead(image: Image, contract: DataContract) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _read_ahead(image: Image, contract: DataContract) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
     """Read every row once, the next ones ahead of time. Yield (rows, W, C), and where there is data."""
     height, width, _ = image.shape
     step = min(max(_READ_ROWS, getattr(image, "block_rows", 1)), _MAX_READ_ROWS)

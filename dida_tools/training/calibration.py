@@ -91,7 +91,7 @@ def calibrate(setup: Setup, model: nn.Module) -> DataContract | None:
     if batches is None or contract.task == "values":
         return None
     nll = NLL(contract, setup.config["IGNORE_INDEX"], setup.metrics().is_masked)
-    contract = replace(contract, **evaluate(model, batches, nll, setup.context))
+    contract = replace(contract, temperature=evaluate(model, batches, nll, setup.context)["temperature"])
     if contract.task == "multi-class":
         return contract
     evaluation = setup.metrics(contract)

@@ -32,7 +32,13 @@ train_config: dict[str, Any] = {
     },
     "DATASET": SceneDataset,  # <- your data here: NpyDataset, or any dataset of (input, target) pairs
     "DATASET_CONFIG": {
-        "train": {"split": "train", "crop": 128, "crops_per_image": 4, "foreground": 0.3, "augment": STANDARD},
+        "train": {
+            "split": "train",
+            "crop": 128,
+            "crops_per_image": 4,
+            "foreground": 0.3,
+            "augment": STANDARD,
+        },
         "test": {"split": "test"},
     },
     "DATA_LOADER_CONFIG": {"batch_size": 8, "shuffle": True, "pin_memory": True, "num_workers": 2},

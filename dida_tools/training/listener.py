@@ -90,14 +90,16 @@ class Listener(Protocol):
     """
     Base of all listeners: override what you need. Of several processes, the main one alone calls them.
 
-    An ordinary exception in a listener is logged and never ends a training.
+    An ordinary exception in a listener is reported and never ends a training.
     """
 
     def check(self, setup: Setup) -> None:
         """Raise UserError if this listener cannot work. Nothing is written yet, and nothing will be."""
+        return
 
     def started(self, run: RunView) -> None:
         """Act on a run that starts or resumes; run.state tells where."""
+        return
 
     def step(self, run: RunView, event: Event) -> None:
         """
@@ -105,6 +107,7 @@ class Listener(Protocol):
 
         :param event: step, epoch (from 1), loss, learning_rate, and "log.NAME" of what the user has logged
         """
+        return
 
     def epoch(self, run: RunView, event: Event) -> None:
         """
@@ -112,9 +115,11 @@ class Listener(Protocol):
 
         :param event: epoch (from 1), step, best (whether it is the best so far), train.loss, validation.NAME
         """
+        return
 
     def finished(self, run: RunView, result: Result) -> None:
         """Act on a run that is trained and tested. The model holds the best weights."""
+        return
 
     def ended(self, run: RunView, status: str, error: BaseException) -> None:
         """
@@ -122,3 +127,4 @@ class Listener(Protocol):
 
         :param status: "failed", "preempted", "interrupted" or "pruned"
         """
+        return

@@ -28,7 +28,8 @@ class Splits:
 
     def map(self, change: Callable[[Any], Any]) -> "Splits":
         """Return the splits with their datasets changed."""
-        return Splits(**{split: as_dataset(change(dataset)) for split, dataset in self.items()})
+        changed: dict[str, Any] = {split: as_dataset(change(dataset)) for split, dataset in self.items()}
+        return Splits(**changed)
 
 
 @dataclass

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 from ..config.errors import Preempted, UserError
 from ..config.tree import flatten
-from ..utils.counts import CountMetric
 from ..utils.logging.journal import Event, read_journal
 from ..utils.signals import stop_on_signals, stop_requested
 from ..utils.weights import load_weights, save_weights, weights_digest
 from .calibration import calibrate, describe_fit
 from .checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from .console import say
-from .determinism import deterministic_algorithms, seed_step
-from .distributed import num_processes, on_main, parallel, rank, refuse_disagreement, sum_up, sync_buffers
+from .determinism import deterministic_algorithms
+from .distributed import num_processes, on_main, parallel, refuse_disagreement, sum_up, sync_buffers
 from .evaluation import evaluate
 from .failures import NonFiniteLoss, Pruned, WriteError, explain, non_finite_loss, remedy, write_errors
 from .listener import Listener, Pending, Result, State
 from .modules import fill_model, find_nonfinite
+from .position import Batches, Position
 from .record import Record, open_record, without_secrets
 from .rerun import compare_runs, find_end
 from .resume import restore, training_state
@@ -37,78 +37,12 @@ from .setup import Setup
 logger = logging.getLogger(__name__)
 
 
-class Batches:
-    """The rest of the current epoch, each time it is iterated over: moved to the device, dropout reseeded."""
-
-    def __init__(self, setup: Setup, state: State) -> None:
-        self._setup, self._state = setup, state
-
-    def __len__(self) -> int:
-        return self._setup.loaders.batches.num_batches - self._state.batch
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order, context, seed = self._setup.loaders.batches, self._setup.context, self._setup.config["SEED"]
-        order.epoch, order.first_batch = self._state.epoch, self._state.batch
-        if order.first_batch == order.num_batches:
-            return  # the epoch's evaluation was interrupted, and is all that is left of it
-        first = order.epoch * order.num_batches + order.first_batch
-        for number, (inputs, targets) in enumerate(self._setup.loaders.train, first):
-            inputs, targets = context.move(inputs), targets.to(context.device)
-            seed_step(seed, number, context.device, rank())
-            yield inputs, targets
-
-
-class Position:
-    """Where a training stands in its epochs and steps."""
-
-    def __init__(self, setup: Setup, state: State) -> None:
-        self.setup, self.config, self.state = setup, setup.config, state
-
-    @property
-    def monitored(self) -> str:
-        """Name of the result that selects the best weights."""
-        goal = self.config["MONITOR"].split()[1]
-        metric = self.config["METRICS"].get(goal)
-        return goal if metric is None or isinstance(metric, CountMetric) else f"{goal}_sample_mean"
-
-    @property
-    def epochs_left(self) -> int:
-        """Number of epochs to be trained or evaluated; 0 also after an early stop."""
-        return 0 if self.state.stopped else max(0, self.config["EPOCHS"] - self.state.epoch)
-
-    @property
-    def batch_index(self) -> int:
-        """Index of the next batch, counted over all epochs."""
-        return self.state.epoch * self.setup.loaders.batches.num_batches + self.state.batch
-
-    @property
-    def awaits_evaluation(self) -> bool:
-        """Tell whether all batches of the epoch are done, but not its evaluation. Runs resume there, too."""
-        return self.state.batch == self.setup.loaders.batches.num_batches
-
-    @property
-    def is_update_step(self) -> bool:
-        """Tell whether an optimizer step follows on the batch that has just ended (gradient accumulation)."""
-        return self.state.batch % self.config["ACCUMULATE"] == 0 or self.awaits_evaluation
-
-    @property
-    def loss_weight(self) -> float:
-        """
-        Weight of the next batch's loss in its optimizer step.
-
-        It is 1 / ACCUMULATE, or more at the epoch's end, where there are fewer batches. Of several processes,
-        whose gradients are averaged, each weighs its loss by its fraction of the samples.
-        """
-        batches, batch, accumulate = self.setup.loaders.batches, self.state.batch, self.config["ACCUMULATE"]
-        fraction = batches.own_size(batch) * batches.num_processes / batches.size(batch)
-        return fraction / min(accumulate, batches.num_batches - (batch - batch % accumulate))
-
-
 class Listeners:
     """Calls each listener of a run, and reports an ordinary failure of one once."""
 
-    def __init__(self, listeners: Iterable[Listener]) -> None:
-        self._listeners = list(listeners)
+    def __init__(self, listeners: Iterable[Listener] = (), redact: Callable[[str], str] = str) -> None:
+        """:param redact: takes secrets out of a text"""
+        self._listeners, self._redact = list(listeners), redact
         self._reported: set[str] = set()
 
     def __call__(self, action: Callable[[Listener], object]) -> None:
@@ -117,8 +51,9 @@ class Listeners:
             try:
                 action(listener)
             except Exception as error:  # whatever a listener raises, the training is worth more
-                text = f"{type(listener).__name__} failed ({type(error).__name__}: {error})."
-                logger.debug(text, exc_info=True)
+                what = f"{type(listener).__name__} failed ({type(error).__name__}: {error})."
+                text = self._redact(what)
+                logger.debug(text)
                 if text not in self._reported:
                     self._reported.add(text)
                     say(f"{text} Training continues.")
@@ -135,7 +70,7 @@ class Run(Position):
         self.log_dir = Path(setup.global_config["LOG_DIR"]) / name
         self.weight_dir = Path(setup.global_config["WEIGHT_DIR"]) / name
         self.record: Record | None = None  # in the main process
-        self.tell = Listeners([])
+        self.tell = Listeners()
         self.pending = Pending()
         self.phase = "training"  # then "evaluation" (the model may hold the best weights), "finished"
         self._stop = False
@@ -370,7 +305,7 @@ def _open_run(setup: Setup, listeners: list[Listener], stack: contextlib.ExitSta
         return record.name, stored
 
     def begin() -> None:
-        run.record, run.tell = records[0], Listeners(listeners)
+        run.record, run.tell = records[0], Listeners(listeners, run.redact)
         with write_errors("the start of the run", run.weight_dir):
             run.record.begin(setup, run.state)
             for event in run.history.values():

@@ -33,8 +33,6 @@ from .first_sample import FirstSample, contract_of_values, dry_run, try_model
 from .loaders import Loaders, Splits, build_loaders
 from .optimization import Loss, build_ema, build_loss, build_optimizer, build_scheduler, config_errors
 
-_NO_NAME = "the datasets are not named: set DATASET to their class, and DATASET_CONFIG to their arguments"
-
 
 @dataclass
 class Setup:
@@ -112,48 +110,16 @@ def prepare(
     config = complete(training_config)
     config["ROUTINE_NAME"] = None if routine == project.package else sys.modules.get(routine, routine)
     config["DATE"] = config["DATE"] or date_now()
-    data = Splits(train_dataset, test_dataset, validation_dataset).map(as_dataset)
+    given = Splits(train_dataset, test_dataset, validation_dataset).map(as_dataset)
 
-    problems: list[str] = []
-    data_problems: list[str] = []
-    with _collect(problems):
-        if config["MASK_VALUES"]:
-            data = data.map(lambda dataset: dataset.with_mask_values(config["MASK_VALUES"]))
-    problems += _disagreements(config, data)
-    not_rerunnable = [] if _enter_data(config, data) else [_NO_NAME]
-    with _collect(problems):
-        captured = check(config, project)
-    with _collect(problems):
-        context = choose_context(project, config["DEVICE"], config["PRECISION"], config["CHANNELS_LAST"])
-    first: FirstSample | None = None
-    if not any(problem.startswith(("MODEL", "INIT_WEIGHTS", "SEED")) for problem in problems):
-        with _collect(problems, ConfigError), _collect(data_problems, DataError):
-            first = try_model(config, data.train)
-    data_problems = _data_problems(data, first and first.num_outputs, cache_file) or data_problems
-    if problems:
-        raise ConfigError(problems + data_problems)
-    if data_problems or first is None:
-        raise DataError(data_problems)
-
-    hashes = _hashes(config, data)
-    data = _split(config, data)
-    contract = data.train.contract(config["NORMALIZE"], cache_file) or contract_of_values(
-        first, config, data.train
-    )
-    contract = replace(contract, outputs=first.num_outputs or 1)
-    if constant := contract.constant_channels():
-        where = f"{constant} of the training images has the same value everywhere"
-        effect = "the model learns nothing from it, and prediction will refuse images where it has others"
-        warnings.warn(f"{where}: {effect}.", stacklevel=3)
-    data = data.map(lambda dataset: dataset.with_contract(contract))
-    data.hashes = hashes
-    _check_validation(config, data)
+    checked = _check(config, given, project, cache_file)
+    context, first = checked.context, checked.first
+    data, contract = _fit_contract(config, checked, cache_file)
     with config_errors("LOSS"):
         loss_fn = build_loss(config, context.device)
     with config_errors("DATA_LOADER"):
         loaders = build_loaders(config, data, context.device, first.inputs.shape[1:])
     dry_run(first, config, loss_fn, contract, context)
-
     model = first.model.to(context.device)
     if context.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -161,14 +127,12 @@ def prepare(
         optimizer = build_optimizer(config, model)
     with config_errors("SCHEDULER"):
         scheduler = build_scheduler(config, optimizer, loaders.steps_per_epoch(config["ACCUMULATE"]))
-    with _collect(not_rerunnable):
-        restore(captured, project)
     return Setup(
         config=config,
         global_config=global_config,
         project=project,
-        captured=captured,
-        not_rerunnable="; ".join(not_rerunnable),
+        captured=checked.captured,
+        not_rerunnable=checked.not_rerunnable,
         context=context,
         contract=contract,
         data=data,
@@ -180,6 +144,61 @@ def prepare(
         ema=build_ema(config, model),
         loss_fn=loss_fn,
     )
+
+
+@dataclass
+class _Checked:
+    """A config and data that fit each other."""
+
+    data: Splits
+    captured: dict[str, Any]
+    not_rerunnable: str
+    context: DeviceContext
+    first: FirstSample
+
+
+def _check(config: dict[str, Any], data: Splits, project: Project, cache_file: Path) -> _Checked:
+    """Enter the data into the config, and raise all problems of both at once."""
+    problems: list[str] = []
+    unreadable: list[str] = []
+    first: FirstSample | None = None
+    with _collect(problems):
+        if config["MASK_VALUES"]:
+            data = data.map(lambda dataset: dataset.with_mask_values(config["MASK_VALUES"]))
+    problems += _disagreements(config, data)
+    reasons = _enter_data(config, data)
+    with _collect(problems):
+        captured = check(config, project)
+    with _collect(problems):
+        context = choose_context(project, config["DEVICE"], config["PRECISION"], config["CHANNELS_LAST"])
+    if not any(problem.startswith(("MODEL", "INIT_WEIGHTS", "SEED")) for problem in problems):
+        with _collect(problems, ConfigError), _collect(unreadable, DataError):
+            first = try_model(config, data.train)
+    data_problems = _data_problems(data, first.num_outputs if first else None, cache_file) or unreadable
+    if problems:
+        raise ConfigError(problems + data_problems)
+    if data_problems or first is None:
+        raise DataError(data_problems)
+    with _collect(reasons):
+        restore(captured, project)
+    return _Checked(data, captured, "; ".join(reasons), context, first)
+
+
+def _fit_contract(config: dict[str, Any], checked: _Checked, cache_file: Path) -> tuple[Splits, DataContract]:
+    """Split the data, and read all of it as the training set wants."""
+    first, data = checked.first, _split(config, checked.data)
+    contract = data.train.contract(config["NORMALIZE"], cache_file)
+    contract = contract or contract_of_values(first, config, data.train)
+    contract = replace(contract, outputs=first.num_outputs or 1)
+    if constant := contract.constant_channels():
+        where = f"{constant} of the training images has the same value everywhere"
+        effect = "the model learns nothing from it, and prediction will refuse images where it has others"
+        warnings.warn(f"{where}: {effect}.", stacklevel=4)
+    data = data.map(lambda dataset: dataset.with_contract(contract))
+    if data.validation is None:
+        _check_without_validation(config)
+    data.hashes = _hashes(config, checked.data)
+    return data, contract
 
 
 @contextlib.contextmanager
@@ -204,16 +223,18 @@ def _disagreements(config: dict[str, Any], data: Splits) -> list[str]:
     return problems
 
 
-def _enter_data(config: dict[str, Any], data: Splits) -> bool:
-    """Enter the datasets into the config. Return whether a record can name them."""
+def _enter_data(config: dict[str, Any], data: Splits) -> list[str]:
+    """Enter the datasets into the config. Return why a record cannot name them, if it cannot."""
     datasets = dict(data.items())
     kinds = {type(one.given if isinstance(one, Custom) else one) for one in datasets.values()}
     if len(kinds) == 1 and all(dataset.arguments is not None for dataset in datasets.values()):
         config["DATASET"] = kinds.pop()
         config["DATASET_CONFIG"] = {split: dict(dataset.arguments) for split, dataset in datasets.items()}
-    elif kinds != {config["DATASET"]} or config["DATASET_CONFIG"] is None:
-        config["DATASET"] = config["DATASET_CONFIG"] = None  # what the config names is not what was given
-    return config["DATASET"] is not None
+        return []
+    if kinds == {config["DATASET"]} and config["DATASET_CONFIG"] is not None:
+        return []
+    config["DATASET"] = config["DATASET_CONFIG"] = None  # what the config names is not what was given
+    return ["the datasets are not named: set DATASET to their class, and DATASET_CONFIG to their arguments"]
 
 
 def _data_problems(data: Splits, num_classes: int | None, cache_file: Path) -> list[str]:
@@ -229,11 +250,12 @@ def _data_problems(data: Splits, num_classes: int | None, cache_file: Path) -> l
 
 def _split(config: dict[str, Any], data: Splits) -> Splits:
     """Return the splits as they are trained on and evaluated on, before normalization."""
-    train, validation, test = data.train, data.validation, data.test
-    if validation is None and config["VALIDATION_FRACTION"] > 0:
-        train, validation = train.split(config["VALIDATION_FRACTION"], config["SEED"])
-    for_evaluation = [None if one is None else as_dataset(one).for_evaluation() for one in (test, validation)]
-    return Splits(train, *for_evaluation).map(as_dataset)
+    if data.validation is None and config["VALIDATION_FRACTION"] > 0:
+        train, validation = data.train.split(config["VALIDATION_FRACTION"], config["SEED"])
+        data = Splits(train, data.test, validation).map(as_dataset)
+    evaluated = ((split, dataset) for split, dataset in data.items() if split != "train")
+    changed: dict[str, Any] = {split: as_dataset(dataset.for_evaluation()) for split, dataset in evaluated}
+    return replace(data, **changed)
 
 
 def _hashes(config: dict[str, Any], data: Splits) -> dict[str, dict[str, Any]]:
@@ -250,9 +272,7 @@ def _hashes(config: dict[str, Any], data: Splits) -> dict[str, dict[str, Any]]:
     return hashes
 
 
-def _check_validation(config: dict[str, Any], data: Splits) -> None:
-    if data.validation is not None:
-        return
+def _check_without_validation(config: dict[str, Any]) -> None:
     needs = "needs a validation set: give one, or set VALIDATION_FRACTION above 0."
     problems = [] if config["PATIENCE"] is None else [f"PATIENCE is {config['PATIENCE']}, which {needs}"]
     if config["SCHEDULER"] is not None and issubclass(config["SCHEDULER"], ReduceLROnPlateau):

@@ -52,16 +52,13 @@ class TensorBoard(Listener):
 
     def finished(self, run: RunView, result: Result) -> None:
         """Write the test's results, and the config for the HPARAMS tab."""
-        step, scores = result.state.step, result.evaluation and result.evaluation.scores
+        step = result.state.step
+        scores = None if result.evaluation is None else result.evaluation.scores
         if scores is not None:
             self._write_pr_curves(scores, run.setup.contract.class_names, step)
-        fitted = [
-            key
-            for key in result.metrics
-            if key.startswith(("validation.temperature", "validation.threshold"))
-        ]
+        shown = ("test.", "validation.temperature", "validation.threshold")
         for name, value in result.metrics.items():
-            if name.startswith("test.") or name in fitted:
+            if name.startswith(shown):
                 self._writer.add_scalar(name.replace(".", "/"), value, step)
         self._write_hparams(flatten(run.captured), result.metrics)
         self._writer.close()

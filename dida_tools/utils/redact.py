@@ -110,7 +110,7 @@ def _is_secret_variable(name: str) -> bool:
 
 
 def _forms(value: str) -> Iterator[str]:
-    """A secret as it may be written: as it is, in code, in JSON, in a URL, and line by line."""
+    """Yield a secret as it may be written: as it is, in code, in JSON, in a URL, and line by line."""
     yield from (value, repr(value)[1:-1], json.dumps(value)[1:-1])
     yield from (quote(value), quote(value, safe=""), quote_plus(value))
     yield from value.splitlines() if "\n" in value else ()

@@ -54,7 +54,7 @@ def remove_rows(path: str | os.PathLike, names: Iterable[str]) -> None:
 
 def rebuild(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
     """
-    Write the file anew: these rows, and what it has by name. The old file stays, with .old behind its name.
+    Rewrite the file: these rows, and what it has by name. The old file stays, with .old behind its name.
 
     Rows without a name and columns without a cell go.
     """
@@ -128,7 +128,7 @@ def _names(columns: list[str], records: list[str]) -> list[str]:
 def _write_records(path: Path, columns: list[str], records: list[str]) -> None:
     header = [_to_record(columns, dict(zip(columns, columns, strict=True)))] if columns else []
     content = "".join(f"{line}\n" for line in [*header, *records]).encode(errors="surrogateescape")
-    if not path.is_file() or content != path.read_bytes():
+    if content != (path.read_bytes() if path.is_file() else b""):
         write_atomic(path, lambda file: file.write(content))
 
 

@@ -97,7 +97,7 @@ def find_damage(path: str | os.PathLike) -> str | None:
 
 
 def _digest(file: BinaryIO, size: int) -> bytes:
-    """The SHA-256 of a file's first bytes, after which the file stands then."""
+    """Return the SHA-256 of a file's first bytes, and leave the file behind them."""
     file.seek(0)
     digest, left = hashlib.sha256(), size
     while left and (block := file.read(min(left, 2**20))):
@@ -107,7 +107,7 @@ def _digest(file: BinaryIO, size: int) -> bytes:
 
 
 def _find_damage_in_archive(file: BinaryIO, end: bytes) -> str | None:
-    """Not ours: the checksums of the archive must do."""
+    """Check a file that is not ours, by the checksums of the archive."""
     if not (end.startswith(_END) and end.endswith(b"\0\0")):
         return "the file is damaged or no weights file: it does not end as one"
     try:

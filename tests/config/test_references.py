@@ -100,8 +100,8 @@ __main__:main train:main runs:main new_project:main
 .prediction.predict:predict .utils.loss:torch.load .utils.loss:_dice .utils.loss:f1.__call__
 .models:UNET.__init__ .utils.loss:f1.__globals__.get .utils.loss:IGNORE_INDEX .models:UNET.load_state_dict
 .models:UNET.forward .models:UNET.__subclasses__ ..os:system ...:x .:x torch/../os:system torch..nn:Linear
-
-.utils.torchutils:load_model torch.nn: torch.nn torch.hub torchevil:x dida_tools_evil:x .config.config .search.study
+.utils.torchutils:load_model torch.nn: torch.nn torch.hub torchevil:x dida_tools_evil:x .config.config
+.search.study
 """
 HOSTILE = ["", ":", ":system", " os:system", "os :system", "torch.nn\0:Linear", *HOSTILE_NAMES.split()]
 

@@ -34,7 +34,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pairs_dir: Path) -> Simple
     config |= {"OPTIMIZER": torch.optim.AdamW, "OPTIMIZER_CONFIG": {"lr": 1e-2}, "DEVICE": "cpu"}
     config |= {"LOSS": multi_class_dice_ce_sum, "DATA_LOADER_CONFIG": {"batch_size": 4}, "PRECISION": "fp32"}
     splits = [NpyDataset(pairs_dir / split / "x", pairs_dir / split / "y") for split in ("train", "test")]
-    name = train(*splits, training_config=config, global_config=places).name
+    with pytest.MonkeyPatch.context() as patch:  # these take most of the time
+        patch.setattr("dida_tools.training.record.describe_environment", lambda *_: {})
+        patch.setattr("dida_tools.training.pictures.save_picture", lambda path, *_: path.write_bytes(b""))
+        name = train(*splits, training_config=config, global_config=places).name
     weights = Path(places["WEIGHT_DIR"]) / name / "best.pt"
     stored = load_weights(weights)
     own = {"nodata": 0, "temperature": 1.7, "class_names": ("ground", "tree", "house")}

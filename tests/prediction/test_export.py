@@ -125,7 +125,7 @@ def test_the_script_predicts_without_this_project(tmp_path, trained, onnx_file):
     assert len([line for line in texts if not line.startswith(('"', "import", "from"))]) <= 20
     np.save(tmp_path / "scene.npy", np.zeros((9, 9, 4), np.uint8))
     refused = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
-    assert refused.returncode == 1 and "its dtype and channels are ('uint8', 4)" in refused.stderr
+    assert refused.returncode == 1 and "dtype and channels are ('uint8', 4)" in refused.stderr
 
 
 def test_the_program_predicts_as_the_model_and_carries_the_contract(trained, program_file):

@@ -1,8 +1,9 @@
 """Large images and many of them: rasters, scores, what is done already, kills, several processes."""
 
+import functools
+import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -21,9 +22,11 @@ from rasterio.enums import ColorInterp
 from dida_tools.config.errors import Preempted, UserError
 from dida_tools.config.predict_keys import OUTPUTS
 from dida_tools.prediction import predict
+from dida_tools.prediction.ledger import Ledger
+from dida_tools.prediction.outputs import OutputFile
 from dida_tools.utils.data.contract import PALETTE
 from dida_tools.utils.data.images import DataError
-from dida_tools.utils.logging.journal import Journal
+from dida_tools.utils.logging.journal import Journal, read_journal
 from dida_tools.utils.weights import save_weights
 from tests.helpers import ROOT, Child, run_script, wait_until
 from tests.prediction.samples import (
@@ -288,30 +291,44 @@ def begun(config: dict[str, Any], name: str) -> bool:
     return any((config["OUT_DIR"] / f".{name}.unfinished").glob("*"))
 
 
-def test_a_killed_prediction_resumes_file_by_file(tmp_path, config, start):
-    write_raster(tmp_path / "a.tif", reflectance(150, 60))
-    files = [tmp_path / "a.tif", *write_arrays(tmp_path, *[reflectance(80, 50, seed) for seed in range(3)])]
+def predict_until(config: dict[str, Any], moment: int) -> int:
+    """Predict in a process that kills itself before its so-many-th step."""
+    steps = itertools.count(1)
+
+    def watched(step: Callable) -> Callable:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if next(steps) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*arguments, **options)
+
+        return call
+
+    names = {Net: ["forward"], OutputFile: ["write", "finish"], Ledger: ["add"], os: ["fsync", "replace"]}
+    for owner, attributes in names.items():
+        for name in attributes:
+            setattr(owner, name, watched(getattr(owner, name)))
+    return len(predict(config)) * 0
+
+
+def test_a_killed_prediction_resumes_file_by_file(tmp_path, config):
+    files = [*write_arrays(tmp_path, reflectance(90, 50), reflectance(20, 20)), tmp_path / "a.tif"]
+    write_raster(files[-1], reflectance(100, 60))
     config |= {"FILES": files, "OUTPUT": ["classes", "probabilities"]}
     predict(config | {"OUT_DIR": tmp_path / "undisturbed"})
-    undisturbed = contents(tmp_path / "undisturbed")
-    rng, kills, finished = random.Random(0), 0, {}
-    while len(finished) < len(undisturbed):
-        child = start(config, 0.0 if kills > 30 else 0.02)
-        ended = child.wait(rng.uniform(0.05, 0.4))
-        child.kill()
-        kills += not ended
-        assert child.code in (0, -signal.SIGKILL), child.said()
+    undisturbed, finished, codes = contents(tmp_path / "undisturbed"), {}, []
+    for moment in itertools.count(1, 2):
+        child = Child(functools.partial(predict_until, config, moment), tmp_path / "said")
+        assert child.wait() and child.code in (0, -signal.SIGKILL), child.said()
+        codes.append(child.code)
         found = contents(config["OUT_DIR"])
         assert found.items() <= undisturbed.items()  # no half of a file has a name
         stamps = {name: (config["OUT_DIR"] / name).stat().st_mtime_ns for name in found}
         assert finished.items() <= stamps.items()  # what is finished is not done again
-        # Of an image with several outputs, the first may have been recorded without the second.
-        pairs = {name.partition("_")[0] for name in stamps}
-        complete = {stem for stem in pairs if sum(name.startswith(f"{stem}_") for name in stamps) == 2}
-        finished = {name: stamp for name, stamp in stamps.items() if name.partition("_")[0] in complete}
-    assert kills >= 3
-    predict(config)
-    assert contents(config["OUT_DIR"]) == undisturbed and not list(config["OUT_DIR"].glob(".*"))
+        if child.code == 0:
+            break
+        # Only once the next image is begun, both outputs of one are known to be in the ledger.
+        finished = {name: stamps[name] for name in sorted(stamps)[: 2 * ((len(stamps) - 1) // 2)]}
+    assert len(codes) > 8 and found == undisturbed and not list(config["OUT_DIR"].glob(".*"))
 
 
 def test_what_was_left_unfinished_is_begun_anew(tmp_path, config):
@@ -368,59 +385,46 @@ def test_a_signal_ends_it_between_two_batches(tmp_path, config, start):
     assert {path.name for path in config["OUT_DIR"].iterdir()} == {"predictions.jsonl"}
 
 
-def test_torchrun_shares_the_files(tmp_path, config):
+def test_processes_of_torchrun_share_the_files(tmp_path, config):
     images = [reflectance(20, 24, number) for number in range(5)]
-    settings = config | {"MODEL": None, "FILES": write_arrays(tmp_path, *images)}
-    script = tmp_path / "predict_all.py"
-    script.write_text(
-        f"""
-import os, sys; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
-from tests.prediction.samples import Net
-from dida_tools.prediction import predict
-files = predict({{**{settings!r}, "MODEL": Net}})
-Path("{tmp_path}/" + os.environ["RANK"]).write_text(" ".join(file.name for file in files))
-""".replace("PosixPath", "Path")
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*torchrun, script], check=True, capture_output=True, env=environment)
-    shares = [(tmp_path / rank).read_text() for rank in "01"]
-    assert shares == ["0.npy 2.npy 4.npy", "1.npy 3.npy"]
+    config |= {"FILES": write_arrays(tmp_path, *images)}
+
+    def predict_as(rank: str) -> int:
+        os.environ |= {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
+        return len(predict(config))
+
+    children = [Child(functools.partial(predict_as, rank), tmp_path / f"said.{rank}") for rank in "01"]
+    assert all(child.wait() for child in children) and [child.code for child in children] == [3, 2]
+    assert [len(read_journal(file)) for file in sorted(config["OUT_DIR"].glob("*.jsonl"))] == [3, 4]
     for number, image in enumerate(images):
         found = np.load(config["OUT_DIR"] / f"{number}.npy")
         assert np.array_equal(found, expected(config, image).argmax(0))
     Net.calls = 0
-    predict(settings | {"MODEL": Net})
-    assert Net.calls == 0  # one process finds what two have done
+    assert len(predict(config)) == 5 and Net.calls == 0  # one process finds what two have done
 
 
 def test_a_run_predicts_by_its_name(tmp_path, trained):
+    root = Path(trained.global_config["ROOT_PATH"])
     image = np.random.default_rng(0).integers(1, 256, (40, 300, 3), dtype=np.uint8)
-    options = [
-        "-i",
-        *write_arrays(tmp_path, image),
-        "-o",
-        tmp_path / "out",
-        "--output",
-        "confidence",
-        "classes",
-    ]
-    options += ["--tile", 64, "--overlap", 0.5, "--format", "tif", "--prefix", "p_", "--no-check"]
-    done = run_script(
-        "run_prediction.py", trained.name[:-1], *options, root=Path(trained.global_config["ROOT_PATH"])
-    )
+    options = ["-i", *write_arrays(tmp_path, image), "-o", tmp_path / "out", "--format", "tif", "--no-check"]
+    options += ["--output", "confidence", "classes", "--tile", 64, "--overlap", 0.5, "--prefix", "p_"]
+    done = run_script("run_prediction.py", trained.name[:-1], *options, root=root)
     assert done.returncode == 0 and "2 predictions in" in done.stdout, done.stderr
-    assert {path.name for path in (tmp_path / "out").glob("*.tif")} == {
-        "p_0_confidence.tif",
-        "p_0_classes.tif",
-    }
-    refused = run_script(
-        "run_prediction.py", "nonsense", *options, root=Path(trained.global_config["ROOT_PATH"])
-    )
+    written = sorted(path.name for path in (tmp_path / "out").glob("*.tif"))
+    assert written == ["p_0_classes.tif", "p_0_confidence.tif"]
+    refused = run_script("run_prediction.py", "nonsense", *options, root=root)
     assert refused.returncode == 1 and "no run is called 'nonsense'" in refused.stderr
     refused = run_script("predict.py", *options, "--augment", "some", "--weights", tmp_path / "nowhere.pt")
     assert refused.returncode == 1 and "AUGMENT is 'some': it must be one of" in refused.stderr
+
+
+def test_a_run_of_version_0_1_predicts(tmp_path):
+    runs = ROOT / "tests" / "data" / "runs_0_1"
+    images = runs / "data" / "test" / "x"
+    done = run_script("run_prediction.py", "finished", "-i", images, "-o", tmp_path, root=runs)
+    assert done.returncode == 0, done.stderr
+    for image in images.iterdir():
+        assert np.load(tmp_path / image.name).shape == np.load(image).shape[:2]
 
 
 @pytest.mark.parametrize("script", ["predict.py", "run_prediction.py"])

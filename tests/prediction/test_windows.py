@@ -140,18 +140,6 @@ def test_blending_weights_are_a_gaussian_that_does_not_vanish():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_is_the_same_everywhere_stays_so_in_the_corners_too(size):
-    class Constant(nn.Module):
-        def forward(self, x):
-            return torch.full_like(x[:, :1], float(np.log(9.0)))
-
-    contract = DataContract(2, dtype="float32", task="multi-label", outputs=1)
-    result = predict_array(predictor(Constant(), contract), image_of(*size), TILE, 0.25)
-    assert result.shape == (1, *size)
-    np.testing.assert_allclose(result, 0.9, atol=1e-6)
-
-
-@pytest.mark.parametrize("size", SIZES)
 def test_bands_join_and_every_row_is_read_once(size):
     image = Array(image_of(*size))
     bands = in_bands(Pixelwise(), image)

@@ -37,7 +37,7 @@ FINISHED, REFUSED = 0, 1  # exit codes of a training in a child, as of train.py
 
 
 class SmallModel(nn.Module):
-    """Parameters, running statistics and randomness in few tensors, since most of the time goes into saving."""
+    """Parameters, running statistics and randomness in few tensors: most of the time goes into saving."""
 
     def __init__(self, ch_in: int, ch_out: int) -> None:
         super().__init__()

@@ -80,29 +80,21 @@ def damage_file() -> Iterator[Callable[[Path, bytes], None]]:
         file.write_bytes(content)
 
 
-def be_killed() -> None:
-    os._exit(KILLED)
-
-
-def be_interrupted() -> None:
-    raise KeyboardInterrupt
-
-
-def end_early(training: Any, how: Callable[[], object] = be_killed, **changes: Any) -> None:
-    """End a training after its fifth step is in the journal, but not in a checkpoint."""
+def kill_early(training: Any) -> None:
+    """Kill a training after its fifth step is in the journal, but not in a checkpoint."""
 
     def setup() -> None:
         write = Journal.write
 
-        def ending_write(journal: Journal, event: Event) -> bool:
+        def killing_write(journal: Journal, event: Event) -> bool:
             is_new = write(journal, event)
             if event["event"] == "step" and event["step"] == 5:
-                how()
+                os._exit(KILLED)
             return is_new
 
-        Journal.write = ending_write  # type: ignore[method-assign]
+        Journal.write = killing_write  # type: ignore[method-assign]
 
-    child = training.start(setup=setup, **changes)
+    child = training.start(setup=setup)
     assert child.wait() and child.code != 0, child.said()
 
 
@@ -162,7 +154,7 @@ def test_without_an_undamaged_copy_a_damaged_config_is_an_error(trained, damage_
 
 def test_a_run_whose_config_is_damaged_resumes_and_repairs_it(trained, new_training):
     training = new_training(**FEW_TENSORS)
-    end_early(training)
+    kill_early(training)
     file = training.log_root / training.name() / "config.json"
     file.write_bytes(flip_a_bit(file.read_bytes(), random.Random(0)))
     training.finish()
@@ -212,7 +204,7 @@ LINES = {"start": (0,), "step": (2,), "epoch": (4,), "three": (1, 3, 5), "all": 
 @pytest.mark.parametrize("lines", LINES.values(), ids=LINES)
 def test_a_run_whose_journal_is_damaged_resumes_and_says_so(trained, new_training, lines):
     training = new_training(**FEW_TENSORS)
-    end_early(training)
+    kill_early(training)
     file = training.log_root / training.name() / "journal.jsonl"
     written, chance = file.read_bytes().splitlines(keepends=True), random.Random(0)
     assert len(written) == 7
@@ -232,51 +224,18 @@ def test_a_run_whose_journal_is_damaged_resumes_and_says_so(trained, new_trainin
     assert row["STATUS"] == "finished" and row["WEIGHTS_DIGEST"] == expected["test"]["digest"]
 
 
-# ----------------------------------------------------------------------------------------------- tracker
-
-
-@pytest.fixture(scope="module")
-def tracked(make_training: NewTraining, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs of all kinds in one table: finished, interrupted, killed, resumed, with other columns."""
-    training = make_training(tmp_path_factory.mktemp("tracked"))
-    training.finish(RESUME=None, SESSION_NAME="finished", __COMMENT='=1+1, "quoted"\nand ä 日本')
-    end_early(training, be_interrupted, RESUME=None, SESSION_NAME="interrupted")
-    end_early(training, RESUME=None, SESSION_NAME="killed")
-    end_early(training, be_interrupted, RESUME=None, SESSION_NAME="resumed")
-    (name,) = [row["NAME"] for row in training.rows() if row["NAME"].endswith("resumed")]
-    training.finish(RESUME=name, SESSION_NAME="resumed")
-    training.finish(RESUME=None, SESSION_NAME="other columns", METRICS={}, MONITOR="min loss", SCHEDULER=None)
-    training.finish(RESUME=None, SESSION_NAME="other file", LOGFILE="other.csv")
-    return training
-
-
-def test_the_table_of_the_tracker_is_that_of_the_journals(tracked):
-    rows = {row["SESSION_NAME"]: row for row in tracked.rows()}
-    assert {session: row["STATUS"] for session, row in rows.items()} == {
-        "finished": "finished",
-        "interrupted": "interrupted",
-        "killed": "killed",
-        "resumed": "finished",
-        "other columns": "finished",
-    }
-    assert rows["finished"]["__COMMENT"] == '=1+1, "quoted"\nand ä 日本'
-    file = tracked.log_root / "experiments.csv"
-    before, content = tracked.rows(), file.read_bytes()
-    file.unlink()
-    rebuild(file, find_rows(tracked.log_root))
-    assert {row["NAME"]: row for row in tracked.rows()} == {row["NAME"]: row for row in before}
-    file.write_bytes(content)
-
-
 @less_often
 @each_damage
-def test_a_damaged_table_is_made_anew_and_takes_rows(tracked, tmp_path, damage, number):
-    rows, file = find_rows(tracked.log_root), tmp_path / "experiments.csv"
-    for text in damaged((tracked.log_root / "experiments.csv").read_bytes(), damage, number):
+def test_a_damaged_table_is_made_anew_and_takes_rows(trained, tmp_path, damage, number):
+    (row,), file = find_rows(trained.log_root), tmp_path / "experiments.csv"
+    comments = ('=1+1, "quoted"\nand ä 日本', None, "", "plain", "1.0")
+    rows = [row | {"NAME": f"run {index}", "__COMMENT": text} for index, text in enumerate(comments)]
+    rebuild(file, rows)
+    for text in damaged(file.read_bytes(), damage, number):
         file.write_bytes(text)
         write_log(file, {"NAME": "new", "STATUS": "running", "LOSS": 0.25})
-        assert [row["STATUS"] for row in read_log(file) if row.get("NAME") == "new"] == ["running"]
+        assert [one["STATUS"] for one in read_log(file) if one.get("NAME") == "new"] == ["running"]
         rebuild(file, rows)
-        found = {row["NAME"]: row for row in read_log(file)}
-        for row in rows:
-            assert {key: found[row["NAME"]].get(key) for key in row} == row
+        found = {one["NAME"]: one for one in read_log(file)}
+        for one in rows:
+            assert {key: found[one["NAME"]].get(key) for key in one} == one

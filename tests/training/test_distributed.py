@@ -86,44 +86,22 @@ def exact_config() -> dict[str, Any]:
     What two processes must train as one does. Of 36 samples, the parts of a batch of 5 are unequal. One
     process has nothing of the last batch, a single sample, and nothing of the one validation image.
     """
-    return {
-        "SESSION_NAME": "exact",
-        "MODEL": UNET,
-        "MODEL_CONFIG": {
-            "ch_in": 3,
-            "ch_out": 3,
-            "bulk_ch": 8,
-            "n_recursions": 1,
-            "norm": partial(nn.GroupNorm, 4),
-        },
-        "DATA_LOADER_CONFIG": {"batch_size": 5, "shuffle": True},
-        "OPTIMIZER": torch.optim.SGD,
-        "OPTIMIZER_CONFIG": {"lr": 0.1, "momentum": 0.9},
-        "SCHEDULER": torch.optim.lr_scheduler.OneCycleLR,
-        "CLIP_NORM": 1.0,
-        "EMA": 0.9,
-        "ACCUMULATE": 2,
-        "EPOCHS": 3,
-        "LOSS": nn.CrossEntropyLoss,
-        "METRICS": {"f1": f1, "precision": precision, "recall": recall},
-        "MONITOR": "max f1",
-        "VALIDATION_FRACTION": 0.1,
-        "CHECKPOINT_SECONDS": 1000,
-        "DEVICE": "cpu",
-        "PRECISION": "fp32",
-    }
+    norm = partial(nn.GroupNorm, 4)
+    model = {"ch_in": 3, "ch_out": 3, "bulk_ch": 8, "n_recursions": 1, "norm": norm}
+    config: dict[str, Any] = {"MODEL": UNET, "MODEL_CONFIG": model}
+    config |= {"DATA_LOADER_CONFIG": {"batch_size": 5, "shuffle": True}, "VALIDATION_FRACTION": 0.1}
+    config |= {"OPTIMIZER": torch.optim.SGD, "OPTIMIZER_CONFIG": {"lr": 0.1, "momentum": 0.9}}
+    config |= {"SCHEDULER": torch.optim.lr_scheduler.OneCycleLR, "CLIP_NORM": 1.0, "EMA": 0.9}
+    config |= {"ACCUMULATE": 2, "EPOCHS": 3, "LOSS": nn.CrossEntropyLoss, "MONITOR": "max f1"}
+    config |= {"METRICS": {"f1": f1, "precision": precision, "recall": recall}, "CHECKPOINT_SECONDS": 1000}
+    return config | {"SESSION_NAME": "exact", "DEVICE": "cpu", "PRECISION": "fp32"}
 
 
 def rich_config() -> dict[str, Any]:
     """What depends on the number of processes: BatchNorm, dropout, batch Dice. 3 steps an epoch."""
-    config = exact_config() | {
-        "SESSION_NAME": "rich",
-        "ACCUMULATE": 1,
-        "EPOCHS": 2,
-        "VALIDATION_FRACTION": 0.4,
-    }
-    config["MODEL_CONFIG"] = config["MODEL_CONFIG"] | {"norm": nn.BatchNorm2d, "dropout": 0.1}
-    config["DATA_LOADER_CONFIG"] = {"batch_size": 4, "shuffle": True}
+    config = exact_config() | {"SESSION_NAME": "rich", "ACCUMULATE": 1, "EPOCHS": 2}
+    config["MODEL_CONFIG"] |= {"norm": nn.BatchNorm2d, "dropout": 0.1}
+    config |= {"DATA_LOADER_CONFIG": {"batch_size": 4, "shuffle": True}, "VALIDATION_FRACTION": 0.4}
     config |= {"OPTIMIZER": torch.optim.AdamW, "OPTIMIZER_CONFIG": {"lr": 1e-2}}
     return config | {"LOSS": multi_class_dice_ce_sum}
 

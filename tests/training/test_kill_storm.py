@@ -63,7 +63,6 @@ class Storm:
             self.training.take_notes()
 
         for attempt in range(MOST_ATTEMPTS):
-            num_notes = len(self.training.read_notes())
             child = self.training.start(setup=prepare, **changes)
             self.sessions.add(child.pid)
             # Longer with each attempt, since the machine may have become slower.
@@ -73,7 +72,6 @@ class Storm:
             if child.code == 0:
                 break
             self.counts["kills"] += 1
-            self.counts[self.moment(num_notes)] += 1
             after_kill()
             self.assert_nothing_is_lost()
         else:
@@ -88,14 +86,6 @@ class Storm:
         for kind in ("event", "checkpoint", "row"):
             self.counts[f"acknowledged {kind}s"] = len(self.training.read_notes(kind))
         return self.counts
-
-    def moment(self, num_notes: int) -> str:
-        """What the process that was killed had done last, as far as is known."""
-        notes = self.training.read_notes()[num_notes:]
-        if not notes:
-            return "before the start"
-        kind = next(iter(notes[-1]))
-        return f"after {notes[-1]['event']['event'] if kind == 'event' else kind}"
 
     def assert_nothing_is_lost(self) -> None:
         training, events = self.training, self.training.events()

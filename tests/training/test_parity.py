@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from dida_tools.training import config as config_module
 from dida_tools.training.failures import NonFiniteLoss
 from dida_tools.training.listener import Result
-from dida_tools.utils.loss import accuracy, f1, multi_class_dice_ce_sum, precision
+from dida_tools.utils.loss import accuracy, multi_class_dice_ce_sum
 from dida_tools.utils.torchutils import set_seed
 from dida_tools.utils.weights import load_weights, weights_digest
 from tests.helpers import (
@@ -425,21 +425,6 @@ def test_an_error_of_the_users_own_comes_through_as_it_is(end_of, tmp_path, rout
     assert str(caught.value) == "this and nothing else"
     (row,) = rows_of(global_config_of(tmp_path / "run-0"))
     assert (row["STATUS"], row["ERROR"]) == ("failed", "LookupError: this and nothing else")
-
-
-# ----------------------------------------------------------------------------------------- old configs
-
-
-@pytest.mark.parametrize("routine", SOME)
-def test_a_metric_in_ignites_loss_is_the_plain_one(end_of, routine):
-    metrics = pytest.importorskip("ignite.metrics")
-    plain = end_of(routine, EPOCHS=1, METRICS={"f1": f1, "precision": precision})
-    with pytest.warns(UserWarning, match=r"METRICS\.f1: .*ignite's Loss") as caught:
-        wrapped = end_of(routine, EPOCHS=1, METRICS={"f1": metrics.Loss(f1), "precision": precision})
-    assert not any("METRICS.precision" in str(one.message) for one in caught)
-    assert wrapped.left["record"]["METRICS"]["f1"] == {"@ref": ".utils.loss:f1"}
-    assert wrapped.left["row"]["METRICS.f1"] == ".utils.loss:f1"
-    assert differing(wrapped.left, plain.left, OWN) == []
 
 
 # ---------------------------------------------------------------------------------- files, side by side

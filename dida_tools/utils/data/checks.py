@@ -118,21 +118,17 @@ def contract_problems(
     return problems
 
 
-def dataset_problems(
-    contract: DataContract, pairs: Pairs, nodata: float | None, with_values: bool = True
-) -> list[str]:
+def dataset_problems(contract: DataContract, pairs: Pairs, with_values: bool = True) -> list[str]:
     """
     Return in what a dataset is not as the contract of the training data has it.
 
-    :param nodata: of the dataset
     :param with_values: compare the range of its values too
     """
     folder, problems = pairs.images[0].parent, []
+    nodata = pairs.info(pairs.images[0]).nodata if pairs.nodata is None else pairs.nodata
     if nodata not in (None, contract.nodata) and str(nodata) != str(contract.nodata):  # NaN is not NaN
-        problems.append(
-            f"{folder}: its nodata value is {nodata}, that of the training data {contract.nodata}: "
-            "give both the same nodata"
-        )
+        other = f"its nodata value is {nodata}, that of the training data {contract.nodata}"
+        problems.append(f"{folder}: {other}: give both the same nodata")
     problems += contract_problems(contract, pairs.images, pairs.info)
     if with_values and contract.maximum and not problems:
         own = pairs.fit(contract, normalize=False)

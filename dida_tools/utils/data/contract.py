@@ -69,9 +69,9 @@ class DataContract:
     @classmethod
     def of(cls, info: ImageInfo, **more: Any) -> Self:
         """Return the contract that an image suggests, without normalization; what is given counts more."""
-        about = {"dtype": info.dtype, "scale": default_scale(info.dtype), "nodata": info.nodata}
-        given = {key: _tuples(value) for key, value in more.items() if value is not None}
-        return cls(info.shape[2], **(about | given))
+        given = {"dtype": info.dtype, "scale": default_scale(info.dtype), "nodata": info.nodata}
+        given |= {key: value for key, value in more.items() if value is not None}
+        return cls.from_dict({"channels": info.shape[2], **given})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: strings, numbers and lists."""

@@ -34,6 +34,7 @@ class TrainingData(Protocol):
 
     def check(self, cache_file: Path, num_classes: int | None, training: bool) -> None:
         """Raise DataError with everything that is wrong, before training starts."""
+        return None
 
     def scan(self) -> dict[Path, dict[str, Any]]:
         """Return what is known of each file; its "sha256" is recorded."""
@@ -69,6 +70,7 @@ class TrainingData(Protocol):
 
     def sample_shape(self, index: int) -> Any:
         """Return (height, width) of a sample in evaluation, where they differ: batches hold one shape."""
+        return None
 
 
 def as_dataset(dataset: Any) -> TrainingData:
@@ -100,7 +102,7 @@ class Custom(TrainingData):
 
 
 class View(TrainingData):
-    """Some samples of some datasets. Statistics are those of their images, as far as these can be selected."""
+    """Some samples of some datasets. Statistics are those of their images, if these can be selected."""
 
     def __init__(self, datasets: Sequence[Any], samples: Sequence[tuple[int, int]]) -> None:
         """:param samples: of each, which dataset it belongs to and its index there"""

@@ -82,12 +82,8 @@ class NpyDataset(Dataset):
         self.crop, self.crops_per_image, self.foreground, self.tile = crop, crops_per_image, foreground, tile
         self.augment = (augment,) if callable(augment) else tuple(augment)
         self.task, self.mask_values, self.ignore_index = task, mask_values, ignore_index
-        self.scale, self.nodata = scale, nodata
-        self.names = {
-            "channel_names": channel_names,
-            "class_names": class_names,
-            "class_colors": class_colors,
-        }
+        for_contract = ("task", "scale", "nodata", "channel_names", "class_names", "class_colors")
+        self._for_contract = {key: self.arguments[key] for key in for_contract}
         self._contract: DataContract | None = None  # how images are read, once it is set
         self._windows: list[tuple[int, Window]] | None = None  # in evaluation: (image, window) of each sample
         self._is_part = False  # of a dataset that was split
@@ -106,9 +102,8 @@ class NpyDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number, window = self._choose_window(index)
-        if self._contract is None:
-            self._contract = self._plain_contract()
-        image, valid = self._contract.prepare(read_image(self.images[number], window))
+        contract = self._contract or self._plain_contract()
+        image, valid = contract.prepare(read_image(self.images[number], window))
         mask = self._read_mask(self.masks[number], window)
         if self.task != "values":
             mask[..., ~valid] = self.ignore_index
@@ -174,8 +169,7 @@ class NpyDataset(Dataset):
 
     def _plain_contract(self) -> DataContract:
         """Return how images are read, without normalization: as the first one suggests."""
-        info = self.pairs.info(self.images[0])
-        return DataContract.of(info, scale=self.scale, nodata=self.nodata, task=self.task, **self.names)
+        return DataContract.of(self.pairs.info(self.images[0]), **self._for_contract)
 
     def contract(self, normalize: bool = True, cache_file: Path | None = None) -> DataContract:
         """Return how these images are read, and their values; with normalize, fit mean and std on them."""
@@ -186,7 +180,7 @@ class NpyDataset(Dataset):
     def with_contract(self, contract: DataContract) -> "NpyDataset":
         """Return a copy that reads by this contract; raise DataError with all images that do not fit it."""
         with_values = self.pairs.is_scanned and not self._is_part  # a part has the values of its dataset
-        problems = dataset_problems(contract, self.pairs, self._plain_contract().nodata, with_values)
+        problems = dataset_problems(contract, self.pairs, with_values)
         if problems:
             raise DataError(problems)
         return self._copy(_contract=contract)

@@ -86,15 +86,11 @@ def _axes(pairs: list[_Pair]) -> Iterator[Finding]:
 
 def _refused(splits: dict[str, Pairs], root: Path, reading: MaskReading) -> Iterator[Finding]:
     """Find what training would refuse."""
-    contracts = {
-        split: DataContract.of(pairs.info(pairs.images[0]), nodata=pairs.nodata)
-        for split, pairs in splits.items()
-    }
-    of_train = splits["train"].fit(contracts["train"], normalize=False)
+    train = splits["train"]
+    contract = train.fit(DataContract.of(train.info(train.images[0]), nodata=train.nodata), normalize=False)
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for split, pairs in splits.items():
-        problems = find_problems(pairs, reading, training=False)
-        for problem in problems or dataset_problems(of_train, pairs, contracts[split].nodata):
+    for pairs in splits.values():
+        for problem in find_problems(pairs, reading, training=False) or dataset_problems(contract, pairs):
             name, _, text = problem.partition(": ")
             if "as if they had been" not in text:  # _ranges sees smaller factors, too
                 groups[re.sub(r"\d+", "0", text)].append((_name(Path(name), root), text))

@@ -1,4 +1,4 @@
-"""Contains the experiment tracker."""
+"""The experiment tracker."""
 
 from .csv import read_frame, read_log, write_log
 

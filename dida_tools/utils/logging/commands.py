@@ -34,7 +34,7 @@ class Runs:
 
     @functools.cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """The row of each run, with what was added by hand. The tracker's file is brought up to date."""
+        """Row of each run, with what was added by hand. It also brings the tracker's file up to date."""
         rows, added = find_rows(self.log_dir, self.file.name), {}
         try:
             if rows:
@@ -145,7 +145,7 @@ def delete_runs(runs: Runs, arguments: Namespace) -> int:
     known = {*run_names(runs.log_dir), *(str(row.get(table.KEY)) for row in table.read_rows(runs.file))}
     for name in arguments.names:
         if name not in known:
-            raise UserError(f"no run is called {name!r}: delete wants whole names, as list shows them.")
+            raise UserError(f"no run is called {name!r}: give full names, as list shows them.")
     with contextlib.ExitStack() as locks:  # nobody resumes them while the question stands
         for name in arguments.names:
             folders = runs.folders(name)
@@ -168,7 +168,7 @@ def delete_runs(runs: Runs, arguments: Namespace) -> int:
 
 
 def rebuild(runs: Runs, arguments: Namespace) -> int:
-    """Write the tracker's file anew."""
+    """Rewrite the tracker's file."""
     rows = find_rows(runs.log_dir, runs.file.name)
     table.rebuild(runs.file, rows)
     print(f"{runs.file} has the rows of {len(rows)} runs; the old one is {runs.file}.old")
@@ -183,13 +183,13 @@ def _is_confirmed() -> bool:
 
 
 def _monitored(row: dict[str, Any]) -> str:
-    """The result that a run's best weights were chosen by."""
+    """Return the result that a run's best weights were chosen by."""
     goal = str(row.get("MONITOR") or "").partition(" ")[2]
     return f"{goal}_sample_mean" if row.get(f"validation.{goal}_sample_mean") is not None else goal
 
 
 def _sorted(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """The rows that have a number under this key, the best last."""
+    """Return the rows that have a number under this key, the best last."""
     if not any(key in row for row in rows):
         known = dict.fromkeys(key for row in rows for key in row if _is_result(key))
         raise UserError(f"there is no column {key!r}; there are {', '.join(known)}.")

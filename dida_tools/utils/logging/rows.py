@@ -29,7 +29,7 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     kind = event["event"]
     if kind == "start":
-        # Epochs after the checkpoint that are in the journal already are trained again, but not appended again.
+        # Epochs after the checkpoint are trained again, but those in the journal are not appended again.
         is_ahead = (row.get("EPOCH") or 0) > event["epoch"]
         columns = {
             "NAME": event["name"],

@@ -70,11 +70,10 @@ class SMTPNotifier:
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         self._receivers, self._cc = _addresses(receivers), _addresses(cc)
-        names = ("HOST", "PORT", "SECURITY", "USER", "SENDER")
-        host, port, security, user, from_environment = (os.environ.get(f"SMTP_{name}", "") for name in names)
-        self._host, self._security, self._user = host, security or "starttls", user
-        self._port = port or _PORTS.get(self._security, "")
-        self._sender = sender or from_environment or user
+        self._host, self._user = os.environ.get("SMTP_HOST", ""), os.environ.get("SMTP_USER", "")
+        self._security = os.environ.get("SMTP_SECURITY") or "starttls"
+        self._port = os.environ.get("SMTP_PORT") or _PORTS.get(self._security, "")
+        self._sender = sender or os.environ.get("SMTP_SENDER") or self._user
         self._timeout_seconds, self._ssl_context = timeout_seconds, ssl_context
         if problems := list(self._find_problems()):
             raise NotificationError(problems)
@@ -219,18 +218,19 @@ class Mail(Listener):
         what = f"{run.name}: {state.epoch} epochs in {state.seconds / 60:.0f} min, best {state.best_epoch}"
         results = [f"{name} {value:.4f}" for name, value in result.metrics.items() if name.count(".") == 1]
         picture = result.picture.read_bytes() if result.picture else None
-        self._notify(run, "finished", [what, *results, f"Weights: {result.weights['best']}"], picture)
+        places = [f"Weights: {result.weights['best']}", f"Log: {result.log_dir}"]
+        self._notify(run, "finished", [what, *results, *places], picture)
 
     def ended(self, run: RunView, status: str, error: BaseException) -> None:
         """Mail that a run ends without a result, with the reason and the learning curves."""
         what = f"{run.name}: {status} after epoch {run.state.epoch}, step {run.state.step}: {error}"
         lines = [what, f"To resume: python train.py --resume {run.name}"]
-        if status == "failed":
-            lines.append("".join(traceback.format_exception(error))[-3000:])
-        from ...training.pictures import save_picture
-
+        if status == "failed":  # redacted before it is cut, so that no half of a secret is left
+            lines.append(run.redact("".join(traceback.format_exception(error)))[-3000:])
         picture = io.BytesIO()
         if run.history and self._notifier:
+            from ...training.pictures import save_picture
+
             history = [run.history[epoch] for epoch in sorted(run.history)]
             with contextlib.suppress(Exception):  # the mail matters more
                 save_picture(picture, run.name, history, run.monitored, None, [])

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from dida_tools.training.checkpoint import load_checkpoint
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.locks import locked
 from dida_tools.utils.logging import read_log, rows, write_log
 from dida_tools.utils.logging.journal import read_journal
 from dida_tools.utils.logging.rows import current_row, row_of
-from dida_tools.utils.logging.runs import find_rows, run_names
+from dida_tools.utils.logging.runs import find_rows, read_record, run_names
 from dida_tools.utils.table import rebuild, remove_rows
-from tests.helpers import Child, begin_run, rows_of, wait_until, write_run
+from tests.helpers import ROOT, Child, begin_run, rows_of, wait_until, write_run
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -78,6 +79,21 @@ def test_a_copied_run_has_its_own_name_and_a_run_without_a_start_no_row(tmp_path
     (tmp_path / "lost" / "journal.jsonl").write_text("damaged\n")
     assert sorted(row["NAME"] for row in find_rows(tmp_path)) == ["copy", "run"]
     assert current_row(tmp_path / "empty") == current_row(tmp_path / "lost") == {}
+
+
+def test_runs_of_version_0_1_have_the_rows_that_it_wrote(tmp_path, monkeypatch):
+    old = shutil.copytree(ROOT / "tests" / "data" / "runs_0_1", tmp_path / "old")
+    monkeypatch.setattr(rows, "_SECONDS_TO_BELIEVE_OTHERS", 0.0)
+    written = {row["NAME"]: row for row in read_log(old / "logs" / "experiments.csv")}
+    found = {row["NAME"]: row for row in find_rows(old / "logs")}
+    assert found.keys() == written.keys() and len(found) > 5
+    for name, row in found.items():
+        renamed = {key for key in row if key == "NORMALIZE" or key.endswith(".split")}
+        changed = {key for key in row.keys() - renamed if written[name][key] != row[key]}
+        assert changed <= {"STARTED", "HEARTBEAT"}  # in local time
+        said: list[str] = []
+        assert read_record(old / "logs" / name, said.append)["config"]["LOGFILE"] == "experiments.csv"
+        assert load_checkpoint(old / "weights" / name, said.append) is not None and said == []
 
 
 def test_a_killed_run_is_shown_as_killed_when_the_next_one_starts(
