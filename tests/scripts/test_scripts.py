@@ -12,10 +12,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+import dida_tools.utils.data.build as build
 from dida_tools.config.errors import UserError
 from dida_tools.utils.logging import read_log
 
-from tests.helpers import FIRST, PACKAGE, ROOT, ROUTINES, run_script
+from tests.helpers import FIRST, ROOT, ROUTINES, run_script
 
 QUICK = (
     "MODEL_CONFIG.bulk_ch=8",
@@ -150,7 +151,7 @@ def test_warnings_can_be_suppressed(project, monkeypatch):
         warnings.warn("a strange warning", stacklevel=2)
         raise UserError("as far as here")
 
-    monkeypatch.setattr(f"{PACKAGE}.utils.data.build.build_datasets", warn)
+    monkeypatch.setattr(build, "build_datasets", warn)
     for options, expected in ([], ["a strange warning"]), (["-w"], []):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
