@@ -2,9 +2,9 @@
 The documentation: it builds without a warning, and what it says can be done.
 
 Of README and how-to pages, each command line is parsed by its own script, each config key is checked, and
-Python blocks are executed, page by page, as a module; except below a comment "not run: REASON". Commands of the
-tutorial run as they stand, in one shell, except that TEMPLATE is a clone of this repository with the files
-as they are now, .venv is a stand-in with the python that runs the tests, and trainings are short.
+Python blocks are executed, page by page, as a module; except below a comment "not run: REASON". Commands of
+the tutorial run as they stand, in one shell, except that TEMPLATE is a clone of this repository with the
+files as they are now, .venv is a stand-in with the python that runs the tests, and trainings are short.
 """
 
 import argparse
