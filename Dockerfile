@@ -44,6 +44,7 @@ FROM base AS train
 COPY --from=train-packages /venv /venv
 COPY LICENSE* pyproject.toml *.py ./
 COPY dida_tools dida_tools
+COPY dida_core dida_core
 USER 1000:1000
 ENTRYPOINT ["python", "train.py"]
 
@@ -51,6 +52,7 @@ FROM base AS predict
 COPY --from=predict-packages /venv /venv
 COPY LICENSE* pyproject.toml *.py ./
 COPY dida_tools dida_tools
+COPY dida_core dida_core
 USER 1000:1000
 ENTRYPOINT ["python", "run_prediction.py"]
 
@@ -60,8 +62,9 @@ ARG RUN
 COPY logs/${RUN}/config.json logs/${RUN}/config.json
 COPY weights/${RUN}/best.pt weights/${RUN}/best.pt
 # A model that needs a package which is not in the image fails here already: see PACKAGES.
-RUN python -c "from dida_core.runs.lookup import read_run_config; \
-    config = read_run_config('logs/${RUN}', keys=('MODEL', 'MODEL_CONFIG')); config['MODEL'](**config['MODEL_CONFIG'])"
+RUN python -c "from dida_core.config.project import project_of; from dida_core.runs.lookup import read_run_config; \
+    config = read_run_config('logs/${RUN}', project_of('dida_tools'), keys=('MODEL', 'MODEL_CONFIG')); \
+    config['MODEL'](**config['MODEL_CONFIG'])"
 ENTRYPOINT ["python", "run_prediction.py", "latest"]
 
 # What is built without --target.

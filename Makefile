@@ -12,6 +12,8 @@ CONDA ?= $(firstword $(foreach tool,mamba micromamba conda,$(if $(shell command 
 	$(MAMBA_EXE) $(CONDA_EXE))
 # Further arguments of train.py: make train ARGS="EPOCHS=3".
 ARGS ?=
+# Wheels that no index has, such as dida-core's, lie in a folder wheels.
+PIP_OPTIONS = --quiet --constraint constraints.txt $(if $(wildcard wheels),--find-links wheels)
 
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 ifeq ($(ENV),conda)
@@ -50,7 +52,7 @@ lint: $(DEV_READY)  ## check style, types and common mistakes
 	$(ENV_PYTHON) -m ruff check .
 	$(ENV_PYTHON) -m ruff format --check .
 	$(ENV_PYTHON) -m mypy
-	$(ENV_PYTHON) -m pylint dida_tools $(wildcard *.py tools/*.py)
+	$(ENV_PYTHON) -m pylint dida_tools $(wildcard dida_core *.py tools/*.py)
 
 format: $(DEV_READY)  ## format the code
 	$(ENV_PYTHON) -m ruff check --fix .
@@ -91,11 +93,11 @@ ifeq ($(TORCH),cpu)
 		--index-url $(TORCH_CPU_INDEX) torch >/dev/null 2>&1 || \
 		echo "PyTorch's index of CPU builds is unreachable: pip takes what it finds, on Linux perhaps gigabytes with CUDA."
 endif
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt -e .
+	.venv/bin/python -m pip install $(PIP_OPTIONS) -e .
 	@touch $@
 
 .venv/.dev-ready-$(TORCH): .venv/.ready-$(TORCH)
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt -e ".[dev]"
+	.venv/bin/python -m pip install $(PIP_OPTIONS) -e ".[dev]"
 	@.venv/bin/python tools/check_torchvision.py
 	@touch $@
 
@@ -109,5 +111,5 @@ template-update:  ## in a project: merge them, then run the tests
 	$(MAKE) test
 
 clean:  ## remove caches; data, logs and weights stay
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info */_build
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info */build */*.egg-info */_build
 	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +

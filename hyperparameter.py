@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dida_core.errors import exit_code
+
 from dida_tools.config.config import global_config
 from dida_tools.training.routines import DEFAULT_ROUTINE, ROUTINES, load_routine, recorded_routine
 
@@ -35,7 +36,6 @@ from dida_tools.training.routines import DEFAULT_ROUTINE, ROUTINES, load_routine
 def search_space() -> dict[str, Any]:
     """Return what to try: keys of the config, and uniform, log_uniform, integer or choice."""
     import torch
-
     from dida_core.search.space import choice, integer, log_uniform, uniform
 
     return {  # <- your space here

@@ -4,6 +4,7 @@ Make a project of your own from this template: its files, under your name, in a 
     python new_project.py ../crop_yield                              everything, as package crop_yield
     python new_project.py ../crop_yield --routines pytorch,ignite    only these training routines
     python new_project.py ../crop_yield --without search,docs        without these parts and what they need
+    python new_project.py ../crop_yield --core installed             the library as a dependency, not source
 
 It takes the template's last commit. It needs Python 3.11 and git, nothing else.
 """
@@ -34,6 +35,12 @@ def main() -> int:
     parser.add_argument("--name", help="the new package's name (default: that of the folder)")
     parser.add_argument("--routines", metavar="A,B", help=f"of {', '.join(routines_of(ROOT))} (default: all)")
     parser.add_argument("--without", metavar="A,B", default="", help=f"of {', '.join(PARTS)}")
+    parser.add_argument(
+        "--core",
+        choices=("vendored", "installed"),
+        default="vendored",
+        help="the library (default: vendored)",
+    )
     # For make template-update: the files of this record, from this version of the template, without git.
     parser.add_argument("--like", type=Path, metavar="FILE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -58,7 +65,7 @@ def main() -> int:
         refuse('git has no committer: git config --global user.name "..." and user.email, then repeat.')
     if git("status", "--porcelain", "--untracked-files=no", folder=ROOT):
         print("The template has uncommitted changes: they are left out.", file=sys.stderr)
-    make_files(folder, make_record(folder, name, routines, without, "vendored"))
+    make_files(folder, make_record(folder, name, routines, without, arguments.core))
     git("init", "--quiet", folder=folder)
     git("reset", "--quiet", "--hard", commit_folder(folder, folder), folder=folder)
     print(f"{folder} holds the project {name}, in its first commit. Next: cd {folder} && make train")

@@ -10,6 +10,7 @@ Model, weights and the way images are read come from the run's record. Options a
 import sys
 
 from dida_core.errors import exit_code
+
 from predict import given_keys, make_parser
 
 

@@ -19,6 +19,7 @@ import sys
 
 from dida_core.errors import exit_code
 from dida_core.runs import commands
+
 from dida_tools.config.config import global_config
 
 

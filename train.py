@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dida_core.errors import exit_code
+
 from dida_tools.training.routines import DEFAULT_ROUTINE, ROUTINES
 
 
@@ -45,6 +46,7 @@ def main() -> int:
     from dida_core.config.project import project_of
     from dida_core.data.build import build_datasets, use_folder
     from dida_core.runs.lookup import find_run, read_run_config
+
     from dida_tools.config.config import global_config
     from dida_tools.training.routines import load_routine, recorded_routine
 

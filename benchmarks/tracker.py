@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dida_core.storage.table import write_rows
+
 from dida_tools.utils.logging import read_log, write_log
 
 NUM_COLUMNS = 60

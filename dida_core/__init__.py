@@ -1,3 +1,3 @@
-"""The library under a project: it keeps the promises, and never imports the project."""
+"""The library: files on disk, configs and records, data contracts, what loops share, a run's life, prediction."""
 
 __version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""Sphinx's settings: make doc."""
+"""Settings of Sphinx, which make doc runs."""
 
 import importlib.util
 import os
@@ -10,8 +10,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import dida_tools  # noqa: E402  # pylint: disable=wrong-import-position
 from dida_core.config.keys import KEYS, REQUIRED  # noqa: E402  # pylint: disable=wrong-import-position
+
+import dida_tools  # noqa: E402  # pylint: disable=wrong-import-position
 
 project = "dida tools"
 author = copyright = f"{project} contributors"  # pylint: disable=redefined-builtin
@@ -33,35 +34,33 @@ autodoc_typehints_format = "short"
 add_module_names = False
 # A name such as train, which many modules have, is linked to one of them.
 suppress_warnings = ["ref.python"]
-# Routines and parts whose libraries are not installed are shown all the same.
+# Show routines and parts also where their libraries are not installed.
 OPTIONAL = ("fastai", "ignite", "lightning", "onnx", "onnxruntime", "onnxscript", "optuna", "safetensors")
 autodoc_mock_imports = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
 os.environ.setdefault("MPLBACKEND", "agg")
 
 
-def modules_of(name: str) -> list[str]:
-    """A package, and all modules in it; none where this project is without it."""
-    spec = importlib.util.find_spec(f"dida_tools.{name}")
-    if spec is None or not spec.origin:
-        return []
-    return [
-        spec.name,
-        *sorted(one.name for one in pkgutil.walk_packages([Path(spec.origin).parent], f"{spec.name}.")),
-    ]
+PAGES = {"api/project": dida_tools.__name__, "api/library": "dida_core"}
 
 
-def api_of(name: str) -> str:
-    """A section for each module of a package."""
+def api_of(package: str) -> str:
+    """Return a section for each module of a package."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin
+    modules = {
+        one.name: one.ispkg for one in pkgutil.walk_packages([Path(spec.origin).parent], f"{package}.")
+    }
     sections = []
-    for module in modules_of(name):
-        is_package = (ROOT / Path(*module.split("."))).is_dir()  # its names are shown where they are defined
-        members = "" if is_package else "   :members:\n"
-        sections.append(f"## {module}\n\n```{{eval-rst}}\n.. automodule:: {module}\n{members}```\n")
+    for name in sorted(name for name in modules if not name.endswith("__main__")):
+        members = (
+            "" if modules[name] else "   :members:\n"
+        )  # a package's names are shown where they are defined
+        sections.append(f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n{members}```\n")
     return "\n".join(sections)
 
 
 def table_of_keys() -> str:
-    """All keys of the config."""
+    """Return all keys of the config."""
     lines = ["| key | default | what it is for |", "| --- | --- | --- |"]
     for key, entry in KEYS.items():
         default = "*required*" if entry.default is REQUIRED else f"`{entry.default!r}`"
@@ -70,13 +69,13 @@ def table_of_keys() -> str:
 
 
 def add_what_is_derived(_: Any, page: str, source: list[str]) -> None:
-    """Fills pages from the code: api/NAME with the package's part of that name, config_keys with the keys."""
-    if page.startswith("api/"):
-        source[0] += "\n" + api_of(page.removeprefix("api/"))
+    """Fill pages from the code: the API reference with a package's modules, config_keys with the keys."""
+    if page in PAGES:
+        source[0] += "\n" + api_of(PAGES[page])
     if page == "config_keys":
         source[0] += "\n" + table_of_keys()
 
 
 def setup(app: Any) -> None:
-    """Called by Sphinx."""
+    """Register with Sphinx."""
     app.connect("source-read", add_what_is_derived)

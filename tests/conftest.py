@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
-from tqdm import tqdm
-
 from dida_core.report import pictures as pictures_module
 from dida_core.runs import environment
 from dida_core.runs import record as record_module
+from hypothesis import settings
+from tqdm import tqdm
+
 from dida_tools.config.config import make_global_config
 from dida_tools.models import UNET
 from dida_tools.utils.data import NpyDataset
@@ -46,9 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Folders whose modules take long come first, so that no test process waits for another at the end."""
-    first = ("training", "scripts", "search", "prediction", "test_models")
+    tests, first = Path(__file__).parent, ("training", "scripts", "search", "prediction", "test_models")
     order = {folder: number for number, folder in enumerate(first)}
-    items.sort(key=lambda item: order.get(item.path.parent.name, len(first)))
+    items.sort(key=lambda item: order.get(item.path.relative_to(tests.parent).parts[1], len(first)))
 
 
 def write_pairs(

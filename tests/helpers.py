@@ -24,10 +24,10 @@ from typing import Any
 
 import pytest
 import torch
+from dida_core.storage.journal import Event
 from torch import Tensor
 
 import dida_tools
-from dida_core.storage.journal import Event
 
 PACKAGE = dida_tools.__name__
 ROOT = Path(dida_tools.__file__).resolve().parents[1]

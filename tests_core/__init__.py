@@ -1,1 +1,1 @@
-"""Tests of the library; they stay with the template."""
+"""Tests of the library and of the template; a project does not have them."""

@@ -35,33 +35,25 @@ PARTS = {
         "`python hyperparameter.py --help`: search over a config",
         (
             "hyperparameter.py",
-            "PACKAGE/search/*",
-            "tests/search/*",
+            "dida_core/search/*",
             "tests/scripts/test_hyperparameter.py",
             "docs/how_to/search.md",
         ),
     ),
     "export": Part(
-        "`PACKAGE/prediction/export.py`: trained models as ONNX or safetensors",
-        (
-            "PACKAGE/prediction/export.py",
-            "tools/predict_onnx.py",
-            "tests_core/export/test_export.py",
-            "docs/how_to/export.md",
-        ),
+        "`python -m dida_core.export --help`: trained models as ONNX or safetensors",
+        ("dida_core/export/*", "tools/predict_onnx.py", "docs/how_to/export.md"),
+    ),
+    "doctor": Part(
+        "`python -m dida_core.doctor my_data`: what is wrong with a dataset, and what config it suggests",
+        ("dida_core/doctor/*",),
     ),
     "slurm": Part("`slurm/`: a job for a cluster", ("slurm/*", "docs/how_to/slurm.md")),
     "docker": Part(
-        "`Dockerfile`: a container",
-        (
-            "Dockerfile",
-            ".dockerignore",
-            "docker.mk",
-            "docs/how_to/container.md",
-        ),
+        "`Dockerfile`: a container", ("Dockerfile", ".dockerignore", "docker.mk", "docs/how_to/container.md")
     ),
     "docs": Part("`docs/`: documentation, built by `make doc`", ("docs/*",)),
-    "benchmarks": Part("`benchmarks/`: measure speed", ("benchmarks/*", "tests/benchmarks/*")),
+    "benchmarks": Part("`benchmarks/`: measure speed", ("benchmarks/*",)),
 }
 ROUTINE_FILES = ("PACKAGE/training/{}_training.py", "tests/training/test_{}_training.py")
 CONDA_NAMES = {"pytorch-ignite": "ignite"}  # where dev.yml has another name than pyproject.toml
@@ -155,12 +147,12 @@ def without_links(page: Path, gone: set[str]) -> str:
         return os.path.normpath(page.parent / target.partition("#")[0]) in gone
 
     kept: list[str] = []
-    for line in re.split(r"(?m)^(?![ ]{2,}\S)", page.read_text()):  # an item with its indented lines
-        first = re.match(r"\s*(?:[-*|]|\d\.)[^\[\n]*\[[^\]]*\]\(([^)\s]+)\)", line)
-        if not (first and is_gone(first[1])) and not is_gone(f"{line.strip() or '.'}.md"):
-            links = r"\[([^\]]*)\]\(([^)\s]+)\)"
-            kept.append(re.sub(links, lambda link: link[1] if is_gone(link[2]) else link[0], line))
-    return "".join(kept)
+    for item in re.split(r"(?m)^(?![ ]{2,}\S)", page.read_text()):  # a line with the indented ones after it
+        first = re.match(r"\s*(?:[-*|]|\d\.)[^\[\n]*\[[^\]]*\]\(([^)\s]+)\)", item)
+        if not (first and is_gone(first[1])) and not is_gone(f"{item.strip() or '.'}.md"):
+            kept.append(item)
+    links = r"\[([^\]]*)\]\(([^)\s]+)\)"
+    return re.sub(links, lambda link: link[1] if is_gone(link[2]) else link[0], "".join(kept))
 
 
 def remove_extras(folder: Path, names: set[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,8 @@ TEMPLATE_FILES = (
     "docs/why_not.md",
     "docs/tutorial.md",
     "docs/how_to/from_2021.md",
-    "tests/data/*",  # runs of version 0.1
-    *(
-        f"tests/scripts/test_{name}.py"
-        for name in ("docker", "docs", "environments", "makefile", "new_project", "packaging", "slurm")
-    ),
+    f"{LIBRARY}/pyproject.toml",
+    "tests_core/*",
 )
 
 
@@ -79,7 +77,9 @@ def make_files(folder: Path, record: dict[str, Any]) -> None:
         refuse(f"None of the routines {', '.join(record['routines'])} exists: edit routines in {RECORD}.")
     (folder / "LICENSE").rename(folder / "LICENSE.template")
     delete(folder, matching(folder, TEMPLATE_FILES))
-    remove(folder, parts | dropped)
+    remove(folder, {"template", *parts, *dropped})
+    if record["core"] == "installed":
+        depend_on_library(folder)
     rename(folder, package_of(folder), record["name"])
     write_own_texts(folder, record)
 
@@ -108,15 +108,31 @@ def rename(folder: Path, old: str, new: str) -> None:
             file.write_bytes(pattern.sub(renamed, text).encode())
 
 
+def depend_on_library(folder: Path) -> None:
+    """Replace the library's source by a dependency on its package, of this version's first two numbers."""
+    version = re.search(r"\d+\.(\d+)", (folder / LIBRARY / "__init__.py").read_text())
+    assert version is not None
+    shutil.rmtree(folder / LIBRARY)
+    requirement = f"dida-core>={version[0]},<0.{int(version[1]) + 1}"
+    replace(folder / "pyproject.toml", r"^dependencies = \[\n", rf'\g<0>    "{requirement}",\n')
+    replace(folder / "pyproject.toml", rf', "{LIBRARY}\*?"', "")
+    if (folder / "Dockerfile").is_file():
+        replace(folder / "Dockerfile", rf"^COPY {LIBRARY} .*\n", "")
+        replace(folder / "Dockerfile", r"^COPY constraints.txt \.$", "COPY constraints.txt wheel[s] ./")
+        replace(folder / "Dockerfile", r"^( +)filelock numpy", r"\1--find-links . dida-core filelock numpy")
+        replace(folder / ".dockerignore", rf"^!{LIBRARY}$", "!wheels")
+
+
 def write_own_texts(folder: Path, record: dict[str, Any]) -> None:
     """Write what is the project's own from the beginning: README, version, description; and the record."""
     name, spoken = record["name"], record["name"].replace("_", " ")
     replace(folder / name / "__init__.py", r'__version__ = ".*"', '__version__ = "0.1.0"')
     replace(folder / "pyproject.toml", r"^description = .*", f'description = "{spoken}"')
     replace(folder / "pyproject.toml", r"^license = .*\n", "")
+    there = "the library, as source" if record["core"] == "vendored" else "the library, an installed package"
     abouts = [part.about.replace("PACKAGE", name) for key, part in PARTS.items() if files_of(folder, key)]
     readme = (ROOT / "tools" / "project_readme.md").read_text()
-    values = {"TITLE": spoken, "PACKAGE": name, "ROUTINES": ", ".join(routines_of(folder))}
+    values = {"TITLE": spoken, "LIBRARY": there, "PACKAGE": name, "ROUTINES": ", ".join(routines_of(folder))}
     values["PARTS\n"] = "".join(f"- {about}\n" for about in abouts)
     for key, value in values.items():
         readme = readme.replace(key, value)

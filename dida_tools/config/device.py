@@ -1,7 +1,6 @@
 """The choice of device and precision, made when a run starts and never at import."""
 
 import torch
-
 from dida_core.errors import UserError
 
 PRECISIONS = ("fp32", "bf16", "fp16")

@@ -8,10 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from dida_core.config.keys import copy_config
 from torch.nn import ELU, GroupNorm
 from torch.optim.lr_scheduler import OneCycleLR
-
-from dida_core.config.keys import copy_config
 
 from ..models.unet import UNET
 from ..utils.data.scenes import SceneDataset

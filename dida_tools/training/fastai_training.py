@@ -3,12 +3,6 @@
 from typing import Any
 
 import torch
-from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException
-from fastai.data.core import DataLoaders
-from fastai.learner import Learner
-from fastai.optimizer import OptimWrapper
-from torch import Tensor, nn
-
 from dida_core.report.console import ProgressBar
 from dida_core.report.listener import Result
 from dida_core.report.pictures import Picture
@@ -17,6 +11,11 @@ from dida_core.runs.run import Run, start_run
 from dida_core.training.distributed import refuse_several
 from dida_core.training.evaluation import evaluate_batch
 from dida_core.training.setup import Setup, prepare
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper
+from torch import Tensor, nn
 
 from ..config.config import global_config as default_global_config
 from ..utils.logging.csv import CsvTracker

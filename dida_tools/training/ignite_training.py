@@ -4,8 +4,6 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, EventEnum, Events
-
 from dida_core.report.console import ProgressBar
 from dida_core.report.listener import Result
 from dida_core.report.pictures import Picture
@@ -14,6 +12,7 @@ from dida_core.runs.run import start_run
 from dida_core.training.distributed import join_processes
 from dida_core.training.evaluation import evaluate_batch
 from dida_core.training.setup import prepare
+from ignite.engine import Engine, EventEnum, Events
 
 from ..config.config import global_config as default_global_config
 from ..utils.logging.csv import CsvTracker

@@ -5,11 +5,6 @@ import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
-from torch import Tensor
-
 from dida_core.report.console import ProgressBar
 from dida_core.report.listener import Result
 from dida_core.report.pictures import Picture
@@ -20,6 +15,10 @@ from dida_core.training.distributed import refuse_several
 from dida_core.training.evaluation import evaluate_batch
 from dida_core.training.setup import Setup, prepare
 from dida_core.training.signals import install_handlers
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+from torch import Tensor
 
 from ..config.config import global_config as default_global_config
 from ..utils.logging.csv import CsvTracker

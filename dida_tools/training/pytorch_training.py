@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-
 from dida_core.report.console import ProgressBar
 from dida_core.report.listener import Result
 from dida_core.report.pictures import Picture

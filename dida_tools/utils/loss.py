@@ -24,10 +24,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from dida_core.training.targets import IGNORE_INDEX, check_pixels, check_shapes, unmask
 from torch import Tensor
 from torch.nn import functional
-
-from dida_core.training.targets import IGNORE_INDEX, check_pixels, check_shapes, unmask
 
 from .metrics import (  # noqa: F401  records name them here
     accuracy,

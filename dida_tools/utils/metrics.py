@@ -18,8 +18,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from dida_core.training.counts import (
     CountMetric,
     accuracy_per_class,
@@ -32,6 +30,7 @@ from dida_core.training.counts import (
     tp_fp_fn,
 )
 from dida_core.training.targets import IGNORE_INDEX, unmask
+from torch import Tensor
 
 __all__ = ["CountMetric", "count_metric", "tp_fp_fn"]
 

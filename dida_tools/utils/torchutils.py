@@ -5,11 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from dida_core.storage.weights import load_weights, model_state
 from dida_core.training.modules import evaluation_mode, fill_model
 from dida_core.training.modules import set_seed as set_seed
+from torch import Tensor, nn
 
 
 def load_model(

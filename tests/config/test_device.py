@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from dida_core.config.project import project_of
 from dida_core.errors import UserError
 from dida_core.training.device import DeviceContext, choose_context
+from torch import Tensor
+
 from dida_tools.config.config import make_global_config
 from dida_tools.config.device import PRECISIONS, get_device, get_precision
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from dida_core.storage.checkpoint import save_checkpoint
 from dida_core.storage.locks import is_locked, locked
+
 from dida_tools.utils.logging import read_log, write_log
+
 from tests.helpers import ROOT, begin_run, run_script, write_run
 
 NAMES = ["2026-01-01_roads", "2026-01-02_roads", "2026-01-02_roads-2"]

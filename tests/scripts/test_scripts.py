@@ -9,12 +9,14 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
+import dida_core.data.build as build
 import numpy as np
 import pytest
-
 from dida_core.errors import UserError
+
 from dida_tools.utils.logging import read_log
-from tests.helpers import FIRST, PACKAGE, ROOT, ROUTINES, run_script
+
+from tests.helpers import FIRST, ROOT, ROUTINES, run_script
 
 QUICK = (
     "MODEL_CONFIG.bulk_ch=8",
@@ -149,7 +151,7 @@ def test_warnings_can_be_suppressed(project, monkeypatch):
         warnings.warn("a strange warning", stacklevel=2)
         raise UserError("as far as here")
 
-    monkeypatch.setattr(f"{PACKAGE}.utils.data.build.build_datasets", warn)
+    monkeypatch.setattr(build, "build_datasets", warn)
     for options, expected in ([], ["a strange warning"]), (["-w"], []):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -157,9 +159,15 @@ def test_warnings_can_be_suppressed(project, monkeypatch):
         assert [str(one.message) for one in caught] == expected
 
 
-@pytest.mark.parametrize("script", ["train.py", "predict.py", "run_prediction.py"])
-def test_help_teaches_in_a_process_of_its_own(script):
-    done = subprocess.run(
-        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
-    )
+SCRIPTS = ["train.py", "predict.py", "run_prediction.py", "runs.py", "hyperparameter.py"]
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if (ROOT / name).is_file()])
+def test_help_teaches_and_needs_no_torch(script):
+    code = f"import runpy, sys; sys.argv = [{script!r}, '--help']\n"
+    code += "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "finally:\n    assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert f"python {script}" in done.stdout

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dida_core.errors import UserError
+from dida_core.training.scores import CALIBRATION_BINS
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from dida_core.errors import UserError
-from dida_core.training.scores import CALIBRATION_BINS
 from dida_tools.config.config import global_config
 from dida_tools.utils.torchutils import (
     assert_isfinite,
@@ -29,6 +29,7 @@ from dida_tools.utils.torchutils import (
     backprop,
     forward,
 )
+
 from tests.test_models import measures
 from tests.test_models.measures import Quality, table
 from tests.test_models.subject import Subject, choose_subject

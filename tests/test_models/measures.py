@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
 from dida_core.data.contract import DataContract
 from dida_core.training.counts import f1_per_class
 from dida_core.training.scores import Scores
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 WIDTH = 100
 Predict = Callable[[np.ndarray], np.ndarray]

@@ -10,10 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.data import default_collate
-
 from dida_core.config.project import project_of
 from dida_core.data.build import build_datasets
 from dida_core.data.contract import DataContract
@@ -27,8 +23,13 @@ from dida_core.training.device import DeviceContext
 from dida_core.training.evaluation import evaluate
 from dida_core.training.setup import Setup, prepare
 from dida_core.training.targets import unmask
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import default_collate
+
 from dida_tools.config.device import get_device, get_precision
 from dida_tools.utils.torchutils import evaluation_mode, fill_model, set_seed
+
 from tests.test_models.measures import Quality
 
 # What a check demands, where a test file does not say otherwise in its BOUNDS.

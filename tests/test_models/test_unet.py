@@ -15,6 +15,7 @@ from torch import nn
 
 from dida_tools.models import UNET
 from dida_tools.utils.loss import multi_class_dice_ce_sum
+
 from tests.test_models.checks import *  # noqa: F403
 
 DEFAULT_WEIGHTS = None  # <- a weights file, such as weights/NAME/best.pt; None tests a new model

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from dida_core.config.project import project_of
+from dida_core.config.references import name_of, resolve
 from torch import Tensor
 from torch.nn import functional
 
-from dida_core.config.project import project_of
-from dida_core.config.references import name_of, resolve
 from dida_tools.utils import loss as module
 from dida_tools.utils.loss import (
     dice_bce_sum,
@@ -31,6 +31,7 @@ from dida_tools.utils.loss import (
     smooth_dice_loss,
 )
 from dida_tools.utils.metrics import f1
+
 from tests.helpers import PACKAGE
 
 BINARY = [smooth_dice_loss, smooth_dice_beta_loss, dice_bce_sum, partial(smooth_dice_beta_loss, beta=2.0)]

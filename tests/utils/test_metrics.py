@@ -10,11 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torchmetrics.functional.classification as reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sklearn import metrics as sklearn_metrics
-from torch import Tensor
-
 from dida_core.config.project import project_of
 from dida_core.config.references import name_of, resolve
 from dida_core.training.counts import (
@@ -28,6 +23,11 @@ from dida_core.training.counts import (
     tp_fp_fn,
 )
 from dida_core.training.targets import check_shapes, is_multi_class, unmask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sklearn_metrics
+from torch import Tensor
+
 from dida_tools.utils import loss as loss_module
 from dida_tools.utils import metrics as module
 from dida_tools.utils.metrics import (
@@ -43,6 +43,7 @@ from dida_tools.utils.metrics import (
     precision,
     recall,
 )
+
 from tests.helpers import PACKAGE
 
 METRICS = [precision, recall, f1, iou, accuracy]

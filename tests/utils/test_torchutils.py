@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
 from dida_core.storage.weights import WeightsError, save_weights, weights_digest
 from dida_core.training.modules import evaluation_mode, fill_model
+from torch import Tensor, nn
+
 from dida_tools.utils.torchutils import (
     assert_isfinite,
     assert_lowerbound,

@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 
 import torch
+from dida_core.config import capture as capturing
+from dida_core.config.project import project_of
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from dida_core.config import capture as capturing
-from dida_core.config.project import project_of
 from dida_tools.layers import ConvLayer
 from dida_tools.models import UNET, unet
 from dida_tools.utils.loss import f1, precision, recall, smooth_dice_loss

@@ -4,18 +4,19 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
-from torch.nn import functional
-
 from dida_core.config.check import check
 from dida_core.config.keys import KEYS, complete, copy_config
 from dida_core.config.kinds import REQUIRED
 from dida_core.config.tree import difference
 from dida_core.errors import ConfigError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
 from dida_tools.models import UNET
 from dida_tools.utils.loss import f1, smooth_dice_loss
+
 from tests_core.config.configs import (
     PROJECT,
     capture,

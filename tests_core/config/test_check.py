@@ -6,19 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
-from torch.utils.data import Subset, TensorDataset
-
 from dida_core.config.check import check, check_keys, find_problems
 from dida_core.config.keys import KEYS, complete, copy_config
 from dida_core.config.kinds import FLAG, NUMBER, REQUIRED, WHOLE, Key
 from dida_core.config.overrides import assign
 from dida_core.errors import ConfigError
+from torch import nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import Subset, TensorDataset
+
 from dida_tools.models import UNET
 from dida_tools.utils.data.scenes import SceneDataset
 from dida_tools.utils.loss import dice_bce_sum, f1
+
 from tests_core.config.configs import PROJECT, capture, has, make_config, same
 
 

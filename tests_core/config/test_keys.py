@@ -1,12 +1,13 @@
 from collections import OrderedDict
 
 import pytest
-from hypothesis import given, settings
-
 from dida_core.config.keys import KEYS, complete, copy_config, upgrade
 from dida_core.config.kinds import REQUIRED
+from hypothesis import given, settings
+
 from dida_tools.utils.data.scenes import SceneDataset
 from dida_tools.utils.loss import f1
+
 from tests_core.config.configs import capture, same, values
 
 

@@ -3,18 +3,19 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from dida_core.config.keys import complete, copy_config
+from dida_core.config.overrides import override
+from dida_core.config.tree import difference
+from dida_core.errors import ConfigError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from dida_core.config.keys import complete, copy_config
-from dida_core.config.overrides import override
-from dida_core.config.tree import difference
-from dida_core.errors import ConfigError
 from dida_tools.models import UNET
 from dida_tools.utils.data.scenes import SceneDataset
 from dida_tools.utils.loss import dice_bce_sum, recall
+
 from tests_core.config.configs import PROJECT, capture, has, make_config, same
 
 BCE, CROSS_ENTROPY = nn.BCEWithLogitsLoss, functional.cross_entropy

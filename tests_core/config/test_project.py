@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import dida_tools
 from dida_core.config.project import Project, find_project, project_of
 from dida_core.errors import ConfigError, Preempted, Problems, UserError, exit_code
+
+import dida_tools
 from dida_tools.config import device
 from dida_tools.config.config import ALIASES, ALLOWED_ROOTS
 

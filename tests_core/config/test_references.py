@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dida_core.config import references
+from dida_core.config.references import ReferenceProblem
+from dida_core.errors import ConfigError
 from torch import nn
 from torch.nn import functional
 
 import dida_tools.models.unet
-from dida_core.config import references
-from dida_core.config.references import ReferenceProblem
-from dida_core.errors import ConfigError
 from dida_tools.config.config import ALIASES, global_config
 from dida_tools.layers import ConvLayer
 from dida_tools.models import UNET
@@ -28,6 +28,7 @@ from dida_tools.training import pytorch_training
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.transforms import flip
 from dida_tools.utils.loss import f1, masked_f1, smooth_dice_loss
+
 from tests_core.config import configs
 from tests_core.config.configs import PROJECT, record
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dida_core.config.tree import MISSING, difference, flatten
 from hypothesis import given, settings
 from torch import nn
 from torch.nn import functional
 
-from dida_core.config.tree import MISSING, difference, flatten
 from dida_tools.utils.loss import f1, precision, recall
+
 from tests_core.config.configs import capture, make_config, record, same, values
 
 

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
-
 from dida_core.config.keys import copy_config
 from dida_core.config.project import project_of
 from dida_core.data.build import build_datasets, use_folder
 from dida_core.data.images import DataError
 from dida_core.training.determinism import Samples
 from dida_core.training.setup import prepare
+from torch.utils.data import DataLoader
+
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.transforms import GEOMETRY, STANDARD
 from dida_tools.utils.loss import dice_bce_sum

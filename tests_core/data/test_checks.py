@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from dida_core.data import pairs
 from dida_core.data.images import DataError
 from dida_core.data.pairs import pair_files
+
 from dida_tools.utils.data import NpyDataset
 
 SIZE = (24, 30)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from dida_core.data.contract import TASKS, DataContract, default_scale
 from dida_core.data.images import ImageInfo
 

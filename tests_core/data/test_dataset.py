@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
-
 from dida_core.data.contract import DataContract
 from dida_core.data.dataset import Custom, TrainingData, View, as_dataset
 from dida_core.data.images import DataError
 from dida_core.errors import ConfigError
 from dida_core.training.setup import prepare
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
+
 from dida_tools.utils.data import NpyDataset
 
 SIZE = 20

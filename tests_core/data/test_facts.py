@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-import dida_tools
 from dida_core.data import facts as module
 from dida_core.data.facts import has_data, scan_files, scan_image, scan_mask
+
+import dida_tools
 
 Scan = Callable[..., dict[str, Any]]
 

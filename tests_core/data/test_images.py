@@ -15,9 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-
 from dida_core.data import images as module
 from dida_core.data.images import (
     ENDINGS,
@@ -31,6 +28,8 @@ from dida_core.data.images import (
     read_bands,
     read_image,
 )
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 LOSSLESS = {
     ".npy": [("uint8", 12), ("uint16", 3), ("int16", 1), ("float32", 4), ("float64", 2), ("bool", 1)],

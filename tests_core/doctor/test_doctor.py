@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rasterio.transform import Affine, from_origin, xy
-from rasterio.warp import transform
-
 from dida_core.data import fingerprint as fingerprint_module
 from dida_core.data.fingerprint import splits_of, suggest
 from dida_core.data.pairs import MaskReading, Pairs
 from dida_core.doctor import doctor as module
 from dida_core.doctor.doctor import Finding, examine, main, shared_area
 from dida_core.errors import exit_code
+from rasterio.transform import Affine, from_origin, xy
+from rasterio.warp import transform
 
 Examine = Callable[..., list[Finding]]
 RNG = np.random.default_rng(0)

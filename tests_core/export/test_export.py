@@ -13,18 +13,19 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from dida_core.data.contract import DataContract
+from dida_core.errors import UserError
+from dida_core.export.export import METADATA_FILE, TOLERANCE, ExportError, export_model, export_run
+from dida_core.prediction import predict
+from dida_core.storage.weights import load_weights, weights_digest
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 import dida_tools
-from dida_core.data.contract import DataContract
-from dida_core.errors import UserError
-from dida_core.export.export import METADATA_FILE, TOLERANCE, ExportError, export_model, export_run
-from dida_core.prediction import predict
-from dida_core.storage.weights import load_weights, weights_digest
 from dida_tools.models import UNET
+
 from tests.helpers import PACKAGE, ROOT
 
 RNG = np.random.default_rng(0)

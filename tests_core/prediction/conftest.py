@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-
 from dida_core.data.contract import DataContract
 from dida_core.storage.weights import load_weights, save_weights
+
 from dida_tools.config.config import make_global_config
 from dida_tools.models import UNET
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.loss import multi_class_dice_ce_sum
 from dida_tools.utils.torchutils import load_model
+
 from tests_core.prediction.samples import Net, make_config
 
 

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import rasterio
 import torch
-from rasterio.transform import from_origin
-from torch import nn
-
 from dida_core.data.contract import DataContract
 from dida_core.prediction import load_predictor, predict_array
 from dida_core.storage.weights import save_weights
+from rasterio.transform import from_origin
+from torch import nn
 
 STATISTICS = {"mean": (0.1, 0.1, 0.1, 0.3), "std": (0.05, 0.05, 0.05, 0.1)}
 STATISTICS |= {"minimum": (1.0,) * 4, "maximum": (10000.0,) * 4, "nodata": 0, "tile_size": 32}

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from rasterio.enums import ColorInterp
-
 from dida_core.data.contract import PALETTE
 from dida_core.data.images import DataError
 from dida_core.errors import Preempted, UserError
@@ -28,6 +26,8 @@ from dida_core.prediction.ledger import Ledger
 from dida_core.prediction.outputs import OutputFile
 from dida_core.storage.journal import Journal, read_journal
 from dida_core.storage.weights import save_weights
+from rasterio.enums import ColorInterp
+
 from tests.helpers import ROOT, Child, run_script, wait_until
 from tests_core.prediction.samples import (
     CONTRACT,

@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
-
 from dida_core.data.contract import DataContract
 from dida_core.data.images import DataError, Window
 from dida_core.errors import ConfigError
 from dida_core.prediction import Predictor, predict_array
 from dida_core.prediction.windows import Tiling, blending_weights, predict_bands, window_starts
+from torch import nn
+from torch.nn import functional
 
 TILE = 16
 SIZES = [(5, 7), (16, 16), (17, 16), (16, 17), (9, 40), (40, 9), (33, 47), (64, 64), (1, 50), (31, 15)]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from dida_core.config.capture import capture
 from dida_core.config.project import project_of
 from dida_core.errors import ConfigError, UserError
@@ -24,8 +23,10 @@ from dida_core.runs.lookup import (
     write_record,
 )
 from dida_core.storage.locks import Busy, is_locked, locked
+
 from dida_tools.models.unet import UNET
 from dida_tools.utils.loss import f1, smooth_dice_loss
+
 from tests.helpers import PACKAGE, begin_run, write_run
 
 PROJECT = project_of(PACKAGE)

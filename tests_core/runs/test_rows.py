@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from dida_core.runs import rows
 from dida_core.runs.lookup import find_rows, read_record, run_names
 from dida_core.runs.rows import current_row, row_of
@@ -14,8 +13,10 @@ from dida_core.storage.checkpoint import load_checkpoint
 from dida_core.storage.journal import read_journal
 from dida_core.storage.locks import locked
 from dida_core.storage.table import rebuild, remove_rows
+
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.logging import read_log, write_log
+
 from tests.helpers import ROOT, Child, begin_run, rows_of, wait_until, write_run
 
 pytestmark = pytest.mark.usefixtures("quick")

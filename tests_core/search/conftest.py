@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-
 from dida_core.config.keys import copy_config
 from dida_core.config.project import project_of
 from dida_core.search.space import Space, choice, integer, log_uniform, uniform
 from dida_core.search.study import Search
 from dida_core.search.workers import Worker
+
 from tests.helpers import PACKAGE, Child
 
 TOY_SPACE = {

@@ -4,14 +4,15 @@ from functools import partial
 
 import pytest
 import torch
+from dida_core.config.project import project_of
+from dida_core.errors import ConfigError, UserError
+from dida_core.search.space import Space, choice, integer, log_uniform, uniform, with_values
 from optuna.trial import FixedTrial
 from torch.nn import ELU, BatchNorm2d, GroupNorm
 from torch.optim import SGD, AdamW
 
-from dida_core.config.project import project_of
-from dida_core.errors import ConfigError, UserError
-from dida_core.search.space import Space, choice, integer, log_uniform, uniform, with_values
 from dida_tools.utils.loss import multi_class_dice_ce_sum
+
 from tests.helpers import PACKAGE
 
 

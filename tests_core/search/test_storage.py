@@ -5,10 +5,10 @@ import sys
 
 import optuna
 import pytest
-from optuna.trial import TrialState
-
 from dida_core.errors import UserError
 from dida_core.search.storage import KernelLock, open_storage
+from optuna.trial import TrialState
+
 from tests.helpers import wait_until
 
 

@@ -14,8 +14,6 @@ import optuna
 import pytest
 import torch
 import torch.utils.tensorboard  # before any fork: importing it takes a second
-from optuna.trial import TrialState
-
 from dida_core.config.capture import capture
 from dida_core.config.keys import complete
 from dida_core.config.project import project_of
@@ -28,6 +26,8 @@ from dida_core.search.space import Space, choice, log_uniform, uniform
 from dida_core.search.study import Search
 from dida_core.search.workers import Worker, run_workers
 from dida_core.training.signals import Preempted
+from optuna.trial import TrialState
+
 from tests.helpers import PACKAGE, ROUTINES, events_of, global_config_of, load_routine, rows_of, wait_until
 
 SPACE = {

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from dida_core.storage import weights
 from dida_core.storage.checkpoint import GENERATIONS, checkpoint_files, load_checkpoint, save_checkpoint
 from dida_core.storage.weights import UnreadableWeights, WeightsError

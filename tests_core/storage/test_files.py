@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+from dida_core.storage.files import make_unique_dir, relative_path, safe_name, sync_dir, write_atomic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dida_core.storage.files import make_unique_dir, relative_path, safe_name, sync_dir, write_atomic
 from tests.helpers import PACKAGE, killed_writers
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX only")

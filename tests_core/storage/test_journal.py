@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dida_core.storage.journal import Journal, read_journal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dida_core.storage.journal import Journal, read_journal
 from tests.helpers import PACKAGE, ROOT, killed_writers
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")

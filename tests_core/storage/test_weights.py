@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from dida_core.storage.weights import (
     WeightsError,
     find_damage,
@@ -20,6 +19,7 @@ from dida_core.storage.weights import (
     save_weights,
     weights_digest,
 )
+
 from tests.helpers import leaves
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

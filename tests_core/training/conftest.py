@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
 from dida_core.errors import Preempted, UserError
 from dida_core.report import pictures as pictures_module
 from dida_core.runs import record as record_module
@@ -26,10 +24,13 @@ from dida_core.runs.rows import row_of
 from dida_core.storage.checkpoint import checkpoint_files, load_checkpoint
 from dida_core.storage.journal import Event, Journal
 from dida_core.storage.weights import find_damage
+from torch import Tensor, nn
+
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.transforms import STANDARD
 from dida_tools.utils.logging import csv as csv_module
 from dida_tools.utils.loss import f1, multi_class_dice_ce_sum
+
 from tests import helpers
 from tests.helpers import ROOT, Child, bare, events_of, fingerprint, load_routine
 

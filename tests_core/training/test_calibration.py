@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dida_core.data.contract import DataContract
+from dida_core.runs import run as run_module
+from dida_core.storage.weights import load_weights
+from dida_core.training.calibration import NLL, TEMPERATURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
@@ -16,12 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from dida_core.data.contract import DataContract
-from dida_core.runs import run as run_module
-from dida_core.storage.weights import load_weights
-from dida_core.training.calibration import NLL, TEMPERATURES
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.loss import dice_bce_sum, f1, masked_dice_bce_sum, masked_f1
+
 from tests.helpers import rows_of
 
 pytestmark = pytest.mark.usefixtures("quick")

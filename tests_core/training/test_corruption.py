@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from dida_core.config.project import project_of
 from dida_core.data.facts import scan_files, scan_image
 from dida_core.errors import ConfigError
@@ -19,7 +18,9 @@ from dida_core.runs.lookup import find_rows, read_record, read_run_config
 from dida_core.storage.checkpoint import checkpoint_files, load_checkpoint
 from dida_core.storage.journal import Event, Journal, read_journal
 from dida_core.storage.table import rebuild
+
 from dida_tools.utils.logging import read_log, write_log
+
 from tests.helpers import PACKAGE, bare, fingerprint
 
 KILLED = 9

@@ -7,9 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
 from dida_core.data.dataset import as_dataset
 from dida_core.training.determinism import (
     EvaluationBatches,
@@ -20,6 +17,8 @@ from dida_core.training.determinism import (
     seed_sample,
     seed_step,
 )
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 CPU = torch.device("cpu")
 

@@ -25,11 +25,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.utils.data import Dataset
-
 from dida_core.errors import UserError, exit_code
 from dida_core.report import pictures as pictures_module
 from dida_core.runs import record as record_module
@@ -43,10 +38,16 @@ from dida_core.training.evaluation import Evaluation, evaluate
 from dida_core.training.modules import fill_model
 from dida_core.training.setup import prepare
 from dida_core.training.signals import EXIT_CODE, Preempted
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
 from dida_tools.models import UNET
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.transforms import STANDARD
 from dida_tools.utils.loss import f1, multi_class_dice_ce_sum, precision, recall
+
 from tests.helpers import (
     PACKAGE,
     ROOT,

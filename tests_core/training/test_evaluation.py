@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from dida_core.training.device import DeviceContext
+from dida_core.training.evaluation import Evaluation, evaluate
 from sklearn import metrics as reference
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dida_core.training.device import DeviceContext
-from dida_core.training.evaluation import Evaluation, evaluate
 from dida_tools.utils.loss import (
     accuracy,
     dice_bce_sum,

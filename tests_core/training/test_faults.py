@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from dida_core.storage import files as files_module
 from dida_core.storage.checkpoint import checkpoint_files
 from dida_core.storage.journal import Event, Journal

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-
 from dida_core.runs import run as run_module
 from dida_core.storage.journal import Event, Journal
+
 from tests.helpers import ROUTINES as ALL_ROUTINES
 from tests.helpers import bare, fingerprint, processes_of, scalars_of, wait_until
 

@@ -13,12 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from aiosmtpd.controller import Controller
-from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams import plugin_data_pb2
-from tensorboard.util.tensor_util import make_ndarray
-from torch import Tensor
-
 from dida_core.errors import ConfigError, Preempted, UserError
 from dida_core.report.console import ProgressBar
 from dida_core.report.listener import Listener
@@ -26,8 +20,15 @@ from dida_core.report.tensorboard import TensorBoard
 from dida_core.runs.lookup import run_names
 from dida_core.runs.run import start_run
 from dida_core.training.setup import prepare
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.util.tensor_util import make_ndarray
+from torch import Tensor
+
 from dida_tools.training import pytorch_training
 from dida_tools.utils.loss import multi_class_dice_ce_sum
+
 from tests.helpers import events_of, run_script, scalars_of
 
 SECRET = "hunter2-in-the-error"

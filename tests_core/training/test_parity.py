@@ -15,16 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dida_core.report.listener import Result
+from dida_core.runs.failures import NonFiniteLoss
+from dida_core.storage.weights import load_weights, weights_digest
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import Dataset
 
-from dida_core.report.listener import Result
-from dida_core.runs.failures import NonFiniteLoss
-from dida_core.storage.weights import load_weights, weights_digest
 from dida_tools.training import config as config_module
 from dida_tools.utils.loss import accuracy, multi_class_dice_ce_sum
 from dida_tools.utils.torchutils import set_seed
+
 from tests.helpers import (
     FIRST,
     ROOT,

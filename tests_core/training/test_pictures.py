@@ -2,10 +2,10 @@
 
 import math
 
-from PIL import Image
-
 from dida_core.report import pictures
 from dida_core.report.pictures import choose_samples
+from PIL import Image
+
 from dida_tools.training.pytorch_training import train
 
 

@@ -12,11 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import f1_score
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR, OneCycleLR, ReduceLROnPlateau, StepLR
-from torch.utils.data import Dataset, TensorDataset
-
 from dida_core.config.capture import capture, restore
 from dida_core.config.check import check
 from dida_core.config.project import project_of
@@ -27,6 +22,11 @@ from dida_core.errors import ConfigError, UserError
 from dida_core.runs.failures import NonFiniteLoss, OutOfMemory
 from dida_core.storage.weights import load_weights, save_weights, weights_digest
 from dida_core.training.setup import prepare
+from sklearn.metrics import f1_score
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import Dataset, TensorDataset
+
 from dida_tools.models import UNET
 from dida_tools.training.config import small, train_config
 from dida_tools.training.pytorch_training import train
@@ -41,6 +41,7 @@ from dida_tools.utils.loss import (
     smooth_dice_loss,
 )
 from dida_tools.utils.torchutils import load_model, set_seed
+
 from tests.helpers import PACKAGE, events_of, rows_of
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.optim.lr_scheduler import OneCycleLR
-
 from dida_core.config.project import project_of
 from dida_core.data.build import build_datasets
 from dida_core.errors import UserError
 from dida_core.runs.environment import describe_environment, find_differences
 from dida_core.runs.lookup import read_run_config
 from dida_core.storage.journal import Journal
+from torch.optim.lr_scheduler import OneCycleLR
+
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.data import NpyDataset
+
 from tests.helpers import PACKAGE, ROOT, events_of, rows_of, run_script
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dida_core.errors import ConfigError, UserError
+from dida_core.storage.checkpoint import checkpoint_files
+from dida_core.storage.weights import load_weights
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset
 
-from dida_core.errors import ConfigError, UserError
-from dida_core.storage.checkpoint import checkpoint_files
-from dida_core.storage.weights import load_weights
 from dida_tools.models import UNET
 from dida_tools.utils.data import NpyDataset
+
 from tests.helpers import (
     FIRST,
     ROOT,

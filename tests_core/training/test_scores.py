@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dida_core.data.contract import DataContract
+from dida_core.training.scores import CALIBRATION_BINS, NUM_BINS, Scores, counts_by_threshold
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 from torch import Tensor
 from torch.nn import functional
 
-from dida_core.data.contract import DataContract
-from dida_core.training.scores import CALIBRATION_BINS, NUM_BINS, Scores, counts_by_threshold
 from dida_tools.utils.metrics import f1
 
 TASKS = ("multi-class", "multi-label", "binary")

@@ -6,11 +6,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-
 from dida_core.runs import environment
 from dida_core.runs.redaction import Redactor, is_secret_name
+
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.data import NpyDataset
+
 from tests.helpers import rows_of
 
 KINDS = ("variable", "error", "comment", "url", "argument", "session", "config", "diff")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from dida_core.training import signals
 from dida_core.training.signals import (
     Preempted,
@@ -18,6 +17,7 @@ from dida_core.training.signals import (
     stop_on_signals,
     stop_requested,
 )
+
 from tests.helpers import Child
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

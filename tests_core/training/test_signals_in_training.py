@@ -18,16 +18,17 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.tensorboard  # here, so that processes forked from this one need not
-from torch import Tensor
-
 from dida_core.errors import exit_code
 from dida_core.prediction import predict
 from dida_core.prediction.outputs import OutputFile
 from dida_core.runs import run as run_module
 from dida_core.storage.checkpoint import checkpoint_files
 from dida_core.training.signals import EXIT_CODE, Preempted, stop_requested
+from torch import Tensor
+
 from dida_tools.config import config as config_module
 from dida_tools.models import UNET
+
 from tests.helpers import (
     FIRST,
     ROOT,

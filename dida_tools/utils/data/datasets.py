@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
 from dida_core.data.checks import contract_problems, dataset_problems, find_problems, several_channels
 from dida_core.data.contract import TASKS, DataContract
 from dida_core.data.facts import Facts, mask_nodata
 from dida_core.data.images import DataError, Window, image_info, read_image
 from dida_core.data.pairs import MaskReading, Pairs, map_values
+from torch import Tensor
+from torch.utils.data import Dataset
 
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from dida_core.storage.locks import locked
 
 from ...config.config import global_config

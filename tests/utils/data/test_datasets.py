@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils.data import DataLoader
-
 from dida_core.data.contract import DataContract
 from dida_core.data.images import DataError
 from dida_core.data.pairs import map_values
 from dida_core.training import determinism
 from dida_core.training.determinism import EvaluationBatches, Samples, TrainingBatches, seed_sample
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
 from dida_tools.utils.data import NpyDataset, NpyPredictionDataset
 from dida_tools.utils.data import datasets as module
 from dida_tools.utils.data.transforms import GEOMETRY, STANDARD

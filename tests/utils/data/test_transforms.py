@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
 from dida_core.training import determinism
 from dida_core.training.determinism import seed_sample
+from torch import Tensor
+
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data import transforms as module
 from dida_tools.utils.data.transforms import (

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dida_core.storage import table
+from dida_core.storage.table import rebuild, remove_rows, write_rows
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dida_core.storage import table
-from dida_core.storage.table import rebuild, remove_rows, write_rows
 from dida_tools.utils.logging import read_frame
 from dida_tools.utils.logging.csv import read_log, write_log
+
 from tests.helpers import PACKAGE, ROOT, killed_writers
 
 # fmt: off

@@ -21,11 +21,12 @@ from typing import Any
 import pytest
 import trustme
 from aiosmtpd.smtp import SMTP, AuthResult
+from dida_core.errors import UserError
 from PIL import Image
 
-from dida_core.errors import UserError
 from dida_tools.utils.notify import NotificationError, SMTPNotifier
 from dida_tools.utils.notify import smtp as module
+
 from tests.helpers import PACKAGE, ROOT, Child, wait_until
 
 USER, PASSWORD = "me@example.org", "abcd-'&-efgh ijkl"

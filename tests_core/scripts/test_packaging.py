@@ -8,10 +8,12 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import dida_core
 import pytest
 import yaml
 
 import dida_tools
+
 from tests.helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -23,9 +25,7 @@ UNWANTED = shutil.ignore_patterns(
 def build(folder: Path, out: Path) -> zipfile.ZipFile:
     """Build a wheel from a copy, since setuptools leaves folders in what it builds from."""
     copy = out / "copy"
-    shutil.copytree(
-        folder, copy, ignore=lambda at, names: UNWANTED(at, names) if Path(at) == folder else set()
-    )
+    shutil.copytree(folder, copy, ignore=lambda at, names: UNWANTED(at, names) if Path(at) == ROOT else set())
     (copy / "weights").mkdir()
     (copy / "weights" / "best.pt").touch()
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", out / "wheels"]
@@ -50,18 +50,20 @@ def check_wheel(wheel: zipfile.ZipFile, name: str, packages: tuple[str, ...]) ->
 
 
 @pytest.mark.slow
-def test_the_wheel_contains_the_package_and_nothing_else(tmp_path):
-    packages = tuple(name for name in ("dida_tools", "dida_core") if (ROOT / name).is_dir())
-    check_wheel(build(ROOT, tmp_path), "dida_tools", packages)
+def test_wheels_contain_their_packages_and_nothing_else(tmp_path):
+    (tmp_path / "library").mkdir()
+    check_wheel(build(ROOT, tmp_path), "dida_tools", ("dida_tools", "dida_core"))
+    check_wheel(build(ROOT / "dida_core", tmp_path / "library"), "dida_core", ("dida_core",))
 
 
 def test_citation_license_and_version_agree():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
-    assert citation["version"] == dida_tools.__version__
+    assert citation["version"] == dida_tools.__version__ == dida_core.__version__
     assert citation["license"] == PROJECT["license"] == "Apache-2.0"
     assert all(author.keys() == {"name"} for author in citation["authors"])  # entities, no persons
     text = (ROOT / "LICENSE").read_text()
+    assert text == (ROOT / "dida_core" / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text
 

@@ -1,7 +1,7 @@
 """
 The Dockerfile, read; built and run where ENGINE_FOR_TESTS names docker or podman (minutes; see BASE_IMAGE):
 
-    ENGINE_FOR_TESTS=docker python -m pytest tests/scripts/test_docker.py -n 0 -m slow
+    ENGINE_FOR_TESTS=docker python -m pytest tests_core/scripts/test_docker.py -n 0 -m slow
 """
 
 import ast
@@ -20,7 +20,7 @@ from tests.helpers import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 ENGINE = os.environ.get("ENGINE_FOR_TESTS", "")
-PACKAGES = [name for name in ("dida_tools", "dida_core") if (ROOT / name).is_dir()]
+PACKAGES = ("dida_tools", "dida_core")
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:

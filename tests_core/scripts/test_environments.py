@@ -19,7 +19,7 @@ CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib", "ignite": "p
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DEPENDENCIES, EXTRAS = PROJECT["dependencies"], PROJECT["optional-dependencies"]
 DEV = [one for extra in EXTRAS.values() for one in extra if not one.startswith("dida-tools")]
-PACKAGES = [name for name in ("dida_tools", "dida_core") if (ROOT / name).is_dir()]
+PACKAGES = ("dida_tools", "dida_core")
 OPTIONAL = {"pandas"}  # read_frame works where it is there
 LOADED_BY_NAME = {"onnx", "onnxscript"}  # torch.onnx does
 
@@ -67,6 +67,15 @@ def test_conda_takes_the_tested_versions_and_refuses_what_pip_refuses():
             assert not VersionSpec(specs[name_of(requirement)].version).matches(refused), requirement
 
 
+def test_the_library_states_what_the_project_states():
+    library = tomllib.loads((ROOT / "dida_core" / "pyproject.toml").read_text())
+    assert library["project"]["dependencies"] == DEPENDENCIES
+    for extra, needed in library["project"]["optional-dependencies"].items():
+        assert needed == EXTRAS[extra]
+    found = {init.parent.relative_to(ROOT) for init in ROOT.glob("dida_core/**/__init__.py")}
+    assert set(library["tool"]["setuptools"]["packages"]) == {".".join(path.parts) for path in found}
+
+
 def test_every_dependency_has_a_tested_version_which_is_installed_here():
     pinned = constraints()
     assert {name_of(requirement) for requirement in DEPENDENCIES + DEV} <= pinned.keys()
@@ -91,15 +100,15 @@ def imports_of(*files: Path) -> set[str]:
 def files_of_extra(extra: str) -> list[Path]:
     """The files that alone may import what an extra installs."""
     patterns = {
-        "search": ["dida_*/search/**/*.py", "hyperparameter.py"],
-        "export": ["dida_core/export/export.py", "dida_core/export/**/*.py"],
+        "search": ["dida_core/search/**/*.py", "hyperparameter.py"],
+        "export": ["dida_core/export/**/*.py"],
     }.get(extra, [f"dida_tools/training/{extra}_training.py"])
     return [file for pattern in patterns for file in ROOT.glob(pattern)]
 
 
 def test_every_import_is_a_dependency_or_in_the_extra_of_its_part():
     dependencies = {name_of(requirement) for requirement in DEPENDENCIES}
-    parts = {extra: files_of_extra(extra) for extra in EXTRAS if extra not in ("dev", "docs")}
+    parts = {extra: files_of_extra(extra) for extra in EXTRAS if extra not in ("dev", "docs", "template")}
     of_parts = {file for files in parts.values() for file in files}
     every = {*ROOT.glob("*.py"), *(file for name in PACKAGES for file in ROOT.glob(f"{name}/**/*.py"))}
     assert imports_of(*every - of_parts) - OPTIONAL == dependencies

@@ -141,9 +141,7 @@ def test_lint_checks_the_packages_and_all_scripts(project):
     assert others == ["python -m ruff check .", "python -m ruff format --check .", "python -m mypy"]
     checked = set(pylint.removeprefix("python -m pylint ").split())
     assert {*scripts, *(f"tools/{path.name}" for path in ROOT.glob("tools/*.py"))} < checked
-    assert {"dida_tools", "dida_core"} & checked == {
-        one for one in ("dida_tools", "dida_core") if (ROOT / one).exists()
-    }
+    assert "dida_tools" in checked
 
 
 def test_a_gpu_decides_on_cuda_and_torch_can_be_changed(project):

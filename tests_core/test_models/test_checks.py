@@ -16,23 +16,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dida_core.errors import UserError
+from dida_core.storage.weights import load_weights, save_weights
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from dida_core.errors import UserError
-from dida_core.storage.weights import load_weights, save_weights
 from dida_tools.config.config import make_global_config
 from dida_tools.models import UNET
-from dida_tools.training.pytorch_training import train
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.data.transforms import GEOMETRY
 from dida_tools.utils.loss import dice_bce_sum, f1, iou, multi_class_dice_ce_sum
+
+from tests.helpers import FIRST, ROOT, load_routine
 from tests.test_models import checks
 from tests.test_models.measures import WIDTH, PeakMemory, table
 from tests.test_models.subject import Subject, choose_subject
 
-ROOT = Path(__file__).resolve().parents[2]
 TEST_FILE = SimpleNamespace(DEVICE="cpu", DEFAULT_WEIGHTS=None)
 NORM = partial(nn.GroupNorm, 4)
 CONFIG = {
@@ -60,7 +60,7 @@ class Trained(SimpleNamespace):
 
 
 def train_in(folder: Path, train_set: Any, test_set: Any, **changes: Any) -> Trained:
-    result = train(train_set, test_set, CONFIG | changes, make_global_config(folder))
+    result = load_routine(FIRST).train(train_set, test_set, CONFIG | changes, make_global_config(folder))
     return Trained(name=result.name, folder=folder)
 
 
