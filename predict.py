@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from dida_core.errors import exit_code
-from dida_core.prediction.keys import PREDICT_KEYS
+from dida_core.config.prediction_keys import PREDICT_KEYS
 
 
 def predict_config() -> dict[str, Any]:
@@ -35,7 +35,7 @@ def predict_config() -> dict[str, Any]:
         "OUTPUT": "classes",  # or probabilities, confidence, entropy; or several: ["classes", "confidence"]
         "PREFIX": "",
         "SUFFIX": "",
-        # further keys and their defaults: PREDICT_KEYS in dida_core/prediction/keys.py
+        # further keys and their defaults: PREDICT_KEYS in dida_core/config/prediction_keys.py
     }
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..config.prediction_keys import as_list
 from ..data.contract import DataContract
 from ..data.images import ENDINGS, DataError, ImageReader, Window, list_images
 from ..data.pairs import map_values
 from ..errors import ConfigError
 from ..training.scores import Scores
-from .keys import as_list
 from .outputs import Output
 
 _NUM_CHECKED = 32  # images whose values are checked before the first one is predicted

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..config.capture import capture
 from ..config.check import check_keys
 from ..config.keys import complete
+from ..config.prediction_keys import PREDICT_KEYS, as_list
 from ..config.project import find_project
 from ..data.contract import DataContract, default_scale
 from ..data.images import DataError, ImageReader
@@ -31,7 +32,6 @@ from ..storage.files import write_atomic
 from ..storage.weights import weights_digest
 from ..training.signals import raise_if_stop_requested, stop_on_signals
 from .jobs import Job, check_jobs, find_inputs, find_masks, plan, score_maps
-from .keys import PREDICT_KEYS, as_list
 from .ledger import LEDGER, Ledger, of_this_process
 from .outputs import Output, only_writer, open_output
 from .predictor import Predictor, load_predictor

@@ -64,7 +64,7 @@ VALID = [
 ]
 
 
-@pytest.mark.parametrize("changes", VALID, ids=repr)
+@pytest.mark.parametrize("changes", VALID, ids=lambda changes: "-".join(changes))
 def test_a_valid_config_has_no_problems(changes):
     assert find_problems(make_config(**changes), PROJECT) == []
     assert find_problems(complete(make_config(**changes)), PROJECT) == []
@@ -203,7 +203,7 @@ def test_an_instance_is_told_from_its_class(key):
     assert has(problems, f"{key} is ", f"it must be the class {name}, not an instance of it")
 
 
-@pytest.mark.parametrize("case", WRONG_ARGUMENTS + UNRECORDABLE, ids=lambda case: str(case[0])[:60])
+@pytest.mark.parametrize("case", WRONG_ARGUMENTS + UNRECORDABLE, ids=lambda case: "-".join(case[0]))
 def test_each_problem_is_named(case):
     changes, *fragments = case
     problems = problems_of(make_config() | changes)

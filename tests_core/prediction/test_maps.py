@@ -21,7 +21,7 @@ from dida_core.data.contract import PALETTE
 from dida_core.data.images import DataError
 from dida_core.errors import Preempted, UserError
 from dida_core.prediction import predict
-from dida_core.prediction.keys import OUTPUTS
+from dida_core.config.prediction_keys import OUTPUTS
 from dida_core.prediction.ledger import Ledger
 from dida_core.prediction.outputs import OutputFile
 from dida_core.storage.journal import Journal, read_journal
