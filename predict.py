@@ -14,8 +14,8 @@ import argparse
 import sys
 from typing import Any
 
-from dida_core.errors import exit_code
 from dida_core.config.prediction_keys import PREDICT_KEYS
+from dida_core.errors import exit_code
 
 
 def predict_config() -> dict[str, Any]:

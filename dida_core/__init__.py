@@ -1,3 +1,3 @@
-"""The library: files on disk, configs and records, data contracts, what loops share, a run's life, prediction."""
+"""The library: files, configs and records, data contracts, what loops share, a run's life, prediction."""
 
 __version__ = "0.2.0"

@@ -1,3 +1,3 @@
-"""dida tools: configs, layers, models, datasets, training routines and prediction, to be read and modified."""
+"""dida tools: configs, layers, models, datasets, losses and training loops, to be read and modified."""
 
 __version__ = "0.2.0"

@@ -26,8 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test fails because of the time that something takes.
 settings.register_profile("without-deadline", deadline=None)
 settings.load_profile("without-deadline")
-# tqdm's lock is shared with forked processes: one that is killed while it writes a line would keep it for ever, and
-# this process and all others that it forks would wait for it.
+# tqdm's lock is shared with forked processes: one that is killed while it writes a line would keep it for
+# ever, and this process and all others that it forks would wait for it.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 
@@ -115,7 +115,7 @@ def describe_environment_once(*arguments: object) -> dict:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small trainings without what takes most of their time: picture and list of packages, tested elsewhere."""
+    """Small trainings without what takes most of their time: picture and list of packages."""
     monkeypatch.setattr(pictures_module, "save_picture", lambda path, *_: path.write_bytes(b"picture"))
     monkeypatch.setattr(record_module, "describe_environment", describe_environment_once)
 

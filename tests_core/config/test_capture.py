@@ -31,7 +31,7 @@ from tests_core.config.configs import (
 )
 
 OPTIONAL = [key for key, entry in KEYS.items() if entry.default is not REQUIRED]
-RUNS_0_1 = Path(__file__).parents[1] / "data" / "runs_0_1" / "logs"
+RUNS_0_1 = Path(__file__).parents[1] / "version_0_1" / "runs" / "logs"
 SHARED = [1, 2]
 UNET_REF, LINEAR = {"@ref": ".models.unet:UNET"}, {"@ref": "torch.nn:Linear"}
 

@@ -151,7 +151,7 @@ def test_no_image_is_parted_by_a_split(folder, tmp_path):
         adapted = as_dataset(dataset)
         whole = as_dataset(View([adapted], [(0, index) for index in range(len(adapted))]))
         train, validation = whole.split(0.3, 1)
-        places = [{part._image(sample) for sample in part.samples} for part in (train, validation)]  # type: ignore[attr-defined]
+        places = [{part._image(sample) for sample in part.samples} for part in (train, validation)]
         assert not places[0] & places[1] and len(train) + len(validation) == len(adapted)
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+from dida_core.config.prediction_keys import OUTPUTS
 from dida_core.data.contract import PALETTE
 from dida_core.data.images import DataError
 from dida_core.errors import Preempted, UserError
 from dida_core.prediction import predict
-from dida_core.config.prediction_keys import OUTPUTS
 from dida_core.prediction.ledger import Ledger
 from dida_core.prediction.outputs import OutputFile
 from dida_core.storage.journal import Journal, read_journal
@@ -419,7 +419,7 @@ def test_a_run_predicts_by_its_name(tmp_path, trained):
 
 
 def test_a_run_of_version_0_1_predicts(tmp_path):
-    runs = ROOT / "tests" / "data" / "runs_0_1"
+    runs = ROOT / "tests_core" / "version_0_1" / "runs"
     images = runs / "data" / "test" / "x"
     done = run_script("run_prediction.py", "finished", "-i", images, "-o", tmp_path, root=runs)
     assert done.returncode == 0, done.stderr

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dida_core.config.prediction_keys import OUTPUTS
 from dida_core.data.contract import DataContract
 from dida_core.data.images import DataError
 from dida_core.errors import ConfigError
 from dida_core.prediction import load_predictor, predict
-from dida_core.config.prediction_keys import OUTPUTS
 from dida_core.storage.weights import WeightsError, save_weights
 from PIL import Image
 from torch import nn

@@ -84,7 +84,7 @@ def test_a_copied_run_has_its_own_name_and_a_run_without_a_start_no_row(tmp_path
 
 
 def test_runs_of_version_0_1_have_the_rows_that_it_wrote(tmp_path, monkeypatch):
-    old = shutil.copytree(ROOT / "tests" / "data" / "runs_0_1", tmp_path / "old")
+    old = shutil.copytree(ROOT / "tests_core" / "version_0_1" / "runs", tmp_path / "old")
     monkeypatch.setattr(rows, "_SECONDS_TO_BELIEVE_OTHERS", 0.0)
     written = {row["NAME"]: row for row in read_log(old / "logs" / "experiments.csv")}
     found = {row["NAME"]: row for row in find_rows(old / "logs")}

@@ -152,4 +152,5 @@ def test_a_step_is_saved_again_and_problems_are_logged(tmp_path: Path, caplog: A
     save_checkpoint(tmp_path, 2, state(2) | {"more": 1})
     assert steps(tmp_path) == [2, 1] and load_checkpoint(tmp_path)["more"] == 1  # type: ignore[index]
     damage(tmp_path / "last-00000002.pt")
-    assert "more" not in load_checkpoint(tmp_path) and "last-00000002.pt" in caplog.text  # type: ignore[operator]
+    assert "more" not in (load_checkpoint(tmp_path) or {"more": 0})
+    assert "last-00000002.pt" in caplog.text

@@ -23,7 +23,6 @@ from dida_tools.utils.data import NpyDataset
 
 from tests.helpers import (
     FIRST,
-    ROOT,
     ROUTINES,
     bare,
     differing,
@@ -31,7 +30,6 @@ from tests.helpers import (
     global_config_of,
     load_routine,
     rows_of,
-    run_script,
     scalars_of,
 )
 
@@ -494,37 +492,3 @@ def test_changed_data_is_reported(train, datasets, pairs_dir, rich_config, globa
     capsys.readouterr()
     train(*again, rich_config | {"RESUME": name}, global_config)
     assert "the training data is not what it was" in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------------------------------ version 0.1
-
-
-@pytest.fixture
-def old_project(tmp_path, monkeypatch) -> Path:
-    """A project with runs that version 0.1 has made."""
-    monkeypatch.chdir(shutil.copytree(ROOT / "tests" / "data" / "runs_0_1", tmp_path / "old"))
-    return tmp_path / "old"
-
-
-@pytest.mark.parametrize("routine", ["pytorch", pytest.param("fastai", marks=pytest.mark.slow)])
-def test_a_killed_run_of_version_0_1_ends_as_it_would_have(old_project, routine):
-    load_routine(routine)
-    name = f"2026-11-01_12-00-00_killed-{routine}_training"
-    logs = old_project / "logs"
-    done = run_script("train.py", "--resume", name, root=old_project)
-    assert done.returncode == 0, done.stderr
-    assert f"{name} resumes after epoch" in done.stdout
-    (end,), (wanted,) = (
-        events_of(logs / name, "test"),
-        events_of(logs / name.replace("killed", "whole"), "test"),
-    )
-    steps, whole = (events_of(logs / one, "step") for one in (name, name.replace("killed", "whole")))
-    losses = [[event["loss"] for event in events] for events in (steps, whole)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert losses[0] != losses[1] or end["digest"] == wanted["digest"]  # other processors round otherwise
-
-
-def test_a_run_of_version_0_1_can_be_rerun(old_project):
-    done = run_script("train.py", "--rerun", "2026-11-01_12-00-00_finished", root=old_project)
-    assert "identical: the weights" in done.stdout or "not identical" in done.stdout, done.stderr
-    assert done.returncode == int("not identical" in done.stdout)

@@ -1,9 +1,9 @@
 """
-Make the runs of version 0.1 that tests_core/runs/test_old_runs.py reads: records, journals, checkpoints, weights.
+Make the runs of version 0.1 that tests_core/runs/test_old_runs.py reads: records, journals, weights.
 
 Version 0.1 is commit bc95658. In a checkout of it, with its environment:
 
-    python make_runs_0_1.py FOLDER
+    python make_runs.py FOLDER
 
 FOLDER then holds data/, logs/ and weights/, with paths relative to it.
 """
@@ -60,7 +60,8 @@ def main() -> None:
         "DATASET": NpyDataset,
         "DATASET_CONFIG": {
             "train": {
-                "x_dir": "data/train/x", "y_dir": "data/train/y", "crop": 8, "crops_per_image": 4, "augment": STANDARD,
+                "x_dir": "data/train/x", "y_dir": "data/train/y", "crop": 8, "crops_per_image": 4,
+                "augment": STANDARD,
                 "class_names": ("none", "first", "second"), "mask_values": {200: 2},
             },
             "test": {"x_dir": "data/test/x", "y_dir": "data/test/y", "mask_values": {200: 2}},
