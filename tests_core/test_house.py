@@ -29,7 +29,7 @@ BUDGETS = {
     LIBRARY: 8555,  # without its leaves; the goal is 5,000
     "leaves": 1500,
     "tests": 5835,  # the goal is 3,500
-    "tests_core": 16250,  # the goal is 11,000
+    "tests_core": 16300,  # the goal is 11,000
 }
 # Classes that are long lists of facts: one object in a file on the disk, and one for the reader of a loop.
 LISTS_OF_FACTS = ("DataContract", "Setup")
