@@ -91,7 +91,8 @@ def export_run(global_config: dict[str, str] | None, wanted: str, path: str | Pa
     """
     config = run_config(wanted, global_config)
     predictor = load_predictor(config["WEIGHTS"], config["MODEL"], config["MODEL_CONFIG"], device="cpu")
-    record = capture({key: config[key] for key in ("MODEL", "MODEL_CONFIG")}, find_project())["config"]
+    project = find_project(config["MODEL"].__module__)
+    record = capture({key: config[key] for key in ("MODEL", "MODEL_CONFIG")}, project)["config"]
     notes = {key.lower(): json.dumps(value) for key, value in record.items()}
     notes["run"] = config["WEIGHTS"].parent.name
     return export_model(predictor.model, predictor.contract, path, kind, notes)

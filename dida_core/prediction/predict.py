@@ -110,9 +110,13 @@ def predict_run(
     return predict(run_config(name, global_config) | {"FILES": files, "OUT_DIR": out_dir} | options)
 
 
-def run_config(name: str, global_config: dict[str, str] | None = None) -> dict[str, Any]:
-    """Return what a predict_config takes of a run."""
-    project = find_project()
+def run_config(name: str, global_config: dict[str, str] | None = None, package: str = "") -> dict[str, Any]:
+    """
+    Return what a predict_config takes of a run.
+
+    :param package: the project's; default: the one in the working directory or beside the library
+    """
+    project = find_project(package)
     global_config = global_config or project.module(".config.config").global_config
     name = find_run(global_config, name, with_weights=True)
     keys = ("MODEL", "MODEL_CONFIG", "MASK_VALUES", "IGNORE_INDEX")
