@@ -1,7 +1,7 @@
 """
 The training config: what is trained and how, the same for every routine.
 
-docs/config_keys.md has every key, its default and what it may hold. Variants are functions beside the config.
+dida_core/config/keys.py has all keys with their defaults. Variants are functions beside the config.
 """
 
 from functools import partial
