@@ -84,24 +84,8 @@ def has(problems, *fragments):
 
 
 # Any value that a record can hold.
-_FUNCTIONS = [
-    smooth_dice_loss,
-    f1,
-    torch.relu,
-    functional.gelu,
-    functional.max_pool2d,
-    functional.cross_entropy,
-]
-_CLASSES = [
-    UNET,
-    ConvLayer,
-    nn.ELU,
-    nn.BatchNorm2d,
-    torch.optim.AdamW,
-    torch.utils.data.TensorDataset,
-    int,
-    dict,
-]
+_FUNCTIONS = [f1, torch.relu, functional.gelu, functional.max_pool2d, functional.cross_entropy]
+_CLASSES = [UNET, ConvLayer, nn.ELU, nn.BatchNorm2d, torch.optim.AdamW, torch.utils.data.TensorDataset, int]
 _DEVICES = [torch.device(name) for name in ("cpu", "cuda", "cuda:0", "cuda:1", "mps", "meta")]
 _DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
 _LIKE_TAGS = ["@ref", "@tuple", "@", "@unrecorded", "version", "", "a.b", "[0]", "ß😀"]

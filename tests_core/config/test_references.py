@@ -15,43 +15,23 @@ from dida_core.config.references import ReferenceProblem
 from dida_core.errors import ConfigError
 from torch import nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LRScheduler
 
 import dida_tools.models.unet
+import dida_tools.utils.path
 from dida_tools.config.config import ALIASES
-from dida_tools.layers import ConvLayer
 from dida_tools.models import UNET
-from dida_tools.training import pytorch_training
-from dida_tools.utils.data import NpyDataset
-from dida_tools.utils.data.transforms import flip
-from dida_tools.utils.loss import f1, masked_f1
 
 from tests_core.config.configs import PROJECT, capture, record, restore
 
 OUTSIDE = "is outside of what may be restored"
-NAMED = {
-    ".models.unet:UNET": UNET,
-    ".layers.conv:ConvLayer": ConvLayer,
-    ".utils.loss:f1": f1,
-    ".utils.loss:masked_f1": masked_f1,
-    ".utils.data.datasets:NpyDataset": NpyDataset,
-    ".utils.data.transforms:flip": flip,
-    "torch.nn:ELU": nn.ELU,
-    "torch.nn:BCEWithLogitsLoss": nn.BCEWithLogitsLoss,
-    "torch.optim:SGD": torch.optim.SGD,
-    "torch.optim.lr_scheduler:OneCycleLR": OneCycleLR,
-    "torch.utils.data:TensorDataset": torch.utils.data.TensorDataset,
-    "torch:relu": torch.relu,
-    "torch.nn.functional:relu": functional.relu,
-    "torch.nn.functional:gelu": functional.gelu,
-    "torch.nn.functional:cross_entropy": functional.cross_entropy,
-    "torch.nn.functional:max_pool2d": functional.max_pool2d,
-    "torch.nn.functional:logsigmoid": functional.logsigmoid,
-    "torch:pixel_shuffle": functional.pixel_shuffle,
-    "builtins:dict": dict,
-    ".models.unet": dida_tools.models.unet,
-    ".training.pytorch_training": pytorch_training,
-}
+NAMED = """
+.models.unet:UNET .layers.conv:ConvLayer .utils.loss:f1 .utils.loss:masked_f1 .utils.data.datasets:NpyDataset
+.utils.data.transforms:flip torch.nn:ELU torch.nn:BCEWithLogitsLoss torch.optim:SGD torch:relu torch:pixel_shuffle
+torch.optim.lr_scheduler:OneCycleLR torch.utils.data:TensorDataset torch.nn.functional:relu
+torch.nn.functional:gelu torch.nn.functional:cross_entropy torch.nn.functional:max_pool2d
+torch.nn.functional:logsigmoid builtins:dict .models.unet .training.pytorch_training
+"""
 HOSTILE_NAMES = """
 torch:os.system torch:os torch:sys.modules torch:load torch:save torch:from_file torch:compile
 torch:set_num_threads torch:frombuffer torch:classes.load_library torch:ops.load_library
@@ -128,10 +108,13 @@ def library(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ names
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", NAMED.split())
 def test_an_object_has_this_name_and_the_name_gives_the_object(name):
-    assert name_of(NAMED[name]) == name
-    assert resolve(name) is NAMED[name]
+    place, _, attribute = name.partition(":")
+    module = importlib.import_module(f"dida_tools{place}" if place.startswith(".") else place)
+    obj = getattr(module, attribute) if attribute else module
+    assert name_of(obj) == name
+    assert resolve(name) is obj
 
 
 def test_all_public_layers_losses_functions_optimizers_and_schedules_have_names():
