@@ -27,10 +27,10 @@ from tests_core.config.configs import PROJECT, capture, record, restore
 OUTSIDE = "is outside of what may be restored"
 NAMED = """
 .models.unet:UNET .layers.conv:ConvLayer .utils.loss:f1 .utils.loss:masked_f1 .utils.data.datasets:NpyDataset
-.utils.data.transforms:flip torch.nn:ELU torch.nn:BCEWithLogitsLoss torch.optim:SGD torch:relu torch:pixel_shuffle
+.utils.data.transforms:flip torch.nn:ELU torch.nn:BCEWithLogitsLoss torch.optim:SGD torch:relu
 torch.optim.lr_scheduler:OneCycleLR torch.utils.data:TensorDataset torch.nn.functional:relu
 torch.nn.functional:gelu torch.nn.functional:cross_entropy torch.nn.functional:max_pool2d
-torch.nn.functional:logsigmoid builtins:dict .models.unet .training.pytorch_training
+torch:pixel_shuffle torch.nn.functional:logsigmoid builtins:dict .models.unet .training.pytorch_training
 """
 HOSTILE_NAMES = """
 torch:os.system torch:os torch:sys.modules torch:load torch:save torch:from_file torch:compile
