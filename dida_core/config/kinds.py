@@ -67,7 +67,7 @@ def as_list(value: Any) -> list[Any]:
 
 def one_of(*choices: str) -> Kind:
     """Return the kind of a string among some."""
-    name = f"one of {', '.join(map(repr, choices))}"
+    name = f"one of {', '.join(choices)}"
     return Kind(name, lambda value: isinstance(value, str) and value in choices)
 
 
