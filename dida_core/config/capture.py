@@ -25,17 +25,19 @@ def capture(config: dict[str, Any], project: Project, problems: list[str] | None
     """
     Write a config as plain data that json can hold: {"version": ..., "config": ...}.
 
-    Objects become tagged values: {"@ref": "package.module:Name"}, "@module", and those of _Writer. Each name
+    Objects become tagged values: {"@ref": "package.module:Name"}, "@module", and those of _plain. Each name
     has been resolved again to this object. Another library's object is recorded, too: restoring it needs
     ALLOWED_ROOTS.
 
     :param problems: takes what cannot be recorded, which stands as {"@unrecorded": reason} in the record
     :raises ConfigError: if something cannot be recorded and no such list is given
     """
-    writer = _Writer(project, [] if problems is None else problems)
-    record = {"version": VERSION, "config": writer.write(config, "")}
-    if problems is None and writer.problems:
-        raise ConfigError(writer.problems)
+    found: list[str] = []
+    record = {"version": VERSION, "config": _plain(config, project, found, "")}
+    if problems is not None:
+        problems += found
+    elif found:
+        raise ConfigError(found)
     return record
 
 
@@ -68,43 +70,40 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-class _Writer:
-    """The way from live values to plain data. Problems has what cannot be written."""
+def _plain(value: Any, project: Project, problems: list[str], path: str, above: tuple[int, ...] = ()) -> Any:
+    """Return a value as plain data; above are the ids of what it lies in."""
 
-    def __init__(self, project: Project, problems: list[str]) -> None:
-        self.project, self.problems = project, problems
+    def inner(item: Any, path: str = path) -> Any:
+        return _plain(item, project, problems, path, (*above, id(value)))
 
-    def write(self, value: Any, path: str, above: tuple[int, ...] = ()) -> Any:
-        """Return a value as plain data; above are the ids of what it lies in."""
-        kind = type(value)
-        if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
-            return value
-        if id(value) in above:
-            self.problems.append(f"{path} contains itself: a record must end somewhere.")
-            return {"@unrecorded": "contains itself"}
-        above = (*above, id(value))
-        if kind is list:
-            return [self.write(item, f"{path}[{index}]", above) for index, item in enumerate(value)]
-        if kind is dict and all(type(key) is str and not key.startswith("@") for key in value):
-            return {key: self.write(item, join(path, key), above) for key, item in value.items()}
-        if kind is dict:
-            return {"@dict": [[self.write(part, path, above) for part in pair] for pair in value.items()]}
-        if kind is tuple:
-            return {"@tuple": [self.write(item, path, above) for item in value]}
-        if kind is partial:
-            parts = {"@partial": value.func, "args": [*value.args], "kwargs": value.keywords}
-            return {tag: self.write(part, path, above) for tag, part in parts.items()}
-        if kind is float:
-            return {"@float": repr(value)}
-        if isinstance(value, PurePath):
-            return {"@path": str(value)}
-        if kind.__module__ == "torch" and kind.__name__ in ("device", "dtype"):
-            return {f"@{kind.__name__}": str(value).removeprefix("torch.")}
-        try:
-            return {"@module" if isinstance(value, ModuleType) else "@ref": name_of(value, self.project)}
-        except ReferenceProblem as problem:
-            self.problems.append(f"{path} cannot be recorded: {problem}.")
-            return {"@unrecorded": str(problem)}
+    kind = type(value)
+    if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
+        return value
+    if id(value) in above:
+        problems.append(f"{path} contains itself: a record must end somewhere.")
+        return {"@unrecorded": "contains itself"}
+    if kind is list:
+        return [inner(item, f"{path}[{index}]") for index, item in enumerate(value)]
+    if kind is dict and all(type(key) is str and not key.startswith("@") for key in value):
+        return {key: inner(item, join(path, key)) for key, item in value.items()}
+    if kind is dict:
+        return {"@dict": [[inner(part) for part in pair] for pair in value.items()]}
+    if kind is tuple:
+        return {"@tuple": [inner(item) for item in value]}
+    if kind is partial:
+        parts = {"@partial": value.func, "args": [*value.args], "kwargs": value.keywords}
+        return {tag: inner(part) for tag, part in parts.items()}
+    if kind is float:
+        return {"@float": repr(value)}
+    if isinstance(value, PurePath):
+        return {"@path": str(value)}
+    if kind.__module__ == "torch" and kind.__name__ in ("device", "dtype"):
+        return {f"@{kind.__name__}": str(value).removeprefix("torch.")}
+    try:
+        return {"@module" if isinstance(value, ModuleType) else "@ref": name_of(value, project)}
+    except ReferenceProblem as problem:
+        problems.append(f"{path} cannot be recorded: {problem}.")
+        return {"@unrecorded": str(problem)}
 
 
 class _Reader:

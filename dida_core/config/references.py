@@ -144,16 +144,12 @@ def name_of(obj: Any, project: Project) -> str:
 
 def _home(obj: Any) -> tuple[str, str] | None:
     """Return the module that defines a class or function, wherever it was found, and its name in there."""
-    if isinstance(obj, ModuleType):
-        return _known_as(obj.__name__), ""
     module, qualname = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
-    if not isinstance(qualname, str) or not isinstance(module, str | None) or not callable(obj):
+    if isinstance(obj, ModuleType):
+        module, qualname = obj.__name__, ""
+    elif not isinstance(qualname, str) or not isinstance(module, str | None) or not callable(obj):
         return None
-    return _known_as(module or ""), qualname
-
-
-def _known_as(module: str) -> str:
-    return script_name() if module == "__main__" else module
+    return script_name() if module == "__main__" else module or "", qualname
 
 
 def _public_places(obj: Any) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,4 @@
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,16 +10,6 @@ from dida_tools.config import device
 from dida_tools.config.config import ALIASES, ALLOWED_ROOTS
 
 CHECKOUT = Path(dida_tools.__file__).parents[1]
-# What a script imports before it has parsed its arguments.
-WITHOUT_TORCH = """
-import sys
-import dida_core.config.capture, dida_core.config.check, dida_core.config.overrides
-from dida_core.config.project import project_of
-from dida_core.config.tree import flatten
-flatten({"MODEL": {"@ref": ".models:UNET"}})
-project_of("dida_tools")
-sys.exit("torch" in sys.modules)
-"""
 
 
 def test_a_module_tells_its_project():
@@ -65,12 +52,6 @@ def test_a_settings_module_that_fails_is_not_taken_for_a_missing_one(tmp_path, m
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="not_installed_at_all"):
         project_of("broken_project.training")
-
-
-def test_the_config_imports_no_torch():
-    env = os.environ | {"PYTHONPATH": str(CHECKOUT)}
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_problems_are_counted_and_listed_also_by_another_process():
