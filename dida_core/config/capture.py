@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .keys import KEYS, upgrade
+from .kinds import ARGUMENTS, METRICS
 from .project import Project
 from .references import ReferenceProblem, name_of, resolve
 from .tree import join
@@ -171,6 +172,6 @@ def _in_its_place(obj: Any, name: str, path: str) -> Any:
         problem = KEYS[key].test(obj)
         if problem:
             raise ReferenceProblem(f"{name} does not belong here: {key} {problem}")
-    elif key in KEYS and not (key.endswith("_CONFIG") or key in ("METRICS", "LOSS")):
+    elif key in KEYS and key != "LOSS" and KEYS[key].kind not in (ARGUMENTS, METRICS):
         raise ReferenceProblem(f"{name} does not belong here: {key} holds no objects")
     return obj

@@ -7,7 +7,7 @@ import pytest
 import torch
 from dida_core.config.check import check, check_keys, find_problems
 from dida_core.config.keys import KEYS, complete, copy_config, upgrade
-from dida_core.config.kinds import FLAG, NUMBER, REQUIRED, WHOLE, Key, Kind
+from dida_core.config.kinds import ARGUMENTS, FLAG, NUMBER, REQUIRED, WHOLE, Key, Kind
 from dida_core.config.overrides import assign, override
 from dida_core.errors import ConfigError
 from torch import nn
@@ -256,7 +256,8 @@ def test_another_table_of_keys_is_checked_in_the_same_way():
 def test_a_key_of_ones_own_is_checked_completed_overridden_and_recorded_like_all_others(monkeypatch):
     monkeypatch.setitem(KEYS, "MY_WEIGHT", Key(0.5, NUMBER, "weight of my second loss", 0))
     monkeypatch.setitem(KEYS, "MY_SIZE", Key(None, Kind("2 or 4", lambda value: value in (2, 4)), "my size"))
-    config = override(make_config(MY_SIZE=4), ["MY_WEIGHT=0.25"], PROJECT)
+    monkeypatch.setitem(KEYS, "MY_LAYERS", Key({}, ARGUMENTS, "what my model adds"))
+    config = override(make_config(MY_SIZE=4, MY_LAYERS={"norm": nn.GroupNorm}), ["MY_WEIGHT=0.25"], PROJECT)
     assert restore(check(config, PROJECT)) == config and config["MY_WEIGHT"] == 0.25
     assert complete(make_config())["MY_WEIGHT"] == 0.5
     assert problems_of(make_config(MY_WEIGHT=-1, MY_SIZE=3, MY_WIEGHT=1)) == [
