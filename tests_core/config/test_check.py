@@ -201,20 +201,9 @@ def test_one_mistake_is_not_reported_as_several():
 
 def test_all_problems_are_reported_at_once_and_nothing_is_written_or_changed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    wrong = {
-        "EPOCH": 3,
-        "OPTIMIZER": AN_SGD,
-        "LOSS": lambda a, b: 0,
-        "PRECISION": "fp64",
-        "SCHEDULER": StepLR,
-    }
-    wrong |= {
-        "MONITOR": "max iou",
-        "MODEL_CONFIG.ch_in": "12",
-        "MODEL_CONFIG.chout": 2,
-        "MASK_VALUES": {1: {1}},
-    }
-    wrong |= {"DATA_LOADER_CONFIG.batch_size": -1, "METRICS.odd": nn.ReLU().forward}
+    wrong = {"EPOCH": 3, "OPTIMIZER": AN_SGD, "LOSS": lambda a, b: 0, "PRECISION": "x", "SCHEDULER": StepLR}
+    wrong |= {"MONITOR": "max iou", "MODEL_CONFIG.ch_in": "12", "MODEL_CONFIG.chout": 2}
+    wrong |= {"DATA_LOADER_CONFIG.batch_size": -1, "METRICS.odd": nn.ReLU().forward, "MASK_VALUES": {1: {1}}}
     config = make_config()
     assert [problem for key, value in wrong.items() if (problem := assign(config, key, value))] == []
     del config["EPOCHS"], config["MODEL_CONFIG"]["ch_out"]
