@@ -1,10 +1,10 @@
 """The journal: what is written is read back, damage is noticed, a kill loses no acknowledged line."""
 
+import contextlib
 import json
 import math
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ from dida_core.storage.journal import Journal, read_journal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import PACKAGE, ROOT, killed_writers
-
-posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
+from tests.helpers import Child
 
 
 def step(number: int, **values: Any) -> dict[str, Any]:
@@ -58,16 +56,15 @@ VALUES += ["\ud800", [1, "x", None]]
 # fmt: on
 
 
-@pytest.mark.parametrize("value", VALUES, ids=ascii)
-def test_values_are_read_back_exactly(path: Path, value: Any) -> None:
-    events = [{"event": "test", "value": value}, step(1, loss=value), {"event": "end"}]
+def test_values_are_read_back_exactly(path: Path) -> None:
+    events = [one for value in VALUES for one in ({"event": "test", "value": value}, {"loss": value})]
     write_all(path, events)
     assert repr(read_journal(path)) == repr(events)
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
-    assert [line["event"] for line in lines] == ["test", "step", "end"]
+    assert [list(line)[:-1] for line in lines] == [list(event) for event in events]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(
     events=st.lists(
         st.dictionaries(
@@ -109,54 +106,36 @@ def test_steps_can_be_left_out_but_for_the_last_line(path: Path) -> None:
     assert read_journal(path, without="step") == [{"event": "start"}, epoch(1), {"event": "end"}]
 
 
-@pytest.mark.parametrize("make", [step, epoch])
 @pytest.mark.parametrize("reopen", [False, True])
-def test_the_same_event_is_not_written_twice(path: Path, make: Any, reopen: bool) -> None:
+def test_the_same_event_is_not_written_twice(path: Path, reopen: bool) -> None:
     journal = Journal(path)
-    assert all(journal.write(make(number, f1=math.nan, time=1.0)) for number in (1, 2, 3))
+    events = [make(number, f1=math.nan, time=1.0) for number in (1, 2) for make in (step, epoch)]
+    others = [{"event": "start", "step": 1}, {"note": 1}] * 2  # such may repeat
+    assert all(journal.write(event) for event in [*events, *others])
     if reopen:
         journal.close()
         journal = Journal(path)
-    again = (
-        make(number, f1=np.float64("nan"), time=2.0, **({"seconds": 9} if make is epoch else {}))
-        for number in (2, 3)
-    )
+    again = [event | {"time": 2.0, "f1": np.float64("nan")} for event in events]
+    again = [event | ({"seconds": 9} if "seconds" in event else {}) for event in again]
     assert not any(journal.write(event) for event in again)
-    assert journal.write(make(4))
-    assert journal.contradictions == []
+    assert journal.write(step(3)) and journal.contradictions == []
     journal.close()
-    assert [event[make.__name__] for event in read_journal(path)] == [1, 2, 3, 4]
+    assert repr(read_journal(path)) == repr([*events, *others, step(3)])
 
 
-@pytest.mark.parametrize(
-    "first, second",
-    [(0.5, 0.5000000000000001), (0.0, -0.0), (math.nan, 0.5), (0.5, None), (1, 1.0)],
-)
 @pytest.mark.parametrize("reopen", [False, True])
-def test_a_contradiction_is_noted_and_both_stay(path: Path, first: Any, second: Any, reopen: bool) -> None:
-    events = [{"event": "step", "step": 7, "loss": loss} for loss in (first, second)]
+def test_a_contradiction_is_noted_and_both_stay(path: Path, reopen: bool) -> None:
+    pairs = [(0.5, 0.5000000000000001), (0.0, -0.0), (math.nan, 0.5), (0.5, None), (1, 1.0)]
+    before, after = ([step(n, loss=pair[i]) for n, pair in enumerate(pairs, start=1)] for i in (0, 1))
     journal = Journal(path)
-    journal.write(events[0])
+    assert all(journal.write(event) for event in before)
     if reopen:
         journal.close()
         journal = Journal(path)
-    assert journal.write(events[1])
-    assert journal.contradictions == ["step 7"]
+    assert all(journal.write(event) for event in after)
+    assert journal.contradictions == [f"step {number}" for number in range(1, 6)]
     journal.close()
-    assert repr(read_journal(path)) == repr(events)
-
-
-def test_other_events_may_repeat_and_kinds_are_told_apart(path: Path) -> None:
-    events = [
-        {"event": "start", "step": 1},
-        step(1),
-        epoch(1),
-        {"event": "start", "step": 1},
-        {"note": 1},
-        {"note": 1},
-    ]
-    assert write_all(path, events).contradictions == []
-    assert read_journal(path) == events
+    assert repr(read_journal(path)) == repr(before + after)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 10, -10, -3, -2, -1])
@@ -189,68 +168,31 @@ def test_every_changed_lost_or_added_byte_is_noticed(path: Path) -> None:
     write_all(path, EVENTS)
     content, whole = path.read_bytes(), [repr(event) for event in EVENTS]
     for at, byte in enumerate(content):
-        others = {byte ^ 1, byte ^ 0x20, byte ^ 0x80, 0, 10, 13, ord("0"), ord('"')} - {byte}
-        for new in [*(bytes([other]) for other in others), b"", bytes([ord("0"), byte])]:
+        others = {byte ^ (1 << at % 8), (0, 10, 13, ord("0"), ord('"'))[at % 5]} - {byte}
+        for new in [*(bytes([other]) for other in others), (b"", bytes([ord("0"), byte]))[at % 2]]:
             path.write_bytes(content[:at] + new + content[at + 1 :])
             found = [repr(event) for event in read_journal(path)]
             assert found == [event for event in whole if event in found] and 2 <= len(found) < len(whole)
 
 
-WRITER = f"""
-import sys
-from {PACKAGE}.utils.logging.journal import Journal
-journal = Journal(sys.argv[1])
-first = 1 + max((event["step"] for event in journal.events if event["event"] == "step"), default=0)
-for number in range(first, first + 10**6):
-    journal.write({{"event": "step", "step": number, "loss": number / 3, "text": "x" * 300}})
-    if number % 5 == 0:
-        journal.write({{"event": "epoch", "epoch": number, "loss": float("nan")}})
-    print(number, flush=True)
-"""
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX limits")
+def test_a_full_disk_leaves_the_journal_intact(path: Path, tmp_path: Path) -> None:
+    def work() -> int:
+        import resource
 
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        journal, number, limits = Journal(path), 0, resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                number += 1
+                journal.write(step(number, text="x" * 100))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert journal.write(step(number, text="x" * 100)) and journal.write(step(number + 1))
+        journal.close()
+        return number
 
-@posix
-@pytest.mark.parametrize("num_kills", [8, pytest.param(40, marks=pytest.mark.slow)])
-def test_a_killed_writer_loses_no_line_it_acknowledged(path: Path, num_kills: int) -> None:
-    acknowledged: list[int] = []
-    for lines in killed_writers(WRITER, path, num_kills):
-        acknowledged += map(int, lines)
-        events, num_damaged = read_counted(path)
-        losses = {event["step"]: event["loss"] for event in events if event["event"] == "step"}
-        assert all(losses[number] == number / 3 for number in acknowledged) and num_damaged <= 1
-        epochs = {event["epoch"] for event in events if event["event"] == "epoch"}
-        assert epochs >= {number for number in acknowledged if number % 5 == 0}
-        assert list(losses) == list(range(1, len(losses) + 1))
-        assert len(losses) <= len(acknowledged) + num_kills
-    assert len(acknowledged) > num_kills
-
-
-FULL = f"""
-import resource, signal, sys
-from {PACKAGE}.utils.logging.journal import Journal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-journal = Journal(sys.argv[1])
-event = {{"event": "step", "loss": 0.5, "text": "x" * 100}}
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-number = 0
-try:
-    while True:
-        number += 1
-        journal.write(event | {{"step": number}})
-except OSError:
-    pass
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-assert journal.write(event | {{"step": number}})
-journal.write(event | {{"step": number + 1}})
-journal.close()
-print(number)
-"""
-
-
-@posix
-def test_a_full_disk_leaves_the_journal_intact(path: Path) -> None:
-    command = [sys.executable, "-c", FULL, str(path)]
-    number = int(subprocess.run(command, capture_output=True, check=True, text=True, cwd=ROOT).stdout)
+    child = Child(work, tmp_path / "output")
+    assert child.wait() and 3 < child.code < 10, child.said()
     events, num_damaged = read_counted(path)
-    assert [event["step"] for event in events] == list(range(1, number + 2))
-    assert num_damaged == 0 and number > 3
+    assert [event["step"] for event in events] == list(range(1, child.code + 2)) and num_damaged == 0
