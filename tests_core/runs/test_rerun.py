@@ -152,21 +152,14 @@ def test_in_a_fresh_process_and_in_a_fresh_clone(tmp_path, pairs_dir):
     variables |= {"OMP_NUM_THREADS": "1", "LOG_DIR": str(one / "logs"), "WEIGHT_DIR": str(one / "weights")}
 
     def run(folder: Path, *arguments: str) -> str:
-        environment, command = (
-            variables | {"PYTHONPATH": str(folder)},
-            [sys.executable, "train.py", *arguments],
-        )
+        environment = variables | {"PYTHONPATH": str(folder)}
+        command = [sys.executable, "train.py", *arguments]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    tiny = [
-        "EPOCHS=1",
-        "MODEL_CONFIG.bulk_ch=8",
-        "MODEL_CONFIG.n_recursions=1",
-        "DEVICE=cpu",
-        "PRECISION=fp32",
-    ]
+    tiny = ["EPOCHS=1", "MODEL_CONFIG.bulk_ch=8", "MODEL_CONFIG.n_recursions=1", "DEVICE=cpu"]
+    tiny += ["PRECISION=fp32", "DATA_LOADER_CONFIG.num_workers=0"]
     run(one, "--data", str(pairs_dir), *tiny)
     environment = json.loads(next(one.glob("logs/*/environment.json")).read_text())
     assert environment["git_diff"] == "" and len(environment["git_commit"]) == 40

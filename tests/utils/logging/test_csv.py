@@ -23,12 +23,12 @@ from dida_tools.utils.logging.csv import read_log, write_log
 from tests.helpers import ROOT
 
 # fmt: off
-FORMULAS = ["=1+1", "=cmd|' /C calc'!A0", "+49 30 1234", "-2+3", "@SUM(A1)", "\t=1+1", "\r=1+1", "=", "-", "+"]
-DECEPTIVE = ["1", "-1", "1.0", "1e5", "nan", "NaN", "inf", "-inf", "Infinity", "True", "False", "007"]
+FORMULAS = ["=1+1", "=cmd|' /C calc'!A0", "+49 30 1234", "-2+3", "@SUM(A1)", "\t=1+1", "\r=1+1", "=", "-"]
+DECEPTIVE = ["+", "1", "-1", "1.0", "1e5", "nan", "NaN", "inf", "-inf", "Infinity", "True", "False", "007"]
 DECEPTIVE += ["\uff11\uff12", "٣"]
-AWKWARD = ["", " ", " 1", "1 ", "'", "''", "'=1", "None", ";x", ";=1", "a,b", '"', '""', 'a"b', "\n", "\r", ","]
+AWKWARD = ["", " ", " 1", "1 ", "'", "'=1", "None", ";x", ";=1", "a,b", '"', '""', 'a"b', "\n", "\r", ","]
 UNUSUAL = ["a\rb", "a\r", "\ra", "a\nb\r\nc", "ä", "日本語", "🙂", "\x1f", "\x85", "\u2028", "\ufeff"]
-STRINGS = [*FORMULAS, *DECEPTIVE, *AWKWARD, *UNUSUAL, "@", "\r\n", "e\u0301", "1_000", "\x0b\x0c"]
+STRINGS = [*FORMULAS, *DECEPTIVE, *AWKWARD, *UNUSUAL, "''", "@", "\r\n", "e\u0301", "1_000", "\x0b\x0c"]
 NUMBERS: list[Any] = [0, 1, -1, 10**30, -(10**400), 0.1 + 0.2, -0.0, 0.0, 5e-324, -1.5, 1e308]
 NUMBERS += [1 / 3, 1.0, 1e16, 123456789.125, math.nan, math.inf, -math.inf, True, False]
 # fmt: on

@@ -241,9 +241,8 @@ def test_no_subject_and_no_text_breaks_a_mail_or_adds_headers(serve, send):
     expected = [text.replace("\r", "\n").replace("\0\ud800", "??")[:100_000] for text in TEXTS]
     found = [content(mail).rstrip("\n") for mail in server.mails[len(SUBJECTS) :]]
     assert found == [text.rstrip("\n") for text in expected]
-    assert not any("Bcc" in mail for mail in server.mails) and set(map(tuple, server.receivers)) == {
-        (RECEIVER,)
-    }
+    assert not any("Bcc" in mail for mail in server.mails)
+    assert set(map(tuple, server.receivers)) == {(RECEIVER,)}
 
 
 # -------------------------------------------------------------------------------------- secrets and TLS
@@ -263,8 +262,11 @@ def test_the_password_is_neither_sent_nor_logged(serve, talk, send, authority):
     assert sum(line.startswith(b"AUTH") for line in lines) == 1
 
 
-@pytest.mark.parametrize("security", ["starttls", "tls"])
-@pytest.mark.parametrize("problem", ["unknown authority", "system authorities", "other host"])
+@pytest.mark.parametrize(
+    ("security", "problem"),
+    [("starttls", "unknown authority"), ("tls", "unknown authority"), ("starttls", "system authorities"),
+     ("tls", "other host"), ("starttls", "other host")],
+)  # fmt: skip
 def test_a_wrong_certificate_is_refused_before_the_login(serve, send, security, problem):
     context = Authority().server if problem == "unknown authority" else None
     server = serve(security, context=context, **({"host": "127.0.0.1"} if problem == "other host" else {}))
@@ -274,42 +276,35 @@ def test_a_wrong_certificate_is_refused_before_the_login(serve, send, security, 
 
 
 FEATURES = b"250-hi\r\n250-STARTTLS\r\n250 AUTH PLAIN LOGIN\r\n"
-INJECTED = b"220 go\r\n250-hi\r\n250 AUTH PLAIN\r\n235 welcome\r\n"
+REPLIES = [b"502 no\r\n", b"454 not now\r\n", b"250 as you like\r\n"]
+REPLIES += [b"220 go\r\n250-hi\r\n250 AUTH PLAIN\r\n235 welcome\r\n"]  # injected
 
 
-@pytest.mark.parametrize(
-    ("features", "starttls"),
-    [
-        (FEATURES.replace(b"250-STARTTLS\r\n", b""), b"502 no\r\n"),
-        *(
-            (FEATURES, reply)
-            for reply in (b"502 no\r\n", b"454 not now\r\n", b"250 as you like\r\n", INJECTED)
-        ),
-    ],
-)
-def test_without_starttls_no_password_is_sent(talk, send, features, starttls):
-    lines = talk("starttls", {b"ehlo": features, b"STAR": starttls})
-    assert len(send(timeout_seconds=0.5)) == 1
-    received = b"".join(lines)
-    assert not any(word in received for word in (b"AUTH", b"MAIL", b64encode(PASSWORD.encode())))
+def test_without_starttls_no_password_is_sent(talk, send):
+    cases = [(FEATURES.replace(b"250-STARTTLS\r\n", b""), REPLIES[0]), *((FEATURES, one) for one in REPLIES)]
+    for number, (features, starttls) in enumerate(cases, start=1):
+        lines = talk("starttls", {b"ehlo": features, b"STAR": starttls})
+        assert len(send(timeout_seconds=0.5)) == number
+        received = b"".join(lines)
+        assert not any(word in received for word in (b"AUTH", b"MAIL", b64encode(PASSWORD.encode())))
 
 
 # ---------------------------------------------------------------------------------------------- delivery
 
 
 @pytest.mark.parametrize(
-    ("replies", "num_tries", "told"),
+    ("replies", "told"),
     [
-        (["451 later"], 2, None),
-        (["disconnect"], 2, None),
-        (["451 later", "452 full"], 2, "452"),
-        (["disconnect", "421 closing"], 2, "421"),
+        (["451 later"], None),
+        (["disconnect"], None),
+        (["451 later", "452 full"], "452"),
+        (["disconnect", "421 closing"], "421"),
     ],
 )
-def test_each_mail_is_tried_twice(serve, send, replies, num_tries, told):
+def test_each_mail_is_tried_twice(serve, send, replies, told):
     server = serve("starttls", *replies)
     lines = send(("lost", "run 7"), ("arrives", "run 8"))
-    assert server.num_tries == num_tries + 1
+    assert server.num_tries == 3
     assert [mail["Subject"] for mail in server.mails] == (["run 8"] if told else ["run 7", "run 8"])
     assert len(lines) == bool(told) and (not told or ("run 7" in lines[0] and told in lines[0]))
 
@@ -321,8 +316,9 @@ def test_refused_receivers_are_reported(serve, send):
     assert 'Cannot send e-mail "run 7"' in line and "nobody@example.org" in line and "no such user" in line
 
 
-@pytest.mark.parametrize("answer", [b"", b"2"], ids=["black hole", "a byte at a time"])
-@pytest.mark.parametrize("security", ["starttls", "tls"])
+@pytest.mark.parametrize(
+    ("answer", "security"), [(b"", "tls"), (b"2", "starttls")]
+)  # silent; a byte at a time
 def test_a_server_that_does_not_answer_holds_nobody_up(talk, send, answer, security):
     talk(security, answer)
     start = time.monotonic()
@@ -346,14 +342,6 @@ def test_what_cannot_be_sent_is_logged_and_nothing_is_raised(point_to, authority
     assert not notifier._thread.is_alive()
 
 
-def test_the_end_of_the_interpreter_is_not_held_up(talk):
-    talk("none", b"")
-    code = f"from {PACKAGE}.utils.notify import SMTPNotifier\nnotifier = SMTPNotifier('a@b.c')\n"
-    code += "for _ in range(9): notifier.notify('text')\nimport time; time.sleep(0.3)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, b"")
-
-
 def test_a_forked_process_sends_nothing(serve, authority, tmp_path):
     server = serve()
     notifier = SMTPNotifier(RECEIVER, ssl_context=authority.client)
@@ -368,6 +356,15 @@ def test_a_forked_process_sends_nothing(serve, authority, tmp_path):
     notifier.notify("text", "parent")
     notifier.close()
     assert [mail["Subject"] for mail in server.mails] == ["parent"]
+
+
+@pytest.mark.slow  # imports torch in another process
+def test_the_end_of_the_interpreter_is_not_held_up(talk):
+    talk("none", b"")
+    code = f"from {PACKAGE}.utils.notify import SMTPNotifier\nnotifier = SMTPNotifier('a@b.c')\n"
+    code += "for _ in range(9): notifier.notify('text')\nimport time; time.sleep(0.3)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 # ------------------------------------------------------------------------------------------ construction
@@ -396,14 +393,11 @@ def test_each_problem_is_found_before_anything_is_sent(point_to, monkeypatch, re
     with pytest.raises(NotificationError, match=f"e-mail has 1 problem: .*{told}") as raised:
         SMTPNotifier(receivers)
     assert isinstance(raised.value, UserError) and PASSWORD not in str(raised.value)
-    assert threading.active_count() == threads
-
-
-def test_all_problems_are_reported_at_once(monkeypatch):
-    for name in ("HOST", "PORT", "USER", "SENDER", "SECURITY"):
+    for name in ("HOST", "USER", "SENDER"):
         monkeypatch.delenv(f"SMTP_{name}", raising=False)
-    with pytest.raises(NotificationError, match="3 problems"):
+    with pytest.raises(NotificationError, match="problems: "):  # all are reported at once
         SMTPNotifier("me")
+    assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize(("security", "port"), [("", 587), ("tls", 465), ("none", 25)])
