@@ -59,21 +59,16 @@ def flipped(content: bytes, bit: int) -> bytes:
     return bytes(damaged)
 
 
-def test_round_trip_is_equal_bit_for_bit(tmp_path: Path) -> None:
+def test_round_trip_is_equal_bit_for_bit_also_of_plain_pytorch(tmp_path: Path) -> None:
     file = tmp_path / "a" / "b" / "w.pt"
-    save_weights(str(file), example())
-    assert leaves(load_weights(str(file))) == leaves(example())
-    for mmap in (False, True):  # plain PyTorch reads it, too
-        assert leaves(torch.load(file, weights_only=True, mmap=mmap)) == leaves(example())
-    assert zipfile.ZipFile(file).testzip() is None
-
-
-def test_round_trip_of_every_dtype_and_shape_also_of_plain_pytorch(file: Path) -> None:
-    torch.manual_seed(0)
     shapes = [(), (0,), (2, 0, 3), (5,), (2, 3, 4)]
-    state = {f"{dtype} {shape}": (torch.randn(shape) * 50).to(dtype) for shape in shapes for dtype in DTYPES}
-    for save in (save_weights, lambda file, state: torch.save(state, file)):
-        save(file, state)
+    every = {f"{dtype} {shape}": (torch.randn(shape) * 50).to(dtype) for shape in shapes for dtype in DTYPES}
+    for state in (example(), every):
+        save_weights(str(file), state)
+        for read in (load_weights, lambda file: torch.load(file, mmap=True), torch.load):
+            assert leaves(read(str(file))) == leaves(state)
+        assert zipfile.ZipFile(file).testzip() is None
+        torch.save(state, file)
         assert leaves(load_weights(file)) == leaves(state)
 
 
@@ -178,17 +173,14 @@ def test_other_and_missing_files_are_refused(tmp_path: Path, file: Path) -> None
         assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "unsaveable", [lambda: None, np.float64(0.5), np.ones(2), Path("x"), {"deep": [Hostile(Path("x"))]}]
-)
-def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, file: Path, unsaveable: Any) -> None:
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, file: Path) -> None:
     save_weights(file, {"old": 1})
-    save_weights(file, example())
-    before = file.read_bytes()
-    about = r".*numpy.*scalar" if isinstance(unsaveable, np.float64) else ""
-    with pytest.raises(WeightsError, match=r"w\.pt: cannot be (written|read) as weights" + about):
-        save_weights(file, {"weight": torch.ones(1000), "more": unsaveable})
-    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+    before, hostile = file.read_bytes(), Hostile(Path("x"))
+    for wrong in (lambda: None, np.float64(0.5), np.ones(2), Path("x"), {"deep": [hostile]}):
+        about = r".*numpy.*scalar" if isinstance(wrong, np.float64) else ""
+        with pytest.raises(WeightsError, match=r"w\.pt: cannot be (written|read) as weights" + about):
+            save_weights(file, {"weight": torch.ones(1000), "more": wrong})
+        assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
 def test_model_state_is_found_under_its_name_or_directly() -> None:
@@ -198,32 +190,25 @@ def test_model_state_is_found_under_its_name_or_directly() -> None:
     assert model_state(plain := {"model": torch.ones(1)}) is plain
 
 
-def test_equal_states_have_equal_digests() -> None:
-    state = example()["model"]
-    copy = {name: tensor.clone().requires_grad_(tensor.is_floating_point()) for name, tensor in state.items()}
-    assert weights_digest(state) == weights_digest(copy) == weights_digest(dict(reversed(state.items())))
-    turned = torch.arange(6).reshape(2, 3).T
-    assert weights_digest({"x": turned}) == weights_digest({"x": turned.contiguous()})
-
-
 def test_digest_is_that_of_names_dtypes_shapes_and_bits() -> None:
     content = b"('a', torch.int64, (1, 2))" + np.array([1, 2], "<i8").tobytes()
     content += b"('b', torch.float32, (3,))" + np.arange(3, dtype="<f4").tobytes()
     found = weights_digest({"b": torch.arange(3.0), "a": torch.tensor([[1, 2]])})
     assert found == hashlib.sha256(content).hexdigest()
+    turned = torch.arange(6.0).reshape(2, 3).T.requires_grad_()
+    assert weights_digest({"x": turned}) == weights_digest({"x": turned.clone().contiguous()})
 
 
 def test_different_states_have_different_digests() -> None:
-    states: list[dict[str, torch.Tensor]] = [
+    states = [
         {},
         {"y": torch.zeros(2)},
         {"x": torch.zeros(2), "y": torch.zeros(0)},
+        {"x": torch.tensor([-0.0])},
     ]
     states += [{"x": torch.zeros(shape)} for shape in ((), 0, 1, 2, (2, 3), (3, 2), (0, 2), (2, 0))]
     states += [{"x": torch.zeros(2, dtype=dtype)} for dtype in (torch.int32, torch.bfloat16, torch.float16)]
     states += [{"x": torch.zeros(1), "y": torch.ones(1)}, {"x": torch.ones(1), "y": torch.zeros(1)}]
-    states += [{"x": torch.tensor([-0.0])}, {"a:torch.uint8:(1,):Ab": torch.tensor([66], dtype=torch.uint8)}]
-    states.append({name: torch.tensor([ord(name) - 32], dtype=torch.uint8) for name in "ab"})
     for bit in range(128):
         states.append({"x": torch.arange(4.0)})
         states[-1]["x"].view(torch.uint8)[bit // 8] ^= 1 << bit % 8
