@@ -140,29 +140,22 @@ def test_code_is_described_by_commit_and_changes(tmp_path):
     assert find_differences(before, after) == ["code (changes since the commit): not what they were"]
 
 
-def test_in_a_fresh_process_and_in_a_fresh_clone(tmp_path, pairs_dir):
-    one, clone = tmp_path / "one", tmp_path / "clone"
-    one.mkdir()
+def test_in_a_fresh_process_and_in_a_fresh_clone(first, global_config, tmp_path):
+    code, clone = tmp_path / "code", tmp_path / "clone"
+    code.mkdir()
     for name in (PACKAGE, "dida_core", "train.py", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, one / name)
-    (one / ".gitignore").write_text("logs/\nweights/\n__pycache__/\n")
-    commit(one)
-    variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "ROOT_PATH")}
-    variables |= {"OMP_NUM_THREADS": "1", "LOG_DIR": str(one / "logs"), "WEIGHT_DIR": str(one / "weights")}
-
-    def run(folder: Path, *arguments: str) -> str:
-        environment = variables | {"PYTHONPATH": str(folder)}
-        command = [sys.executable, "train.py", *arguments]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    tiny = ["EPOCHS=1", "MODEL_CONFIG.bulk_ch=8", "MODEL_CONFIG.n_recursions=1", "DEVICE=cpu"]
-    tiny += ["PRECISION=fp32", "DATA_LOADER_CONFIG.num_workers=0"]
-    run(one, "--data", str(pairs_dir), *tiny)
-    environment = json.loads(next(one.glob("logs/*/environment.json")).read_text())
+        copy(ROOT / name, code / name)
+    commit(code)
+    subprocess.run(["git", "clone", "-q", code, clone], check=True)
+    variables = os.environ | {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
+    variables |= {key: global_config[key] for key in ("LOG_DIR", "WEIGHT_DIR")}
+    command = [sys.executable, "train.py", "--rerun", first["NAME"]]
+    done = subprocess.run(command, cwd=clone, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"\nidentical: the weights are those of {first['NAME']}" in done.stdout
+    changed = [line for line in done.stdout.splitlines() if line.startswith("Not as it was")]
+    assert all("code (" in line for line in changed)
+    again = rows_of(global_config)[-1]["NAME"]
+    environment = json.loads((Path(global_config["LOG_DIR"]) / again / "environment.json").read_text())
     assert environment["git_diff"] == "" and len(environment["git_commit"]) == 40
-    subprocess.run(["git", "clone", "-q", one, clone], check=True)
-    said = run(clone, "--rerun", "1")
-    assert "\nidentical: " in said and "Not as it was" not in said
