@@ -91,7 +91,7 @@ def test_unknown_runs_are_refused(project: Path, tmp_path_factory: Any, command:
     empty = tmp_path_factory.mktemp("empty")
     assert "python train.py" in answer(empty, "list")
     answer(empty, command, "latest", code=1)
-    assert not (empty / "logs" / "experiments.csv").exists()
+    assert not (empty / "logs").exists()
 
 
 def test_the_view_is_brought_up_to_date_and_keeps_what_was_added(project: Path) -> None:

@@ -17,8 +17,6 @@ from dida_core.storage.locks import Busy, is_locked, locked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
-
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
@@ -67,15 +65,19 @@ def test_a_failing_writer_leaves_the_old_file_and_no_temporary_one(tmp_path, err
     assert names(tmp_path) == ["file"] * exists + ["folder"]
 
 
-@POSIX
-@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600)])
-def test_permissions_follow_the_umask(tmp_path, mask, mode):
-    before = os.umask(mask)
-    try:
-        write_atomic(tmp_path / "file", lambda file: file.write(b"new"))
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+@pytest.mark.skipif(os.name != "posix", reason="POSIX only")
+def test_permissions_follow_the_umask_and_folders_are_synced_where_they_can_be(tmp_path):
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            write_atomic(tmp_path / "file", lambda file: file.write(b"new"))
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+    with pytest.raises(FileNotFoundError):
+        sync_dir(tmp_path / "missing")
+    if Path("/proc/self").is_dir():  # a file system whose folders cannot be synced
+        sync_dir("/proc")
 
 
 def test_readers_and_rival_writers_see_intact_files_only(tmp_path):
@@ -94,15 +96,6 @@ def test_readers_and_rival_writers_see_intact_files_only(tmp_path):
         for writer in writers:
             writer.result()
     assert names(tmp_path) == ["file"]
-
-
-@POSIX
-def test_folders_are_synced_where_they_can_be(tmp_path):
-    sync_dir(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        sync_dir(tmp_path / "missing")
-    if Path("/proc/self").is_dir():  # a file system whose folders cannot be synced
-        sync_dir("/proc")
 
 
 # ----------------------------------------------------------------------------------------------------- names
