@@ -59,9 +59,7 @@ class CsvTracker:
 
     def _write(self, run: "RunView") -> None:
         self._written = time.monotonic()
-        write_log(
-            _file(run), current_row(run.log_dir)
-        )  # <- more columns here: current_row(...) | {"MINE": ...}
+        write_log(_file(run), current_row(run.log_dir))  # <- your columns: current_row(...) | {"MINE": ...}
 
 
 def _file(run: "RunView") -> Path:
