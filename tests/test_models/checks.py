@@ -83,9 +83,8 @@ def _need_flips(subject: Subject) -> None:
 def _compare(output: Tensor, wanted: Tensor, bound: float, what: str) -> None:
     """Fail if outputs differ by more than a fraction of the largest one."""
     difference = (output - wanted).abs().max().item() / max(wanted.abs().max().item(), 1e-6)
-    assert difference <= bound, (
-        f"{what}: outputs differ by {difference:.2g} of the largest; allowed: {bound:g}"
-    )
+    differ = f"outputs differ by {difference:.2g} of the largest"
+    assert difference <= bound, f"{what}: {differ}; allowed: {bound:g}"
 
 
 # ---------------------------------------------------------------------------------------------- parameters
@@ -127,6 +126,7 @@ def test_batches_of_any_size(subject: Subject, batch: int) -> None:
 def test_images_of_any_size(subject: Subject, size: tuple[int, int]) -> None:
     """Guard against crashes, and shifted maps, at the edge of a scene, where tiles have odd sizes."""
     _need_map(subject)
+    size = tuple(-(-length // subject.multiple) * subject.multiple for length in size)
     inputs = _canvas(subject, max(size))[..., : size[0], : size[1]]
     output = subject.output(inputs)
     assert output.shape == (len(inputs), subject.num_outputs, *size), f"{size} became {tuple(output.shape)}"
@@ -188,9 +188,8 @@ def test_translation_by_a_tile(subject: Subject) -> None:
 def test_flips(subject: Subject, show: Show) -> None:
     """Guard against a model that has learned the direction of light or of flight instead of the classes."""
     _need_flips(subject)
-    flipped = {
-        f"flipped {name}": subject.quality(predict=_flipped(subject, dims)) for name, dims in FLIPS.items()
-    }
+    ways = {f"flipped {name}": _flipped(subject, dims) for name, dims in FLIPS.items()}
+    flipped = {name: subject.quality(predict=way) for name, way in ways.items()}
     _show_qualities(subject, show, "Flips", flipped)
     worst = min(flipped, key=lambda name: flipped[name].mean())
     _keeps_quality(subject, "flips", worst, flipped[worst])
@@ -436,7 +435,7 @@ def _keeps_quality(subject: Subject, bound: str, what: str, quality: Quality) ->
 
 def _baselines(subject: Subject) -> tuple[Quality, Quality]:
     """Return the test quality of trees trained on some rows of the training set, and of the trivial one."""
-    train_set, contract = subject.train_set, subject.contract
+    train_set, contract = subject.run.data.train, subject.contract
     train_set = train_set.for_evaluation() if hasattr(train_set, "for_evaluation") else train_set
     number = min(len(train_set), TRAINING_SAMPLES if subject.is_map else BASELINE_ROWS)
     chosen = np.random.default_rng(0).permutation(len(train_set))[:number]

@@ -60,6 +60,7 @@ class Subject:
     :param inputs: (N, C, ...) typical inputs; real ones, where there are data
     :param setup: of the run, with its datasets; None where there are none, and no_data says why
     :param recorded: results of the run on its test set, such as {"f1": 0.8, "f1.water": 0.7}
+    :param multiple: of which heights and widths of its images have to be multiples
     """
 
     name: str
@@ -74,6 +75,7 @@ class Subject:
     setup: Setup | None = None
     no_data: str = ""
     is_trained: bool = True
+    multiple: int = 1
     recorded: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=lambda: dict(BOUNDS))
 
@@ -89,23 +91,20 @@ class Subject:
 
     @property
     def is_map(self) -> bool:
-        """Return True if the output is an image of the input's height and width."""
+        """Whether the output is an image of the input's height and width."""
         return self.inputs.ndim == 4 and self.output(self.inputs).shape[2:] == self.inputs.shape[2:]
 
     @property
     def class_names(self) -> list[str]:
-        """Return the names of the classes, or of the values."""
         names = self.contract.class_names
         return [str(name) for name in (names if len(names) == self.num_outputs else range(self.num_outputs))]
 
     @functools.cached_property
     def num_outputs(self) -> int:
-        """Return the number of classes, or values."""
         return self.output(self.inputs[:1]).shape[1]
 
     @property
     def context(self) -> DeviceContext:
-        """Return that of the training, or the plainest one."""
         return DeviceContext(self.device) if self.setup is None else self.setup.context
 
     @torch.no_grad()
@@ -118,8 +117,6 @@ class Subject:
         """Return probabilities of the classes, or the values."""
         return self.contract.probabilities(self.output(inputs))
 
-    # ----------------------------------------------------------------------------------------- on the data
-
     @property
     def run(self) -> Setup:
         """Return the setup of the run; only for checks that have data."""
@@ -127,17 +124,10 @@ class Subject:
         return self.setup
 
     @property
-    def train_set(self) -> Any:
-        """Return the training set."""
-        return self.run.data.train
-
-    @property
     def test_set(self) -> Any:
-        """Return the test set."""
         return self.run.data.test
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield all of the test set."""
         batch_size, inputs = self.run.config["DATA_LOADER_CONFIG"].get("batch_size", 1), self.test_set[0][0]
         max_pixels = batch_size * inputs.shape[-2] * inputs.shape[-1] if inputs.ndim == 3 else None
         for batch in EvaluationBatches(self.test_set, batch_size, max_pixels):
@@ -191,7 +181,6 @@ class Subject:
         return self.quality()
 
     def new_quality(self) -> Quality:
-        """Return an empty one."""
         return Quality(self.contract, self.num_outputs, self.run.config["IGNORE_INDEX"])
 
 
@@ -240,7 +229,7 @@ def subject_of_config(module: ModuleType, weights: str | None = None) -> Subject
         *_synthetic(module.INPUT_DIM, module.OUTPUT_DIM, contract.task),
         no_data="there are no test data without a run: give --run NAME",
         is_trained=weights is not None,
-        bounds=BOUNDS | getattr(module, "BOUNDS", {}),
+        **_told(module),
     )
 
 
@@ -248,7 +237,7 @@ def subject_of_run(
     module: ModuleType, name: str, global_config: dict[str, str], weights: str | Path | None = None
 ) -> Subject:
     """
-    Return the model of a run: everything is taken from its record, but for DEVICE and BOUNDS.
+    Return the model of a run: everything is taken from its record, but for DEVICE, BOUNDS and MULTIPLE.
 
     :param weights: other weights than the best ones
     :param module: may hold DATASETS, a function of the config that returns (train, test, validation),
@@ -295,8 +284,13 @@ def subject_of_run(
         setup,
         no_data=no_data,
         recorded={key[5:]: value for key, value in tested.items() if key.startswith("test.")},
-        bounds=BOUNDS | getattr(module, "BOUNDS", {}),
+        **_told(module),
     )
+
+
+def _told(module: ModuleType) -> dict[str, Any]:
+    """Return what a test file decides for new models and runs alike."""
+    return {"bounds": BOUNDS | getattr(module, "BOUNDS", {}), "multiple": getattr(module, "MULTIPLE", 1)}
 
 
 def _config_of_run(log_dir: Path, events: list[dict], device: torch.device, wanted: str) -> dict[str, Any]:
