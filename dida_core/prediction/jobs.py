@@ -57,33 +57,26 @@ def find_inputs(paths: Any, bands: Sequence[str] | None = None) -> list[tuple[Pa
         if not matches:
             problems.append(f"{path}: nothing matches this pattern")
         for one in map(Path, matches):
-            try:
-                found += _images_of(one, bands)
-            except DataError as error:
-                problems += error.problems
+            if bands is not None:
+                files = {band: sorted(one.glob(band)) for band in bands}
+                rule = "with BANDS, an image is a folder of one file for each"
+                numbers = {band: len(matching) for band, matching in files.items()}
+                wrong = [f"{one}: {n} files match {band}: {rule}" for band, n in numbers.items() if n != 1]
+                problems += wrong
+                found += [] if wrong else [tuple(matching[0] for matching in files.values())]
+            elif one.is_dir():
+                images = list_images(one)
+                problems += [] if images else [f"{one}: holds no images"]
+                found += [(image,) for image in images]
+            elif not one.is_file():
+                problems.append(f"{one}: there is no such file")
+            elif one.suffix.lower() not in ENDINGS:
+                problems.append(f"{one}: its ending is none of {', '.join(ENDINGS)}")
+            else:
+                found.append((one,))
     if problems:
         raise DataError(problems)
     return list(dict.fromkeys(found))
-
-
-def _images_of(path: Path, bands: Sequence[str] | None) -> list[tuple[Path, ...]]:
-    if bands is not None:
-        if not path.is_dir():
-            raise DataError(f"{path}: with BANDS, an image is a folder that holds a file for each")
-        of_band = {band: sorted(path.glob(band)) for band in bands}
-        wrong = [f"{len(files)} files match {band}" for band, files in of_band.items() if len(files) != 1]
-        if wrong:
-            raise DataError([f"{path}: {problem}, it has to be one" for problem in wrong])
-        return [tuple(files[0] for files in of_band.values())]
-    if path.is_dir():
-        if not (files := list_images(path)):
-            raise DataError(f"{path}: holds no images")
-        return [(file,) for file in files]
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
-    if path.suffix.lower() not in ENDINGS:
-        raise DataError(f"{path}: its ending is none of {', '.join(ENDINGS)}")
-    return [(path,)]
 
 
 def plan(

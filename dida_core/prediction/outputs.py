@@ -43,9 +43,8 @@ class Output:
         self.colors = contract.colors() if self.is_classes and is_decision else []
         names = contract.class_names
         self.band_names = list(names) if not is_decision and len(names) == contract.outputs else []
-        self.tags = {"OUTPUT": self.kind}
-        if names:
-            self.tags["CLASSES"] = ", ".join(f"{number}: {name}" for number, name in enumerate(names))
+        numbered = ", ".join(f"{number}: {name}" for number, name in enumerate(names))
+        self.tags = {"OUTPUT": self.kind} | ({"CLASSES": numbered} if names else {})
 
     def values(self, band: Band) -> np.ndarray:
         """Return what is written of some rows: (rows, W, bands)."""
@@ -106,10 +105,8 @@ class Picture(OutputFile):
     def _complete(self) -> Path:
         picture = Image.fromarray(np.load(self.unfinished))
         if self.output.colors:
-            palette = np.zeros((256, 3), np.uint8)
-            palette[: len(self.output.colors)] = self.output.colors
-            picture = picture.convert("P")  # the numbers stay
-            picture.putpalette(palette.tobytes())
+            colors = bytes(value for color in self.output.colors for value in color)
+            picture.putpalette(colors.ljust(256 * 3, b"\0"))
         picture.save(self.unfinished)
         return self.unfinished
 

@@ -1,9 +1,4 @@
-"""
-Predict image files: images in, maps out, under the input's name.
-
-From a notebook: predict(config) and predict_run(name, files, out_dir); predict_array of predictor.py for an
-array.
-"""
+"""Predict image files: images in, maps out, under the input's name. Of an array: predictor.predict_array."""
 
 import json
 import os
@@ -136,8 +131,6 @@ def _rasters(jobs: list[Job]) -> Iterator[None]:
 
 
 class _Work:
-    """Predict the images of one process."""
-
     def __init__(self, predictor: Predictor, config: dict[str, Any]) -> None:
         self.predictor, self.contract, self.config = predictor, predictor.contract, config
         tile = config["TILE"] or max(_MIN_TILE, self.contract.tile_size or 0)
@@ -151,11 +144,7 @@ class _Work:
         self.ledger = Ledger(Path(config["OUT_DIR"]), settings)
 
     def predict_all(self, jobs: list[Job]) -> None:
-        """
-        Predict images, and report the speed.
-
-        :raises DataError: with those that could not be predicted
-        """
+        """Predict images, and report the speed; raise DataError with those that could not be predicted."""
         to_do = [job for job in jobs if not self.ledger.is_done(job)]
         if num_done := len(jobs) - len(to_do):
             say(f"{num_done} of {len(jobs)} images were predicted before, with the same settings.")
@@ -174,11 +163,9 @@ class _Work:
             say(f"{total:.1f} MP in {seconds:.1f} s: {total / seconds:.2f} MP/s.")
         if self.predictor.num_pixels:
             fraction = self.predictor.num_changed / self.predictor.num_pixels
-            say(
-                f"Augmentation took {len(self.predictor.views)} forward passes instead of 1, and changed the "
-                f"class of {fraction:.2%} of the pixels. Its gain on test data: "
-                "python -m pytest tests/test_models --run NAME"
-            )
+            passes = f"Augmentation took {len(self.predictor.views)} forward passes instead of 1"
+            say(f"{passes}, and changed the class of {fraction:.2%} of the pixels.")
+            say("Its gain on test data: python -m pytest tests/test_models --run NAME")
         if problems:
             raise DataError(problems)
 
@@ -189,14 +176,14 @@ class _Work:
             contract = self.contract.for_nodata(image.nodata)
             size, tile = image.shape[:2], self.tiling.tile
             if self.config["CHECK_VALUES"]:
-                sample = image.sample(tile) if max(size) <= tile else image.sample()
+                sample = image.sample(tile if max(size) <= tile else 64)
                 if problems := contract.value_problems(sample):
                     raise DataError(problems)
             outputs = {kind: Output(kind, contract, self.config["OUTPUT_DTYPE"]) for kind in job.outputs}
-            files = {
-                kind: stack.enter_context(open_output(path, size, outputs[kind], image.grid))
-                for kind, path in job.outputs.items()
+            opened = {
+                kind: open_output(job.outputs[kind], size, outputs[kind], image.grid) for kind in outputs
             }
+            files = {kind: stack.enter_context(file) for kind, file in opened.items()}
 
             def write(band: Band) -> None:
                 for kind, file in files.items():

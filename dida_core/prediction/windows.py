@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,25 +20,20 @@ from ..data.facts import has_data
 from ..data.images import DataError, ImageReader, Source, Window
 from ..training.signals import raise_if_stop_requested
 
+Image = ImageReader | Source
+Rows = tuple[np.ndarray, np.ndarray]  # (rows, W, C), and where there is data, (rows, W)
 PredictBatch = Callable[[Tensor], np.ndarray]  # (N, C, H, W) inputs to (N, K, H, W) probabilities
 
 _READ_ROWS = 64  # at least, so that files whose blocks are single rows are not read row by row
 _MAX_READ_ROWS = 1024  # some files are one block
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """
-    How an image is cut.
+class Tiling(NamedTuple):
+    """How an image is cut."""
 
-    :param tile: size of the windows in pixels; smaller images are one window of their own size
-    :param overlap: fraction of a window that the next one shares with it, from 0 to below 1
-    :param batch_size: windows that are computed at once
-    """
-
-    tile: int
-    overlap: float
-    batch_size: int
+    tile: int  # size of the windows in pixels; smaller images are one window of their own size
+    overlap: float  # fraction of a window that the next one shares with it, from 0 to below 1
+    batch_size: int  # windows that are computed at once
 
 
 class Band(NamedTuple):
@@ -67,7 +61,7 @@ def blending_weights(height: int, width: int) -> np.ndarray:
 
 
 def predict_bands(
-    predict_batch: PredictBatch, image: ImageReader | Source, contract: DataContract, tiling: Tiling
+    predict_batch: PredictBatch, image: Image, contract: DataContract, tiling: Tiling
 ) -> Generator[Band, None, None]:
     """
     Predict an image from top to bottom.
@@ -119,14 +113,12 @@ def _in_batches(predict: PredictBatch, inputs: Iterable[Tensor], batch_size: int
         yield from predict(torch.stack(filled))[: len(batch)]
 
 
-def _read_ahead(
-    image: ImageReader | Source, contract: DataContract
-) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-    """Read every row once, the next ones ahead of time. Yield (rows, W, C), and where there is data."""
+def _read_ahead(image: Image, contract: DataContract) -> Generator[Rows, None, None]:
+    """Read every row once, the next ones ahead of time."""
     height, width, _ = image.shape
     step = min(max(_READ_ROWS, image.block_rows), _MAX_READ_ROWS)
 
-    def read(top: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(top: int) -> Rows:
         bottom = min(top + step, height)
         pixels = image.read(Window(top, 0, bottom - top, width))
         if problems := contract.problems(pixels):
