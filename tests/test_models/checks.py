@@ -109,9 +109,6 @@ def test_contract_matches_the_model(subject: Subject) -> None:
     assert names in (0, subject.num_outputs), f"{names} names of {subject.num_outputs} classes"
 
 
-# -------------------------------------------------------------------------------------------------- shapes
-
-
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
 def test_batches_of_any_size(subject: Subject, batch: int) -> None:
     """Guard against code that drops or squeezes the batch dimension, as for the last, smaller batch."""
@@ -195,9 +192,6 @@ def test_flips(subject: Subject, show: Show) -> None:
     _keeps_quality(subject, "flips", worst, flipped[worst])
 
 
-# ---------------------------------------------------------------------------------------------- odd inputs
-
-
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
 def test_constant_images(subject: Subject, value: float) -> None:
     """Guard against a division by a std of zero, on water, clouds, or where there are no data."""
@@ -225,9 +219,6 @@ def test_nan_stays_in_its_image(subject: Subject) -> None:
         image = np.full((4, 4, contract.channels), np.nan, contract.dtype)
         image[1:] = 1
         assert contract.nodata is not None or contract.problems(image), "the contract lets NaN pass"
-
-
-# ------------------------------------------------------------------------------------------------ training
 
 
 def test_a_step_reaches_every_parameter(subject: Subject) -> None:
@@ -302,12 +293,11 @@ def test_calibration(subject: Subject, show: Show) -> None:
     _need(subject.contract.task != "values", "values have no probabilities")
     results, scores = subject.evaluated
     centers = (torch.arange(scores.histograms.shape[-1]) + 0.5) / scores.histograms.shape[-1]
-    rows = []
-    for name, histogram in zip(subject.class_names, scores.histograms.double(), strict=True):
-        number, predicted = histogram.sum(), histogram.sum(0) * centers
-        gaps = (histogram[1] - predicted).reshape(CALIBRATION_BINS, -1).sum(-1).abs().sum()
-        row = predicted.sum() / number, histogram[1].sum() / number, gaps / number
-        rows.append([name, *(value.item() for value in row)])
+    histograms = scores.histograms.double()
+    number, predicted = histograms.sum((1, 2)), histograms.sum(1) * centers
+    gaps = (histograms[:, 1] - predicted).unflatten(1, (CALIBRATION_BINS, -1)).sum(-1).abs().sum(1)
+    columns = [(one / number).tolist() for one in (predicted.sum(1), histograms[:, 1].sum(1), gaps)]
+    rows = [list(row) for row in zip(subject.class_names, *columns, strict=True)]
     error, bound = results["ece"], subject.bounds["calibration"]
     title = f"Calibration at temperature {subject.contract.temperature:.2f}: expected error {error:.3f}"
     show(table(title, ["", "probability", "frequency", "error"], rows))
@@ -334,9 +324,6 @@ def test_gain_and_cost_of_averaged_flips(subject: Subject, show: Show) -> None:
     times = (time.perf_counter() - started - plain_seconds) / plain_seconds
     _show_qualities(subject, show, "Test-time augmentation", {f"4 flips, {times:.1f} x the time": quality})
     _keeps_quality(subject, "averaged", "averaged over flips", quality)
-
-
-# ------------------------------------------------------------------------------------- speed, memory, export
 
 
 def test_speed_and_memory(subject: Subject, show: Show) -> None:
@@ -418,7 +405,6 @@ def _perturbations(subject: Subject) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def _show_qualities(subject: Subject, show: Show, title: str, qualities: dict[str, Quality]) -> None:
-    """Print a table of the quality as it is and of others, on test_sample."""
     rows = {"unchanged": subject.plain_quality} | qualities
     number, every = sum(len(inputs) for inputs, _ in subject.test_sample), len(subject.test_set)
     title = f"{title} on {number} of {every} test samples: {subject.plain_quality.name}"

@@ -114,12 +114,10 @@ class Subject:
             return self.model(self.context.move(inputs)).float()
 
     def probabilities(self, inputs: Tensor) -> Tensor:
-        """Return probabilities of the classes, or the values."""
         return self.contract.probabilities(self.output(inputs))
 
     @property
     def run(self) -> Setup:
-        """Return the setup of the run; only for checks that have data."""
         assert self.setup is not None
         return self.setup
 
@@ -163,13 +161,7 @@ class Subject:
         predict: Callable[[Tensor], Tensor] | None = None,
         batches: Iterable[tuple[Tensor, Tensor]] | None = None,
     ) -> Quality:
-        """
-        Return the quality on some batches.
-
-        :param perturb: what is done to the inputs before
-        :param predict: inputs to probabilities; None takes the model
-        :param batches: None takes test_sample
-        """
+        """Return the quality on batches (default: test_sample) of a predict function (default: the model)."""
         quality = self.new_quality()
         for inputs, targets in self.test_sample if batches is None else batches:
             quality.update((predict or self.probabilities)(perturb(inputs)).cpu(), *self.unmasked(targets))
@@ -177,7 +169,6 @@ class Subject:
 
     @functools.cached_property
     def plain_quality(self) -> Quality:
-        """Return the quality on test_sample, unperturbed."""
         return self.quality()
 
     def new_quality(self) -> Quality:
