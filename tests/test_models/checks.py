@@ -320,7 +320,8 @@ def test_gain_and_cost_of_averaged_flips(subject: Subject, show: Show) -> None:
     started = time.perf_counter()
     subject.quality()
     plain_seconds = time.perf_counter() - started
-    quality = subject.quality(predict=_averaged(subject))
+    ways = [_flipped(subject, dims) for dims in ((), *FLIPS.values())]
+    quality = subject.quality(predict=lambda inputs: torch.stack([way(inputs) for way in ways]).mean(0))
     times = (time.perf_counter() - started - plain_seconds) / plain_seconds
     _show_qualities(subject, show, "Test-time augmentation", {f"4 flips, {times:.1f} x the time": quality})
     _keeps_quality(subject, "averaged", "averaged over flips", quality)
@@ -384,11 +385,6 @@ def _canvas(subject: Subject, size: int) -> Tensor:
 
 def _flipped(subject: Subject, dims: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     return lambda inputs: subject.probabilities(inputs.flip(dims)).flip(dims)
-
-
-def _averaged(subject: Subject) -> Callable[[Tensor], Tensor]:
-    ways = [(), *FLIPS.values()]
-    return lambda inputs: torch.stack([_flipped(subject, dims)(inputs) for dims in ways]).mean(0)
 
 
 def _perturbations(subject: Subject) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -209,19 +209,12 @@ def subject_of_config(module: ModuleType, weights: str | None = None) -> Subject
     model = untrained().eval()
     if stored:
         fill_model(model, model_state(stored), str(weights))
-    return Subject(
-        f"{module.MODEL.__name__}, {'untrained' if weights is None else weights}",
-        model,
-        untrained,
-        module.LOSS,
-        lambda parameters: module.OPTIMIZER(parameters, **module.OPTIMIZER_CONFIG),
-        contract,
-        device,
-        *_synthetic(module.INPUT_DIM, module.OUTPUT_DIM, contract.task),
-        no_data="there are no test data without a run: give --run NAME",
-        is_trained=weights is not None,
-        **_told(module),
-    )
+    name = f"{module.MODEL.__name__}, {'untrained' if weights is None else weights}"
+    optimizer = _optimizer(module.OPTIMIZER, module.OPTIMIZER_CONFIG)
+    batch = _synthetic(module.INPUT_DIM, module.OUTPUT_DIM, contract.task)
+    no_data = "there are no test data without a run: give --run NAME"
+    about = {"no_data": no_data, "is_trained": weights is not None} | _told(module)
+    return Subject(name, model, untrained, module.LOSS, optimizer, contract, device, *batch, **about)
 
 
 def subject_of_run(
@@ -251,7 +244,8 @@ def subject_of_run(
         train_set, test_set, validation_set = getattr(module, "DATASETS", build_datasets)(config)
         setup = prepare(train_set, test_set, config, global_config, validation_set, "dida_tools")
     except DataError as error:
-        no_data, loss = f"{name}: {error}", _loss(config)
+        no_data, loss = f"{name}: {error}", functools.partial(config["LOSS"], **config.get("LOSS_CONFIG", {}))
+        loss = loss() if isinstance(config["LOSS"], type) else loss
         inputs, targets = _synthetic_for(model, contract)
     else:
         loss = setup.loss_fn
@@ -262,21 +256,14 @@ def subject_of_run(
             setup.data.train = setup.data.train.with_contract(contract)
         inputs, targets = _quick_batch(setup.data.train, model, device)
     tested = next((event for event in reversed(events) if event["event"] == "test"), {})
-    return Subject(
-        name,
-        model,
-        untrained,
-        loss,
-        lambda parameters: config["OPTIMIZER"](parameters, **config["OPTIMIZER_CONFIG"]),
-        contract,
-        device,
-        inputs,
-        targets,
-        setup,
-        no_data=no_data,
-        recorded={key[5:]: value for key, value in tested.items() if key.startswith("test.")},
-        **_told(module),
-    )
+    recorded = {key[5:]: value for key, value in tested.items() if key.startswith("test.")}
+    optimizer = _optimizer(config["OPTIMIZER"], config["OPTIMIZER_CONFIG"])
+    about = {"setup": setup, "no_data": no_data, "recorded": recorded} | _told(module)
+    return Subject(name, model, untrained, loss, optimizer, contract, device, inputs, targets, **about)
+
+
+def _optimizer(kind: Any, options: dict[str, Any]) -> Callable[[Iterable[nn.Parameter]], Any]:
+    return lambda parameters: kind(parameters, **options)
 
 
 def _told(module: ModuleType) -> dict[str, Any]:
@@ -287,8 +274,7 @@ def _told(module: ModuleType) -> dict[str, Any]:
 def _config_of_run(log_dir: Path, events: list[dict], device: torch.device, wanted: str) -> dict[str, Any]:
     config = read_run_config(log_dir, project_of("dida_tools")) | {"DEVICE": wanted}
     config |= dict.fromkeys(("RESUME", "RERUN_OF", "INIT_WEIGHTS", "NOTIFY"))
-    started = [event for event in events if event["event"] == "start"]
-    precision = started[-1]["precision"] if started else "auto"
+    precision = next((one["precision"] for one in reversed(events) if one["event"] == "start"), "auto")
     try:
         config["PRECISION"] = get_precision(device, precision)
     except UserError:
@@ -329,13 +315,8 @@ def _synthetic_for(model: nn.Module, contract: DataContract) -> tuple[Tensor, Te
         except RuntimeError:  # another shape
             continue
         return _synthetic(shape, tuple(output.shape), contract.task)
-    name = type(model).__name__
-    raise UserError(f"{name} takes neither images of {SIZE} pixels nor vectors: put its data back.")
-
-
-def _loss(config: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
-    loss, options = config["LOSS"], config.get("LOSS_CONFIG", {})
-    return loss(**options) if isinstance(loss, type) else functools.partial(loss, **options)
+    what = f"{type(model).__name__} takes neither images of {SIZE} pixels nor vectors"
+    raise UserError(f"{what}: put its data back.")
 
 
 def _quick_batch(dataset: Any, model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
