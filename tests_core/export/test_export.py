@@ -97,6 +97,7 @@ def test_onnx_predicts_as_the_model_at_every_size_and_carries_the_contract(small
         assert (value.name, dims) == (name, ["batch", 3, "height", "width"])
 
 
+@pytest.mark.slow
 def test_the_program_predicts_as_the_model_and_carries_the_contract(tmp_path, small_run):
     assert export_run(small_run.global_config, "latest", tmp_path / "model.pt2") <= TOLERANCE
     run, metadata = load(tmp_path / "model.pt2")

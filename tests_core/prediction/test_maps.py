@@ -156,9 +156,7 @@ def test_memory_does_not_grow_with_the_height(tmp_path, config, ending):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])
-def test_with_masks_the_maps_are_scored_as_scikit_learn_does(tmp_path, config, capsys, dtype):
-    from sklearn.metrics import f1_score
-
+def test_with_masks_the_maps_are_scored(tmp_path, config, capsys, dtype):
     (tmp_path / "masks").mkdir()
     images, masks, truths, guesses = [], [], [], []
     for number, size in enumerate([(300, 40), (20, 20)]):
@@ -174,7 +172,8 @@ def test_with_masks_the_maps_are_scored_as_scikit_learn_does(tmp_path, config, c
     files = {"FILES": write_arrays(tmp_path, *images), "MASKS": tmp_path / "masks", "MASK_VALUES": {77: 2}}
     predict(config | files | {"OUTPUT_DTYPE": dtype})
     results = json.loads((config["OUT_DIR"] / "scores.json").read_text())
-    exact = f1_score(np.concatenate(truths), np.concatenate(guesses), average=None)
+    truth, guess = (np.concatenate(arrays)[:, None] == range(3) for arrays in (truths, guesses))
+    exact = 2 * (truth & guess).sum(0) / (truth.sum(0) + guess.sum(0))
     found = [results[f"f1.{name}"] for name in CONTRACT.class_names]
     np.testing.assert_allclose(found, exact, atol=1e-6 if dtype == "float32" else 0.02)
     assert f"f1 {results['f1']:.4f}" in capsys.readouterr().out

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import nn
 
 from tests_core.prediction.samples import (
-    CONTRACT,
     Brightest,
     Net,
     expected,
@@ -119,6 +118,9 @@ def test_what_no_picture_can_hold_goes_into_npy(tmp_path, rgb, task, dtype):
     (written,) = predict(rgb | {"FILES": [tmp_path / "photo.png"]})
     assert written.name == "photo.npy"
     assert (np.load(written).dtype, np.load(written).shape) == (dtype, (20, 30, 3))
+    if task == "values":
+        with pytest.raises(ConfigError, match="the model predicts values, not classes"):
+            predict(rgb | {"FILES": tmp_path / "photo.png", "MASKS": tmp_path})
 
 
 def test_a_format_that_cannot_hold_an_output_is_refused_before_anything_is_written(tmp_path, config):
@@ -184,14 +186,6 @@ def test_nan_is_refused_with_the_files_name(tmp_path):
     assert [path.name for path in config["OUT_DIR"].iterdir()] == ["predictions.jsonl"]
 
 
-def test_a_small_image_is_checked_as_a_whole(tmp_path, config, monkeypatch):
-    monkeypatch.setattr("dida_core.prediction.jobs._NUM_CHECKED", 0)
-    seen = []
-    monkeypatch.setattr(DataContract, "value_problems", lambda self, pixels: seen.append(pixels.size) or [])
-    predict(config | {"FILES": write_arrays(tmp_path, reflectance(200, 180)), "TILE": 256})
-    assert seen == [200 * 180 * 4]
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -212,9 +206,3 @@ def test_mistakes_are_reported(tmp_path, rgb, changes, error, message):
     files = write_arrays(tmp_path, an_image())
     with pytest.raises(error, match=message):
         predict(rgb | {"FILES": files} | changes)
-
-
-def test_masks_are_refused_where_values_are_predicted(tmp_path, config):
-    config |= make_config(tmp_path, Net(), replace(CONTRACT, task="values"))
-    with pytest.raises(ConfigError, match="the model predicts values, not classes"):
-        predict(config | {"FILES": write_arrays(tmp_path, reflectance(20, 20)), "MASKS": tmp_path})

@@ -252,8 +252,9 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("damage", "name", "message"), DAMAGES)
 def test_a_damaged_model_fails_the_check_made_for_it(
-    healthy: Subject, damage: str, name: str, message: str
+    healthy: Subject, damage: str, name: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(checks, "STEPS", 10)
     subject = DAMAGED[damage](healthy) if damage in DAMAGED else damaged(healthy, OUTPUTS[damage])
     with pytest.raises(AssertionError, match=message):
         for check, values in all_checks():
