@@ -5,7 +5,9 @@ Without torchrun there is one process, and all of this does nothing.
 """
 
 import contextlib
+import gc
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,7 +40,11 @@ def is_main() -> bool:
 
 
 class _Joined:
+    """How often this process has joined others, and of the last time a group on the CPU."""
+
     times = 0
+    world: Any = None
+    on_cpu: Any = None
 
 
 @contextlib.contextmanager
@@ -54,6 +60,9 @@ def join_processes(
     if num_launched() == 1 or dist.is_initialized():
         yield
         return
+    # Its functions keep the group that there is when they are imported, as their default arguments.
+    import torch.distributed.nn.functional  # noqa: F401
+
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     _Joined.times += 1
     if _Joined.times == 1:
@@ -64,8 +73,22 @@ def join_processes(
         dist.init_process_group(backend, store=store, rank=number, world_size=size)
     try:
         yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         leave()
+        # The threads of a group end with its last reference. One that still lived when the interpreter ends
+        # could abort a process that has done all: https://github.com/pytorch/pytorch/issues/190489
+        _Joined.world = _Joined.on_cpu = None
+        gc.collect()
+
+
+def _cpu_group() -> Any:
+    """Return the group for everything but gradients."""
+    if _Joined.world is not dist.group.WORLD:
+        _Joined.world, _Joined.on_cpu = dist.group.WORLD, dist.new_group(backend="gloo")
+    return _Joined.on_cpu
 
 
 def refuse_several(routine: str) -> None:
@@ -117,7 +140,7 @@ def on_main(function: Callable[[], Any]) -> Any:
             outcome[0] = function()
         except Exception as error:  # whatever it is, the others must not wait for it
             failure, outcome[1] = error, f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(outcome, src=0, group=_control_group())
+    dist.broadcast_object_list(outcome, src=0, group=_cpu_group())
     if failure is not None:
         raise failure
     if outcome[1] is not None:
@@ -130,7 +153,7 @@ def gather(value: Any) -> list[Any]:
     if num_processes() == 1:
         return [value]
     values: list[Any] = [None] * num_processes()
-    dist.all_gather_object(values, value, group=_control_group())
+    dist.all_gather_object(values, value, group=_cpu_group())
     return values
 
 
@@ -154,7 +177,7 @@ def sum_up(values: Sequence[float]) -> list[float]:
     if num_processes() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total, group=_control_group())
+    dist.all_reduce(total, group=_cpu_group())
     return total.tolist()
 
 
@@ -164,18 +187,5 @@ def sync_buffers(*modules: nn.Module | None) -> None:
         return
     for buffer in (buffer for module in modules if module is not None for buffer in module.buffers()):
         value = buffer.cpu()
-        dist.broadcast(value, src=0, group=_control_group())
+        dist.broadcast(value, src=0, group=_cpu_group())
         buffer.copy_(value)
-
-
-class _Control:
-    """A group on the CPU for everything but gradients."""
-
-    default: Any = None
-    group: Any = None
-
-
-def _control_group() -> Any:
-    if _Control.default is not dist.group.WORLD:
-        _Control.default, _Control.group = dist.group.WORLD, dist.new_group(backend="gloo")
-    return _Control.group
