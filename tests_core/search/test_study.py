@@ -28,7 +28,16 @@ from dida_core.search.workers import Worker, run_workers
 from dida_core.training.signals import Preempted
 from optuna.trial import TrialState
 
-from tests.helpers import PACKAGE, ROUTINES, events_of, global_config_of, load_routine, rows_of, wait_until
+from tests.helpers import (
+    FIRST,
+    PACKAGE,
+    ROUTINES,
+    events_of,
+    global_config_of,
+    load_routine,
+    rows_of,
+    wait_until,
+)
 
 SPACE = {
     "OPTIMIZER_CONFIG.lr": log_uniform(1e-3, 1e-1),
@@ -56,7 +65,13 @@ def states(search) -> str:
 # ----------------------------------------------------------------------------------------- ordinary runs
 
 
-@pytest.mark.parametrize("routine", ROUTINES)
+SLOW = pytest.mark.slow
+EACH_ROUTINE = pytest.mark.parametrize(
+    "routine", [pytest.param(one, marks=() if one == FIRST else SLOW) for one in ROUTINES]
+)
+
+
+@EACH_ROUTINE
 def test_each_trial_is_a_run_of_its_own_in_every_routine(
     new_search, work, train_with, global_config, routine
 ):
@@ -71,7 +86,7 @@ def test_each_trial_is_a_run_of_its_own_in_every_routine(
     assert trial.intermediate_values == {event["epoch"]: event["validation.f1"] for event in epochs}
 
 
-@pytest.mark.parametrize("routine", ROUTINES)
+@EACH_ROUTINE
 def test_a_pruned_run_says_so_and_can_still_be_trained_to_its_end(
     train_with, tiny_config, global_config, routine
 ):
@@ -112,14 +127,6 @@ def test_an_unpromising_trial_is_pruned(new_search, work, train_with, global_con
     assert [row["STATUS"] for row in rows_of(global_config)] == ["pruned", "finished"]
 
 
-@pytest.mark.parametrize(("monitor", "better"), [("max f1", max), ("min f1", min)])
-def test_monitor_decides_what_is_best(new_search, work, toy_train, monitor, better):
-    search = new_search(MONITOR=monitor)
-    work(search, toy_train, 5)
-    values = [trial.value for trial in search.trials()]
-    assert search.best_trials()[0].value == better(values)
-
-
 # ---------------------------------------------------------------------------------------------- failures
 
 
@@ -149,15 +156,16 @@ def caused_by_full_disk() -> Exception:
 
 def test_a_failed_trial_does_not_end_the_search(new_search, work, toy_train, capsys):
     search = new_search()
+    bad_values = [NonFiniteLoss("it is nan"), OutOfMemory("too large"), torch.OutOfMemoryError("too large")]
     secret = RuntimeError("password=very-secret\nis wrong")
-    work(search, failing(toy_train, [None, secret, float("nan"), None]), 4)
-    assert states(search) == "CFFC"
+    work(search, failing(toy_train, [None, secret, float("nan"), None, *bad_values, None]), 8)
+    assert states(search) == "CFFCFFFC"
     errors = [trial.user_attrs.get("error") for trial in search.trials()]
     assert errors[1] == "RuntimeError: password=[redacted] is wrong"
     assert errors[2] == "f1 was nan in all epochs"
     lines = capsys.readouterr().out.splitlines()
     value = search.trials()[0].value
-    assert lines[0].startswith(f"trial   0: f1 {value:.4f}  lr=") and len(lines) == 4
+    assert lines[0].startswith(f"trial   0: f1 {value:.4f}  lr=") and len(lines) == 8
     assert lines[1].startswith("trial   1: failed: RuntimeError: password=[redacted] is wrong")
 
 
@@ -228,15 +236,6 @@ def test_a_worker_whose_trials_all_fail_ends_before_they_are_used_up(new_search,
     assert search.trials()[9].state == TrialState.COMPLETE
 
 
-@pytest.mark.parametrize(
-    "error", [NonFiniteLoss("it is nan"), OutOfMemory("too large"), torch.OutOfMemoryError("too large")]
-)
-def test_trials_with_bad_values_are_no_reason_to_end(new_search, work, toy_train, error):
-    search = new_search()
-    work(search, failing(toy_train, [error] * 5 + [None]), 6)
-    assert states(search) == "FFFFFC"
-
-
 def test_an_output_that_cannot_be_written_does_not_end_the_search(new_search, work, toy_train, monkeypatch):
     search = new_search()
 
@@ -256,17 +255,18 @@ def test_an_output_that_cannot_be_written_does_not_end_the_search(new_search, wo
 # ---------------------------------------------------------------------------------------------- resuming
 
 
-def test_forty_trials_at_once_are_fifteen_a_restart_and_twenty_five(
-    new_search, work, toy_train, fork, tmp_path
-):
-    at_once, file = new_search(), str(tmp_path / "other.log")
-    work(at_once, toy_train, 40)
-    for number in (15, 40):
-        child = fork(lambda number=number: work(new_search(storage=file), toy_train, number))
+def test_fourteen_trials_at_once_are_six_a_restart_and_eight(new_search, work, toy_train, fork, tmp_path):
+    at_once, file = new_search(MONITOR="min f1"), str(tmp_path / "other.log")
+    work(at_once, toy_train, 14)
+    for number in (6, 14):
+        child = fork(
+            lambda number=number: work(new_search(storage=file, MONITOR="min f1"), toy_train, number)
+        )
         assert child.wait() and child.code == 0
         assert len(new_search(storage=file).trials()) == number
     assert found(at_once) == found(new_search(storage=file))
-    assert len({json.dumps(params) for params, *_ in found(at_once)}) == 40  # each is another one
+    assert len({json.dumps(params) for params, *_ in found(at_once)}) == 14  # each is another one
+    assert at_once.best_trials()[0].value == min(trial.value for trial in at_once.trials())
     other_seed = new_search(storage=str(tmp_path / "seed.log"), SEED=1)
     work(other_seed, toy_train, 2)
     assert found(other_seed)[0] != found(at_once)[0]
@@ -276,8 +276,8 @@ def test_trials_draw_what_was_not_drawn_before_a_kill_as_if_there_had_been_none(
     new_search, work, toy_train, tmp_path, monkeypatch
 ):
     expected, file = new_search(), str(tmp_path / "other.log")
-    work(expected, toy_train, 13)
-    work(new_search(storage=file), toy_train, 12)
+    work(expected, toy_train, 12)
+    work(new_search(storage=file), toy_train, 11)
 
     def draw_one(_space, trial):
         trial.suggest_float("OPTIMIZER_CONFIG.lr", 1e-4, 1e-1, log=True)
@@ -285,9 +285,9 @@ def test_trials_draw_what_was_not_drawn_before_a_kill_as_if_there_had_been_none(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Space, "suggest", draw_one)
-        Worker(new_search(storage=file)).claim(13)
+        Worker(new_search(storage=file)).claim(12)
     again = new_search(storage=file)
-    work(again, toy_train, 13)
+    work(again, toy_train, 12)
     assert found(again) == found(expected)
 
 
@@ -328,7 +328,10 @@ def test_a_trial_whose_process_dies_again_and_again_is_given_up(new_search, work
     assert error == "its process ended 5 times after no checkpoint, 0 epochs"
 
 
-@pytest.mark.parametrize("moment", ["make_unique_dir", "Journal", "write_record"])
+@pytest.mark.parametrize(
+    "moment",
+    ["Journal", *(pytest.param(one, marks=pytest.mark.slow) for one in ("make_unique_dir", "write_record"))],
+)
 def test_a_trial_that_is_killed_while_its_run_begins_is_begun_again(
     new_search, work, train_with, fork, global_config, monkeypatch, moment
 ):
@@ -350,9 +353,10 @@ def test_a_trial_that_is_killed_while_its_run_begins_is_begun_again(
     assert rows == [(trial.user_attrs["run"], "finished")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_trials", "num_kills", "num_workers"),
-    [(3, 5, 1), pytest.param(40, 80, 2, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
+    [(3, 5, 1), pytest.param(20, 40, 2, marks=pytest.mark.timeout(3600))],
 )
 def test_workers_that_are_killed_again_and_again_find_what_they_would_have_found(
     new_search,
@@ -431,16 +435,9 @@ def test_workers_get_their_share_and_none_is_left(new_search, monkeypatch, troub
 
 @pytest.mark.parametrize(
     ("code", "told"),
-    [
-        ("raise OSError('the disk is full')", "OSError: the disk is full"),
-        ("import os; os.kill(os.getpid(), 9)", "-9"),
-        ("print('done')", None),
-    ],
+    [("raise OSError('the disk is full')", "disk is full"), ("__import__('os').abort()", "-6")],
 )
 def test_a_worker_that_has_failed_is_reported_with_its_last_words(new_search, code, told):
-    if told is None:
-        run_workers([sys.executable, "-c", code], 1, new_search())
-        return
     with pytest.raises(UserError, match=rf"ended with .*{told}.*worker-0\.log"):
         run_workers([sys.executable, "-c", code], 1, new_search())
 
@@ -476,33 +473,24 @@ def test_a_worker_ends_with_its_search_when_that_is_killed(new_search, toy_train
 # --------------------------------------------------------------------------------- what belongs together
 
 
-@pytest.mark.parametrize(
-    ("space", "changes", "told"),
-    [
-        ({"OPTIMIZER_CONFIG.lr": log_uniform(1e-4, 1e-1)}, {}, "another space of MODEL_CONFIG.dropout"),
-        (None, {"EPOCHS": 3}, r"EPOCHS \(was 2, is 3\)"),
-        (None, {"MONITOR": "min loss"}, "MONITOR"),
-        (None, {"DEVICE": "cuda", "CHECKPOINT_SECONDS": 3}, None),
-    ],
-)
-def test_a_study_does_not_continue_with_what_cannot_be_compared(
-    new_search, work, toy_train, space, changes, told
-):
-    both = {"OPTIMIZER_CONFIG.lr": log_uniform(1e-4, 1e-1), "MODEL_CONFIG.dropout": uniform(0.0, 0.5)}
+def test_a_study_does_not_continue_with_what_cannot_be_compared(new_search, work, toy_train):
+    rate, dropout = log_uniform(1e-4, 1e-1), uniform(0.0, 0.5)
 
-    def begin(space, **changes):
-        search = new_search(space or both, **changes)
+    def begin(space=None, **changes):
+        space = space or {"OPTIMIZER_CONFIG.lr": rate, "MODEL_CONFIG.dropout": dropout}
+        search = new_search(space, **{"OPTIMIZER": torch.optim.SGD} | changes)
         search.begin(capture(complete(search.config), search.project))
         return search
 
-    search = begin(None, OPTIMIZER=torch.optim.SGD)
-    work(search, toy_train, 1)
-    begin(None, OPTIMIZER=torch.optim.SGD)
-    if told is None:
-        begin(space, OPTIMIZER=torch.optim.SGD, **changes)
-    else:
+    work(begin(), toy_train, 1)
+    begin(DEVICE="cuda", CHECKPOINT_SECONDS=3)
+    for space, changes, told in [
+        ({"OPTIMIZER_CONFIG.lr": rate}, {}, "another space of MODEL_CONFIG.dropout"),
+        (None, {"EPOCHS": 3}, r"EPOCHS \(was 2, is 3\)"),
+        (None, {"MONITOR": "min loss"}, "MONITOR"),
+    ]:
         with pytest.raises(UserError, match=rf"{told}.*--study toy-2"):
-            begin(space, OPTIMIZER=torch.optim.SGD, **changes)
+            begin(space, **changes)
 
 
 def test_the_best_config_is_saved_with_pictures_and_comes_back_with_its_objects(new_search, work, toy_train):
