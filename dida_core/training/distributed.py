@@ -61,7 +61,7 @@ def join_processes(
         yield
         return
     # Its functions keep the group that there is when they are imported, as their default arguments.
-    import torch.distributed.nn.functional  # noqa: F401
+    import torch.distributed.nn.functional
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     _Joined.times += 1
