@@ -90,29 +90,27 @@ def test_each_trial_is_a_run_of_its_own_in_every_routine(
 def test_a_pruned_run_says_so_and_can_still_be_trained_to_its_end(
     train_with, tiny_config, global_config, routine
 ):
-    train, log_dir = train_with(routine), Path(global_config["LOG_DIR"])
+    train, log_dir, seen = train_with(routine), Path(global_config["LOG_DIR"]), []
     expected = train(tiny_config)
-    seen = []
 
     def after_epoch(run) -> bool:  # local: it is in no record
         seen.append(run.history[run.state.epoch]["validation.f1"])
         return run.state.epoch == 1
 
-    def row_of(name: str) -> dict:
-        return next(row for row in rows_of(global_config) if row["NAME"] == name)
+    def row(*keys: str) -> list:
+        return next([row[key] for key in keys] for row in rows_of(global_config) if row["NAME"] == name)
 
     with pytest.raises(Pruned):
         train(tiny_config | {"AFTER_EPOCH": after_epoch, "STUDY": "some", "TRIAL": 3})
     name = next(name for name in run_names(log_dir) if name != expected.name)
-    keys = ("STATUS", "EPOCH", "RERUNNABLE", "TRIAL")
-    assert [row_of(name)[key] for key in keys] == ["pruned", 1, "yes", 3]
+    assert row("STATUS", "EPOCH", "RERUNNABLE", "TRIAL") == ["pruned", 1, "yes", 3]
     assert events_of(log_dir / name)[-1]["status"] == "pruned"
     assert seen == [expected.history[0]["validation.f1"]]
     config = read_run_config(log_dir / name, project_of(PACKAGE))
     assert "AFTER_EPOCH" not in config
     finished = train(config | {"RESUME": name, "STUDY": None, "TRIAL": None})
     assert finished.digest == expected.digest
-    assert [row_of(name)[key] for key in ("STATUS", "RERUNNABLE", "STUDY")] == ["finished", "yes", None]
+    assert row("STATUS", "RERUNNABLE", "STUDY") == ["finished", "yes", None]
 
 
 def test_an_unpromising_trial_is_pruned(new_search, work, train_with, global_config):
@@ -291,7 +289,9 @@ def test_trials_draw_what_was_not_drawn_before_a_kill_as_if_there_had_been_none(
     assert found(again) == found(expected)
 
 
-def test_a_trial_that_somebody_works_on_is_left_to_him(new_search, work, toy_train, fork, tmp_path):
+def test_a_trial_that_somebody_else_works_on_is_left_to_him(
+    new_search, work, toy_train, fork, global_config, tmp_path
+):
     def hold() -> None:
         claimed = Worker(new_search()).claim(2)
         (tmp_path / "claimed").touch()
@@ -307,14 +307,11 @@ def test_a_trial_that_somebody_works_on_is_left_to_him(new_search, work, toy_tra
     work(search, toy_train, 2)
     assert states(search) == "CC"
 
-
-def test_trials_of_another_folder_are_not_touched(new_search, work, toy_train, global_config, tmp_path):
-    file = str(tmp_path / "shared.log")
-    Worker(new_search(storage=file)).claim(1)[1].release()
-    (Path(global_config["LOG_DIR"]) / "search" / "toy" / ".place").write_text("of another machine")
-    search = new_search(storage=file)
-    work(search, toy_train, 2)
-    assert states(search) == "RC"
+    shared = new_search(storage=str(tmp_path / "shared.log"))
+    Worker(shared).claim(1)[1].release()
+    (shared.folder / ".place").write_text("of another machine")
+    work(shared, toy_train, 2)
+    assert states(shared) == "RC"
 
 
 def test_a_trial_whose_process_dies_again_and_again_is_given_up(new_search, work, toy_train, fork):
@@ -328,21 +325,17 @@ def test_a_trial_whose_process_dies_again_and_again_is_given_up(new_search, work
     assert error == "its process ended 5 times after no checkpoint, 0 epochs"
 
 
-@pytest.mark.parametrize(
-    "moment",
-    ["Journal", *(pytest.param(one, marks=pytest.mark.slow) for one in ("make_unique_dir", "write_record"))],
-)
 def test_a_trial_that_is_killed_while_its_run_begins_is_begun_again(
-    new_search, work, train_with, fork, global_config, monkeypatch, moment
+    new_search, work, train_with, fork, global_config, monkeypatch
 ):
-    original = getattr(record_module, moment)
+    original = record_module.Journal
 
     def killed_after(*arguments):
         original(*arguments)
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(record_module, moment, killed_after)
+        patch.setattr(record_module, "Journal", killed_after)
         child = fork(lambda: work(new_search(SPACE), train_with(), 1))
     assert child.wait() and child.code == -signal.SIGKILL
     search = new_search(SPACE)
@@ -354,22 +347,12 @@ def test_a_trial_that_is_killed_while_its_run_begins_is_begun_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("num_trials", "num_kills", "num_workers"),
-    [(3, 5, 1), pytest.param(20, 40, 2, marks=pytest.mark.timeout(3600))],
-)
-def test_workers_that_are_killed_again_and_again_find_what_they_would_have_found(
-    new_search,
-    work,
-    train_with,
-    fork,
-    global_config,
-    tmp_path,
-    monkeypatch,
-    num_trials,
-    num_kills,
-    num_workers,
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("numbers", [(3, 5, 1), (20, 40, 2)])
+def test_killed_workers_find_what_they_would_have_found(
+    numbers, new_search, work, train_with, fork, global_config, tmp_path, monkeypatch
 ):
+    num_trials, num_kills, num_workers = numbers
     monkeypatch.setattr(workers_module, "_MOST_STARTS", 1000)  # no trial is given up
     train, folders, chance = train_with(), dict(global_config), random.Random(num_kills)
     options = {"CHECKPOINT_SECONDS": 0, "EPOCHS": 3}
@@ -394,9 +377,8 @@ def test_workers_that_are_killed_again_and_again_find_what_they_would_have_found
             killed.kill()
             kills += killed.code == -signal.SIGKILL
             workers[workers.index(killed)] = fork(working)
-    assert kills > num_kills // 4 and [worker.code for worker in workers] == [0] * num_workers, workers[
-        0
-    ].said()
+    assert kills > num_kills // 4
+    assert [worker.code for worker in workers] == [0] * num_workers, workers[0].said()
     search = new_search(SPACE, **options)
     assert states(search) == "C" * num_trials
     assert num_workers > 1 or found(search) == found(undisturbed)
@@ -493,10 +475,14 @@ def test_a_study_does_not_continue_with_what_cannot_be_compared(new_search, work
             begin(space, **changes)
 
 
-def test_the_best_config_is_saved_with_pictures_and_comes_back_with_its_objects(new_search, work, toy_train):
+def test_the_best_config_is_saved_with_pictures_and_comes_back_with_its_objects(
+    new_search, work, toy_train, global_config
+):
     search = new_search()
     with pytest.raises(UserError, match="no finished trial"):
         search.best_config()
+    with pytest.raises(UserError, match="a-b"):
+        Search("a/b", search.space, search.config, global_config, search.project)
     search.begin(capture(complete(search.config), search.project))
     work(search, toy_train, 6)
     best, config = search.best_trials()[0], search.best_config()
@@ -520,9 +506,3 @@ def test_a_storage_that_is_lost_meanwhile_is_reported(new_search, work, toy_trai
     file.write_bytes(b"no database any more" * 1000)
     with pytest.raises(UserError, match=r"Cannot reach the storage \(.*the same command resumes"):
         search.trials()
-
-
-def test_a_name_that_is_none_for_a_folder_is_refused(tiny_config, global_config):
-    project = project_of(PACKAGE)
-    with pytest.raises(UserError, match="a-b"):
-        Search("a/b", Space(SPACE, project), tiny_config, global_config, project)
