@@ -93,20 +93,6 @@ def flat(parts: list[list[Any]]) -> list[Any]:
     return list(itertools.chain(*parts))
 
 
-@pytest.mark.parametrize("num_samples, batch_size", [(1, 1), (7, 3), (12, 4), (5, 8), (100, 7)])
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_each_sample_comes_once_per_epoch_and_the_last_batch_may_be_dropped(num_samples, batch_size, shuffle):
-    order = TrainingBatches(num_samples, batch_size, shuffle, False, seed=3)
-    dropping = TrainingBatches(num_samples, batch_size, shuffle, True, seed=3)
-    for epoch in range(3):
-        found = batches(order, epoch)
-        assert sorted(flat(found)) == list(range(num_samples))
-        assert all(len(batch) == batch_size for batch in found[:-1]) and 0 < len(found[-1]) <= batch_size
-        assert batches(dropping, epoch) == [batch for batch in found if len(batch) == batch_size]
-        assert [order.indices(epoch, batch) for batch in range(order.num_batches)] == found
-        assert shuffle or flat(found) == list(range(num_samples))
-
-
 def test_the_order_is_a_function_of_seed_and_epoch():
     seeds = [0, 1, 2, 2**63 - 1]
     numbers = [(seed, epoch) for seed in seeds for epoch in (0, 1, 10**6)]
@@ -186,41 +172,6 @@ def test_loaded_samples_differ_per_epoch_and_seed_but_not_per_visit():
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
-
-
-class Images:
-    def __init__(self, shapes: list[tuple[int, int]]) -> None:
-        self.shapes = shapes
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def sample_shape(self, index: int) -> tuple[int, int]:
-        return self.shapes[index]
-
-
-SHAPES = [(4, 4), (8, 8), (4, 4), (4, 8), (8, 4), (4, 4), (40, 40), (8, 8), (4, 4), (4, 4), (40, 40)]
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-@pytest.mark.parametrize("max_pixels", [None, 1, 64, 128, 10**6])
-def test_evaluation_has_each_sample_once_and_one_shape_per_batch(batch_size, max_pixels):
-    order = EvaluationBatches(Images(SHAPES), batch_size, max_pixels)
-    found = list(order)
-    assert len(found) == len(order) and list(order) == found
-    assert sorted(flat(found)) == [(0, index) for index in range(len(SHAPES))]
-    for batch in found:
-        shapes = [SHAPES[index] for _, index in batch]
-        assert len(set(shapes)) == 1 and 1 <= len(batch) <= batch_size
-        pixels = sum(height * width for height, width in shapes)
-        assert len(batch) == 1 or max_pixels is None or pixels <= max_pixels
-
-
-def test_evaluation_fills_its_batches():
-    sizes = [len(batch) for batch in EvaluationBatches(Images([(4, 4)] * 10), 4, 48)]
-    assert sizes == [3, 3, 3, 1]
-    sizes = [len(batch) for batch in EvaluationBatches(Images([(4, 4)] * 10), 4, 64)]
-    assert sizes == [4, 4, 2]
 
 
 def test_evaluation_takes_data_that_does_not_tell_its_shapes():

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -457,6 +458,7 @@ def test_each_sample_is_counted_once_by_one_process_and_weighs_the_same(sizes, a
             of_a_sample = weight / len(own) / max(1, count)
             expected = 1 / one.size(number) / size_of_step if count else 0.0
             assert of_a_sample == pytest.approx(expected, rel=1e-12)
+    assert sizes["shuffle"] or counted == list(range(len(counted)))
     rest = sizes["num_samples"] % sizes["batch_size"] if sizes["drop_last"] else 0
     assert len(counted) == len(set(counted)) == sizes["num_samples"] - rest
 
@@ -478,9 +480,16 @@ def test_each_sample_is_evaluated_by_one_process_in_the_same_batch(shapes, batch
     def batches(rank: int, number: int) -> list:
         return list(EvaluationBatches(Shaped(), batch_size, max_pixels, rank, number))
 
-    own = [batches(rank, number) for rank in range(number)]
-    assert sorted(itertools.chain(*own)) == sorted(batches(0, 1))
+    whole, own = batches(0, 1), [batches(rank, number) for rank in range(number)]
+    assert sorted(itertools.chain(*own)) == sorted(whole)
     assert max(map(len, own)) - min(map(len, own)) <= 1
+    assert sorted(itertools.chain(*whole)) == [(0, index) for index in range(len(shapes))]
+    left = Counter(shapes)
+    for batch in whole:
+        (shape,) = {shapes[index] for _, index in batch}
+        most = max(1, max_pixels // (shape[0] * shape[1])) if shape and max_pixels else batch_size
+        assert len(batch) == min(batch_size, most, left[shape])  # filled as far as may be
+        left[shape] -= len(batch)
 
 
 # ------------------------------------------------------------------------------------------------ one process
