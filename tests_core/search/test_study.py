@@ -206,7 +206,7 @@ def raise_full_disk() -> None:
 @pytest.mark.parametrize(
     ("act", "raised", "status", "starts"),
     [
-        (raise_full_disk, UserError, "failed", 1),
+        pytest.param(raise_full_disk, UserError, "failed", 1, marks=SLOW),
         (lambda: os.kill(os.getpid(), signal.SIGTERM), Preempted, "preempted", 0),  # that is no death
     ],
     ids=["disk", "signal"],
@@ -484,7 +484,7 @@ def test_the_best_config_is_saved_with_pictures_and_comes_back_with_its_objects(
     with pytest.raises(UserError, match="a-b"):
         Search("a/b", search.space, search.config, global_config, search.project)
     search.begin(capture(complete(search.config), search.project))
-    work(search, toy_train, 6)
+    work(search, toy_train, 4)
     best, config = search.best_trials()[0], search.best_config()
     assert config["OPTIMIZER"] in (torch.optim.SGD, torch.optim.AdamW)
     assert config["OPTIMIZER"].__name__ == best.params["OPTIMIZER"].partition(":")[2]
