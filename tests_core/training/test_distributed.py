@@ -233,7 +233,6 @@ def together(routine: str, pairs: Path, folder: Path) -> dict[str, Any]:
     go("exact", *exact)
     go("rich", *rich)
     for name, signals in {
-        "preempted": in_training(4, by_rank=1),
         "preempted-in-validation": in_evaluation(3, by_rank=1),
         "preempted-in-test": in_evaluation(2 + 2 + 2 + 1, by_rank=1),
     }.items():
@@ -521,7 +520,9 @@ def test_the_processes_are_left_again_after_an_error(monkeypatch):
     assert calls == ["gloo", "left"]
 
 
-@pytest.mark.parametrize("routine", ALONE)
+@pytest.mark.parametrize(
+    "routine", [pytest.param(one, marks=pytest.mark.slow if one == "fastai" else ()) for one in ALONE]
+)
 def test_routines_for_one_process_refuse_several_in_a_sentence(routine, pairs_dir, tmp_path, monkeypatch):
     load_routine(routine)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -611,9 +612,7 @@ class TestTwo:
             assert len(list((log_dir / "tensorboard").iterdir())) == 1
             assert [path.name for path in (log_dir.parents[1] / "weights").iterdir()] == [log_dir.name]
 
-    @pytest.mark.parametrize(
-        ("name", "step"), [("preempted", 4), ("preempted-in-validation", 3), ("preempted-in-test", 6)]
-    )
+    @pytest.mark.parametrize(("name", "step"), [("preempted-in-validation", 3), ("preempted-in-test", 6)])
     def test_a_signal_to_one_of_them_ends_all_and_they_resume(self, two, name, step):
         for rank in two.ranks:
             # Nobody leaves before the state is saved: torchrun kills the others half a minute later.
