@@ -5,7 +5,9 @@ Without torchrun there is one process, and all of this does nothing.
 """
 
 import contextlib
+import functools
 import gc
+import itertools
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -39,12 +41,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-class _Joined:
-    """How often this process has joined others, and of the last time a group on the CPU."""
-
-    times = 0
-    world: Any = None
-    on_cpu: Any = None
+_times = itertools.count(1)  # that this process has joined others
 
 
 @contextlib.contextmanager
@@ -64,12 +61,11 @@ def join_processes(
     import torch.distributed.nn.functional
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    _Joined.times += 1
-    if _Joined.times == 1:
+    if (time := next(_times)) == 1:
         join(backend)
     else:  # torchrun's store still holds the addresses of the first time
         store, number, size = next(dist.rendezvous("env://"))  # pylint: disable=stop-iteration-return
-        store = dist.PrefixStore(f"training-{_Joined.times}", store)
+        store = dist.PrefixStore(f"training-{time}", store)
         dist.init_process_group(backend, store=store, rank=number, world_size=size)
     try:
         yield
@@ -80,15 +76,14 @@ def join_processes(
         leave()
         # The threads of a group end with its last reference. One that still lived when the interpreter ends
         # could abort a process that has done all: https://github.com/pytorch/pytorch/issues/190489
-        _Joined.world = _Joined.on_cpu = None
+        _cpu_group.cache_clear()
         gc.collect()
 
 
-def _cpu_group() -> Any:
-    """Return the group for everything but gradients."""
-    if _Joined.world is not dist.group.WORLD:
-        _Joined.world, _Joined.on_cpu = dist.group.WORLD, dist.new_group(backend="gloo")
-    return _Joined.on_cpu
+@functools.cache
+def _cpu_group(_: Any) -> Any:
+    """Return the group for everything but gradients of all these processes."""
+    return dist.new_group(backend="gloo")
 
 
 def refuse_several(routine: str) -> None:
@@ -140,7 +135,7 @@ def on_main(function: Callable[[], Any]) -> Any:
             outcome[0] = function()
         except Exception as error:  # whatever it is, the others must not wait for it
             failure, outcome[1] = error, f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(outcome, src=0, group=_cpu_group())
+    dist.broadcast_object_list(outcome, src=0, group=_cpu_group(dist.group.WORLD))
     if failure is not None:
         raise failure
     if outcome[1] is not None:
@@ -153,7 +148,7 @@ def gather(value: Any) -> list[Any]:
     if num_processes() == 1:
         return [value]
     values: list[Any] = [None] * num_processes()
-    dist.all_gather_object(values, value, group=_cpu_group())
+    dist.all_gather_object(values, value, group=_cpu_group(dist.group.WORLD))
     return values
 
 
@@ -177,7 +172,7 @@ def sum_up(values: Sequence[float]) -> list[float]:
     if num_processes() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total, group=_cpu_group())
+    dist.all_reduce(total, group=_cpu_group(dist.group.WORLD))
     return total.tolist()
 
 
@@ -187,5 +182,5 @@ def sync_buffers(*modules: nn.Module | None) -> None:
         return
     for buffer in (buffer for module in modules if module is not None for buffer in module.buffers()):
         value = buffer.cpu()
-        dist.broadcast(value, src=0, group=_cpu_group())
+        dist.broadcast(value, src=0, group=_cpu_group(dist.group.WORLD))
         buffer.copy_(value)
