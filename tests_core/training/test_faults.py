@@ -179,7 +179,7 @@ def scenarios(make_training: NewTraining, tmp_path_factory: pytest.TempPathFacto
 
 
 def some(kinds: list[str], mode: str, most: int) -> list[int]:
-    """Return the numbers of operations that a fault of this kind can befall, of as many kinds as there are."""
+    """Return numbers of operations that a fault of this kind can befall, of as many kinds as there are."""
     chance, by_kind = random.Random(mode), defaultdict(list)
     numbers = [n for n, kind in enumerate(kinds, 1) if mode != "kill halfway" or kind.startswith("write")]
     for number in chance.sample(numbers, len(numbers)):

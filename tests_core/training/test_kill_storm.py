@@ -133,6 +133,7 @@ def test_a_training_killed_at_random_moments_loses_nothing(
     print(f"{routine}: {', '.join(f'{number} {what}' for what, number in counts.items())}; 0 lost")
 
 
+@pytest.mark.slow
 def test_any_routine_resumes_what_was_killed_of_another(new_training):
     routines = [new_training(name).routine for name in ROUTINES if name != "lightning"]
     training = new_training("pytorch")
