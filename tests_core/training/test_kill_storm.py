@@ -1,7 +1,5 @@
 """Trainings that are killed at random moments, again and again, end as if nothing had happened."""
 
-import io
-import os
 import random
 import signal
 import time
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from dida_core.runs import run as run_module
 from dida_core.storage.journal import Journal
 
@@ -156,66 +153,11 @@ def test_loader_workers_do_not_outlive_a_killed_training_nor_keep_it_from_resumi
     wait_until(lambda: not processes_of(storm.sessions), WORKERS_END_WITHIN_SECONDS)
 
 
-@needs_proc
-@pytest.mark.slow
-def test_workers_that_were_only_starting_do_not_outlive_it_either(new_training):
-    training = new_training(DATA_LOADER_CONFIG=WORKERS)
-    started = training.root / "started"
-
-    def setup() -> None:
-        from torch.utils.data._utils import worker
-
-        original, main_process = worker._generate_state, os.getpid()
-
-        def wait_for_its_end(*arguments: Any) -> Any:
-            started.touch()
-            while os.getppid() == main_process:
-                time.sleep(0.01)
-            return original(*arguments)
-
-        worker._generate_state = wait_for_its_end
-
-    child = training.start(setup=setup)
-    wait_until(started.exists, 60)
-    assert processes_of({child.pid})[1:], "no worker was started"
-    child.kill()
-    try:
-        wait_until(lambda: not processes_of({child.pid}), WORKERS_END_WITHIN_SECONDS)
-    finally:
-        for line in processes_of({child.pid}):
-            os.kill(int(line.split()[0]), signal.SIGKILL)
-
-
 # ----------------------------------------------------------------------------------- would it notice?
 
 
-def buffer_the_journal() -> None:
-    """Writes only when it closes, as a file of Python's does."""
-    write, close, lines = Journal.write, Journal.close, []
-
-    def flushing_close(journal: Journal) -> None:
-        for event in lines:
-            write(journal, event)
-        close(journal)
-
-    Journal.write = lambda _, event: lines.append(event) or True  # type: ignore[method-assign]
-    Journal.close = flushing_close  # type: ignore[method-assign]
-
-
-def save_in_place() -> None:
-    """Writes over the last file, as torch.save to a path does."""
-
-    def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        content, file = buffer.getvalue(), Path(folder) / "last-00000001.pt"
-        with open(file, "wb", buffering=0) as stream:
-            for start in range(0, len(content), 1000):
-                stream.write(content[start : start + 1000])
-                time.sleep(0.001)
-        return file
-
-    run_module.save_checkpoint = save
+def forget_the_journal() -> None:
+    Journal.write = lambda *_: True  # type: ignore[method-assign]
 
 
 def forget_the_optimizer() -> None:
@@ -231,8 +173,7 @@ def forget_the_optimizer() -> None:
 @pytest.mark.parametrize(
     ("fault", "noticed"),
     [
-        (buffer_the_journal, "an acknowledged event is lost"),
-        (save_in_place, "damaged"),
+        (forget_the_journal, "an acknowledged event is lost"),
         (forget_the_optimizer, "is not what a training has there|state|step"),
     ],
 )
