@@ -94,22 +94,19 @@ def panels_of(run: RunView, samples: dict[int, str] | None = None) -> list[Panel
     return panels
 
 
-def choose_samples(
-    dataset: Any, order: list[int], losses: list[float], seed: int, number: int = 2
-) -> dict[int, str]:
+def choose_samples(dataset: Any, order: list[int], losses: list[float], seed: int) -> dict[int, str]:
     """
-    Choose the samples with the highest and the lowest loss, and some others at random, for panels_of.
+    Choose two samples each with the highest and the lowest loss, and at random; return their titles by index.
 
     :param order: the samples' indices
     :param losses: of each; NaN where no pixel counts
-    :param number: how many of each kind
     """
     name_of = getattr(dataset, "sample_name", str)
     loss_of = {index: loss for index, loss in zip(order, losses, strict=True) if not math.isnan(loss)}
     ranked = sorted(loss_of, key=lambda index: (loss_of[index], index))
-    kinds = {"worst": ranked[::-1][:number], "best": ranked[:number]}
-    rest = sorted(set(ranked) - {index for kind in kinds.values() for index in kind})
-    kinds["random"] = np.random.default_rng(seed).permutation(rest)[:number].tolist()
+    kinds = {"worst": ranked[::-1][:2], "best": ranked[:2]}
+    rest = sorted(set(ranked[:2] + ranked[-2:]) ^ set(ranked))
+    kinds["random"] = np.random.default_rng(seed).permutation(rest)[:2].tolist()
     return {
         index: f"{kind}: {name_of(index)}, loss {loss_of[index]:.3f}"
         for kind, some in kinds.items()

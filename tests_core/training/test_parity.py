@@ -181,7 +181,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# What a framework does in its own way, besides what the project's own test of its loops has; the rest is slow.
+# What a framework does in its own way, besides what the project tests of its loops; the rest is slow.
 BY_DEFAULT = (
     "adamw-plateau-dropout-patience",
     "bf16-onecycle-ema-clip-2workers",
