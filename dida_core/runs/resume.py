@@ -138,7 +138,7 @@ def _restore_schedule(setup: Setup, stored: dict[str, Any]) -> None:
     # from the config, so only what differs from it is state. Learning rates stay as they are.
     rates = [group["lr"] for group in setup.optimizer.param_groups]
     dummy = config["OPTIMIZER"]([torch.zeros(1, requires_grad=True)], **config["OPTIMIZER_CONFIG"])
-    fresh = build_scheduler(config | {"EPOCHS": stored["epochs"]}, dummy, setup.steps_per_epoch)
+    fresh = build_scheduler(config | {"EPOCHS": stored["epochs"]}, dummy, setup.loaders.steps_per_epoch)
     assert fresh is not None
     as_built = fresh.state_dict()
     state = {key: value for key, value in saved.items() if value != as_built.get(key)}

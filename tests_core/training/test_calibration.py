@@ -27,7 +27,6 @@ from tests.helpers import rows_of
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-CLASSES, LABELS = DataContract(1, task="multi-class"), DataContract(1, task="multi-label")
 FITTED = ("validation.temperature", "validation.threshold")
 
 
@@ -60,8 +59,8 @@ def best_temperature(logits: Tensor, targets: Tensor, keep: Tensor) -> float:
     return math.exp(minimize_scalar(likelihood, bounds=(-2, 2), method="bounded", options={"xatol": 1e-9}).x)
 
 
-def fit(logits: Tensor, targets: Tensor, contract: DataContract = CLASSES, **options: Any) -> float:
-    nll = NLL(contract, **options)
+def fit(logits: Tensor, targets: Tensor, **options: Any) -> float:
+    nll = NLL(**options)
     nll.update(logits, targets)
     return nll.results()["temperature"]
 
@@ -72,11 +71,10 @@ def test_the_temperature_is_that_of_an_optimizer_within_one_percent(task, scale)
     logits, targets = draw(task, scale)
     expected = best_temperature(logits, targets, targets != 255)
     assert expected == pytest.approx(scale, rel=0.15)
-    contract = DataContract(1, task=task)
-    assert fit(logits, targets, contract) == pytest.approx(expected, rel=0.01)
+    assert fit(logits, targets) == pytest.approx(expected, rel=0.01)
     mask = (torch.rand(3, 1, 20, 20, generator=torch.Generator().manual_seed(1)) < 0.6).long()
     if task == "multi-label":
-        masked = fit(logits, torch.cat([mask, targets], 1), contract, is_masked=True)
+        masked = fit(logits, torch.cat([mask, targets], 1), is_masked=True)
         expected = best_temperature(logits, targets, (targets != 255) & (mask == 1))
         assert masked == pytest.approx(expected, rel=0.01)
 
@@ -85,7 +83,7 @@ def test_the_temperature_is_that_of_an_optimizer_within_one_percent(task, scale)
 @given(st.data(), st.sampled_from(["multi-class", "multi-label"]), st.integers(1, 3), st.integers(2, 20))
 def test_the_nll_is_the_same_for_all_batches_tiles_and_orders(data, task, batch_size, width):
     logits, targets = draw(task, 2.0)
-    whole, parts = (NLL(DataContract(1, task=task)) for _ in range(2))
+    whole, parts = (NLL() for _ in range(2))
     whole.update(logits, targets)
     pieces = [
         (logits[batch, ..., left], targets[batch, ..., left])
@@ -98,11 +96,11 @@ def test_the_nll_is_the_same_for_all_batches_tiles_and_orders(data, task, batch_
 
 
 def test_where_nothing_is_to_be_fitted_the_temperature_is_one():
-    assert NLL(CLASSES).results() == {"temperature": 1.0}
+    assert NLL().results() == {"temperature": 1.0}
     logits, targets = draw("multi-class", 2.0)
     assert fit(logits, torch.full_like(targets, 255)) == 1.0
     assert fit(torch.zeros_like(logits), targets) == 1.0
-    assert fit(logits, logits, DataContract(1, task="values")) == 1.0  # no classes
+    assert fit(logits, logits[:, :2]) == 1.0  # no classes
 
 
 def test_the_temperature_stays_in_its_range():

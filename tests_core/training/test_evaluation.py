@@ -135,7 +135,7 @@ def test_counts_are_those_of_all_pixels():
     evaluate(Answer(), batches(data, 4), evaluation, DeviceContext(CPU))
     truth, guess = pixels(data)
     assert evaluation.scores.confusion.tolist() == reference.confusion_matrix(truth, guess).tolist()
-    assert evaluation.scores.confusion.dtype == torch.int64 and evaluation.num_samples == 13
+    assert evaluation.scores.confusion.dtype == torch.int64 and len(evaluation.sample_losses) == 13
 
 
 # --------------------------------------------------------------------------------------- against scikit-learn
