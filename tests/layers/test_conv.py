@@ -82,9 +82,7 @@ def test_dropout_zeroes_full_channels_in_training_only_and_is_not_there_by_defau
 
 @pytest.mark.parametrize("k_size", [1, 3])
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, None])
-def test_deconvolution_starts_as_nearest_neighbor_and_learns(
-    k_size: int, norm: type | None
-) -> None:
+def test_deconvolution_starts_as_nearest_neighbor_and_learns(k_size: int, norm: type | None) -> None:
     layer, x = DeconvLayer(8, 5, k_size, norm=norm), torch.randn(4, 8, 12, 12)
     output = layer(x)
     assert share_inside_cells(output) < 1e-12
@@ -95,21 +93,3 @@ def test_deconvolution_starts_as_nearest_neighbor_and_learns(
     assert share_inside_cells(layer(x)) > 1e-4
     layer.conv.reset_parameters()
     assert share_inside_cells(layer(x)) > 0.5  # without that start
-
-
-@pytest.mark.parametrize("layer", [*LAYERS, partial(ConvLayer, stride=2)])
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, partial(nn.GroupNorm, 2), None])
-def test_channels_last_is_kept(layer: type, norm: type | None) -> None:
-    module = layer(3, 4, norm=norm).to(memory_format=torch.channels_last)
-    output = module(torch.randn(2, 3, 5, 8).to(memory_format=torch.channels_last))
-    assert output.is_contiguous(memory_format=torch.channels_last)
-
-
-@every_layer
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("activ", [nn.ELU, nn.PReLU, partial(nn.ReLU, inplace=True)])
-def test_every_parameter_gets_a_gradient(layer: type, norm: type | None, activ: type) -> None:
-    module = layer(3, 4, norm=norm, activ=activ)
-    (module(torch.randn(2, 3, 6, 6)) * torch.randn(2, 4, 1, 1)).square().sum().backward()
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name

@@ -75,31 +75,6 @@ def test_each_level_doubles_the_channels_halves_the_size_and_joins_with_its_inpu
         assert not use_pooling or torch.equal(seen[f"{level}.down"][1], functional.max_pool2d(x, 2))
 
 
-def layer_parameters(ch_in: int, ch_out: int, kernel: int = 9, has_norm: bool = True) -> int:
-    return ch_in * ch_out * kernel + (2 * ch_out if has_norm else ch_out)
-
-
-def level_parameters(ch: int, levels: int, use_shuffle: bool, use_pooling: bool, has_norm: bool) -> int:
-    layer = partial(layer_parameters, has_norm=has_norm)
-    down = 0 if use_pooling else layer(ch, ch)
-    encode = layer(ch, 2 * ch) + layer(2 * ch, 2 * ch)
-    deeper = level_parameters(2 * ch, levels - 1, use_shuffle, use_pooling, has_norm) if levels > 1 else 0
-    bias_of_shuffle = 0 if has_norm else 3 * ch
-    up = layer(2 * ch, ch, kernel=4) + (bias_of_shuffle if use_shuffle else 0)
-    return down + encode + deeper + up + layer(2 * ch, ch) + layer(ch, ch)
-
-
-@every_norm
-@both_ways
-def test_number_of_parameters(norm: Any, use_shuffle: bool, use_pooling: bool) -> None:
-    has_norm = norm is not None
-    layer = partial(layer_parameters, has_norm=has_norm)
-    expected = layer(3, 6) + layer(6, 6) + 5 * 6 + 5
-    expected += level_parameters(6, 3, use_shuffle, use_pooling, has_norm)
-    model = UNET(3, 5, 6, 3, use_shuffle, use_pooling=use_pooling, norm=norm)
-    assert sum(parameter.numel() for parameter in model.parameters()) == expected
-
-
 def seen_pixels(pixel: int, levels: int, use_pooling: bool) -> tuple[int, int]:
     """First and last input pixel along one axis that an output pixel of a level depends on."""
 
@@ -168,20 +143,6 @@ def test_dropout_stands_after_every_pair_but_the_first() -> None:
         model = small_unet(n_recursions=3, dropout=dropout)
         assert sum(isinstance(module, nn.Dropout2d) for module in model.modules()) == expected
         assert not any(isinstance(module, nn.Dropout2d) for module in model.encode.modules())
-
-
-def test_equal_seeds_give_equal_weights_and_dropout_alone_is_random() -> None:
-    models = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        models.append(small_unet(dropout=0.5, norm=GROUP_NORM))
-    first, second = (model.state_dict() for model in models)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    model, x = models[0], torch.randn(2, 3, 8, 8)
-    assert not torch.equal(model.train()(x), model(x))
-    assert torch.equal(model.eval()(x), model(x))
-    model = small_unet(norm=GROUP_NORM).train()
-    assert torch.equal(model(x), model(x))
 
 
 def test_learns_to_copy_a_threshold_and_has_no_final_activation() -> None:

@@ -180,15 +180,6 @@ def test_the_loss_is_a_float32_scalar_computed_in_float32_for_targets_of_any_dty
 
 
 @every_loss
-def test_classification_is_an_image_of_one_row(loss: Any) -> None:
-    pred, target = example(loss, (8, 3))
-    image = [part.movedim(0, -1)[None] for part in (pred, target)]
-    assert loss(pred, target).item() == approx(loss(*image))
-    assert torch.equal(loss(pred, target, batch=True), loss(pred, target))
-    assert gradient(loss, pred, target).all()
-
-
-@every_loss
 def test_descending_ends_at_the_target(loss: Any) -> None:
     pred, target = example(loss)
     if not takes_class_numbers(loss):
