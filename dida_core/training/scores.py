@@ -77,8 +77,8 @@ class Scores:
         logits = logits.float() / self.temperature
         confusion = count(logits, targets, valid, self.threshold, self.ignore_index).cpu()
         if confusion.shape != self.confusion.shape:
-            shape = tuple(logits.shape)
-            raise ValueError(f"these scores are {self._about()}; the prediction has the shape {shape}.")
+            task = f"{len(self.histograms)} {'classes' if self.multi_class else 'labels'}"
+            raise ValueError(f"these scores are of {task}; the prediction has the shape {(*logits.shape,)}.")
         keep = counting(logits, targets, valid, self.ignore_index)
         self.confusion += confusion
         self.num_ignored += keep.numel() - int(keep.sum())
@@ -97,17 +97,11 @@ class Scores:
         self.histograms += histograms.reshape(classes, 2, NUM_BINS)
 
     def __add__(self, other: "Scores") -> "Scores":
-        """The scores of both datasets together."""
-        if self._about() != other._about():
-            raise ValueError(f"scores of {self._about()} and {other._about()} cannot be added.")
+        """The scores of both datasets together, counted in the same way."""
         total = copy.copy(self)
         for name in ("confusion", "histograms", "confidences", "num_ignored"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
-
-    def _about(self) -> str:
-        task = "multi-class" if self.multi_class else f"multi-label with threshold {self.threshold}"
-        return f"{len(self.histograms)} classes, {task}, temperature {self.temperature}"
 
     def results(self, class_names: Sequence[str] = ()) -> dict[str, float]:
         """

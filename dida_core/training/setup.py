@@ -26,7 +26,8 @@ from ..data.contract import DataContract
 from ..data.dataset import Custom, as_dataset
 from ..data.images import DataError
 from ..errors import ConfigError, UserError
-from .device import DeviceContext, choose_context
+from .device import DeviceContext
+from .distributed import own_device
 from .evaluation import Evaluation
 from .first_sample import FirstSample, contract_of_values, dry_run, try_model
 from .loaders import Loaders, Splits, build_loaders
@@ -154,7 +155,10 @@ def _check(experiment: Experiment, data: Splits) -> tuple[Splits, DeviceContext,
     with _collect(problems):
         experiment.captured = check(config, project)
     with _collect(problems):
-        context = choose_context(project, config["DEVICE"], config["PRECISION"], config["CHANNELS_LAST"])
+        choice = project.module(".config.device")
+        device = own_device(choice.get_device(config["DEVICE"]))
+        precision = choice.get_precision(device, config["PRECISION"])
+        context = DeviceContext(device, precision, config["CHANNELS_LAST"])
     if not any(problem.startswith(("MODEL", "INIT_WEIGHTS", "SEED")) for problem in problems):
         with _collect(problems, ConfigError), _collect(unreadable, DataError):
             first = try_model(config, data.train)
@@ -193,8 +197,6 @@ def _fit_contract(experiment: Experiment, given: Splits, first: FirstSample) -> 
         effect = "the model learns nothing from it, and prediction will refuse images where it has others"
         warnings.warn(f"{where}: {effect}.", stacklevel=4)
     data = data.map(lambda dataset: dataset.with_contract(contract))
-    if data.validation is None:
-        _check_without_validation(config)
     data.hashes = _hashes(config, given)
     return data, contract
 
@@ -209,6 +211,7 @@ def _collect(problems: list[str], kind: type[UserError] = UserError) -> Iterator
 
 
 def _disagreements(config: dict[str, Any], data: Splits) -> list[str]:
+    """Return in what config and data do not fit, but for the model."""
     wanted, problems = config["IGNORE_INDEX"], []
     for split, dataset in data.items():
         if dataset.ignore_index not in (None, wanted):
@@ -218,6 +221,15 @@ def _disagreements(config: dict[str, Any], data: Splits) -> list[str]:
     if len(set(tasks.values())) > 1:
         listed = ", ".join(f"{task!r} for {split}" for split, task in tasks.items())
         problems.append(f"DATASET_CONFIG has several tasks ({listed}): give all splits the same.")
+    if data.validation is None and config["VALIDATION_FRACTION"] == 0:
+        scheduler, needs = (
+            config["SCHEDULER"],
+            "needs a validation set: give one, or set VALIDATION_FRACTION.",
+        )
+        if config["PATIENCE"] is not None:
+            problems.append(f"PATIENCE is {config['PATIENCE']}, which {needs}")
+        if isinstance(scheduler, type) and issubclass(scheduler, ReduceLROnPlateau):
+            problems.append(f"SCHEDULER is ReduceLROnPlateau, which {needs}")
     return problems
 
 
@@ -247,12 +259,3 @@ def _hashes(config: dict[str, Any], data: Splits) -> dict[str, dict[str, Any]]:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             hashes["INIT_WEIGHTS"] = {"bytes": stream.tell(), "sha256": digest}
     return hashes
-
-
-def _check_without_validation(config: dict[str, Any]) -> None:
-    needs = "needs a validation set: give one, or set VALIDATION_FRACTION above 0."
-    problems = [] if config["PATIENCE"] is None else [f"PATIENCE is {config['PATIENCE']}, which {needs}"]
-    if config["SCHEDULER"] is not None and issubclass(config["SCHEDULER"], ReduceLROnPlateau):
-        problems.append(f"SCHEDULER is ReduceLROnPlateau, which {needs}")
-    if problems:
-        raise ConfigError(problems)

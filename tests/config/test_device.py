@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from dida_core.config.project import project_of
 from dida_core.errors import UserError
-from dida_core.training.device import DeviceContext, choose_context
+from dida_core.training.device import DeviceContext
+from dida_core.training.setup import prepare
 from torch import Tensor
 
-from dida_tools.config.config import make_global_config
+from dida_tools.config import device as device_module
 from dida_tools.config.device import get_device, get_precision
+
+from tests.helpers import PACKAGE
 
 CPU = torch.device("cpu")
 HAS_CUDA, HAS_MPS = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -115,10 +117,9 @@ def test_images_alone_are_moved_into_the_memory_format():
             assert not is_changed or moved.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_device_and_precision_are_those_that_the_project_chooses(monkeypatch):
-    project = project_of(make_global_config.__module__)
-    assert choose_context(project, "cpu", "bf16", False) == DeviceContext(CPU, "bf16", False)
-    assert choose_context(project).device == get_device()
-    device = project.module(".config.device")
-    monkeypatch.setattr(device, "get_device", lambda requested: torch.device("meta"))
-    assert choose_context(project, "cpu", "fp32") == DeviceContext(torch.device("meta"), "fp32", True)
+def test_device_and_precision_are_those_that_this_project_chooses(
+    datasets, tiny_config, global_config, monkeypatch
+):
+    monkeypatch.setattr(device_module, "get_precision", lambda device, requested: f"{requested} on {device}")
+    with pytest.raises(KeyError, match="fp32 on cpu"):  # no number format that a forward pass knows
+        prepare(*datasets, tiny_config, global_config, None, PACKAGE).autocast()
