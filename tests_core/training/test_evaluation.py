@@ -13,27 +13,10 @@ from sklearn import metrics as reference
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dida_tools.utils.loss import (
-    accuracy,
-    dice_bce_sum,
-    f1,
-    iou,
-    masked_accuracy,
-    masked_dice_bce_sum,
-    masked_f1,
-    masked_iou,
-    masked_multi_class_dice_ce_sum,
-    masked_precision,
-    masked_recall,
-    multi_class_dice_ce_sum,
-    precision,
-    recall,
-)
+from dida_tools.utils.loss import accuracy, dice_bce_sum, f1, iou, multi_class_dice_ce_sum, precision, recall
 
 CPU, TASKS = DeviceContext(torch.device("cpu")), ("binary", "multi-class", "multi-label")
 COUNTED = {"f1": f1, "precision": precision, "recall": recall, "iou": iou, "accuracy": accuracy}
-MASKED_METRICS = (masked_f1, masked_precision, masked_recall, masked_iou, masked_accuracy)
-MASKED = dict(zip(COUNTED, MASKED_METRICS, strict=True))
 SCORES: dict[str, Callable] = {
     "f1": reference.f1_score,
     "precision": reference.precision_score,
@@ -136,19 +119,6 @@ def test_results_equal_scikit_learn(task, classes):
         assert [found[f"{name}.{index}"] for index in range(classes)] == [approx(value) for value in each]
     assert found["accuracy"] == approx((truth == guess).mean())
     assert ("accuracy.0" in found) == (task == "multi-label")
-
-
-@every_task
-def test_masked_metrics_equal_scikit_learn_on_the_usable_pixels(task):
-    data, masked = make_data(task, classes=3), []
-    usable = torch.rand(13, 1, 6, 7, generator=torch.Generator().manual_seed(2)) < 0.6
-    for (logits, target), mask in zip(data, usable, strict=True):
-        masked.append((logits, torch.cat([mask.long(), target[None] if target.ndim == 2 else target])))
-    loss = masked_multi_class_dice_ce_sum if task == "multi-class" else masked_dice_bce_sum
-    found, keep = run(masked, MASKED, loss=loss), usable.flatten().numpy()
-    for name, score in SCORES.items():
-        truth, guess = (part[keep] for part in pixels(data))
-        assert found[name] == approx(score(truth, guess, average="binary" if task == "binary" else "macro"))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 13])

@@ -227,9 +227,8 @@ def test_counts_at_the_best_threshold_are_those_of_the_histogram_and_of_predicti
     best = [scores.best_threshold(number) for number in range(classes)]
     assert len({*best, 0.5}) == classes + 1
     again = score(task, logits, targets, temperature=temperature, threshold=best)
-    contract = DataContract(
-        1, task="multi-label", outputs=classes, threshold=tuple(best), temperature=temperature
-    )
+    fitted = {"threshold": tuple(best), "temperature": temperature}
+    contract = DataContract(1, task="multi-label", outputs=classes, **fitted)
     predicted = contract.classes(contract.probabilities(logits)).reshape(targets.shape)
     for number in range(classes):
         counts = counts_by_threshold(scores.histograms[number])
@@ -272,12 +271,9 @@ def test_the_calibration_error_is_that_of_a_plain_computation(task):
 
 
 def test_certain_answers_are_in_the_outermost_bins():
-    scores = score(
-        "binary", torch.tensor([[[[50.0, -50.0, math.inf, -math.inf]]]]), torch.tensor([[[[1, 0, 1, 0]]]])
-    )
-    assert (
-        scores.histograms[0, 1, -1] == 2 and scores.histograms[0, 0, 0] == 2 and scores.histograms.sum() == 4
-    )
+    logits = torch.tensor([[50.0], [-50.0], [math.inf], [-math.inf]])
+    histogram = score("binary", logits, torch.tensor([[1], [0], [1], [0]])).histograms[0]
+    assert histogram[1, -1] == histogram[0, 0] == 2 and histogram.sum() == 4
 
 
 # ------------------------------------------------------------------------------------------- rules of absence
@@ -328,7 +324,7 @@ def test_the_mean_of_f1_over_batches_is_not_the_f1():
 def test_no_pixel_of_a_whole_scene_is_lost():
     """
     In float32, 72 % of the pixels of 10,980 x 10,980 are: beyond 2 ** 24, adding 1 changes nothing. That none
-    is lost in one call either, see test_metrics.py.
+    is lost in one call either, see test_targets.py.
     """
     strip = torch.tensor([-1.0, 1.0]).reshape(1, 2, 1, 1).expand(1, 2, 1220, 10_980)
     scores = score("multi-class", strip[..., :61, :], torch.ones(1, 61, 10_980, dtype=torch.int64))
@@ -357,9 +353,7 @@ def test_255_in_a_mask_is_ignored_or_refused_but_no_class():
     truth, guess = targets[kept], logits.argmax(1)[kept]
     expected = reference.confusion_matrix(truth, guess).tolist()
     assert score("multi-class", logits, targets).confusion.tolist() == expected
-    with pytest.raises(
-        ValueError, match=r"class number 255, the prediction has the classes 0 to 3.*IGNORE_INDEX"
-    ):
+    with pytest.raises(ValueError, match=r"number 255, the prediction has the classes 0 to 3.*IGNORE_INDEX"):
         score("multi-class", logits, targets, ignore_index=-1)
     with pytest.raises(ValueError, match="class number -1"):
         score("multi-class", logits, torch.full_like(targets, -1))
@@ -372,6 +366,5 @@ def test_integer_and_half_precision_logits_are_taken_and_nothing_is_changed_in_p
     scores = score("multi-label", logits, targets, temperature=2.0)
     assert torch.equal(logits, before[0]) and torch.equal(targets, before[1])
     for dtype in (torch.int32, torch.float16, torch.bfloat16, torch.float64):
-        assert state(
-            score("multi-label", logits.to(dtype), targets.to(torch.uint8), temperature=2.0)
-        ) == state(scores)
+        found = score("multi-label", logits.to(dtype), targets.to(torch.uint8), temperature=2.0)
+        assert state(found) == state(scores)
