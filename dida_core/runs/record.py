@@ -42,9 +42,11 @@ class Record:
     def begin(self, setup: Setup, state: State) -> None:
         """Write what is known at the start; state is where the training starts."""
         self.weight_dir.mkdir(parents=True, exist_ok=True)
-        context, redactor = setup.context, Redactor(config=setup.config)
+        context, experiment, redactor = setup.context, setup.experiment, Redactor(config=setup.config)
         ran_on = {"device": str(context.device), "precision": context.precision}
-        environment = describe_environment(setup.project.root, context.device) | {"data": setup.data.hashes}
+        environment = describe_environment(experiment.project.root, context.device) | {
+            "data": setup.data.hashes
+        }
         environment = redactor.data(environment | ran_on) | {"arguments": redactor.arguments(sys.argv)}
         if setup.config["RERUN_OF"] is not None:
             for change in differences_from(self.log_dir.parent / setup.config["RERUN_OF"], environment):
@@ -52,8 +54,8 @@ class Record:
         start = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch} | ran_on
         start["processes"] = num_processes()
         starts = [event for event in self.journal.events if event["event"] == "start"]
-        reasons = [setup.not_rerunnable]
-        reasons += [f"{key} holds a secret" for key in difference(self.captured, setup.captured)]
+        reasons = [experiment.not_rerunnable]
+        reasons += [f"{key} holds a secret" for key in difference(self.captured, experiment.captured)]
         reasons += changes_on_the_way(starts, start, self.captured)
         about = {"name": self.name, "not_rerunnable": "; ".join(filter(None, reasons))}
         write_record(self.log_dir, self.captured | about)
@@ -88,8 +90,8 @@ class Record:
 
 def without_secrets(setup: Setup) -> tuple[dict[str, Any], Callable[[str], str]]:
     """Return the captured config without the secrets in it, and what takes them out of any text."""
-    redactor = Redactor(config=setup.config)
-    return setup.captured | {"config": redactor.config(setup.captured["config"])}, redactor.text
+    redactor, captured = Redactor(config=setup.config), setup.experiment.captured
+    return captured | {"config": redactor.config(captured["config"])}, redactor.text
 
 
 def open_record(setup: Setup, captured: dict[str, Any], stack: ExitStack) -> Record:
@@ -101,13 +103,13 @@ def open_record(setup: Setup, captured: dict[str, Any], stack: ExitStack) -> Rec
     :raises ConfigError: if RESUME names no run, or one of another config
     :raises UserError: if another process trains it
     """
-    log_root, weight_root = (Path(setup.global_config[key]) for key in ("LOG_DIR", "WEIGHT_DIR"))
+    log_root, weight_root = (Path(setup.experiment.global_config[key]) for key in ("LOG_DIR", "WEIGHT_DIR"))
     name = setup.config["RESUME"]
     if name == "auto":
         name = find_unfinished(log_root, captured)
     is_resumed = name is not None
     if not is_resumed:
-        naming = setup.project.module(".utils.name")  # the project's own
+        naming = setup.experiment.project.module(".utils.name")  # the project's own
         name = make_unique_dir(log_root, naming.run_name(setup.config | captured["config"]))
     elif name not in run_names(log_root):
         raise ConfigError([f"RESUME is {name!r}: there is no such run in {log_root}."])

@@ -128,7 +128,7 @@ def _restore_schedule(setup: Setup, scheduler: Any, stored: dict[str, Any]) -> N
     if stored["epochs"] != config["EPOCHS"]:
         # What a fresh schedule of the old length knows follows from the config: only the rest is state.
         dummy = config["OPTIMIZER"]([torch.zeros(1, requires_grad=True)], **config["OPTIMIZER_CONFIG"])
-        fresh = build_scheduler(config | {"EPOCHS": stored["epochs"]}, dummy, setup.steps_per_epoch)
+        fresh = build_scheduler(config | {"EPOCHS": stored["epochs"]}, dummy, setup.loaders.steps_per_epoch)
         assert fresh is not None
         as_built = fresh.state_dict()
         changed = {key: value for key, value in state.items() if value != as_built.get(key)}

@@ -45,8 +45,8 @@ class Run(Position):
         super().__init__(setup, state)
         self.name, self.history = name, history
         self.captured, self.redact = without_secrets(setup)
-        self.log_dir = Path(setup.global_config["LOG_DIR"]) / name
-        self.weight_dir = Path(setup.global_config["WEIGHT_DIR"]) / name
+        self.log_dir = Path(setup.experiment.global_config["LOG_DIR"]) / name
+        self.weight_dir = Path(setup.experiment.global_config["WEIGHT_DIR"]) / name
         self.pending = Pending()
         self.record: Record | None = None  # in the main process, as are the listeners
         self.listeners: list[Listener] = []
@@ -336,7 +336,7 @@ def _open_run(setup: Setup, listeners: list[Listener], stack: contextlib.ExitSta
         for listener in listeners:
             listener.check(setup)
         if setup.config["RERUN_OF"] is not None:
-            find_end(Path(setup.global_config["LOG_DIR"]) / setup.config["RERUN_OF"])
+            find_end(Path(setup.experiment.global_config["LOG_DIR"]) / setup.config["RERUN_OF"])
         record = open_record(setup, captured, stack)
         records.append(record)
         if not record.is_resumed:

@@ -45,8 +45,8 @@ def dry_run(
     if setup.data.validation is None:
         raise UserError("there is no validation set to compare trials on: set VALIDATION_FRACTION=0.2.")
     given: dict[str, Any] = {key: first[key] for key in ("DEVICE", "PRECISION") if key in first}
-    captured = Redactor(config=setup.config).config(setup.captured["config"])
-    return setup.captured | {"config": captured | capture(given, project)["config"]}
+    captured = Redactor(config=setup.config).config(setup.experiment.captured["config"])
+    return setup.experiment.captured | {"config": captured | capture(given, project)["config"]}
 
 
 def open_search(

@@ -25,13 +25,12 @@ class NLL:
     """
     The negative log-likelihood of a dataset at each of several temperatures.
 
-    :param contract: of the data
     :param ignore_index: target value of pixels that do not count
     :param is_masked: whether the first target channel is a usability mask
     """
 
-    def __init__(self, contract: DataContract, ignore_index: int = 255, is_masked: bool = False) -> None:
-        self._contract, self._ignore_index, self._is_masked = contract, ignore_index, is_masked
+    def __init__(self, ignore_index: int = 255, is_masked: bool = False) -> None:
+        self._ignore_index, self._is_masked = ignore_index, is_masked
         self.sums = [0] * len(TEMPERATURES)  # in units of 2 ** -24
 
     @torch.no_grad()
@@ -42,7 +41,7 @@ class NLL:
         :param predictions: (N, C, ...) logits in float32
         :param targets: by the conventions of targets.py
         """
-        if not self._is_masked and not holds_classes(predictions, targets, self._contract):
+        if not self._is_masked and not holds_classes(predictions, targets):
             return
         targets, valid = unmask(predictions, targets) if self._is_masked else (targets, None)
         keep = counting(predictions, targets, valid, self._ignore_index)
@@ -90,7 +89,7 @@ def calibrate(setup: Setup, model: nn.Module) -> DataContract | None:
     contract, batches = setup.contract, setup.loaders.validation
     if batches is None or contract.task == "values":
         return None
-    nll = NLL(contract, setup.config["IGNORE_INDEX"], setup.metrics().is_masked)
+    nll = NLL(setup.config["IGNORE_INDEX"], setup.metrics().is_masked)
     contract = replace(contract, temperature=evaluate(model, batches, nll, setup.context)["temperature"])
     if contract.task == "multi-class":
         return contract
@@ -105,11 +104,10 @@ def calibrate(setup: Setup, model: nn.Module) -> DataContract | None:
 
 def describe_fit(contract: DataContract) -> dict[str, float]:
     """Return what was fitted: "temperature", and "threshold" or "threshold.class" if classes may overlap."""
-    results = {"temperature": contract.temperature}
+    results, thresholds = {"temperature": contract.temperature}, contract.threshold
     if contract.task != "multi-label":
         return results
-    if isinstance(contract.threshold, float | int):
-        return results | {"threshold": float(contract.threshold)}
-    names, thresholds = contract.class_names, contract.threshold
-    names = names if len(names) == len(thresholds) else [str(number) for number in range(len(thresholds))]
+    if isinstance(thresholds, float | int):
+        return results | {"threshold": float(thresholds)}
+    names = contract.class_names if len(contract.class_names) == len(thresholds) else range(len(thresholds))
     return results | {f"threshold.{name}": value for name, value in zip(names, thresholds, strict=True)}

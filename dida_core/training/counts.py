@@ -43,9 +43,8 @@ def count(
     :return: int64 [target, prediction]: the confusion matrix (C, C) if multi-class, else (C, 2, 2), one each
     :raises ValueError: if the shapes disagree, or a class number is none of the prediction's
     """
-    keep = counting(pred, target, valid, ignore_index)
+    keep, classes = counting(pred, target, valid, ignore_index), pred.shape[1]
     if is_multi_class(pred, target):
-        classes = pred.shape[1]
         wrong = keep & ((target < 0) | (target >= classes))
         if wrong.any():
             raise ValueError(
@@ -54,13 +53,11 @@ def count(
             )
         pairs = target.long() * classes + pred.max(1).indices  # argmax takes many times as long
         return count_cells(pairs, keep, classes**2).reshape(classes, classes)
-    probability = precise(pred.float()).sigmoid().float()
-    edges = torch.as_tensor(threshold, dtype=probability.dtype, device=pred.device)
-    guess = probability >= edges.reshape(1, -1, *[1] * (pred.ndim - 2))
-    truth = target > 0.5
-    cases = [[~truth & ~guess, ~truth & guess], [truth & ~guess, truth & guess]]
-    dims = [0, *range(2, pred.ndim)]
-    return torch.stack([torch.stack([(case & keep).sum(dims) for case in row], -1) for row in cases], -2)
+    probability, shape = precise(pred.float()).sigmoid().float(), (1, -1, *[1] * (pred.ndim - 2))
+    edges = torch.as_tensor(threshold, dtype=probability.dtype, device=pred.device).reshape(shape)
+    first_cells = torch.arange(0, 4 * classes, 4, dtype=torch.int32, device=pred.device).reshape(shape)
+    cells = first_cells + 2 * (target > 0.5).int() + (probability >= edges)
+    return count_cells(cells, keep, 4 * classes).reshape(classes, 2, 2)
 
 
 def count_cells(cells: Tensor, keep: Tensor, num_cells: int) -> Tensor:
@@ -76,9 +73,7 @@ def count_cells(cells: Tensor, keep: Tensor, num_cells: int) -> Tensor:
 
 
 def tp_fp_fn(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    Return true positives, false positives, false negatives of the classes, float64 (C,), of either form.
-    """
+    """Return true positives, false positives, false negatives of the classes, float64 (C,) each."""
     counts = counts.cpu().double()  # Apple GPUs have no float64
     if counts.ndim == 3:
         return counts[:, 1, 1], counts[:, 0, 1], counts[:, 1, 0]
@@ -92,43 +87,36 @@ def summarize(per_class: Tensor, counts: Tensor) -> Tensor:
     each other, the value of class 1; otherwise the mean over the classes, without those that are NaN (that
     occur nowhere).
     """
-    if counts.ndim == 2 and len(per_class) == 2:
-        return per_class[1]
-    return per_class.nanmean()
+    is_binary = counts.ndim == 2 and len(per_class) == 2
+    return per_class[1] if is_binary else per_class.nanmean()
 
 
 def precision_per_class(counts: Tensor) -> Tensor:
     """(C,) right / predicted. 0 where a class is never predicted, NaN where it is not there either."""
     tp, fp, fn = tp_fp_fn(counts)
-    return _ratio(tp, tp + fp, occurs=tp + fp + fn > 0)
+    return (tp / (tp + fp).clamp(min=1)).masked_fill(tp + fp + fn == 0, torch.nan)
 
 
 def recall_per_class(counts: Tensor) -> Tensor:
     """(C,) found / there. 0 where a class is not there, NaN where it is not predicted either."""
     tp, fp, fn = tp_fp_fn(counts)
-    return _ratio(tp, tp + fn, occurs=tp + fp + fn > 0)
+    return (tp / (tp + fn).clamp(min=1)).masked_fill(tp + fp + fn == 0, torch.nan)
 
 
 def f1_per_class(counts: Tensor) -> Tensor:
     """(C,) harmonic mean of precision and recall, NaN where a class is neither there nor predicted."""
     tp, fp, fn = tp_fp_fn(counts)
-    return _ratio(2 * tp, 2 * tp + fp + fn, occurs=tp + fp + fn > 0)
+    return 2 * tp / (2 * tp + fp + fn)  # 0 / 0 is NaN
 
 
 def iou_per_class(counts: Tensor) -> Tensor:
     """(C,) intersection over union, NaN where a class is neither there nor predicted."""
     tp, fp, fn = tp_fp_fn(counts)
-    return _ratio(tp, tp + fp + fn, occurs=tp + fp + fn > 0)
+    return tp / (tp + fp + fn)
 
 
 def accuracy_per_class(counts: Tensor) -> Tensor:
     """(1,) fraction of all pixels that is right, multi-class; (C,) the same for each class otherwise."""
     counts = counts.cpu().double()
-    total = counts.sum((-2, -1)).reshape(-1)
-    right = counts.diagonal(dim1=-2, dim2=-1).sum(-1).reshape(-1)
-    return _ratio(right, total, occurs=total > 0)
-
-
-def _ratio(numerator: Tensor, denominator: Tensor, occurs: Tensor) -> Tensor:
-    ratio = torch.where(denominator > 0, numerator / denominator.clamp(min=1), torch.zeros_like(numerator))
-    return torch.where(occurs, ratio, torch.full_like(ratio, torch.nan))
+    right = counts.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (right / counts.sum((-2, -1))).reshape(-1)

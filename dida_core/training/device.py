@@ -1,13 +1,9 @@
 """Device, memory format and number format of a forward pass, as one object."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from ..config.project import Project
-from .distributed import own_device
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,16 +31,3 @@ class DeviceContext:
         if self.channels_last and inputs.ndim == 4:
             return inputs.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return inputs.to(self.device, non_blocking=True)
-
-
-def choose_context(
-    project: Project, device: Any = "auto", precision: str | None = "auto", channels_last: bool = True
-) -> DeviceContext:
-    """
-    Return the context for DEVICE and PRECISION as the project's config/device.py chooses them.
-
-    :raises UserError: if this machine does not have them
-    """
-    choice = project.module(".config.device")
-    found = own_device(choice.get_device(device))
-    return DeviceContext(found, choice.get_precision(found, precision), channels_last)

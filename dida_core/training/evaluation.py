@@ -49,10 +49,9 @@ class Evaluation:
             threshold and temperature then, as in prediction. None: with 0.5 and 1
         """
         self.counted = {key: one for key, one in metrics.items() if isinstance(one, CountMetric)}
-        others = {key: one for key, one in metrics.items() if key not in self.counted}
-        self.averaged = {"loss": loss_function} | {f"{key}_sample_mean": one for key, one in others.items()}
+        others = {f"{key}_sample_mean": one for key, one in metrics.items() if key not in self.counted}
+        self.averaged = {"loss": loss_function} | others
         self.ignore_index, self.class_names = ignore_index, class_names
-        self.num_samples = 0
         self.is_masked = any(metric.masked for metric in self.counted.values())
         self.scores: Scores | None = None  # of classes, once there are any
         self.sample_losses: list[float] = []  # in the order of the samples; NaN where no pixel counts
@@ -67,7 +66,8 @@ class Evaluation:
         :param targets: by the conventions of targets.py
         """
         contract = self._contract
-        if self.counted or (contract is not None and holds_classes(predictions, targets, contract)):
+        counts_classes = contract is not None and contract.task != "values"
+        if self.counted or (counts_classes and holds_classes(predictions, targets)):
             unmasked, valid = unmask(predictions, targets) if self.is_masked else (targets, None)
             if self.scores is None:
                 how = contract or DataContract(1)
@@ -79,7 +79,6 @@ class Evaluation:
             if not target.is_floating_point() and bool((target == self.ignore_index).all()):
                 self.sample_losses.append(math.nan)
                 continue  # no pixel counts, of which some losses are NaN
-            self.num_samples += 1
             for name, function in self.averaged.items():
                 self._values[name].append(float(function(prediction, target)))
             self.sample_losses.append(self._values["loss"][-1])
@@ -91,32 +90,22 @@ class Evaluation:
 
         :raises Preempted: if a signal has asked any of the processes to end, so that parts may be missing
         """
-        self._gather()
-        number = self.num_samples or float("nan")
-        results = {name: _sum(values) / number for name, values in self._values.items()}
+        parts = gather_unless_stopped((self._values, self.scores, self.sample_losses))
+        self._values = {name: [value for part in parts for value in part[0][name]] for name in self.averaged}
+        scores = [part[1] for part in parts if part[1] is not None]
+        self.scores = sum(scores[1:], scores[0]) if scores else None
+        self.sample_losses = [loss for part in parts for loss in part[2]]
+        results = {name: _mean(values) for name, values in self._values.items()}
         return results if self.scores is None else results | self._counted_results(self.scores)
 
     def _counted_results(self, scores: Scores) -> dict[str, float]:
-        has_classes = len(scores.confusion) > 2 or not scores.multi_class  # of two, class 1 is the summary
-        results: dict[str, float] = {}
-        if self._contract is not None:
-            results = scores.reliability(self.class_names)
-            if not has_classes:
-                results = {key: value for key, value in results.items() if "." not in key}
+        results = {} if self._contract is None else scores.reliability(self.class_names)
         for name, metric in self.counted.items():
+            results |= scores.summary(name, metric.per_class(scores.confusion), self.class_names)
             results[name] = metric.from_counts(scores.confusion).item()
-            if has_classes:
-                results |= scores.by_class(name, metric.per_class(scores.confusion), self.class_names)
+        if scores.multi_class and len(scores.confusion) == 2:  # of two classes, the second is the summary
+            results = {key: one for key, one in results.items() if "." not in key or key in self.counted}
         return results
-
-    def _gather(self) -> None:
-        """Add up what the processes have; all of them call it."""
-        parts = gather_unless_stopped((self.num_samples, self._values, self.scores, self.sample_losses))
-        self.num_samples = sum(part[0] for part in parts)
-        self._values = {name: [value for part in parts for value in part[1][name]] for name in self.averaged}
-        scores = [part[2] for part in parts if part[2] is not None]
-        self.scores = sum(scores[1:], scores[0]) if scores else None
-        self.sample_losses = [loss for part in parts for loss in part[3]]
 
 
 def gather_unless_stopped(value: Any) -> list[Any]:
@@ -134,10 +123,8 @@ def gather_unless_stopped(value: Any) -> list[Any]:
     return [part for _, part in parts]
 
 
-def holds_classes(predictions: Tensor, targets: Tensor, contract: DataContract) -> bool:
-    """Return whether targets hold classes by the conventions of targets.py, so that they can be counted."""
-    if contract.task == "values":
-        return False
+def holds_classes(predictions: Tensor, targets: Tensor) -> bool:
+    """Return whether targets may hold classes by the conventions of targets.py, and so can be counted."""
     try:
         check_shapes(predictions, targets)
     except ValueError:
@@ -145,9 +132,10 @@ def holds_classes(predictions: Tensor, targets: Tensor, contract: DataContract) 
     return True
 
 
-def _sum(values: list[float]) -> float:
-    # Exactly rounded, so the order does not matter; it refuses inf - inf.
-    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+def _mean(values: list[float]) -> float:
+    # fsum is exactly rounded, so the order does not matter; it refuses inf - inf.
+    total = math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+    return total / len(values) if values else math.nan
 
 
 @torch.no_grad()

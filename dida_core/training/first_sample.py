@@ -79,6 +79,8 @@ def contract_of_values(first: FirstSample, config: dict[str, Any], dataset: Trai
     return DataContract(channels, task="multi-label" if is_mask and is_binary else "values")
 
 
+@config_errors("LOSS", "LOSS or METRICS do not fit the model's output and the target")
+@torch.no_grad()
 def dry_run(
     first: FirstSample, config: dict[str, Any], loss_fn: Loss, contract: DataContract, context: DeviceContext
 ) -> None:
@@ -87,17 +89,12 @@ def dry_run(
 
     :raises ConfigError: if loss or metrics do not take the model's outputs, or if MONITOR is no result
     """
-    results: dict[str, float] = {}
     predictions, targets = first.predictions.float().to(context.device), first.targets.to(context.device)
-    with (
-        config_errors("LOSS", "LOSS or METRICS do not fit the model's output and the target"),
-        torch.no_grad(),
-    ):
-        for fitted in (contract, None):  # as the test set will be evaluated, and the validation set
-            about = (config["IGNORE_INDEX"], contract.class_names, fitted)
-            evaluation = Evaluation(config["METRICS"], loss_fn, *about)
-            evaluation.update(predictions, targets)
-            results = evaluation.results()
+    for fitted in (contract, None):  # as the test set will be evaluated, and the validation set
+        about = (config["IGNORE_INDEX"], contract.class_names, fitted)
+        evaluation = Evaluation(config["METRICS"], loss_fn, *about)
+        evaluation.update(predictions, targets)
+        results = evaluation.results()
     goal = config["MONITOR"].split()[1]
     if goal not in results and f"{goal}_sample_mean" not in results:
         listed = ", ".join(results)

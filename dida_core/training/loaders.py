@@ -1,5 +1,6 @@
 """The datasets of a training by split, and their loaders."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from ..data.dataset import TrainingData, as_dataset
 from ..errors import ConfigError
 from .determinism import EvaluationBatches, Loader, Samples, TrainingBatches
 from .distributed import num_processes, rank
+from .optimization import config_errors
 
 
 @dataclass
@@ -40,12 +42,10 @@ class Loaders:
     test: Loader | None
     validation: Loader | None
     batches: TrainingBatches  # of the training set
-
-    def steps_per_epoch(self, accumulate: int) -> int:
-        """Return the number of optimizer steps; the last one may have fewer batches."""
-        return -(-self.batches.num_batches // accumulate)
+    steps_per_epoch: int  # optimizer steps; the last one may have fewer batches
 
 
+@config_errors("DATA_LOADER")
 def build_loaders(config: dict[str, Any], data: Splits, device: torch.device, shape: torch.Size) -> Loaders:
     """
     Build the loaders by DATA_LOADER_CONFIG.
@@ -71,4 +71,5 @@ def build_loaders(config: dict[str, Any], data: Splits, device: torch.device, sh
         None if one is None else load(one, EvaluationBatches(one, batch_size, max_pixels, *process))
         for one in (data.test, data.validation)
     )
-    return Loaders(load(data.train, batches), test, validation, batches)
+    steps_per_epoch = math.ceil(batches.num_batches / config["ACCUMULATE"])
+    return Loaders(load(data.train, batches), test, validation, batches, steps_per_epoch)

@@ -33,6 +33,7 @@ def config_errors(key: str, problem: str = "") -> Iterator[None]:
         raise ConfigError([f"{problem}: {' '.join(str(error).split())}"]) from error
 
 
+@config_errors("LOSS")
 def build_loss(config: dict[str, Any], device: torch.device) -> Loss:
     """Build the loss: a module on the device, or the function with its LOSS_CONFIG."""
     loss, options = config["LOSS"], dict(config["LOSS_CONFIG"])
@@ -44,6 +45,7 @@ def build_loss(config: dict[str, Any], device: torch.device) -> Loss:
     return functools.partial(loss, **options) if options else loss
 
 
+@config_errors("OPTIMIZER")
 def build_optimizer(config: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer of all parameters that require a gradient."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -52,6 +54,7 @@ def build_optimizer(config: dict[str, Any], model: nn.Module) -> torch.optim.Opt
     return config["OPTIMIZER"](parameters, **config["OPTIMIZER_CONFIG"])
 
 
+@config_errors("SCHEDULER")
 def build_scheduler(
     config: dict[str, Any], optimizer: torch.optim.Optimizer, steps_per_epoch: int
 ) -> LRScheduler | None:

@@ -10,27 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .counts import (
-    accuracy_per_class,
-    count,
-    count_cells,
-    f1_per_class,
-    iou_per_class,
-    precision_per_class,
-    recall_per_class,
-    summarize,
-    tp_fp_fn,
-)
+from . import counts as by_counts
+from .counts import count, count_cells, summarize
 from .targets import IGNORE_INDEX, counting, precise
 
 NUM_BINS = 2048  # a power of two: whether a probability reaches a bin's edge is the same in floating point
 CALIBRATION_BINS = 16
-
 _METRICS = {
-    "iou": iou_per_class,
-    "f1": f1_per_class,
-    "precision": precision_per_class,
-    "recall": recall_per_class,
+    "iou": by_counts.iou_per_class,
+    "f1": by_counts.f1_per_class,
+    "precision": by_counts.precision_per_class,
+    "recall": by_counts.recall_per_class,
 }
 
 
@@ -46,8 +36,7 @@ class Scores:
     What is taken from bins is exact for thresholds at their edges, multiples of 1 / NUM_BINS. Average
     precision is that of scikit-learn for probabilities rounded down to the edges; from that of the
     probabilities themselves it differs, for each positive pixel, by at most the fraction of the pixels with
-    its probability or a higher one that are in its own bin. Calibration errors differ by at most half a bin,
-    1 / 4096.
+    its probability or a higher one that are in its own bin. Calibration errors differ by at most half a bin.
 
     :param num_classes: C
     :param multi_class: whether classes exclude each other (softmax, otherwise sigmoid)
@@ -75,11 +64,6 @@ class Scores:
         self.confidences = torch.zeros(2, NUM_BINS, dtype=torch.int64)
         self.num_ignored = 0  # unless multi-class, a pixel counts once for each class
 
-    @property
-    def num_valid(self) -> int:
-        """How many pixels count; unless multi-class, once for each class."""
-        return int(self.confusion.sum())
-
     @torch.no_grad()
     def update(self, logits: Tensor, targets: Tensor, valid: Tensor | None = None) -> None:
         """
@@ -93,15 +77,13 @@ class Scores:
         logits = logits.float() / self.temperature
         confusion = count(logits, targets, valid, self.threshold, self.ignore_index).cpu()
         if confusion.shape != self.confusion.shape:
-            shape = tuple(logits.shape)
-            raise ValueError(f"these scores are {self._about()}; the prediction has the shape {shape}.")
+            task = f"{len(self.histograms)} {'classes' if self.multi_class else 'labels'}"
+            raise ValueError(f"these scores are of {task}; the prediction has the shape {(*logits.shape,)}.")
         keep = counting(logits, targets, valid, self.ignore_index)
         self.confusion += confusion
         self.num_ignored += keep.numel() - int(keep.sum())
-        if self.with_histograms:
-            self._count_probabilities(logits, targets, keep)
-
-    def _count_probabilities(self, logits: Tensor, targets: Tensor, keep: Tensor) -> None:
+        if not self.with_histograms:
+            return
         classes = len(self.histograms)
         numbers = torch.arange(classes, device=logits.device).reshape(1, -1, *[1] * (logits.ndim - 2))
         if self.multi_class:
@@ -115,17 +97,11 @@ class Scores:
         self.histograms += histograms.reshape(classes, 2, NUM_BINS)
 
     def __add__(self, other: "Scores") -> "Scores":
-        """The scores of both datasets together."""
-        if self._about() != other._about():
-            raise ValueError(f"scores of {self._about()} and {other._about()} cannot be added.")
+        """The scores of both datasets together, counted in the same way."""
         total = copy.copy(self)
         for name in ("confusion", "histograms", "confidences", "num_ignored"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
-
-    def _about(self) -> str:
-        task = "multi-class" if self.multi_class else f"multi-label with threshold {self.threshold}"
-        return f"{len(self.histograms)} classes, {task}, temperature {self.temperature}"
 
     def results(self, class_names: Sequence[str] = ()) -> dict[str, float]:
         """
@@ -138,35 +114,29 @@ class Scores:
 
         :param class_names: one for each class; otherwise they are numbered
         """
-        tp, fp, fn = (int(part.sum()) for part in tp_fp_fn(self.confusion))
+        tp, fp, fn = (int(part.sum()) for part in by_counts.tp_fp_fn(self.confusion))
         pooled = torch.tensor([[[0, fp], [fn, tp]]])  # true negatives count in none
-        micro = {name: metric(pooled).item() for name, metric in _METRICS.items()}
-        per_class = {name: metric(self.confusion) for name, metric in _METRICS.items()}
-        micro["average_precision"] = _average_precision(self.histograms.sum(0))
-        per_class["average_precision"] = self.average_precision()
-        accuracies = accuracy_per_class(self.confusion)
-        results = {"accuracy": summarize(accuracies, self.confusion).item()}
-        for name, values in per_class.items():
-            results[name] = summarize(values, self.confusion).item()
-            results |= {f"{name}_macro": values.nanmean().item(), f"{name}_micro": micro[name]}
-        for name, values in (per_class | {"accuracy": accuracies}).items():
-            results |= self.by_class(name, values, class_names)
-        results |= {"ece": self.expected_calibration_error(), "valid_pixels": self.num_valid}
-        return results | {"ignored_pixels": self.num_ignored}
+        values = {"accuracy": by_counts.accuracy_per_class(self.confusion)}
+        results: dict[str, float] = {}
+        for name, metric in _METRICS.items():
+            values[name], results[f"{name}_micro"] = metric(self.confusion), metric(pooled).item()
+            results[f"{name}_macro"] = values[name].nanmean().item()
+        results["average_precision_macro"] = self.average_precision().nanmean().item()
+        results["average_precision_micro"] = _average_precision(self.histograms.sum(0))
+        for name, one in values.items():
+            results |= self.summary(name, one, class_names)
+        return results | self.reliability(class_names) | {"valid_pixels": int(self.confusion.sum())}
 
     def reliability(self, class_names: Sequence[str] = ()) -> dict[str, float]:
         """Return those of the results that say how far probabilities can be trusted, and what is ignored."""
-        values = self.average_precision()
-        results = {"average_precision": summarize(values, self.confusion).item()}
-        results |= self.by_class("average_precision", values, class_names)
+        results = self.summary("average_precision", self.average_precision(), class_names)
         return results | {"ece": self.expected_calibration_error(), "ignored_pixels": self.num_ignored}
 
-    def by_class(self, name: str, values: Tensor, class_names: Sequence[str] = ()) -> dict[str, float]:
-        """Return values of the classes (C,) as "name.class"; nothing for a single one."""
-        if len(values) == 1:
-            return {}
+    def summary(self, name: str, values: Tensor, class_names: Sequence[str] = ()) -> dict[str, float]:
+        """Return the summary of values of the classes (C,), and of several each as "name.class"."""
         names = class_names if len(class_names) == len(values) else range(len(values))
-        return {f"{name}.{one}": value for one, value in zip(names, values.tolist(), strict=True)}
+        each = {f"{name}.{one}": value for one, value in zip(names, values.tolist(), strict=True)}
+        return {name: summarize(values, self.confusion).item()} | (each if len(values) > 1 else {})
 
     def average_precision(self) -> Tensor:
         """(C,) float64: sum over thresholds of precision times recall gained, each class against the rest."""
@@ -205,26 +175,16 @@ def _histogram(cells: Tensor, probabilities: Tensor, keep: Tensor, num_cells: in
 
 
 def counts_by_threshold(histogram: Tensor) -> dict[str, Tensor]:
-    """
-    Count right and wrong pixels for each threshold at a bin's lower edge.
-
-    :param histogram: (2, bins) of one class
-    :return: "true_positives", "false_positives", "true_negatives", "false_negatives", each (bins,) int64
-    """
+    """Return each of the four counts (bins,) of a class by threshold, a bin's lower edge, from (2, bins)."""
     at_least = histogram.flip(-1).cumsum(-1).flip(-1)  # pixels with this probability or a higher one
     below = histogram.sum(-1, keepdim=True) - at_least
-    return {
-        "true_positives": at_least[1],
-        "false_positives": at_least[0],
-        "true_negatives": below[0],
-        "false_negatives": below[1],
-    }
+    positives = {"true_positives": at_least[1], "false_positives": at_least[0]}
+    return positives | {"true_negatives": below[0], "false_negatives": below[1]}
 
 
 def _average_precision(histogram: Tensor) -> float:
     counts = counts_by_threshold(histogram)
     tp = counts["true_positives"].double()
-    found = tp + counts["false_positives"]
-    precision = torch.where(found > 0, tp / found.clamp(min=1), 1.0)
+    precision = tp / (tp + counts["false_positives"]).clamp(min=1)
     recall = torch.cat([tp / histogram[1].sum(), torch.zeros(1)])  # 0 / 0 is NaN; no pixel reaches the last
     return -(recall.diff() * precision).sum().item()

@@ -9,7 +9,7 @@ import hashlib
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,35 @@ from ..data.contract import DataContract
 from ..data.dataset import Custom, as_dataset
 from ..data.images import DataError
 from ..errors import ConfigError, UserError
-from .device import DeviceContext, choose_context
+from .device import DeviceContext
+from .distributed import own_device
 from .evaluation import Evaluation
 from .first_sample import FirstSample, contract_of_values, dry_run, try_model
 from .loaders import Loaders, Splits, build_loaders
-from .optimization import Loss, build_ema, build_loss, build_optimizer, build_scheduler, config_errors
+from .optimization import Loss, build_ema, build_loss, build_optimizer, build_scheduler
+
+
+@dataclass
+class Experiment:
+    """The config, whose it is, and how it is recorded."""
+
+    config: dict[str, Any]
+    global_config: dict[str, str]
+    project: Project
+    captured: dict[str, Any] = field(default_factory=dict)  # the config as plain data
+    not_rerunnable: str = ""  # why a run cannot be reproduced from its record
+
+    @property
+    def cache_file(self) -> Path:
+        """File that keeps facts of the data."""
+        return Path(self.global_config["LOG_DIR"]) / "data_facts.json"
 
 
 @dataclass
 class Setup:
     """Everything that a routine trains with."""
 
-    config: dict[str, Any]
-    global_config: dict[str, str]
-    project: Project
-    captured: dict[str, Any]  # the config as plain data
-    not_rerunnable: str  # why a run cannot be reproduced from its record, or ""
+    experiment: Experiment
     context: DeviceContext
     contract: DataContract
     data: Splits
@@ -54,9 +67,9 @@ class Setup:
     loss_fn: Loss
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Number of optimizer steps in an epoch."""
-        return self.loaders.steps_per_epoch(self.config["ACCUMULATE"])
+    def config(self) -> dict[str, Any]:
+        """The complete config."""
+        return self.experiment.config
 
     @property
     def eval_model(self) -> nn.Module:
@@ -105,59 +118,32 @@ def prepare(
     :raises ConfigError: with all problems of the config, and of the data if there are both
     :raises DataError: with all problems of the data
     """
-    project, cache_file = project_of(routine), Path(global_config["LOG_DIR"]) / "data_facts.json"
-    config = complete(training_config)
+    project, config = project_of(routine), complete(training_config)
     config["ROUTINE_NAME"] = None if routine == project.package else sys.modules.get(routine, routine)
     config["DATE"] = config["DATE"] or project.module(".utils.name").date_now()
-    given = Splits(train_dataset, test_dataset, validation_dataset).map(as_dataset)
+    experiment = Experiment(config, global_config, project)
+    data = Splits(train_dataset, test_dataset, validation_dataset).map(as_dataset)
 
-    checked = _check(config, given, project, cache_file)
-    context, first = checked.context, checked.first
-    data, contract = _fit_contract(config, checked, cache_file)
-    with config_errors("LOSS"):
-        loss_fn = build_loss(config, context.device)
-    with config_errors("DATA_LOADER"):
-        loaders = build_loaders(config, data, context.device, first.inputs.shape[1:])
+    data, context, first = _check(experiment, data)
+    data, contract = _fit_contract(experiment, data, first)
+    loss_fn = build_loss(config, context.device)
+    loaders = build_loaders(config, data, context.device, first.inputs.shape[1:])
     dry_run(first, config, loss_fn, contract, context)
     model = first.model.to(context.device)
     if context.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with config_errors("OPTIMIZER"):
-        optimizer = build_optimizer(config, model)
-    with config_errors("SCHEDULER"):
-        scheduler = build_scheduler(config, optimizer, loaders.steps_per_epoch(config["ACCUMULATE"]))
+    optimizer = build_optimizer(config, model)
+    scheduler = build_scheduler(config, optimizer, loaders.steps_per_epoch)
+    scaler = torch.amp.GradScaler(context.device.type, enabled=context.precision == "fp16")
+    ema = build_ema(config, model)
     return Setup(
-        config=config,
-        global_config=global_config,
-        project=project,
-        captured=checked.captured,
-        not_rerunnable=checked.not_rerunnable,
-        context=context,
-        contract=contract,
-        data=data,
-        loaders=loaders,
-        model=model,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scaler=torch.amp.GradScaler(context.device.type, enabled=context.precision == "fp16"),
-        ema=build_ema(config, model),
-        loss_fn=loss_fn,
+        experiment, context, contract, data, loaders, model, optimizer, scheduler, scaler, ema, loss_fn
     )
 
 
-@dataclass
-class _Checked:
-    """A config and data that fit each other."""
-
-    data: Splits
-    captured: dict[str, Any]
-    not_rerunnable: str
-    context: DeviceContext
-    first: FirstSample
-
-
-def _check(config: dict[str, Any], data: Splits, project: Project, cache_file: Path) -> _Checked:
-    """Enter the data into the config, and raise all problems of both at once."""
+def _check(experiment: Experiment, data: Splits) -> tuple[Splits, DeviceContext, FirstSample]:
+    """Enter the data into the config, capture it, and raise all problems of both at once."""
+    config, project = experiment.config, experiment.project
     problems: list[str] = []
     unreadable: list[str] = []
     first: FirstSample | None = None
@@ -167,26 +153,43 @@ def _check(config: dict[str, Any], data: Splits, project: Project, cache_file: P
     problems += _disagreements(config, data)
     reasons = _enter_data(config, data)
     with _collect(problems):
-        captured = check(config, project)
+        experiment.captured = check(config, project)
     with _collect(problems):
-        context = choose_context(project, config["DEVICE"], config["PRECISION"], config["CHANNELS_LAST"])
+        choice = project.module(".config.device")
+        device = own_device(choice.get_device(config["DEVICE"]))
+        precision = choice.get_precision(device, config["PRECISION"])
+        context = DeviceContext(device, precision, config["CHANNELS_LAST"])
     if not any(problem.startswith(("MODEL", "INIT_WEIGHTS", "SEED")) for problem in problems):
         with _collect(problems, ConfigError), _collect(unreadable, DataError):
             first = try_model(config, data.train)
-    data_problems = _data_problems(data, first.num_outputs if first else None, cache_file) or unreadable
+    data_problems: list[str] = []
+    for split, dataset in data.items():
+        if len(dataset) == 0:
+            data_problems.append(f"the {split} data is empty")
+            continue
+        with _collect(data_problems, DataError):
+            num_classes = first.num_outputs if first else None
+            dataset.check(experiment.cache_file, num_classes, training=split == "train")
+    data_problems = data_problems or unreadable
     if problems:
         raise ConfigError(problems + data_problems)
     if data_problems or first is None:
         raise DataError(data_problems)
     with _collect(reasons):
-        restore(captured, project)
-    return _Checked(data, captured, "; ".join(reasons), context, first)
+        restore(experiment.captured, project)
+    experiment.not_rerunnable = "; ".join(reasons)
+    return data, context, first
 
 
-def _fit_contract(config: dict[str, Any], checked: _Checked, cache_file: Path) -> tuple[Splits, DataContract]:
-    """Split the data, and read all of it as the training set wants."""
-    first, data = checked.first, _split(config, checked.data)
-    contract = data.train.contract(config["NORMALIZE"], cache_file)
+def _fit_contract(experiment: Experiment, given: Splits, first: FirstSample) -> tuple[Splits, DataContract]:
+    """Return the splits as they are trained on and evaluated on, all read as the training set wants."""
+    config, data = experiment.config, given
+    if data.validation is None and config["VALIDATION_FRACTION"] > 0:
+        train, validation = data.train.split(config["VALIDATION_FRACTION"], config["SEED"])
+        data = Splits(train, data.test, validation).map(as_dataset)
+    evaluated = {split: dataset.for_evaluation() for split, dataset in data.items() if split != "train"}
+    data = Splits(data.train, **evaluated).map(as_dataset)
+    contract = data.train.contract(config["NORMALIZE"], experiment.cache_file)
     contract = contract or contract_of_values(first, config, data.train)
     contract = replace(contract, outputs=first.num_outputs or 1)
     if constant := contract.constant_channels():
@@ -194,9 +197,7 @@ def _fit_contract(config: dict[str, Any], checked: _Checked, cache_file: Path) -
         effect = "the model learns nothing from it, and prediction will refuse images where it has others"
         warnings.warn(f"{where}: {effect}.", stacklevel=4)
     data = data.map(lambda dataset: dataset.with_contract(contract))
-    if data.validation is None:
-        _check_without_validation(config)
-    data.hashes = _hashes(config, checked.data)
+    data.hashes = _hashes(config, given)
     return data, contract
 
 
@@ -210,6 +211,7 @@ def _collect(problems: list[str], kind: type[UserError] = UserError) -> Iterator
 
 
 def _disagreements(config: dict[str, Any], data: Splits) -> list[str]:
+    """Return in what config and data do not fit, but for the model."""
     wanted, problems = config["IGNORE_INDEX"], []
     for split, dataset in data.items():
         if dataset.ignore_index not in (None, wanted):
@@ -219,6 +221,15 @@ def _disagreements(config: dict[str, Any], data: Splits) -> list[str]:
     if len(set(tasks.values())) > 1:
         listed = ", ".join(f"{task!r} for {split}" for split, task in tasks.items())
         problems.append(f"DATASET_CONFIG has several tasks ({listed}): give all splits the same.")
+    if data.validation is None and config["VALIDATION_FRACTION"] == 0:
+        scheduler, needs = (
+            config["SCHEDULER"],
+            "needs a validation set: give one, or set VALIDATION_FRACTION.",
+        )
+        if config["PATIENCE"] is not None:
+            problems.append(f"PATIENCE is {config['PATIENCE']}, which {needs}")
+        if isinstance(scheduler, type) and issubclass(scheduler, ReduceLROnPlateau):
+            problems.append(f"SCHEDULER is ReduceLROnPlateau, which {needs}")
     return problems
 
 
@@ -236,27 +247,6 @@ def _enter_data(config: dict[str, Any], data: Splits) -> list[str]:
     return ["the datasets are not named: set DATASET to their class, and DATASET_CONFIG to their arguments"]
 
 
-def _data_problems(data: Splits, num_classes: int | None, cache_file: Path) -> list[str]:
-    problems: list[str] = []
-    for split, dataset in data.items():
-        if len(dataset) == 0:
-            problems.append(f"the {split} data is empty")
-            continue
-        with _collect(problems, DataError):
-            dataset.check(cache_file, num_classes, training=split == "train")
-    return problems
-
-
-def _split(config: dict[str, Any], data: Splits) -> Splits:
-    """Return the splits as they are trained on and evaluated on, before normalization."""
-    if data.validation is None and config["VALIDATION_FRACTION"] > 0:
-        train, validation = data.train.split(config["VALIDATION_FRACTION"], config["SEED"])
-        data = Splits(train, data.test, validation).map(as_dataset)
-    evaluated = ((split, dataset) for split, dataset in data.items() if split != "train")
-    changed: dict[str, Any] = {split: as_dataset(dataset.for_evaluation()) for split, dataset in evaluated}
-    return replace(data, **changed)
-
-
 def _hashes(config: dict[str, Any], data: Splits) -> dict[str, dict[str, Any]]:
     """Return size and SHA-256 of the files that the training reads, where the datasets tell."""
     hashes = {
@@ -269,12 +259,3 @@ def _hashes(config: dict[str, Any], data: Splits) -> dict[str, dict[str, Any]]:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             hashes["INIT_WEIGHTS"] = {"bytes": stream.tell(), "sha256": digest}
     return hashes
-
-
-def _check_without_validation(config: dict[str, Any]) -> None:
-    needs = "needs a validation set: give one, or set VALIDATION_FRACTION above 0."
-    problems = [] if config["PATIENCE"] is None else [f"PATIENCE is {config['PATIENCE']}, which {needs}"]
-    if config["SCHEDULER"] is not None and issubclass(config["SCHEDULER"], ReduceLROnPlateau):
-        problems.append(f"SCHEDULER is ReduceLROnPlateau, which {needs}")
-    if problems:
-        raise ConfigError(problems)

@@ -1,3 +1,5 @@
+"""The choice of device and precision, what is refused, and what a forward pass is computed in."""
+
 import platform
 import re
 import warnings
@@ -6,21 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from dida_core.config.project import project_of
 from dida_core.errors import UserError
-from dida_core.training.device import DeviceContext, choose_context
+from dida_core.training.device import DeviceContext
+from dida_core.training.setup import prepare
 from torch import Tensor
 
-from dida_tools.config.config import make_global_config
-from dida_tools.config.device import PRECISIONS, get_device, get_precision
+from dida_tools.config import device as device_module
+from dida_tools.config.device import get_device, get_precision
+
+from tests.helpers import PACKAGE
 
 CPU = torch.device("cpu")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-no_mps = pytest.mark.skipif(torch.backends.mps.is_available(), reason="needs a machine without an Apple GPU")
+HAS_CUDA, HAS_MPS = torch.cuda.is_available(), torch.backends.mps.is_available()
+needs_gpu = pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
+no_gpu = pytest.mark.skipif(HAS_CUDA, reason="needs a machine without a GPU")
+no_mps = pytest.mark.skipif(HAS_MPS, reason="needs a machine without an Apple GPU")
 WITHOUT = "but .*: use DEVICE=auto .* or DEVICE=cpu"
-UNKNOWN_DEVICES = ["gpu", "", "cuda:-1", "cuda:first", "CPU", 1.5]
-UNKNOWN_PRECISIONS = ["fp64", "float32", "BF16", "", torch.bfloat16]
 
 
 def refusal(choose: Any, *arguments: Any) -> str:
@@ -32,25 +35,23 @@ def refusal(choose: Any, *arguments: Any) -> str:
     return text
 
 
-@pytest.mark.parametrize("requested", [None, "auto"])
-def test_auto_takes_the_best_device_of_the_machine(requested):
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    assert get_device(requested) == torch.device(best)
-
-
-@pytest.mark.parametrize("requested", ["cpu", CPU])
-def test_a_requested_cpu_is_given(requested):
-    assert get_device(requested) == CPU
+def test_auto_takes_the_best_device_and_a_requested_one_is_given():
+    best = torch.device("cuda" if HAS_CUDA else "mps" if HAS_MPS else "cpu")
+    assert get_device() == get_device("auto") == best
+    assert get_device("cpu") == get_device(CPU) == CPU
 
 
 @pytest.mark.parametrize(
     ("requested", "expected"),
     [
-        *[pytest.param(one, f"DEVICE is '{one}' {WITHOUT}", marks=no_gpu) for one in ("cuda", "cuda:1")],
+        pytest.param("cuda", f"DEVICE is 'cuda' {WITHOUT}", marks=no_gpu),
         pytest.param(torch.device("cuda", 0), f"DEVICE is 'cuda:0' {WITHOUT}", marks=no_gpu),
         pytest.param("mps", "DEVICE is 'mps' but this machine has no Apple GPU", marks=no_mps),
-        *[(one, "DEVICE is .*: choose one of auto, cpu, cuda") for one in UNKNOWN_DEVICES],
         pytest.param("cuda:99", "DEVICE is 'cuda:99' but there are .* GPUs", marks=needs_gpu),
+        *[
+            (one, "DEVICE is .*: choose one of auto, cpu, cuda")
+            for one in ("gpu", "", "cuda:-1", "cuda:first", "CPU", 1.5)
+        ],
     ],
 )
 def test_other_devices_are_refused_in_a_sentence(requested, expected):
@@ -78,18 +79,11 @@ def test_auto_precision_is_fp32_where_torch_cannot_tell(monkeypatch):
     assert get_precision(CPU) == get_precision(torch.device("mps")) == "fp32"
 
 
-@pytest.mark.parametrize("requested", ["fp32", "bf16"])
-def test_a_requested_precision_is_given(requested):
-    assert get_precision(CPU, requested) == requested
-
-
-@pytest.mark.parametrize("requested", UNKNOWN_PRECISIONS)
-def test_an_unknown_precision_is_refused_with_the_known_ones(requested):
-    assert "choose one of auto, fp32, bf16, fp16" in refusal(get_precision, CPU, requested)
-
-
-def test_fp16_on_the_cpu_is_refused():
+def test_a_requested_precision_is_given_or_refused():
+    assert [get_precision(CPU, one) for one in ("fp32", "bf16")] == ["fp32", "bf16"]
     assert "PRECISION is 'fp16' but the device is 'cpu'" in refusal(get_precision, CPU, "fp16")
+    for unknown in ("fp64", "float32", "BF16", "", torch.bfloat16):
+        assert "choose one of auto, fp32, bf16, fp16" in refusal(get_precision, CPU, unknown)
 
 
 # ------------------------------------------------------------------------------------------------ the context
@@ -100,46 +94,32 @@ def product(device: torch.device) -> Tensor:
     return torch.full((1, 1), 1 + 2**-10, device=device) @ torch.ones(1, 1, device=device)
 
 
-@pytest.mark.parametrize(
-    ("device", "precision", "dtype"),
-    [
-        ("cpu", "fp32", torch.float32),
-        ("cpu", "bf16", torch.bfloat16),
-        pytest.param("cuda", "fp32", torch.float32, marks=needs_gpu),
-        pytest.param("cuda", "bf16", torch.bfloat16, marks=needs_gpu),
-        pytest.param("cuda", "fp16", torch.float16, marks=needs_gpu),
-    ],
-)
-def test_the_forward_pass_is_computed_in_the_precision(device, precision, dtype):
-    context = DeviceContext(torch.device(device), precision)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with DeviceContext(context.device, "bf16").autocast(), context.autocast():
-            result = product(context.device)
-    assert result.dtype == dtype and result.item() == (1 if dtype == torch.bfloat16 else 1 + 2**-10)
-    assert product(context.device).dtype == torch.float32
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_the_forward_pass_is_computed_in_the_precision(device):
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for precision, dtype in (dtypes | ({"fp16": torch.float16} if device == "cuda" else {})).items():
+        context = DeviceContext(torch.device(device), precision)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with DeviceContext(context.device, "bf16").autocast(), context.autocast():
+                result = product(context.device)
+        assert result.dtype == dtype and result.item() == (1 if dtype == torch.bfloat16 else 1 + 2**-10)
+        assert product(context.device).dtype == torch.float32
 
 
-def test_every_precision_has_a_context():
-    for precision in PRECISIONS:
-        assert isinstance(DeviceContext(CPU, precision).autocast(), torch.autocast)
+def test_images_alone_are_moved_into_the_memory_format():
+    for shape in [(4,), (4, 3), (4, 3, 5), (2, 3, 4, 5), (2, 3, 4, 5, 6)]:
+        for channels_last in (True, False):
+            inputs = torch.randn(shape)
+            moved = DeviceContext(CPU, channels_last=channels_last).move(inputs)
+            is_changed = channels_last and len(shape) == 4
+            assert torch.equal(moved, inputs) and moved.is_contiguous() != is_changed
+            assert not is_changed or moved.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 3, 5), (2, 3, 4, 5), (2, 3, 4, 5, 6)])
-def test_images_alone_are_moved_into_the_memory_format(shape, channels_last):
-    inputs = torch.randn(shape)
-    moved = DeviceContext(CPU, channels_last=channels_last).move(inputs)
-    is_changed = channels_last and len(shape) == 4
-    assert torch.equal(moved, inputs) and moved.is_contiguous() != is_changed
-    assert not is_changed or moved.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_device_and_precision_are_those_that_the_project_chooses(monkeypatch):
-    project = project_of(make_global_config.__module__)
-    assert choose_context(project, "cpu", "bf16", False) == DeviceContext(CPU, "bf16", False)
-    assert choose_context(project).device == get_device()
-    monkeypatch.setattr(
-        project.module(".config.device"), "get_device", lambda requested: torch.device("meta")
-    )
-    assert choose_context(project, "cpu", "fp32") == DeviceContext(torch.device("meta"), "fp32", True)
+def test_device_and_precision_are_those_that_this_project_chooses(
+    datasets, tiny_config, global_config, monkeypatch
+):
+    monkeypatch.setattr(device_module, "get_precision", lambda device, requested: f"{requested} on {device}")
+    with pytest.raises(KeyError, match="fp32 on cpu"):  # no number format that a forward pass knows
+        prepare(*datasets, tiny_config, global_config, None, PACKAGE).autocast()

@@ -1,6 +1,5 @@
 """Temperature and thresholds fit the validation data, are stored with the best weights, and are used."""
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,6 @@ from dida_tools.utils.loss import dice_bce_sum, f1, masked_dice_bce_sum, masked_
 from tests.helpers import rows_of
 
 pytestmark = pytest.mark.usefixtures("quick")
-
-CLASSES, LABELS = DataContract(1, task="multi-class"), DataContract(1, task="multi-label")
-FITTED = ("validation.temperature", "validation.threshold")
 
 
 # -------------------------------------------------------------------------------------------- the temperature
@@ -60,8 +56,8 @@ def best_temperature(logits: Tensor, targets: Tensor, keep: Tensor) -> float:
     return math.exp(minimize_scalar(likelihood, bounds=(-2, 2), method="bounded", options={"xatol": 1e-9}).x)
 
 
-def fit(logits: Tensor, targets: Tensor, contract: DataContract = CLASSES, **options: Any) -> float:
-    nll = NLL(contract, **options)
+def fit(logits: Tensor, targets: Tensor, **options: Any) -> float:
+    nll = NLL(**options)
     nll.update(logits, targets)
     return nll.results()["temperature"]
 
@@ -72,20 +68,19 @@ def test_the_temperature_is_that_of_an_optimizer_within_one_percent(task, scale)
     logits, targets = draw(task, scale)
     expected = best_temperature(logits, targets, targets != 255)
     assert expected == pytest.approx(scale, rel=0.15)
-    contract = DataContract(1, task=task)
-    assert fit(logits, targets, contract) == pytest.approx(expected, rel=0.01)
+    assert fit(logits, targets) == pytest.approx(expected, rel=0.01)
     mask = (torch.rand(3, 1, 20, 20, generator=torch.Generator().manual_seed(1)) < 0.6).long()
     if task == "multi-label":
-        masked = fit(logits, torch.cat([mask, targets], 1), contract, is_masked=True)
+        masked = fit(logits, torch.cat([mask, targets], 1), is_masked=True)
         expected = best_temperature(logits, targets, (targets != 255) & (mask == 1))
         assert masked == pytest.approx(expected, rel=0.01)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data(), st.sampled_from(["multi-class", "multi-label"]), st.integers(1, 3), st.integers(2, 20))
 def test_the_nll_is_the_same_for_all_batches_tiles_and_orders(data, task, batch_size, width):
     logits, targets = draw(task, 2.0)
-    whole, parts = (NLL(DataContract(1, task=task)) for _ in range(2))
+    whole, parts = (NLL() for _ in range(2))
     whole.update(logits, targets)
     pieces = [
         (logits[batch, ..., left], targets[batch, ..., left])
@@ -98,11 +93,11 @@ def test_the_nll_is_the_same_for_all_batches_tiles_and_orders(data, task, batch_
 
 
 def test_where_nothing_is_to_be_fitted_the_temperature_is_one():
-    assert NLL(CLASSES).results() == {"temperature": 1.0}
+    assert NLL().results() == {"temperature": 1.0}
     logits, targets = draw("multi-class", 2.0)
     assert fit(logits, torch.full_like(targets, 255)) == 1.0
     assert fit(torch.zeros_like(logits), targets) == 1.0
-    assert fit(logits, logits, DataContract(1, task="values")) == 1.0  # no classes
+    assert fit(logits, logits[:, :2]) == 1.0  # no classes
 
 
 def test_the_temperature_stays_in_its_range():
@@ -113,7 +108,7 @@ def test_the_temperature_stays_in_its_range():
     assert TEMPERATURES[0] <= fit(huge, torch.tensor([0, 1, 1])) <= TEMPERATURES[-1]
 
 
-# ------------------------------------------------------------------------------------------------ a whole run
+# ------------------------------------------------------------------------------------------------ whole runs
 
 
 def make_labels(number: int, seed: int) -> TensorDataset:
@@ -124,6 +119,9 @@ def make_labels(number: int, seed: int) -> TensorDataset:
     return TensorDataset(images, (noisy > torch.tensor([0.2, 1.8]).reshape(1, 2, 1, 1)).float())
 
 
+TRAIN, VALIDATION, TEST = make_labels(20, 0), make_labels(12, 1), make_labels(12, 2)
+
+
 @pytest.fixture
 def label_config(tiny_config) -> dict[str, Any]:
     model = {"in_channels": 3, "out_channels": 2, "kernel_size": 1}
@@ -131,26 +129,28 @@ def label_config(tiny_config) -> dict[str, Any]:
     return tiny_config | {"LOSS": dice_bce_sum, "METRICS": {"f1": f1}, "EPOCHS": 4}
 
 
-def logits_of(result: Any, dataset: TensorDataset) -> tuple[Tensor, Tensor]:
+def logits_of(result: Any, dataset: TensorDataset) -> Tensor:
     model = nn.Conv2d(3, 2, 1)
     model.load_state_dict(load_weights(result.weights["best"])["model"])
     with torch.no_grad():
-        return model(dataset.tensors[0]), dataset.tensors[1]
+        return model(dataset.tensors[0])
 
 
 def contract_of(result: Any) -> DataContract:
     return DataContract.from_dict(load_weights(result.weights["best"])["contract"])
 
 
-def test_thresholds_and_temperature_are_those_of_the_validation_data(label_config, global_config):
-    sets = make_labels(20, 0), make_labels(12, 1), make_labels(12, 2)
-    result = train(sets[0], sets[2], label_config, global_config, sets[1])
-    contract = contract_of(result)
-    logits, targets = logits_of(result, sets[1])
+def test_they_are_those_of_the_validation_data_and_the_test_set_is_evaluated_with_them(
+    label_config, global_config
+):
+    result = train(TRAIN, TEST, label_config, global_config, VALIDATION)
+    contract, (logits, targets) = contract_of(result), (logits_of(result, VALIDATION), VALIDATION.tensors[1])
     expected = best_temperature(logits, targets, torch.ones_like(targets, dtype=torch.bool))
     assert contract.temperature == pytest.approx(expected, rel=0.01) and abs(expected - 1) > 0.05
+    assert contract.temperature == result.metrics["validation.temperature"]
     probabilities = contract.probabilities(logits)
     for number in range(2):
+        assert contract.threshold[number] == result.metrics[f"validation.threshold.{number}"]
         truth, chance = targets[:, number].flatten().numpy(), probabilities[:, number].flatten().numpy()
         precision, recall, _ = reference.precision_recall_curve(truth, chance)
         best = (2 * precision * recall / np.maximum(precision + recall, 1e-9)).max()
@@ -159,34 +159,30 @@ def test_thresholds_and_temperature_are_those_of_the_validation_data(label_confi
         assert reached > reference.f1_score(truth, chance >= 0.5)
     assert len({*contract.threshold, 0.5}) == 3
 
-
-def test_the_test_set_is_evaluated_as_it_would_be_predicted(label_config, global_config):
-    sets = make_labels(20, 0), make_labels(12, 1)
-    result = train(*sets, label_config, global_config)
-    contract = contract_of(result)
-    logits, targets = logits_of(result, sets[1])
-    predicted = contract.classes(contract.probabilities(logits))
-    truth, guess = (one.movedim(1, -1).reshape(-1, 2).numpy() for one in (targets, predicted))
+    probabilities = contract.probabilities(logits_of(result, TEST))
+    truth, guess, chances = (
+        one.movedim(1, -1).reshape(-1, 2).numpy()
+        for one in (TEST.tensors[1], contract.classes(probabilities), probabilities)
+    )
     each = reference.f1_score(truth, guess, average=None)
     assert [result.metrics["test.f1.0"], result.metrics["test.f1.1"]] == pytest.approx(each, abs=1e-12)
-    chances = contract.probabilities(logits).movedim(1, -1).reshape(-1, 2).numpy()
     assert abs(each - reference.f1_score(truth, chances >= 0.5, average=None)).min() > 1e-4
-    precision = reference.average_precision_score(truth, chances)
-    assert result.metrics["test.average_precision"] == pytest.approx(precision, abs=0.01)
+    average_precision = reference.average_precision_score(truth, chances)
+    assert result.metrics["test.average_precision"] == pytest.approx(average_precision, abs=0.01)
     assert result.metrics["test.ignored_pixels"] == 0
 
 
-def test_the_fit_changes_the_contract_of_the_best_weights_alone(
-    datasets, tiny_config, global_config, monkeypatch
+def test_the_fit_changes_the_contract_of_the_best_weights_alone_and_is_reported(
+    datasets, tiny_config, global_config, monkeypatch, capsys
 ):
     before: dict[str, Any] = {}
 
     def look(setup: Any, model: nn.Module) -> Any:
-        (file,) = global_weights.glob("*/best.pt")
+        (file,) = Path(global_config["WEIGHT_DIR"]).glob("*/best.pt")
         before.update(load_weights(file))
         return calibrate(setup, model)
 
-    global_weights, calibrate = Path(global_config["WEIGHT_DIR"]), run_module.calibrate
+    calibrate = run_module.calibrate
     monkeypatch.setattr(run_module, "calibrate", look)
     result = train(*datasets, tiny_config | {"EMA": 0.9}, global_config)
     after = load_weights(result.weights["best"])
@@ -194,32 +190,19 @@ def test_the_fit_changes_the_contract_of_the_best_weights_alone(
     assert all(torch.equal(tensor, after["model"][name]) for name, tensor in before["model"].items())
     changed = {key for key, value in after["contract"].items() if before["contract"][key] != value}
     assert changed == {"temperature"}
-    assert result.metrics["validation.temperature"] == after["contract"]["temperature"] != 1
-    assert "validation.threshold" not in result.metrics
-
-
-def test_columns_and_last_lines_report_what_was_fitted(datasets, tiny_config, global_config, capsys):
-    train(*datasets, tiny_config, global_config)
     (row,), said = rows_of(global_config), capsys.readouterr()
+    assert row["validation.temperature"] == after["contract"]["temperature"] != 1
+    assert "validation.threshold" not in row and row["test.ignored_pixels"] == 0
+    assert {f"test.average_precision.{number}" for number in range(3)} <= row.keys()
     lines = (said.out + said.err).splitlines()
     line = next(line for line in lines if "average precision" in line)
     for name, column in (("average precision", "test.average_precision"), ("calibration error", "test.ece")):
         assert 0 < row[column] <= 1 and f"{name} {row[column]:.4f}" in line
     assert f"temperature {row['validation.temperature']:.4f}" in line and "threshold" not in line
-    assert {f"test.average_precision.{number}" for number in range(3)} <= row.keys()
-    assert row["test.ignored_pixels"] == 0 and "ignored" not in "".join(lines) and len(line) < 120
+    assert "ignored" not in "".join(lines) and len(line) < 120
 
 
-def test_ignored_pixels_of_the_test_set_are_reported(label_config, global_config, capsys):
-    sets = make_labels(20, 0), make_labels(12, 1)
-    sets[1].tensors[1][:, 0, :, :3] = 255
-    sets[1].tensors[1][:, 1, :, :1] = 255
-    result, said = train(*sets, label_config, global_config), capsys.readouterr()
-    assert result.metrics["test.ignored_pixels"] == 12 * 12 * 4
-    assert "; 576 pixels are ignored" in said.out + said.err
-
-
-def test_masked_targets_are_fitted_to_the_usable_pixels(label_config, global_config):
+def test_masked_targets_are_fitted_to_the_usable_pixels(label_config, global_config, capsys):
     def masked(dataset: TensorDataset) -> TensorDataset:
         images, labels = dataset.tensors
         mask = torch.ones(len(images), 1, 12, 12)
@@ -231,70 +214,60 @@ def test_masked_targets_are_fitted_to_the_usable_pixels(label_config, global_con
     def half(dataset: TensorDataset) -> TensorDataset:
         return TensorDataset(*(tensor[:, :, 6:].contiguous() for tensor in dataset.tensors))
 
-    sets = make_labels(20, 0), make_labels(12, 1), make_labels(12, 2)
-    changes = {"LOSS": masked_dice_bce_sum, "METRICS": {"f1": masked_f1}, "OPTIMIZER_CONFIG": {"lr": 0.0}}
-    first = train(*(masked(one) for one in sets[:2]), label_config | changes, global_config, masked(sets[2]))
-    changes |= {"LOSS": dice_bce_sum, "METRICS": {"f1": f1}}
-    second = train(*(half(one) for one in sets[:2]), label_config | changes, global_config, half(sets[2]))
-    assert contract_of(first).temperature == contract_of(second).temperature
-    assert contract_of(first).threshold == contract_of(second).threshold
-    assert first.metrics["test.f1"] == second.metrics["test.f1"]
-    assert [one.metrics["test.ignored_pixels"] for one in (first, second)] == [12 * 2 * 6 * 12, 0]
+    results = []
+    for change, loss, metric in ((masked, masked_dice_bce_sum, masked_f1), (half, dice_bce_sum, f1)):
+        config = label_config | {"LOSS": loss, "METRICS": {"f1": metric}, "OPTIMIZER_CONFIG": {"lr": 0.0}}
+        sets = [change(one) for one in (TRAIN, TEST, VALIDATION)]
+        results.append(train(*sets[:2], config, global_config, sets[2]))
+    first, second = (contract_of(result) for result in results)
+    assert (first.temperature, first.threshold) == (second.temperature, second.threshold)
+    assert results[0].metrics["test.f1"] == results[1].metrics["test.f1"]
+    assert [one.metrics["test.ignored_pixels"] for one in results] == [12 * 2 * 6 * 12, 0]
+    said = capsys.readouterr()
+    assert "; 1,728 pixels are ignored" in said.out + said.err
 
 
-@pytest.mark.parametrize("metrics", [{}, {"f1": f1}])
-def test_without_counted_metrics_the_same_is_fitted(label_config, global_config, metrics):
-    sets = make_labels(20, 0), make_labels(12, 1)
-    label_config |= {"METRICS": metrics, "MONITOR": "min loss"}
-    result = train(*sets, label_config, global_config)
-    assert contract_of(result).temperature == result.metrics["validation.temperature"] != 1
-    assert result.metrics["validation.threshold.1"] == contract_of(result).threshold[1] != 0.5
-    assert result.metrics["test.average_precision"] > 0.5
-
-
-def test_a_single_label_has_a_plain_threshold(label_config, global_config):
-    sets = [TensorDataset(one[0], one[1][:, 1:]) for one in (make_labels(20, 0)[:], make_labels(12, 1)[:])]
+def test_a_single_label_without_counted_metrics_has_a_plain_threshold(label_config, global_config):
+    sets = [TensorDataset(images, labels[:, 1:]) for images, labels in (TRAIN.tensors, TEST.tensors)]
+    label_config |= {"METRICS": {}, "MONITOR": "min loss"}
     label_config["MODEL_CONFIG"] = label_config["MODEL_CONFIG"] | {"out_channels": 1}
     result = train(*sets, label_config, global_config)
     assert contract_of(result).threshold == result.metrics["validation.threshold"] != 0.5
+    assert contract_of(result).temperature == result.metrics["validation.temperature"] != 1
+    assert result.metrics["test.average_precision"] > 0.5
 
 
-def test_without_validation_data_nothing_is_fitted(label_config, global_config):
-    sets = make_labels(20, 0), make_labels(12, 1)
-    result = train(*sets, label_config | {"VALIDATION_FRACTION": 0.0}, global_config)
+@pytest.mark.parametrize("missing", ["validation data", "classes"])
+def test_without_validation_data_or_classes_nothing_is_fitted(label_config, global_config, missing):
+    if missing == "classes":
+        values = TensorDataset(TRAIN.tensors[0], TRAIN.tensors[0][:, :2] + 0.5)
+        changes: dict[str, Any] = {"LOSS": nn.MSELoss, "METRICS": {}, "MONITOR": "min loss"}
+        result = train(values, values, label_config | changes, global_config)
+        assert set(result.metrics) == {"validation.loss", "test.loss"}
+    else:
+        result = train(TRAIN, TEST, label_config | {"VALIDATION_FRACTION": 0.0}, global_config)
+        logits, targets = logits_of(result, TEST), TEST.tensors[1]
+        each = [reference.f1_score(targets[:, n].flatten(), logits[:, n].flatten() >= 0) for n in range(2)]
+        assert [result.metrics["test.f1.0"], result.metrics["test.f1.1"]] == pytest.approx(each, abs=1e-12)
     assert (contract_of(result).temperature, contract_of(result).threshold) == (1.0, 0.5)
-    assert not [key for key in result.metrics if key.startswith(FITTED)]
-    logits, targets = logits_of(result, sets[1])
-    each = [reference.f1_score(targets[:, n].flatten(), logits[:, n].flatten() >= 0) for n in range(2)]
-    assert [result.metrics["test.f1.0"], result.metrics["test.f1.1"]] == pytest.approx(each, abs=1e-12)
+    assert not [key for key in result.metrics if key.startswith(("validation.temp", "validation.thres"))]
 
 
-def test_of_values_nothing_is_fitted(tiny_config, global_config):
-    inputs = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
-    sets = [TensorDataset(inputs, inputs.sum(1, keepdim=True))] * 2
-    tiny_config |= {"MODEL": nn.Linear, "MODEL_CONFIG": {"in_features": 4, "out_features": 1}}
-    tiny_config |= {"LOSS": nn.MSELoss, "METRICS": {}, "MONITOR": "min loss"}
-    result = train(*sets, tiny_config, global_config)
-    assert (contract_of(result).temperature, contract_of(result).threshold) == (1.0, 0.5)
-    assert set(result.metrics) == {"validation.loss", "test.loss"}
-
-
-@pytest.mark.parametrize("at", ["calibrate", "evaluate"])
 def test_a_run_that_ends_while_it_is_fitted_or_tested_resumes_to_the_same_end(
-    label_config, global_config, tmp_path, monkeypatch, at
+    label_config, global_config, tmp_path, monkeypatch
 ):
-    sets = make_labels(20, 0), make_labels(12, 1)
-    whole = train(*sets, label_config, {key: str(tmp_path / f"whole_{key}") for key in global_config})
+    whole = train(TRAIN, TEST, label_config, {key: str(tmp_path / f"whole_{key}") for key in global_config})
+    for ended_in in ("calibrate", "evaluate"):
 
-    def fail(*_: Any) -> Any:
-        raise KeyboardInterrupt
+        def fail(*_: Any) -> Any:
+            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_module, at, fail)
-        train(*sets, label_config, global_config)
-    again = train(*sets, label_config | {"RESUME": "auto"}, global_config)
-    files = [hashlib.sha256(result.weights["best"].read_bytes()).hexdigest() for result in (whole, again)]
-    assert files[0] == files[1] and again.metrics == whole.metrics
-    longer = train(*sets, label_config | {"RESUME": again.name, "EPOCHS": 6}, global_config)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(run_module, ended_in, fail)
+            train(TRAIN, TEST, label_config, global_config)
+        again = train(TRAIN, TEST, label_config | {"RESUME": "auto"}, global_config)
+        assert again.weights["best"].read_bytes() == whole.weights["best"].read_bytes()
+        assert again.metrics == whole.metrics
+    longer = train(TRAIN, TEST, label_config | {"RESUME": again.name, "EPOCHS": 6}, global_config)
     assert longer.state.epoch == 6
     assert contract_of(longer).temperature == longer.metrics["validation.temperature"]

@@ -104,10 +104,7 @@ def test_any_split_into_batches_tiles_and_processes_in_any_order_gives_the_same(
 def test_the_place_of_a_pixel_in_memory_does_not_matter(task):
     """In float32, softmax and sigmoid differ in the last bit, and some pixels are in another bin."""
     logits, targets = draw(task, (200_003,))
-    as_image = (
-        logits.T.contiguous().unsqueeze(0),
-        (targets if task == "multi-class" else targets.T).unsqueeze(0),
-    )
+    as_image = logits.T.contiguous()[None], (targets if task == "multi-class" else targets.T)[None]
     assert state(score(task, *as_image)) == state(score(task, logits, targets))
 
 
@@ -120,29 +117,19 @@ def test_all_pixels_are_valid_or_ignored(task):
     scores = score(task, logits, targets, valid)
     ignored = int(((targets == 255) | (torch.arange(6).reshape(-1, *[1] * (targets.ndim - 1)) == 2)).sum())
     assert scores.num_ignored == scores.results()["ignored_pixels"] == ignored
-    assert scores.num_valid == scores.results()["valid_pixels"] == targets.numel() - ignored
-    assert set(scores.histograms.sum((1, 2)).tolist()) <= {
-        scores.num_valid,
-        scores.num_valid // logits.shape[1],
-    }
+    assert scores.results()["valid_pixels"] == targets.numel() - ignored
+    times = logits.shape[1] if task == "multi-class" else 1  # in the histogram of each class
+    assert scores.histograms.sum() == times * scores.confusion.sum() == times * (targets.numel() - ignored)
     with_other_numbers = score(task, logits, torch.where(targets == 255, 9, targets), valid, ignore_index=9)
     assert state(with_other_numbers) == state(scores)
 
 
-def test_weights_of_pixels_are_taken_as_there_or_not():
-    logits, targets = draw("multi-class")
-    valid = torch.rand(6, 9, 11).clamp(min=0.1)
-    assert state(score("multi-class", logits, targets, valid)) == state(score("multi-class", logits, targets))
-
-
-def test_scores_of_different_things_are_not_added():
-    for other in (Scores(4, True), Scores(3, False), Scores(3, True, temperature=2)):
-        with pytest.raises(ValueError, match="cannot be added"):
-            Scores(3, True) + other
-    with pytest.raises(ValueError, match="3 classes, multi-class"):
-        Scores(3, True).update(*draw("multi-class"))
-    with pytest.raises(ValueError, match="cannot be added"):
-        Scores(3, False, threshold=(0.1, 0.2, 0.3)) + Scores(3, False)
+def test_scores_of_other_classes_or_labels_are_refused():
+    for num_classes, multi_class in ((3, True), (4, False)):
+        with pytest.raises(
+            ValueError, match=f"of {num_classes} (classes|labels); the prediction has .*4, 9, 11"
+        ):
+            Scores(num_classes, multi_class).update(*draw("multi-class"))
 
 
 # --------------------------------------------------------------------------------------- against scikit-learn
@@ -175,15 +162,6 @@ def test_confusion_and_metrics_are_those_of_scikit_learn(task):
     assert scores.reliability() == trust and len(trust) == (7 if several else 3)
 
 
-def test_of_two_classes_the_summary_is_that_of_the_second():
-    logits, targets = draw("multi-class", classes=2)
-    truth, guess, _ = pixels("multi-class", logits, targets)
-    found = score("multi-class", logits, targets).results(("land", "water"))
-    assert found["f1"] == found["f1.water"] == approx(reference.f1_score(truth, guess))
-    assert found["f1_macro"] == approx(reference.f1_score(truth, guess, average="macro"))
-    assert found["f1"] == f1(logits, targets).item()
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_average_precision_is_that_of_scikit_learn_on_the_same_bins(task):
     logits, targets = draw(task)
@@ -202,7 +180,7 @@ def test_average_precision_is_that_of_scikit_learn_on_the_same_bins(task):
     assert found["average_precision_micro"] == approx(pooled)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.0001, 3.0))
 def test_average_precision_is_within_its_bound_of_that_without_bins(seed, spread):
     generator = torch.Generator().manual_seed(seed)
@@ -221,7 +199,7 @@ def test_average_precision_is_within_its_bound_of_that_without_bins(seed, spread
 # --------------------------------------------------------------------------------- thresholds and calibration
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.01, 0.5), st.floats(0.01, 3.0))
 def test_the_best_threshold_is_within_its_bound_of_the_best_of_all(seed, frequency, spread):
     generator = torch.Generator().manual_seed(seed)
@@ -249,9 +227,8 @@ def test_counts_at_the_best_threshold_are_those_of_the_histogram_and_of_predicti
     best = [scores.best_threshold(number) for number in range(classes)]
     assert len({*best, 0.5}) == classes + 1
     again = score(task, logits, targets, temperature=temperature, threshold=best)
-    contract = DataContract(
-        1, task="multi-label", outputs=classes, threshold=tuple(best), temperature=temperature
-    )
+    fitted = {"threshold": tuple(best), "temperature": temperature}
+    contract = DataContract(1, task="multi-label", outputs=classes, **fitted)
     predicted = contract.classes(contract.probabilities(logits)).reshape(targets.shape)
     for number in range(classes):
         counts = counts_by_threshold(scores.histograms[number])
@@ -293,48 +270,13 @@ def test_the_calibration_error_is_that_of_a_plain_computation(task):
     assert score(task, 3 * logits, targets).results()["ece"] > found + 0.01
 
 
-def test_frequencies_as_probabilities_have_no_calibration_error():
-    generator = torch.Generator().manual_seed(0)
-    probabilities = torch.rand(400_000, 1, generator=generator)
-    truth = (torch.rand(400_000, 1, generator=generator) < probabilities).long()
-    assert score("binary", probabilities.logit(), truth).expected_calibration_error() < 0.005
-    both = torch.cat([-probabilities.logit(), torch.zeros(400_000, 1)], 1)
-    assert score("multi-class", both, truth[:, 0]).expected_calibration_error() < 0.005
-    assert score("multi-class", both, 1 - truth[:, 0]).expected_calibration_error() > 0.3
-
-
 def test_certain_answers_are_in_the_outermost_bins():
-    scores = score(
-        "binary", torch.tensor([[[[50.0, -50.0, math.inf, -math.inf]]]]), torch.tensor([[[[1, 0, 1, 0]]]])
-    )
-    assert (
-        scores.histograms[0, 1, -1] == 2 and scores.histograms[0, 0, 0] == 2 and scores.histograms.sum() == 4
-    )
+    logits = torch.tensor([[50.0], [-50.0], [math.inf], [-math.inf]])
+    histogram = score("binary", logits, torch.tensor([[1], [0], [1], [0]])).histograms[0]
+    assert histogram[1, -1] == histogram[0, 0] == 2 and histogram.sum() == 4
 
 
 # ------------------------------------------------------------------------------------------- rules of absence
-
-
-def test_a_class_that_occurs_nowhere_is_nan_and_left_out_of_the_mean():
-    logits, targets = draw("multi-class")
-    truth, guess, _ = pixels("multi-class", logits, targets)
-    with_fifth = torch.cat([logits, torch.full_like(logits[:, :1], -99.0)], 1)
-    found, without = (
-        score("multi-class", with_fifth, targets).results(),
-        score("multi-class", logits, targets).results(),
-    )
-    for name in (*METRICS, "average_precision"):
-        assert math.isnan(found[f"{name}.4"]) and found[f"{name}_macro"] == approx(without[f"{name}_macro"])
-    assert found["iou_macro"] == approx(reference.jaccard_score(truth, guess, average="macro"))
-
-
-def test_a_class_that_is_predicted_where_there_is_none_is_zero_and_in_the_mean():
-    logits = torch.tensor([[4.0, 0, 0], [0, 4, 0], [0, 0, 4], [4, 0, 0]])
-    found = score("multi-class", logits, torch.tensor([0, 1, 1, 0])).results()
-    for name in ("f1", "precision", "recall", "iou"):
-        assert found[f"{name}.2"] == 0
-    assert found["f1_macro"] == approx((1 + 2 / 3 + 0) / 3)
-    assert math.isnan(found["average_precision.2"])  # there is nothing to be found
 
 
 def test_an_empty_mask_is_nan_without_and_zero_with_false_positives():
@@ -379,33 +321,17 @@ def test_the_mean_of_f1_over_batches_is_not_the_f1():
         assert scores.results()["f1"] == approx(truth)
 
 
-def test_empty_tiles_with_false_positives_count():
-    """Left out, 90 such tiles of 100 made a Dice of 0.363 a perfect one."""
-    targets, logits = torch.zeros(100, 1, 10, 10), torch.full((100, 1, 10, 10), -1.0)
-    targets[:10, :, :5], logits[:10, :, :5], logits[10:, :, :2] = 1, 1.0, 1.0
-    found = score("binary", logits, targets).results()
-    assert found["f1"] == approx(2 * 500 / (500 + 500 + 1800)) and found["recall"] == 1
-
-
 def test_no_pixel_of_a_whole_scene_is_lost():
     """
     In float32, 72 % of the pixels of 10,980 x 10,980 are: beyond 2 ** 24, adding 1 changes nothing. That none
-    is lost in one call either, see test_metrics.py.
+    is lost in one call either, see test_targets.py.
     """
     strip = torch.tensor([-1.0, 1.0]).reshape(1, 2, 1, 1).expand(1, 2, 1220, 10_980)
     scores = score("multi-class", strip[..., :61, :], torch.ones(1, 61, 10_980, dtype=torch.int64))
     strip_scores = sum([scores] * 19, scores)
     scene = sum([strip_scores] * 8, strip_scores)
-    assert scene.confusion.tolist() == [[0, 0], [0, 10_980**2]] and scene.num_valid == 120_560_400
+    assert scene.confusion.tolist() == [[0, 0], [0, 10_980**2]] and scene.confusion.sum() == 120_560_400
     assert scene.histograms[1, 1].sum() == scene.confidences[1].sum() == 10_980**2
-
-
-@pytest.mark.parametrize("classes", [2, 3, 7])
-def test_a_perfect_prediction_has_perfect_means(classes):
-    """Weights of the classes that were normalized before the mean made it 1 / C."""
-    targets = torch.arange(classes * 20).reshape(4, 5, classes) % classes
-    found = score("multi-class", 9.0 * functional.one_hot(targets, classes).movedim(-1, 1), targets).results()
-    assert all(found[f"{name}_{mean}"] == 1 for name in METRICS for mean in ("macro", "micro"))
 
 
 def test_a_channel_of_one_is_not_broadcast_against_the_batch():
@@ -427,29 +353,10 @@ def test_255_in_a_mask_is_ignored_or_refused_but_no_class():
     truth, guess = targets[kept], logits.argmax(1)[kept]
     expected = reference.confusion_matrix(truth, guess).tolist()
     assert score("multi-class", logits, targets).confusion.tolist() == expected
-    with pytest.raises(
-        ValueError, match=r"class number 255, the prediction has the classes 0 to 3.*IGNORE_INDEX"
-    ):
+    with pytest.raises(ValueError, match=r"number 255, the prediction has the classes 0 to 3.*IGNORE_INDEX"):
         score("multi-class", logits, targets, ignore_index=-1)
     with pytest.raises(ValueError, match="class number -1"):
         score("multi-class", logits, torch.full_like(targets, -1))
-
-
-def test_a_dead_class_shows():
-    """Micro IoU is accuracy / (2 - accuracy), and hides a class that is never found."""
-    targets = torch.tensor([0] * 96 + [1] * 4)
-    logits = torch.tensor([[2.0, 0.0]]).expand(100, 2)
-    found = score("multi-class", logits, targets).results()
-    assert found["iou_micro"] == approx(0.96 / (2 - 0.96)) and found["iou.1"] == 0 == found["f1"]
-    assert found["iou_macro"] == approx(0.96 / 2)
-
-
-def test_iou_and_f1_come_from_the_same_predictions():
-    """IoU by the highest class and F1 by a threshold of 0.5 stood in one table."""
-    logits, targets = draw("multi-class")
-    found = score("multi-class", 0.1 * logits, targets).results()
-    for number in range(4):
-        assert found[f"f1.{number}"] == approx(2 * found[f"iou.{number}"] / (1 + found[f"iou.{number}"])) != 0
 
 
 def test_integer_and_half_precision_logits_are_taken_and_nothing_is_changed_in_place():
@@ -459,15 +366,5 @@ def test_integer_and_half_precision_logits_are_taken_and_nothing_is_changed_in_p
     scores = score("multi-label", logits, targets, temperature=2.0)
     assert torch.equal(logits, before[0]) and torch.equal(targets, before[1])
     for dtype in (torch.int32, torch.float16, torch.bfloat16, torch.float64):
-        assert state(
-            score("multi-label", logits.to(dtype), targets.to(torch.uint8), temperature=2.0)
-        ) == state(scores)
-
-
-def test_memory_does_not_grow_with_the_data():
-    scores = Scores(3, multi_class=True)
-    sizes = set()
-    for _ in range(5):
-        scores.update(*draw("multi-class", classes=3))
-        sizes.add(sum(one.numel() for one in vars(scores).values() if isinstance(one, Tensor)))
-    assert sizes == {9 + 2 * NUM_BINS * 4}
+        found = score("multi-label", logits.to(dtype), targets.to(torch.uint8), temperature=2.0)
+        assert state(found) == state(scores)
