@@ -34,7 +34,6 @@ class TrainingData(Protocol):
 
     def check(self, cache_file: Path, num_classes: int | None, training: bool) -> None:
         """Raise DataError with everything that is wrong, before training starts."""
-        return None
 
     def scan(self) -> dict[Path, dict[str, Any]]:
         """Return what is known of each file; its "sha256" is recorded."""
@@ -131,12 +130,9 @@ class View(TrainingData):
             return every[0]  # what does not fit it is refused by with_contract
         mean = np.average([one.mean for one in known], 0, weights)
         square = np.average([np.square(one.mean) + np.square(one.std) for one in known], 0, weights)
-        statistics = {
-            "mean": mean,
-            "std": np.sqrt(square - np.square(mean)),
-            "minimum": np.min([one.minimum for one in known], 0),
-            "maximum": np.max([one.maximum for one in known], 0),
-        }
+        statistics = {"mean": mean, "std": np.sqrt(square - np.square(mean))}
+        statistics["minimum"] = np.min([one.minimum for one in known], 0)
+        statistics["maximum"] = np.max([one.maximum for one in known], 0)
         return replace(known[0], **{name: tuple(value.tolist()) for name, value in statistics.items()})
 
     def with_contract(self, contract: DataContract) -> Any:

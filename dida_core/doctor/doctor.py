@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.checks import dataset_problems, find_problems
+from ..data.build import fingerprint, splits_of, suggest
 from ..data.contract import DataContract
 from ..data.facts import Facts
-from ..data.fingerprint import fingerprint, splits_of, suggest
-from ..data.pairs import MaskReading, Pairs
+from ..data.pairs import MaskReading, Pairs, dataset_problems, find_problems
 
 _SMALLEST_OVERLAP = 0.01  # of the smaller tile: neighbors may touch
 _MOST_CHANNELS = 32  # a first dimension up to this may be channels

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dida_core.data.fingerprint import fingerprint, splits_of, suggest
+from dida_core.data.build import fingerprint, splits_of, suggest
 from dida_core.data.images import DataError
 from dida_core.data.pairs import Pairs
 from dida_core.doctor.doctor import describe

@@ -24,8 +24,6 @@ from dida_core.data.images import (
     Window,
     image_info,
     list_images,
-    open_image,
-    read_bands,
     read_image,
 )
 from PIL import Image
@@ -72,7 +70,7 @@ def assert_reads(path: Path, image: np.ndarray) -> None:
     assert image_info(path) == ImageInfo(shape, dtype.name)
     found = read_image(path)
     assert found.dtype == dtype and np.array_equal(found, image)
-    with open_image(path) as source, ImageReader(path) as reader, ImageReader(path, path) as twice:
+    with ImageReader(path) as source, ImageReader(path) as reader, ImageReader(path, path) as twice:
         assert (source.shape, source.dtype, reader.shape, twice.shape[2]) == (
             shape,
             dtype,
@@ -87,7 +85,7 @@ def assert_reads(path: Path, image: np.ndarray) -> None:
             assert np.array_equal(twice.read(window), np.concatenate([part, part], -1))
         assert len(reader.sample(10)) == 900 and np.isin(reader.sample(10), image).all()
     for max_values in (1, 700, 10**9):
-        bands = list(read_bands(path, max_values))
+        bands = list(ImageReader(path).bands(max_values))
         assert np.array_equal(np.concatenate(bands), image)
         most = max(max_values, shape[1] * shape[2])
         assert all(band.size <= most and band.shape[1:] == shape[1:] for band in bands)
@@ -218,7 +216,7 @@ def refused(path: Path) -> str:
     (problem,) = caught.value.problems
     assert problem.startswith(f"{path}: cannot be read as an image (") and "\n" not in problem
     with pytest.raises(DataError, match="cannot be read as an image"):
-        list(read_bands(path, 10**6))
+        list(ImageReader(path).bands(10**6))
     with pytest.raises(DataError, match="cannot be read as an image"):
         ImageReader(path).read(Window(0, 0, 37, 53))
     return problem

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dida_core.data import fingerprint as fingerprint_module
-from dida_core.data.fingerprint import splits_of, suggest
+from dida_core.data import build as fingerprint_module
+from dida_core.data.build import splits_of, suggest
 from dida_core.data.pairs import MaskReading, Pairs
 from dida_core.doctor import doctor as module
 from dida_core.doctor.doctor import Finding, examine, main, shared_area

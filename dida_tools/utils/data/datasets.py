@@ -13,11 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dida_core.data.checks import contract_problems, dataset_problems, find_problems, several_channels
 from dida_core.data.contract import TASKS, DataContract
 from dida_core.data.facts import Facts, mask_nodata
 from dida_core.data.images import DataError, Window, image_info, read_image
-from dida_core.data.pairs import MaskReading, Pairs, map_values
+from dida_core.data.pairs import (
+    MaskReading,
+    Pairs,
+    contract_problems,
+    dataset_problems,
+    find_problems,
+    map_values,
+    several_channels,
+)
 from torch import Tensor
 from torch.utils.data import Dataset
 
