@@ -1,5 +1,5 @@
-"""The fixtures of the project's tests of data."""
+"""The fixture that writes images in every format."""
 
-from tests.utils.data.conftest import memory_growth, run_python, write, write_pairs
+from tests.utils.data.conftest import write
 
-__all__ = ["memory_growth", "run_python", "write", "write_pairs"]
+__all__ = ["write"]
