@@ -12,7 +12,7 @@ import numpy as np
 from ..config.keys import copy_config, upgrade
 from ..config.project import Project
 from ..config.references import resolve
-from .images import DataError
+from .images import DataError, raise_if
 from .pairs import MaskReading, Pairs
 
 _LARGEST_CROP = 192
@@ -92,9 +92,7 @@ def fingerprint(pairs: Pairs, cache_file: Path | None = None) -> dict[str, Any]:
     :raises DataError: if a file cannot be read
     """
     facts = pairs.scan(cache_file)
-    unreadable = [fact["problem"] for fact in facts.values() if "problem" in fact]
-    if unreadable:
-        raise DataError(unreadable)
+    raise_if(fact["problem"] for fact in facts.values() if "problem" in fact)
     images, masks = ([facts[file] for file in files] for files in (pairs.images, pairs.masks))
     counts: Counter = Counter()
     for mask in masks:

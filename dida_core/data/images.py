@@ -9,7 +9,7 @@ import contextlib
 import mmap
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -30,6 +30,12 @@ class DataError(Problems):
     """Data that cannot be used."""
 
     about = "the data"
+
+
+def raise_if(problems: Iterable[str]) -> None:
+    """Raise DataError if there are any problems."""
+    if problems := list(problems):
+        raise DataError(problems)
 
 
 class Window(NamedTuple):
@@ -87,8 +93,7 @@ class ImageReader:
                 for path, one in zip(paths, infos, strict=True)
                 if (*one.shape[:2], one.dtype) != (*first.shape[:2], first.dtype)
             ]
-            if problems:
-                raise DataError(problems)
+            raise_if(problems)
             self._stack = stack.pop_all()
         self.shape = (*first.shape[:2], sum(one.shape[2] for one in infos))
         self.dtype, self.nodata = first.dtype, first.nodata

@@ -13,7 +13,7 @@ import numpy as np
 
 from .contract import DataContract
 from .facts import Facts, Moments, merge_moments, scan_files, scan_image, scan_mask
-from .images import DataError, ImageInfo, image_info, list_images
+from .images import DataError, ImageInfo, image_info, list_images, raise_if
 
 
 class Pairs:
@@ -68,7 +68,8 @@ class Pairs:
         """Return mean and std of each channel over all pixels that hold data, as they stand in the files."""
         moments: Moments = (0, 0.0, 0.0)
         for facts in map(self.fact, self.images):
-            moments = merge_moments(moments, tuple(np.array(facts[name]) for name in ("count", "mean", "m2")))
+            count, mean, m2 = (np.array(facts[name]) for name in ("count", "mean", "m2"))
+            moments = merge_moments(moments, (count, mean, m2))
         count, mean, m2 = moments
         return np.asarray(mean), np.sqrt(m2 / np.maximum(count, 1))
 
@@ -98,8 +99,7 @@ def pair_files(x_dir: Path, y_dir: Path) -> tuple[list[Path], list[Path]]:
     :raises DataError: with everything that is missing or left over
     """
     problems = [f"{folder}: there is no such folder" for folder in (x_dir, y_dir) if not folder.is_dir()]
-    if problems:
-        raise DataError(problems)
+    raise_if(problems)
     by_stem: list[dict[str, Path]] = []
     for folder in (x_dir, y_dir):
         files = list_images(folder)
@@ -112,8 +112,7 @@ def pair_files(x_dir: Path, y_dir: Path) -> tuple[list[Path], list[Path]]:
     if images and masks:
         problems += [f"{images[stem]}: has no mask in {y_dir}" for stem in images if stem not in masks]
         problems += [f"{masks[stem]}: has no image in {x_dir}" for stem in masks if stem not in images]
-    if problems:
-        raise DataError(problems)
+    raise_if(problems)
     return list(images.values()), [masks[stem] for stem in images]
 
 

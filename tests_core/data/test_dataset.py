@@ -135,7 +135,7 @@ def test_a_part_is_split_as_before():
     for dataset in (Plain(), Subset(Plain(), range(10))):
         parts = as_dataset(dataset).split(0.3, 5)
         assert [[int(part[index][0].mean()) for index in range(len(part))] for part in parts] == expected
-    with pytest.raises(DataError, match="one sample cannot be split"):
+    with pytest.raises(DataError, match="one image cannot be split"):
         as_dataset(Subset(Plain(), [3])).split(0.2, 0)
 
 
