@@ -137,33 +137,17 @@ NO_BINARY = "are not 0 or 1: map them with MASK_VALUES, such as {255: 1}"
         (masks(values=(0, 200)), {"mask_values": {200: 1}}, 2, []),
         (LABELS, {"task": "multi-label"}, 2, []),
         (LABELS, {"task": "multi-label"}, 3, [f"y/{n}.npy: it has 2 channels, the " for n in range(4)]),
-        (
-            [changed(LABELS[0], (0, 0, 1), 200), changed(LABELS[1], (0, 0, 0), 255), *LABELS[2:]],
-            {"task": "multi-label"},
-            2,
-            [f"y/0.npy: the values 200 {NO_BINARY}"],
-        ),
-        (
-            [changed(LABELS[0], (0, 0, 1), 200), *LABELS[1:]],
-            {"task": "multi-label", "mask_values": {200: 1}},
-            2,
-            [],
-        ),
-        *[
-            ([*LABELS[:2], *masks(1, (0, 1), (3,)), LABELS[3]], {"task": task}, None, ["y/2.npy: has 3 "])
-            for task in ("multi-label", "values")
-        ],
-        *[
-            ([changed(np.zeros(SIZE, np.float32), (3, 3), value)] * 4, {"task": "values"}, None,
-             [f"y/{n}.npy: 1 values are NaN or infinite" for n in range(4)])
-            for value in (np.nan, np.inf)
-        ],
-        (
-            [*masks(3, (0,), (3,)), changed(np.zeros((*SIZE, 3), np.uint8), (0, 0), (1, 2, 3))],
-            {"mask_values": {(0, 0, 0): 0, (255, 0, 0): 1}},
-            2,
-            ["y/3.npy: it has 3 channels: a multi-class mask has one"],
-        ),
+        ([changed(LABELS[0], (0, 0, 1), 200), changed(LABELS[1], (0, 0, 0), 255), *LABELS[2:]],
+         {"task": "multi-label"}, 2, [f"y/0.npy: the values 200 {NO_BINARY}"]),
+        ([changed(LABELS[0], (0, 0, 1), 200), *LABELS[1:]],
+         {"task": "multi-label", "mask_values": {200: 1}}, 2, []),
+        *[([*LABELS[:2], *masks(1, (0, 1), (3,)), LABELS[3]], {"task": task}, None, ["y/2.npy: has 3 "])
+          for task in ("multi-label", "values")],
+        *[([changed(np.zeros(SIZE, np.float32), (3, 3), value)] * 4, {"task": "values"}, None,
+           [f"y/{n}.npy: 1 values are NaN or infinite" for n in range(4)]) for value in (np.nan, np.inf)],
+        ([*masks(3, (0,), (3,)), changed(np.zeros((*SIZE, 3), np.uint8), (0, 0), (1, 2, 3))],
+         {"mask_values": {(0, 0, 0): 0, (255, 0, 0): 1}}, 2,
+         ["y/3.npy: it has 3 channels: a multi-class mask has one"]),
     ],
 )  # fmt: skip
 def test_masks_are_checked_by_what_they_mean(
