@@ -15,6 +15,8 @@ from .contract import DataContract
 from .facts import Facts, Moments, merge_moments, scan_files, scan_image, scan_mask
 from .images import DataError, ImageInfo, image_info, list_images, raise_if
 
+_MAP_THEM = "map them with MASK_VALUES, such as {255: 1}"
+
 
 class Pairs:
     """Images and their masks. Files are scanned when a fact about one of them is first asked for."""
@@ -204,8 +206,8 @@ def find_problems(
         problems += [f"{odd}: images of several sizes need a crop" for odd in _odd_ones_out(sizes, "pixels")]
     for file, fact in images.items():
         if fact["damaged"]:
-            remedy = "replace them, or name them as nodata"
-            problems.append(f"{file}: {fact['damaged']} values are NaN or infinite: {remedy}")
+            damaged = f"{fact['damaged']} values are NaN or infinite"
+            problems.append(f"{file}: {damaged}: replace them, or name them as nodata")
         if training and crop is not None and crop > min(fact["shape"][:2]):
             problems.append(f"{file}: its size is {sizes[file]} pixels, too small for a crop of {crop}")
     for image, mask in zip(pairs.images, pairs.masks, strict=True):
@@ -214,10 +216,8 @@ def find_problems(
             problems += [f"{mask}: {problem}" for problem in found]
     ignored = reading.ignore_index
     if training and not problems and reading.task != "values" and classes == {0, ignored}:
-        problems.append(
-            f"{pairs.masks[0].parent}: the masks hold 0 and {ignored} alone, and {ignored} is ignored: "
-            f"map it with MASK_VALUES={{{ignored}: 1}}"
-        )
+        alone = f"the masks hold 0 and {ignored} alone, and {ignored} is ignored"
+        problems.append(f"{pairs.masks[0].parent}: {alone}: map it with MASK_VALUES={{{ignored}: 1}}")
     return problems
 
 
@@ -241,8 +241,7 @@ def mask_problems(
     if reading.task == "multi-label":
         odd = [value for value in values if reading.class_of(value) not in (0, 1, reading.ignore_index)]
         if odd:
-            remedy = "map them with MASK_VALUES, such as {255: 1}"
-            problems.append(f"the values {_some(odd)} are not 0 or 1: {remedy}")
+            problems.append(f"the values {_some(odd)} are not 0 or 1: {_MAP_THEM}")
         if num_classes is not None and channels != num_classes:
             problems.append(f"it has {channels} channels, the model {num_classes} outputs")
         return problems
@@ -258,10 +257,8 @@ def mask_problems(
     elif odd:
         allowed = f"0 to {num_classes - 1}" if num_classes else "0 and above"
         allowed += f" (ignored: {reading.ignore_index})"
-        problems.append(
-            f"the values {_some(odd)} are outside of the classes {allowed}: "
-            "map them with MASK_VALUES, such as {255: 1}, or correct ch_out"
-        )
+        outside = f"the values {_some(odd)} are outside of the classes {allowed}"
+        problems.append(f"{outside}: {_MAP_THEM}, or correct ch_out")
     return problems
 
 

@@ -195,7 +195,11 @@ def _ranges(pairs: list[_Pair]) -> Iterator[Finding]:
     def times(one: float, other: float) -> float:
         return max(one, other) / min(one, other) if min(one, other) > 0 else 1.0
 
-    values = [(pair, _root_mean_square(pair.image)) for pair in pairs if not _is_blank(pair.image)]
+    def root_mean_square(image: Facts) -> float:  # of the channel in which it is largest
+        count, mean, m2 = (np.array(image[name]) for name in ("count", "mean", "m2"))
+        return float(np.sqrt(mean**2 + m2 / np.maximum(count, 1)).max())
+
+    values = [(pair, root_mean_square(pair.image)) for pair in pairs if not _is_blank(pair.image)]
     usual = {
         split: float(np.median([value for pair, value in values if pair.split == split]))
         for split in dict.fromkeys(pair.split for pair, _ in values)
@@ -261,12 +265,6 @@ def _count(things: Any, noun: str) -> str:
 def _is_blank(image: Facts) -> bool:
     """Return whether all pixels with data are equal: that such images are copies means nothing."""
     return image["min"] == image["max"]
-
-
-def _root_mean_square(image: Facts) -> float:
-    """Return that of the channel in which it is largest."""
-    count, mean, m2 = (np.array(image[name]) for name in ("count", "mean", "m2"))
-    return float(np.sqrt(mean**2 + m2 / np.maximum(count, 1)).max())
 
 
 def describe(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:

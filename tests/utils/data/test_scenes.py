@@ -76,12 +76,9 @@ def test_color_says_something_about_a_pixel_but_not_all(arrays: Arrays) -> None:
     from sklearn.metrics import f1_score
 
     def pixels_of(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
-        kept = [(image > 0).all(-1) for image, _ in arrays[split]]
-        x, y = (
-            np.concatenate([pair[part][keep] for pair, keep in zip(arrays[split], kept, strict=True)])
-            for part in (0, 1)
-        )
-        chosen = np.random.default_rng(0).choice(len(x), number, replace=False)
+        x = np.concatenate([image.reshape(-1, 12) for image, _ in arrays[split]])
+        y = np.concatenate([mask.ravel() for _, mask in arrays[split]])
+        chosen = np.random.default_rng(0).choice(np.flatnonzero((x > 0).all(1)), number, replace=False)
         return x[chosen], y[chosen]
 
     classifier = HistGradientBoostingClassifier(max_iter=100, random_state=0)

