@@ -291,7 +291,7 @@ class Garbage:
         sum(range(50))
 
 
-@pytest.mark.parametrize("reads", [400, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reads", [20, pytest.param(4000, marks=pytest.mark.slow)])
 def test_many_threads_read_at_once(tmp_path: Path, reads: int) -> None:
     """Python 3.11 cannot parse, and numpy not read a header, in two threads at once."""
     np.save(tmp_path / "a.npy", np.ones((4, 4, 3), np.uint8))
@@ -305,11 +305,9 @@ def test_many_threads_read_at_once(tmp_path: Path, reads: int) -> None:
     interval, threshold = sys.getswitchinterval(), gc.get_threshold()
     try:
         sys.setswitchinterval(1e-6)
-        gc.freeze()  # what all tests hold is not searched again and again
         gc.set_threshold(20)
         with ThreadPoolExecutor(8) as pool:
             assert set(pool.map(read, (number % 30 for number in range(400)))) == {48}
     finally:
         sys.setswitchinterval(interval)
         gc.set_threshold(*threshold)
-        gc.unfreeze()
