@@ -1,14 +1,23 @@
-"""Build the datasets of a config, from DATASET and DATASET_CONFIG, which a folder can fill in."""
+"""
+Build the datasets of a config, from DATASET and DATASET_CONFIG, which a folder can fill in: its fingerprint
+(what is in it) suggests a config. The doctor prints both.
+"""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..config.keys import copy_config, upgrade
 from ..config.project import Project
 from ..config.references import resolve
-from .fingerprint import splits_of, suggest
-from .images import DataError
-from .pairs import Pairs
+from .images import DataError, raise_if
+from .pairs import MaskReading, Pairs
+
+_LARGEST_CROP = 192
+_SAMPLES_PER_EPOCH = 160  # at least
+_METRICS = ("f1", "precision", "recall", "iou", "accuracy")
 
 
 def build_datasets(config: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -57,3 +66,105 @@ def _resolved(value: Any, project: Project) -> Any:
     if isinstance(value, dict):
         return {key: _resolved(item, project) for key, item in value.items()}
     return resolve(value, project) if isinstance(value, str) and ":" in value else value
+
+
+def splits_of(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """
+    Find the splits of a dataset: train/{x,y}, test/{x,y}, validation/{x,y}; or {x,y} as the training split.
+
+    :raises DataError: if there is no training split
+    """
+    names = ("train", "test", "validation")
+    found = {name: folder / name for name in names if (folder / name / "x").is_dir()}
+    if (folder / "x").is_dir():
+        found.setdefault("train", folder)
+    if "train" not in found:
+        problem = f"{folder}: holds no data: put images and masks of the same names into train/x and train/y"
+        raise DataError([problem])
+    return {name: (place / "x", place / "y") for name, place in found.items()}
+
+
+def fingerprint(pairs: Pairs, cache_file: Path | None = None) -> dict[str, Any]:
+    """
+    Return what is in a dataset: number of images, sizes, channels, dtypes, fraction of each mask value, and
+    of each channel min, max, mean, std.
+
+    :raises DataError: if a file cannot be read
+    """
+    facts = pairs.scan(cache_file)
+    raise_if(fact["problem"] for fact in facts.values() if "problem" in fact)
+    images, masks = ([facts[file] for file in files] for files in (pairs.images, pairs.masks))
+    counts: Counter = Counter()
+    for mask in masks:
+        for value, number in mask["values"] or []:
+            counts[tuple(value) if isinstance(value, list) else value] += number
+    in_order = sorted(counts.items(), key=lambda item: np.atleast_1d(item[0]).tolist())
+    fractions = {value: number / counts.total() for value, number in in_order}
+    channels = Counter(image["shape"][2] for image in images)
+    statistics = []
+    if len(channels) == 1:
+        number = next(iter(channels))
+        low, high = pairs.limits() or (np.zeros(number), np.zeros(number))
+        columns = {"min": low, "max": high} | dict(zip(("mean", "std"), pairs.mean_and_std(), strict=True))
+        statistics = [{name: float(values[c]) for name, values in columns.items()} for c in range(number)]
+    return {
+        "images": len(images),
+        "sizes": Counter("{} x {}".format(*image["shape"]) for image in images),
+        "channels": channels,
+        "dtypes": Counter(image["dtype"] for image in images),
+        "mask channels": Counter(mask["shape"][2] for mask in masks),
+        "mask dtypes": Counter(mask["dtype"] for mask in masks),
+        "mask values": None if any(mask["values"] is None for mask in masks) else fractions,
+        "statistics": statistics,
+    }
+
+
+def suggest(pairs: Pairs, cache_file: Path | None = None) -> dict[str, Any]:
+    """
+    Return the keys of a training config that follow from a dataset. Objects are references, to be resolved.
+
+    What is under "DATASET_CONFIG" is for the training split, except the task, which is for all.
+    """
+    facts = fingerprint(pairs, cache_file)
+    shapes = [pairs.fact(file)["shape"] for file in pairs.images]
+    side = min(min(shape[:2]) for shape in shapes)
+    crop = max(32, int(min(_LARGEST_CROP, 0.75 * side)) // 32 * 32) if side >= 32 else side
+    area = float(np.mean([shape[0] * shape[1] for shape in shapes]))
+    crops_per_image = max(1, round(area / crop**2), -(-_SAMPLES_PER_EPOCH // len(shapes)))
+    data: dict[str, Any] = {"crop": crop, "crops_per_image": crops_per_image, "task": "multi-class"}
+    values, channels = facts["mask values"], max(facts["mask channels"])
+    suggestion: dict[str, Any] = {
+        "DATASET": ".utils.data:NpyDataset",
+        "DATASET_CONFIG": data,
+        "MODEL_CONFIG": {"ch_in": next(iter(facts["channels"])), "ch_out": channels},
+    }
+    if values is None:
+        data["task"] = "values"
+        loss = "torch.nn.functional:mse_loss"
+        return suggestion | {"LOSS": loss, "LOSS_CONFIG": {}, "METRICS": {}, "MONITOR": "min loss"}
+    suggestion["METRICS"] = {name: f".utils.loss:{name}" for name in _METRICS}
+    classes, mask_values = _classes(values, channels)
+    if classes is None:
+        data["task"] = "multi-label"
+        suggestion["LOSS"] = ".utils.loss:dice_bce_sum"
+    else:
+        data["foreground"] = 0.3
+        suggestion["MODEL_CONFIG"]["ch_out"] = max([1, *classes]) + 1
+    return suggestion | ({"MASK_VALUES": mask_values} if mask_values else {})
+
+
+def _classes(values: dict[Any, float], channels: int) -> tuple[list[int] | None, dict | None]:
+    """Return the class numbers that mask values stand for, or None for labels, and how to map them."""
+    if channels > 1:
+        parts = {part for value in values for part in np.atleast_1d(value).tolist()}
+        if not parts <= {0, 1, 255} or (channels == 3 and 255 in parts and 1 not in parts):
+            colors = {color: number for number, color in enumerate(values)}
+            return list(colors.values()), colors
+        return None, {255: 1} if 255 in parts and 1 not in parts else None
+    if 255 in values and set(values) <= {0, 255}:
+        return [0, 1], {255: 1}
+    classes = [value for value in values if value != MaskReading.ignore_index]
+    if classes != list(range(len(classes))) and max(classes) >= 2 * len(classes):
+        numbers = {value: number for number, value in enumerate(classes)}
+        return list(numbers.values()), numbers
+    return classes, None

@@ -75,33 +75,30 @@ class DataContract:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: strings, numbers and lists."""
-        return {key: _lists(value) for key, value in asdict(self).items()}
+        return {key: _nested(list, value) for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Self:
         """Read what to_dict wrote; ignore what a later version may have added."""
         known = {field.name for field in fields(cls)}
-        return cls(**{key: _tuples(value) for key, value in stored.items() if key in known})
+        return cls(**{key: _nested(tuple, value) for key, value in stored.items() if key in known})
 
     def problems(self, image: np.ndarray) -> list[str]:
         """Return in what an image (H, W, C), as read from its file, is not as the model knows it."""
         found = []
         if image.shape[-1] != self.channels:
             names = f" ({', '.join(self.channel_names)})" if self.channel_names else ""
-            found.append(
-                f"it has {image.shape[-1]} channels, the model was trained on {self.channels}{names}"
-            )
-            found[-1] += ": give those, in this order"
+            about = f"it has {image.shape[-1]} channels, the model was trained on {self.channels}{names}"
+            found.append(f"{about}: give those, in this order")
         if image.dtype.name != self.dtype:
             found.append(
                 f"it is {image.dtype}, the model was trained on {self.dtype} files, whose values were "
                 f"multiplied with {self.scale:g}: convert it to {self.dtype} with the same range of values"
             )
         elif image.dtype.kind == "f":
-            bad = ~np.isfinite(image) & has_data(image, self.nodata)[..., None]
-            if bad.any():
-                remedy = "replace them, or name them as nodata"
-                found.append(f"it has {int(bad.sum())} NaN or infinite values: {remedy}")
+            bad = int((~np.isfinite(image) & has_data(image, self.nodata)[..., None]).sum())
+            if bad:
+                found.append(f"it has {bad} NaN or infinite values: replace them, or name them as nodata")
         return found
 
     def value_problems(self, pixels: np.ndarray) -> list[str]:
@@ -139,9 +136,8 @@ class DataContract:
         dead = varies & is_flat
         if dead.any():
             values = ", ".join(f"{value:g}" for value in sorted(set(low[dead])))
-            problems.append(
-                f"{self._named(dead)} is constant ({values}): is the band missing, or in another place?"
-            )
+            what = "is the band missing, or in another place?"
+            problems.append(f"{self._named(dead)} is constant ({values}): {what}")
         alive = ~varies & ((low != minimum) | (high != maximum))
         if alive.any():
             problems.append(
@@ -208,12 +204,9 @@ class DataContract:
         return chosen[:, 0] if chosen.shape[1] == 1 else chosen
 
 
-def _lists(value: Any) -> Any:
-    return [_lists(one) for one in value] if isinstance(value, list | tuple) else value
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(one) for one in value) if isinstance(value, list | tuple) else value
+def _nested(kind: type, value: Any) -> Any:
+    """Return lists and tuples as one of both."""
+    return kind(_nested(kind, one) for one in value) if isinstance(value, list | tuple) else value
 
 
 def default_scale(dtype: str) -> float:

@@ -131,12 +131,9 @@ class View(TrainingData):
             return every[0]  # what does not fit it is refused by with_contract
         mean = np.average([one.mean for one in known], 0, weights)
         square = np.average([np.square(one.mean) + np.square(one.std) for one in known], 0, weights)
-        statistics = {
-            "mean": mean,
-            "std": np.sqrt(square - np.square(mean)),
-            "minimum": np.min([one.minimum for one in known], 0),
-            "maximum": np.max([one.maximum for one in known], 0),
-        }
+        statistics = {"mean": mean, "std": np.sqrt(square - np.square(mean))}
+        statistics["minimum"] = np.min([one.minimum for one in known], 0)
+        statistics["maximum"] = np.max([one.maximum for one in known], 0)
         return replace(known[0], **{name: tuple(value.tolist()) for name, value in statistics.items()})
 
     def with_contract(self, contract: DataContract) -> Any:
@@ -157,11 +154,7 @@ class View(TrainingData):
         images: dict[Hashable, list[tuple[int, int]]] = {}
         for sample in self.samples:
             images.setdefault(self._image(sample), []).append(sample)
-        if len(images) < 2:
-            raise DataError(["one sample cannot be split: give a validation set, or VALIDATION_FRACTION=0"])
-        number = min(max(1, round(fraction * len(images))), len(images) - 1)
-        order, every = np.random.default_rng(seed).permutation(len(images)), list(images.values())
-        parts = sorted(order[number:]), sorted(order[:number])
+        every, parts = list(images.values()), split_numbers(len(images), fraction, seed)
         return [View(self.datasets, [sample for image in part for sample in every[image]]) for part in parts]
 
     def select(self, indices: Sequence[int]) -> Any:
@@ -190,6 +183,16 @@ class View(TrainingData):
             return number, one._image(one.samples[index])
         is_image = isinstance(one, Custom) and not hasattr(one.given, "for_evaluation")
         return number, index if is_image else one.sample_name(index)
+
+
+def split_numbers(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split the numbers of some images, at least one in each part: the larger part, and a random fraction."""
+    if count < 2:
+        remedy = "add images, give a validation set, or VALIDATION_FRACTION=0"
+        raise DataError([f"one image cannot be split: {remedy}"])
+    number = min(max(1, round(fraction * count)), count - 1)
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    return sorted(order[number:]), sorted(order[:number])
 
 
 def _all_samples(datasets: Sequence[Any]) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .images import DataError, ImageInfo, Source, open_image, read_bands
+from .images import DataError, ImageInfo, ImageReader
 
 _VERSION = 3  # of what is found; older caches are not used
 _BAND_VALUES = 2**22  # an image is read in bands of at most so many values, so that memory stays small
@@ -25,6 +25,7 @@ _MAX_PLACES = 16  # pixels that are noted of each value in each band
 
 Facts = dict[str, Any]
 Moments = tuple[Any, Any, Any]
+Counts = dict[Any, tuple[int, list[int]]]  # of each value, the number of pixels, and where some are
 
 
 def scan_files(
@@ -42,8 +43,8 @@ def scan_files(
     cache = _read_cache(cache_file)
     keys = {file: f"{_VERSION}:{scan.__name__}{sorted(options.items())}:{file.absolute()}" for file in files}
     stamps = {file: _stamp(file) for file in files}
-    known = {file: cache.get(keys[file], {}).get("stamp") for file in files}
-    missing = [file for file in files if not stamps[file] or known[file] != stamps[file]]
+    old = {file: cache.get(keys[file], {}).get("stamp") for file in files}
+    missing = [file for file in files if not stamps[file] or old[file] != stamps[file]]
 
     def scan_one(file: Path) -> Facts:
         try:
@@ -72,30 +73,29 @@ def scan_image(file: Path, nodata: float | None = None) -> Facts:
         or None); of each channel a digest of its values, min, max, count, mean, m2 (sum of squared
         differences from the mean)
     """
-    with open_image(file) as source:
-        shape, dtype, grid = source.shape, source.dtype, _place(source)
-        nodata = source.nodata if nodata is None else nodata
-    channels = shape[2]
-    low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
-    moments: Moments = (np.zeros(channels, np.int64), np.zeros(channels), np.zeros(channels))
-    damaged, missing, zeros = 0, 0, 0
-    digests = [hashlib.sha256() for _ in range(channels)]
-    for band in read_bands(file, _BAND_VALUES):
-        for channel, digest in enumerate(digests):
-            digest.update(band[..., channel].tobytes())
-        zeros += int(np.count_nonzero(~band.any(-1)))
-        valid = has_data(band, nodata)
-        missing += int(valid.size - np.count_nonzero(valid))
-        pixels = band[valid]
-        finite = np.isfinite(pixels)
-        damaged += int(pixels.size - finite.sum())
-        values = pixels[finite.all(1)].astype(np.float64)
-        if len(values):
-            low, high = np.minimum(low, values.min(0)), np.maximum(high, values.max(0))
-            moments = merge_moments(moments, (len(values), values.mean(0), values.var(0) * len(values)))
+    with ImageReader(file) as image:
+        grid, channels = _place(image), image.shape[2]
+        nodata = image.nodata if nodata is None else nodata
+        low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
+        moments: Moments = (np.zeros(channels, np.int64), np.zeros(channels), np.zeros(channels))
+        damaged, missing, zeros = 0, 0, 0
+        digests = [hashlib.sha256() for _ in range(channels)]
+        for band in image.bands(_BAND_VALUES):
+            for channel, digest in enumerate(digests):
+                digest.update(band[..., channel].tobytes())
+            zeros += int(np.count_nonzero(~band.any(-1)))
+            valid = has_data(band, nodata)
+            missing += int(valid.size - np.count_nonzero(valid))
+            pixels = band[valid]
+            finite = np.isfinite(pixels)
+            damaged += int(pixels.size - finite.sum())
+            values = pixels[finite.all(1)].astype(np.float64)
+            if len(values):
+                low, high = np.minimum(low, values.min(0)), np.maximum(high, values.max(0))
+                moments = merge_moments(moments, (len(values), values.mean(0), values.var(0) * len(values)))
     count, mean, m2 = moments
     return {
-        **_about(file, shape, dtype, damaged),
+        **_about(file, image, damaged),
         "nodata": nodata if nodata is None or np.isfinite(nodata) else str(nodata),
         "missing": missing,
         "zeros": zeros,
@@ -117,44 +117,46 @@ def scan_mask(file: Path) -> Facts:
         where the value of several channels is a list, and None where there are other numbers than whole ones,
         or too many; places: of each value some pixels, as row * width + column
     """
-    with open_image(file) as source:
-        info = ImageInfo(source.shape, source.dtype, source.nodata)
-    channels, damaged, first_pixel = info.shape[2], 0, 0
-    found: dict[Any, tuple[int, list[int]]] | None = {}
-    for band in read_bands(file, _BAND_VALUES):
-        pixels = band.reshape(-1, channels)
-        finite = np.isfinite(pixels)
-        damaged += int(pixels.size - finite.sum())
-        if pixels.dtype.kind == "f":  # class numbers may be stored as floats
-            is_whole = finite.all() and (pixels == np.floor(pixels)).all()
-            pixels, found = (pixels.astype(np.int64), found) if is_whole else (pixels, None)
-        if found is not None:
-            codes = _codes(pixels)
-            order = codes.argsort(kind="stable")
-            starts = np.flatnonzero(np.diff(codes[order], prepend=~codes[order[:1]]))
-            if len(starts) > _MAX_VALUES:
-                found = None
-                continue
-            most = min(_MAX_PLACES, _MAX_VALUES // len(starts))
-            for same in np.split(order, starts[1:]):
-                value = tuple(pixels[same[0]].tolist())
-                number, places = found.get(value, (0, []))
-                some = same[np.linspace(0, len(same) - 1, min(len(same), most)).astype(int)] + first_pixel
-                found[value] = number + len(same), places + some.tolist()
-            found = None if len(found) > _MAX_VALUES else found
-        first_pixel += len(pixels)
-    nodata = mask_nodata(info)
+    with ImageReader(file) as mask:
+        channels, damaged, first_pixel = mask.shape[2], 0, 0
+        found: Counts | None = {}
+        for band in mask.bands(_BAND_VALUES):
+            pixels = band.reshape(-1, channels)
+            finite = np.isfinite(pixels)
+            damaged += int(pixels.size - finite.sum())
+            is_whole = pixels.dtype.kind != "f" or (finite.all() and (pixels == np.floor(pixels)).all())
+            found = _count(pixels, first_pixel, found) if is_whole and found is not None else None
+            first_pixel += len(pixels)
+    nodata = mask_nodata(mask)
     in_order = [item for item in sorted((found or {}).items()) if any(value != nodata for value in item[0])]
     values = [[list(value) if channels > 1 else value[0], number] for value, (number, _) in in_order]
     return {
-        **_about(file, info.shape, info.dtype, damaged),
-        "nodata": info.nodata,
+        **_about(file, mask, damaged),
+        "nodata": mask.nodata,
         "values": None if found is None else values,
         "places": [places for _, (_, places) in in_order],
     }
 
 
-def mask_nodata(info: ImageInfo) -> float | None:
+def _count(pixels: np.ndarray, first_pixel: int, found: Counts) -> Counts | None:
+    """Count the values of pixels (N, C) with those found above them; None if there are too many."""
+    if pixels.dtype.kind == "f":  # class numbers may be stored as floats
+        pixels = pixels.astype(np.int64)
+    codes = _codes(pixels)
+    order = codes.argsort(kind="stable")
+    starts = np.flatnonzero(np.diff(codes[order], prepend=~codes[order[:1]]))
+    if len(starts) > _MAX_VALUES:
+        return None
+    most = min(_MAX_PLACES, _MAX_VALUES // len(starts))
+    for same in np.split(order, starts[1:]):
+        value = tuple(pixels[same[0]].tolist())
+        number, places = found.get(value, (0, []))
+        some = same[np.linspace(0, len(same) - 1, min(len(same), most)).astype(int)] + first_pixel
+        found[value] = number + len(same), places + some.tolist()
+    return None if len(found) > _MAX_VALUES else found
+
+
+def mask_nodata(info: ImageInfo | ImageReader) -> float | None:
     """
     Return the value of a mask's pixels that count nowhere, as its GeoTIFF states it.
 
@@ -179,15 +181,14 @@ def merge_moments(one: Moments, other: Moments) -> Moments:
     return count, one[1] + delta * fraction, one[2] + other[2] + delta**2 * one[0] * fraction
 
 
-def _place(source: Source) -> dict[str, Any] | None:
+def _place(image: ImageReader) -> dict[str, Any] | None:
     """Return where a GeoTIFF lies: its corners, in order round it."""
-    grid = source.grid
-    if grid is None or grid.transform is None:
+    if image.grid is None or image.grid.transform is None:
         return None
-    height, width, _ = source.shape
-    c, a, b, f, d, e = grid.transform
+    height, width, _ = image.shape
+    c, a, b, f, d, e = image.grid.transform
     ends = ((0, 0), (width, 0), (width, height), (0, height))
-    return {"crs": grid.crs, "corners": [[a * x + b * y + c, d * x + e * y + f] for x, y in ends]}
+    return {"crs": image.grid.crs, "corners": [[a * x + b * y + c, d * x + e * y + f] for x, y in ends]}
 
 
 def _codes(pixels: np.ndarray) -> np.ndarray:
@@ -209,10 +210,10 @@ def _stamp(file: Path) -> list[int]:
         return []  # such as a link to nothing, which cannot be scanned either
 
 
-def _about(file: Path, shape: tuple[int, ...], dtype: str, damaged: int) -> Facts:
+def _about(file: Path, image: ImageReader, damaged: int) -> Facts:
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"sha256": digest, "shape": list(shape), "dtype": dtype, "damaged": damaged}
+    return {"sha256": digest, "shape": list(image.shape), "dtype": image.dtype, "damaged": damaged}
 
 
 def _read_cache(cache_file: Path | None) -> dict[str, Any]:
@@ -232,7 +233,5 @@ def _append_to_cache(cache_file: Path | None, found: dict[str, Any]) -> None:
     if cache_file is not None and lines:
         with contextlib.suppress(OSError):
             cache_file.parent.mkdir(parents=True, exist_ok=True)
-            with open(
-                cache_file, "ab", buffering=0
-            ) as stream:  # written at once, so that processes do not mix
+            with open(cache_file, "ab", buffering=0) as stream:  # at once, so that processes do not mix
                 stream.write(b"".join(b"\n%08x %s" % (zlib.crc32(line), line) for line in lines))

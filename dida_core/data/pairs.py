@@ -1,7 +1,10 @@
-"""Pairs of images and masks: which files belong together, what is known of them, what their masks mean."""
+"""
+Pairs of images and masks: which files belong together, what is known of them, what their masks mean; and what
+is wrong with them: a sentence for each problem, from the facts of the files.
+"""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +13,9 @@ import numpy as np
 
 from .contract import DataContract
 from .facts import Facts, Moments, merge_moments, scan_files, scan_image, scan_mask
-from .images import DataError, ImageInfo, image_info, list_images
+from .images import DataError, ImageInfo, image_info, list_images, raise_if
+
+_MAP_THEM = "map them with MASK_VALUES, such as {255: 1}"
 
 
 class Pairs:
@@ -47,46 +52,46 @@ class Pairs:
             self._facts |= scan_files(self.masks, scan_mask, cache_file)
         return {file: self._facts[file] for file in [*self.images, *self.masks]}
 
-    def fact(self, file: Path, cache_file: Path | None = None) -> Facts:
+    def fact(self, file: Path) -> Facts:
         """Return what is known of a file."""
-        return self._facts[file] if file in self._facts else self.scan(cache_file)[file]
+        return self._facts[file] if file in self._facts else self.scan()[file]
 
     def info(self, file: Path) -> ImageInfo:
         """Return size, dtype and nodata of a file, from its facts if there are any."""
-        if file not in self._infos:
-            facts = self._facts.get(file, {})
-            if "shape" in facts:
-                nodata = None if facts["nodata"] is None else float(facts["nodata"])
-                self._infos[file] = ImageInfo(tuple(facts["shape"]), facts["dtype"], nodata)
-            else:
-                self._infos[file] = image_info(file)
+        facts = self._facts.get(file, {})
+        if file not in self._infos and "shape" in facts:
+            nodata = None if facts["nodata"] is None else float(facts["nodata"])
+            self._infos[file] = ImageInfo(tuple(facts["shape"]), facts["dtype"], nodata)
+        elif file not in self._infos:
+            self._infos[file] = image_info(file)
         return self._infos[file]
 
     def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and std of each channel over all pixels that hold data, as they stand in the files."""
         moments: Moments = (0, 0.0, 0.0)
-        for file in self.images:
-            facts = self.fact(file)
+        for facts in map(self.fact, self.images):
             count, mean, m2 = (np.array(facts[name]) for name in ("count", "mean", "m2"))
             moments = merge_moments(moments, (count, mean, m2))
         count, mean, m2 = moments
         return np.asarray(mean), np.sqrt(m2 / np.maximum(count, 1))
 
+    def limits(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the smallest and largest value of each channel, of the images that hold data."""
+        facts = map(self.fact, self.images)
+        limits = [(one["min"], one["max"]) for one in facts if all(one["count"])]
+        return (np.min(limits, 0)[0], np.max(limits, 0)[1]) if limits else None
+
     def fit(self, contract: DataContract, normalize: bool, cache_file: Path | None = None) -> DataContract:
         """Return a contract with the range of each channel's values, and mean and std to normalize them."""
-        facts = [self.fact(file, cache_file) for file in self.images]
-        if limits := [(one["min"], one["max"]) for one in facts if all(one["count"])]:
-            low, high = np.array(limits).transpose(1, 0, 2)
-            contract = replace(contract, minimum=_tuple(low.min(0)), maximum=_tuple(high.max(0)))
+        self.scan(cache_file)
+        if limits := self.limits():
+            low, high = (tuple(values.tolist()) for values in limits)
+            contract = replace(contract, minimum=low, maximum=high)
         if not normalize:
             return contract
         mean, std = (statistic * contract.scale for statistic in self.mean_and_std())
         std = np.where(std > 1e-12 * np.abs(mean), std, 1.0)  # a constant channel becomes 0
-        return replace(contract, mean=_tuple(mean), std=_tuple(std))
-
-
-def _tuple(values: np.ndarray) -> tuple[float, ...]:
-    return tuple(values.tolist())
+        return replace(contract, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 
 def pair_files(x_dir: Path, y_dir: Path) -> tuple[list[Path], list[Path]]:
@@ -96,8 +101,7 @@ def pair_files(x_dir: Path, y_dir: Path) -> tuple[list[Path], list[Path]]:
     :raises DataError: with everything that is missing or left over
     """
     problems = [f"{folder}: there is no such folder" for folder in (x_dir, y_dir) if not folder.is_dir()]
-    if problems:
-        raise DataError(problems)
+    raise_if(problems)
     by_stem: list[dict[str, Path]] = []
     for folder in (x_dir, y_dir):
         files = list_images(folder)
@@ -110,8 +114,7 @@ def pair_files(x_dir: Path, y_dir: Path) -> tuple[list[Path], list[Path]]:
     if images and masks:
         problems += [f"{images[stem]}: has no mask in {y_dir}" for stem in images if stem not in masks]
         problems += [f"{masks[stem]}: has no image in {x_dir}" for stem in masks if stem not in images]
-    if problems:
-        raise DataError(problems)
+    raise_if(problems)
     return list(images.values()), [masks[stem] for stem in images]
 
 
@@ -133,6 +136,13 @@ class MaskReading:
         """Return the class of a value, or of the values of several channels."""
         value = tuple(value) if isinstance(value, list) else value
         return (self.mask_values or {}).get(value, value)
+
+    def values_in(self, mask: Facts) -> set[Any]:
+        """Return the values in a mask; of labels, those of single channels."""
+        values = [value for value, _ in mask["values"] or []]
+        if self.task == "multi-label":
+            return {part for value in values for part in (value if isinstance(value, list) else [value])}
+        return {tuple(value) if isinstance(value, list) else value for value in values}
 
     def labels_of(self, value: Any) -> list[int]:
         """Return the classes other than 0 of a pixel that has this value."""
@@ -160,3 +170,150 @@ def map_values(mask: np.ndarray, mask_values: dict | None) -> np.ndarray:
     for value, number in mask_values.items():
         result[mask == value] = number
     return result
+
+
+def find_problems(
+    pairs: Pairs,
+    reading: MaskReading,
+    cache_file: Path | None = None,
+    num_classes: int | None = None,
+    training: bool = True,
+    crop: int | None = None,
+) -> list[str]:
+    """
+    Read every file once, and return all that is wrong: unreadable files, NaN, mixed channels, dtypes, nodata
+    values or sizes, masks of another size than their image or with values outside the classes.
+
+    :param num_classes: number of the model's output channels, if masks are to be checked against it
+    :param training: crops are taken; else entire images are evaluated
+    :param crop: size of the crops; None trains on entire images
+    """
+    facts = pairs.scan(cache_file)
+    problems = [fact["problem"] for fact in facts.values() if "problem" in fact]
+    images = {file: facts[file] for file in pairs.images if "problem" not in facts[file]}
+    masks = {file: facts[file] for file in pairs.masks if "problem" not in facts[file]}
+    classes = {reading.class_of(value) for mask in masks.values() for value in reading.values_in(mask)}
+    sizes = {file: "{} x {}".format(*fact["shape"]) for file, fact in images.items()}
+    for files, name, what in (
+        (images, "shape", "channels"),
+        (images, "dtype", "as dtype"),
+        (images, "nodata", "as nodata value"),
+        (masks, "shape", "channels"),
+    ):
+        values = {file: fact[name][2] if name == "shape" else fact[name] for file, fact in files.items()}
+        problems += _odd_ones_out(values, what)
+    if training and crop is None:
+        problems += [f"{odd}: images of several sizes need a crop" for odd in _odd_ones_out(sizes, "pixels")]
+    for file, fact in images.items():
+        if fact["damaged"]:
+            damaged = f"{fact['damaged']} values are NaN or infinite"
+            problems.append(f"{file}: {damaged}: replace them, or name them as nodata")
+        if training and crop is not None and crop > min(fact["shape"][:2]):
+            problems.append(f"{file}: its size is {sizes[file]} pixels, too small for a crop of {crop}")
+    for image, mask in zip(pairs.images, pairs.masks, strict=True):
+        if image in images and mask in masks:
+            found = mask_problems(images[image], masks[mask], reading, num_classes)
+            problems += [f"{mask}: {problem}" for problem in found]
+    ignored = reading.ignore_index
+    if training and not problems and reading.task != "values" and classes == {0, ignored}:
+        alone = f"the masks hold 0 and {ignored} alone, and {ignored} is ignored"
+        problems.append(f"{pairs.masks[0].parent}: {alone}: map it with MASK_VALUES={{{ignored}: 1}}")
+    return problems
+
+
+def mask_problems(
+    image: Facts, mask: Facts, reading: MaskReading, num_classes: int | None = None
+) -> list[str]:
+    """Return what is wrong with a mask, by itself and as the partner of its image."""
+    problems = []
+    channels = mask["shape"][2]
+    if mask["shape"][:2] != image["shape"][:2]:
+        sizes = "{} x {}".format(*mask["shape"]), "{} x {}".format(*image["shape"])
+        problems.append(f"its size is {sizes[0]} pixels, that of its image {sizes[1]}")
+    if mask["damaged"]:
+        problems.append(f"{mask['damaged']} values are NaN or infinite")
+    if reading.task == "values":
+        return problems
+    if mask["values"] is None:
+        advice = "a mask holds a few different integers"
+        return [*problems, f"its values ({mask['dtype']}) are no class numbers: {advice}"]
+    values = sorted(reading.values_in(mask))
+    if reading.task == "multi-label":
+        odd = [value for value in values if reading.class_of(value) not in (0, 1, reading.ignore_index)]
+        if odd:
+            problems.append(f"the values {_some(odd)} are not 0 or 1: {_MAP_THEM}")
+        if num_classes is not None and channels != num_classes:
+            problems.append(f"it has {channels} channels, the model {num_classes} outputs")
+        return problems
+
+    def is_class(label: Any) -> bool:
+        return isinstance(label, int) and (
+            label == reading.ignore_index or 0 <= label < (num_classes or 2**31)
+        )
+
+    odd = [value for value in values if not is_class(reading.class_of(value))]
+    if odd and channels > 1:
+        problems.append(f"{several_channels(channels)} (unmapped: {_some(odd)})")
+    elif odd:
+        allowed = f"0 to {num_classes - 1}" if num_classes else "0 and above"
+        allowed += f" (ignored: {reading.ignore_index})"
+        outside = f"the values {_some(odd)} are outside of the classes {allowed}"
+        problems.append(f"{outside}: {_MAP_THEM}, or correct ch_out")
+    return problems
+
+
+def contract_problems(
+    contract: DataContract, files: Iterable[Path], info: Callable[[Path], ImageInfo] = image_info
+) -> list[str]:
+    """Return in what files are not as a contract has it, channels or dtype, or that they cannot be read."""
+    problems = []
+    for file in files:
+        try:
+            about = info(file)
+        except DataError as error:
+            problems += error.problems
+            continue
+        found = contract.problems(np.zeros((1, 1, about.shape[2]), about.dtype))
+        problems += [f"{file}: {problem}" for problem in found]
+    return problems
+
+
+def dataset_problems(contract: DataContract, pairs: Pairs, with_values: bool = True) -> list[str]:
+    """
+    Return in what a dataset is not as the contract of the training data has it.
+
+    :param with_values: compare the range of its values too
+    """
+    problems = []
+    nodata = pairs.info(pairs.images[0]).nodata if pairs.nodata is None else pairs.nodata
+    if nodata not in (None, contract.nodata) and str(nodata) != str(contract.nodata):  # NaN is not NaN
+        other = f"its nodata value is {nodata}, that of the training data {contract.nodata}"
+        problems.append(f"{pairs.images[0].parent}: {other}: give both the same nodata")
+    problems += contract_problems(contract, pairs.images, pairs.info)
+    if with_values and contract.maximum and not problems:
+        own = pairs.fit(contract, normalize=False)
+        low, high = np.array(own.minimum), np.array(own.maximum)
+        for problem in contract.range_problems(low, high, low, high):
+            problems.append(f"{pairs.images[0].parent}: {problem}")
+    return problems
+
+
+def several_channels(channels: int) -> str:
+    """Say that a multi-class mask must not have several channels."""
+    return (
+        f"it has {channels} channels: a multi-class mask has one, or colors that MASK_VALUES names all, such "
+        'as {(255, 0, 0): 1}; overlapping classes need task="multi-label"'
+    )
+
+
+def _some(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, list(values)[:8]))
+
+
+def _odd_ones_out(values: dict[Path, Any], what: str) -> list[str]:
+    """Return a sentence for each file whose value differs from that of most."""
+    if len(set(values.values())) < 2:
+        return []
+    usual = Counter(values.values()).most_common(1)[0][0]
+    odd = {file: value for file, value in values.items() if value != usual}
+    return [f"{file}: has {value} {what}, most have {usual}" for file, value in odd.items()]

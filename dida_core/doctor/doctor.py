@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.checks import dataset_problems, find_problems
+from ..data.build import fingerprint, splits_of, suggest
 from ..data.contract import DataContract
 from ..data.facts import Facts
-from ..data.fingerprint import fingerprint, splits_of, suggest
-from ..data.pairs import MaskReading, Pairs
+from ..data.pairs import MaskReading, Pairs, dataset_problems, find_problems
 
 _SMALLEST_OVERLAP = 0.01  # of the smaller tile: neighbors may touch
 _MOST_CHANNELS = 32  # a first dimension up to this may be channels
@@ -101,15 +100,24 @@ def _refused(splits: dict[str, Pairs], root: Path, reading: MaskReading) -> Iter
 def _copies(pairs: list[_Pair]) -> Iterator[Finding]:
     """Find images twice, and the same values in another order, as a flipped or rotated copy has them."""
 
+    def values(image: Facts) -> Any:
+        return image["shape"], image["dtype"], image["digests"]
+
     def statistics(image: Facts) -> Any:
         rounded = [f"{value:.9g}" for name in ("mean", "m2") for value in image[name]]
         return sorted(image["shape"][:2]), image["dtype"], image["min"], image["max"], image["count"], rounded
 
-    pairs = [pair for pair in pairs if not _is_blank(pair.image)]
-    same = _groups(pairs, lambda image: (image["shape"], image["dtype"], image["digests"]))
-    yield from _copies_in(same, "is the same as one", ("values", "places"))
-    distinct = [group[0] for group in _groups(pairs, lambda image: (image["shape"], image["digests"]), 1)]
-    yield from _copies_in(_groups(distinct, statistics), "is a flipped or rotated copy of one", ("values",))
+    groups = _groups([pair for pair in pairs if not _is_blank(pair.image)], values)
+    yield from _copies_in(groups, "is the same as one", ("values", "places"))
+    turned = _groups([group[0] for group in groups], statistics)
+    yield from _copies_in(turned, "is a flipped or rotated copy of one", ("values",))
+
+
+def _groups(pairs: list[_Pair], key: Callable[[Facts], Any]) -> list[list[_Pair]]:
+    groups = defaultdict(list)
+    for pair in pairs:
+        groups[str(key(pair.image))].append(pair)
+    return list(groups.values())
 
 
 def _copies_in(groups: list[list[_Pair]], verb: str, compared: Sequence[str]) -> Iterator[Finding]:
@@ -120,11 +128,13 @@ def _copies_in(groups: list[list[_Pair]], verb: str, compared: Sequence[str]) ->
             other = (elsewhere or group)[0]
             differ = any(pair.mask[name] != other.mask[name] for name in compared)
             found[bool(elsewhere), differ].append(f"{pair.name} = {other.name}")
-    leak = "results on what was trained on are too good. Leave it in one split alone."
-    twice = "a validation set drawn from this split may hold what is trained on. Leave one of them."
     for (is_leak, differ), names in sorted(found.items(), reverse=True):
-        head = f"{_count(names, 'image')}: each {verb} of {'another' if is_leak else 'the same'} split"
-        text = f"{head}{', with another mask' if differ else ''}; {leak if is_leak else twice}"
+        text = f"{_count(names, 'image')}: each {verb} of {'another' if is_leak else 'the same'} split"
+        text += f"{', with another mask' if differ else ''}; "
+        if is_leak:
+            text += "results on what was trained on are too good. Leave it in one split alone."
+        else:
+            text += "a validation set drawn from this split may hold what is trained on. Leave one of them."
         yield Finding(is_leak or differ, text, names)
 
 
@@ -136,7 +146,7 @@ def _overlaps(pairs: list[_Pair]) -> Iterator[Finding]:
         rectangles = _rectangles([pair.image["grid"] for pair in tiles], crs)
         for number, pair in enumerate(tiles):
             if pair.split != "train" and pair.image["grid"]["crs"] == crs:
-                shared = shared_area(rectangles[number], rectangles)
+                shared = _shared_area(rectangles[number], rectangles)
                 for index in np.flatnonzero(shared >= _SMALLEST_OVERLAP):  # NaN never is
                     other = tiles[index]
                     if other.split == "train" or (other.split != pair.split and index < number):
@@ -172,7 +182,7 @@ def _rectangles(grids: list[dict[str, Any]], crs: str) -> np.ndarray:
     return np.stack([corners.mean(1), np.where(is_rotated[:, None], sizes[:, ::-1], sizes)], 1)
 
 
-def shared_area(one: np.ndarray, others: np.ndarray) -> np.ndarray:
+def _shared_area(one: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return what fraction of the smaller rectangle one (center, size) and others (n, 2, 2) share."""
     (center, size), (centers, sizes) = one, others.swapaxes(0, 1)
     shared = np.minimum((size + sizes) / 2 - abs(center - centers), np.minimum(size, sizes))
@@ -185,7 +195,11 @@ def _ranges(pairs: list[_Pair]) -> Iterator[Finding]:
     def times(one: float, other: float) -> float:
         return max(one, other) / min(one, other) if min(one, other) > 0 else 1.0
 
-    values = [(pair, _root_mean_square(pair.image)) for pair in pairs if not _is_blank(pair.image)]
+    def root_mean_square(image: Facts) -> float:  # of the channel in which it is largest
+        count, mean, m2 = (np.array(image[name]) for name in ("count", "mean", "m2"))
+        return float(np.sqrt(mean**2 + m2 / np.maximum(count, 1)).max())
+
+    values = [(pair, root_mean_square(pair.image)) for pair in pairs if not _is_blank(pair.image)]
     usual = {
         split: float(np.median([value for pair, value in values if pair.split == split]))
         for split in dict.fromkeys(pair.split for pair, _ in values)
@@ -221,10 +235,9 @@ def _classes(pairs: list[_Pair], reading: MaskReading) -> Iterator[Finding]:
     """Find classes that one split lacks."""
 
     def labels(mask: Facts) -> set[Any]:
-        values = [value for value, _ in mask["values"] or []]
         if reading.task == "multi-label":
-            return {label for value in values for label in reading.labels_of(value)}
-        return {reading.class_of(value) for value in values} - {reading.ignore_index}
+            return {label for value, _ in mask["values"] or [] for label in reading.labels_of(value)}
+        return {reading.class_of(value) for value in reading.values_in(mask)} - {reading.ignore_index}
 
     of_split: dict[str, set[Any]] = defaultdict(set)
     for pair in pairs:
@@ -254,19 +267,6 @@ def _is_blank(image: Facts) -> bool:
     return image["min"] == image["max"]
 
 
-def _groups(pairs: list[_Pair], key: Callable[[Facts], Any], smallest: int = 2) -> list[list[_Pair]]:
-    groups = defaultdict(list)
-    for pair in pairs:
-        groups[str(key(pair.image))].append(pair)
-    return [group for group in groups.values() if len(group) >= smallest]
-
-
-def _root_mean_square(image: Facts) -> float:
-    """Return that of the channel in which it is largest."""
-    count, mean, m2 = (np.array(image[name]) for name in ("count", "mean", "m2"))
-    return float(np.sqrt(mean**2 + m2 / np.maximum(count, 1)).max())
-
-
 def describe(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Give a fingerprint as rows of a report."""
     yield "images", str(facts["images"])
@@ -279,15 +279,6 @@ def describe(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "mask values", "numbers, no classes" if values is None else _first(texts, 16)
     for number, channel in enumerate(facts["statistics"]):
         yield f"channel {number}", ", ".join(f"{name} {value:.5g}" for name, value in channel.items())
-
-
-def report(findings: Sequence[Finding]) -> Iterator[tuple[str, str]]:
-    """Give findings as rows of a report."""
-    yield "doctor", "nothing found" if not findings else _count(findings, "finding")
-    for is_problem, text, files in findings:
-        yield "PROBLEM" if is_problem else "remark", text
-        if files:
-            yield "", _first(files, 3)
 
 
 def _print(rows: Iterable[tuple[str, str]]) -> None:
@@ -310,9 +301,8 @@ def _readable(value: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="holds x and y, or train/x, train/y, ...")
     folder = parser.parse_args(arguments).folder
     splits = {split: Pairs(*places) for split, places in splits_of(folder).items()}
@@ -321,7 +311,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suggestion = suggest(splits["train"])
     reading = MaskReading(suggestion["DATASET_CONFIG"]["task"], suggestion.get("MASK_VALUES"))
     findings = examine(splits, folder, reading)
-    _print(report(findings))
+    rows = [("doctor", "nothing found" if not findings else _count(findings, "finding"))]
+    for is_problem, text, files in findings:
+        rows.append(("PROBLEM" if is_problem else "remark", text))
+        if files:
+            rows.append(("", _first(files, 3)))
+    _print(rows)
     print("\nThis suggests (train.py --data does so by itself):")
     print("\n".join(f"  {key} = {_readable(value)}" for key, value in suggestion.items()))
     return int(any(finding.is_problem for finding in findings))

@@ -1,4 +1,4 @@
-"""What a folder suggests can be trained, and a config's datasets are built as it says."""
+"""A fingerprint tells what is in a folder; what it suggests can be trained; a config's datasets are built."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,11 @@ import pytest
 import torch
 from dida_core.config.keys import copy_config
 from dida_core.config.project import project_of
-from dida_core.data.build import build_datasets, use_folder
+from dida_core.data import build as module
+from dida_core.data.build import build_datasets, fingerprint, splits_of, suggest, use_folder
 from dida_core.data.images import DataError
+from dida_core.data.pairs import Pairs
+from dida_core.doctor.doctor import describe
 from dida_core.training.determinism import Samples
 from dida_core.training.setup import prepare
 from torch.utils.data import DataLoader
@@ -29,7 +32,6 @@ KINDS = {
     "labels": (lambda size: RNG.integers(0, 2, (*size, 4), dtype=np.uint8), "multi-label", 4),
     "labels of 0 and 255": (lambda size: RNG.integers(0, 2, (*size, 4), np.uint8) * 255, "multi-label", 4),
     "numbers": (lambda size: RNG.normal(size=size).astype(np.float32), "values", 1),
-    "small": (lambda size: RNG.integers(0, 3, size, dtype=np.uint8), "multi-class", 3),
     "mixed sizes": (lambda size: RNG.integers(0, 3, size, dtype=np.uint8), "multi-class", 3),
 }
 
@@ -40,7 +42,7 @@ def folder(tmp_path: Path, write: Any, request: pytest.FixtureRequest) -> Path:
     kind = getattr(request, "param", "class numbers")
     for split, count in (("train", 6), ("test", 2)):
         for number in range(count):
-            size = {"small": (20, 24), "mixed sizes": (40 + 9 * number, 44)}.get(kind, (40, 48))
+            size = (20 + 9 * number, 44) if kind == "mixed sizes" else (40, 48)
             image = RNG.integers(0, 255, (*size, 5)).astype(np.uint8)
             write(tmp_path / "data" / split / "x" / f"{number}.tif", image)
             write(tmp_path / "data" / split / "y" / f"{number}.npy", KINDS[kind][0](size))
@@ -77,20 +79,16 @@ def test_the_callers_config_stays_as_it_is(folder: Path, tiny_config: dict[str, 
     assert use_folder(tiny_config, folder, PROJECT, tmp_path / "facts.json") == config
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("DATASET_CONFIG", ...), ("DATASET_CONFIG", None), ("MODEL_CONFIG", ...)]
-)
 def test_a_config_may_lack_what_the_folder_gives(
-    folder: Path, tiny_config: dict[str, Any], key: str, value: Any, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_config[key] = value
-    if value is ...:
-        del tiny_config[key]
+    del tiny_config["MODEL_CONFIG"]
     monkeypatch.chdir(folder.parent)
-    config = use_folder(tiny_config, Path("data"), PROJECT)
-    assert config["MODEL_CONFIG"]["ch_in"] == 5
-    assert len(build_datasets(config)[0].images) == 6
-    assert config["DATASET_CONFIG"]["test"]["x_dir"] == str((folder / "test" / "x").resolve())
+    for config in (tiny_config, tiny_config | {"DATASET_CONFIG": None}):
+        config = use_folder(config, Path("data"), PROJECT)
+        assert config["MODEL_CONFIG"]["ch_in"] == 5
+        assert len(build_datasets(config)[0].images) == 6
+        assert config["DATASET_CONFIG"]["test"]["x_dir"] == str((folder / "test" / "x").resolve())
 
 
 @pytest.mark.parametrize("config", [{}, {"DATASET": None, "DATASET_CONFIG": None}, {"DATASET": NpyDataset}])
@@ -107,3 +105,137 @@ def test_all_splits_are_built(folder: Path) -> None:
     train, test, validation = build_datasets({"DATASET": NpyDataset, "DATASET_CONFIG": splits})
     assert (train.crop, test, validation.crop) == (8, None, None)
     assert next(iter(DataLoader(Samples(validation, 0), sampler=[(0, 0)])))[0].shape == (1, 5, 40, 48)
+
+
+# ------------------------------------------------------------------------------------------------ fingerprint
+
+
+def images_of(masks: list[np.ndarray], channels: int = 3, dtype: str = "uint8") -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [(rng.random((*mask.shape[:2], channels)) * 100).astype(dtype) for mask in masks]
+
+
+def masks_with(values: Any, count: int = 4, size: tuple[int, ...] = (40, 48)) -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    return [np.asarray(values)[rng.integers(0, len(values), size)] for _ in range(count)]
+
+
+@pytest.fixture
+def suggested(write_pairs: Any) -> Any:
+    return lambda masks: suggest(Pairs(*write_pairs(images_of(masks), masks)))
+
+
+def test_a_fingerprint_tells_what_is_there(write_pairs: Any) -> None:
+    masks = [np.uint8([[0, 0, 0, 2]] * 6), np.uint8([[0, 1], [1, 1]])]
+    images = images_of(masks, channels=2, dtype="uint16")
+    facts = fingerprint(Pairs(*write_pairs(images, masks)))
+    pixels = np.concatenate([image.reshape(-1, 2) for image in images]).astype(float)
+    statistics = facts.pop("statistics")
+    assert facts == {
+        "images": 2,
+        "sizes": {"6 x 4": 1, "2 x 2": 1},
+        "channels": {2: 2},
+        "dtypes": {"uint16": 2},
+        "mask channels": {1: 2},
+        "mask dtypes": {"uint8": 2},
+        "mask values": {0: 19 / 28, 1: 3 / 28, 2: 6 / 28},
+    }
+    assert list(facts["mask values"]) == [0, 1, 2]
+    for name in ("min", "max", "mean", "std"):
+        np.testing.assert_allclose([row[name] for row in statistics], getattr(np, name)(pixels, 0), rtol=1e-9)
+
+
+def test_mixed_data_are_described_too_and_long_lists_shortened(write_pairs: Any) -> None:
+    masks = [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8), np.int16)]
+    images = [np.zeros((*mask.shape[:2], n), np.uint8) for mask, n in zip(masks, (3, 3, 4), strict=True)]
+    pairs = Pairs(*write_pairs(images, masks))
+    facts = fingerprint(pairs)
+    assert facts["channels"] == {3: 2, 4: 1} and facts["statistics"] == [] and len(facts["mask values"]) == 2
+    rows = dict(describe(facts))
+    assert (rows["channels"], rows["sizes"]) == ("3 (2), 4 (1)", "8 x 8 (2), 9 x 8 (1)")
+    assert suggest(pairs)["MODEL_CONFIG"]["ch_in"] == 3
+    masks = [(np.arange(100 + n).reshape(1, -1) % 40).astype(np.uint8) for n in range(6)]
+    rows = dict(describe(fingerprint(Pairs(*write_pairs(images_of(masks), masks, folder="long")))))
+    assert rows["sizes"].endswith(", and 2 more") and rows["mask values"].endswith(", and 24 more")
+
+
+# ------------------------------------------------------------------------------------------------- suggestion
+
+
+@pytest.mark.parametrize(
+    ("values", "mask_values", "ch_out"),
+    [
+        (np.uint8([0, 1, 2, 255]), None, 3),
+        (np.uint8([0, 1]), None, 2),
+        (np.uint8([0, 255]), {255: 1}, 2),
+        (np.uint8([255]), {255: 1}, 2),
+        (np.uint8([0]), None, 2),
+        (np.uint8([0, 1, 3]), None, 4),
+        (np.uint8([1, 2]), None, 3),
+        (np.uint8([10, 20, 30]), {10: 0, 20: 1, 30: 2}, 3),
+        (np.uint8([0, 128]), {0: 0, 128: 1}, 2),
+        (np.array([False, True]), None, 2),
+        *[
+            (np.uint8(colors), {color: number for number, color in enumerate(sorted(colors))}, len(colors))
+            for colors in (
+                [(0, 0, 0), (128, 0, 0), (0, 64, 9)],
+                [(0, 0, 0), (255, 255, 255)],
+                [(0, 0, 0), (0, 0, 255), (0, 255, 0), (255, 0, 0)],
+            )
+        ],
+    ],
+)
+def test_values_of_masks_suggest_classes(suggested: Any, values: Any, mask_values: Any, ch_out: int) -> None:
+    suggestion = suggested(masks_with(values))
+    assert suggestion["MODEL_CONFIG"] == {"ch_in": 3, "ch_out": ch_out}
+    assert suggestion.get("MASK_VALUES") == mask_values and "LOSS" not in suggestion
+    assert suggestion["DATASET_CONFIG"]["task"] == "multi-class"
+    assert suggestion["METRICS"]["f1"] == ".utils.loss:f1"
+
+
+@pytest.mark.parametrize(
+    ("channels", "values", "mask_values"),
+    [(2, (0, 1), None), (3, (0, 1), None), (5, (0, 1, 255), None), (2, (0, 255), {255: 1})],
+)
+def test_channels_of_0_and_1_are_labels(suggested: Any, channels: int, values: Any, mask_values: Any) -> None:
+    suggestion = suggested(masks_with(np.uint8(values), size=(40, 48, channels)))
+    assert suggestion["DATASET_CONFIG"]["task"] == "multi-label"
+    assert suggestion["LOSS"] == ".utils.loss:dice_bce_sum" and suggestion.get("MASK_VALUES") == mask_values
+    assert suggestion["MODEL_CONFIG"]["ch_out"] == channels
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1, "float32"), (2, "int32")])
+def test_numbers_suggest_a_regression(suggested: Any, channels: int, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    suggestion = suggested([(rng.random((80, 90, channels)) * 1e6).astype(dtype) for _ in range(2)])
+    assert suggestion["DATASET_CONFIG"]["task"] == "values"
+    assert suggestion["MODEL_CONFIG"]["ch_out"] == channels and suggestion["MONITOR"] == "min loss"
+    assert (suggestion["LOSS"], suggestion["METRICS"]) == ("torch.nn.functional:mse_loss", {})
+
+
+def test_crops_fit_into_the_smallest_image_and_large_images_give_more(
+    suggested: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = {(1, 1): 1, (20, 90): 20, (32, 32): 32, (50, 50): 32, (128, 90): 64, (300, 260): 192}
+    for size, crop in cases.items():
+        data = suggested([np.zeros(size, np.uint8), np.zeros((300, 300), np.uint8)])["DATASET_CONFIG"]
+        assert data["crop"] == crop and 2 * data["crops_per_image"] >= 160
+    monkeypatch.setattr(module, "_LARGEST_CROP", 32)
+    assert suggested([np.zeros((320, 320), np.uint8)] * 2)["DATASET_CONFIG"]["crops_per_image"] == 100
+
+
+# ----------------------------------------------------------------------------------------------------- splits
+
+
+def test_splits_are_found_and_a_folder_without_a_training_split_is_refused(tmp_path: Path) -> None:
+    found: list[str] = []
+    for split in ("notes", "test", "train", "validation"):
+        if "train" not in found:
+            with pytest.raises(DataError, match="put images and masks of the same names into train/x and tr"):
+                splits_of(tmp_path)
+        (tmp_path / split / "x").mkdir(parents=True)
+        found.append(split)
+    names = ("train", "test", "validation")
+    assert splits_of(tmp_path) == {name: (tmp_path / name / "x", tmp_path / name / "y") for name in names}
+    (tmp_path / "notes" / "test" / "x").mkdir(parents=True)
+    assert splits_of(tmp_path / "notes")["train"] == (tmp_path / "notes" / "x", tmp_path / "notes" / "y")

@@ -1,3 +1,5 @@
+"""What a dataset offers comes before the defaults, also inside of Subset and ConcatDataset."""
+
 import pickle
 from pathlib import Path
 from typing import Any
@@ -74,13 +76,9 @@ class Rich(Plain):
         return Rich(len(mask_values))
 
 
-def test_what_offers_everything_stays_as_it_is(folder):
-    for dataset in (npy(folder), as_dataset(Plain()), as_dataset(Subset(npy(folder), [1]))):
-        assert isinstance(dataset, TrainingData) and as_dataset(dataset) is dataset
-
-
 def test_a_plain_dataset_gets_the_defaults(tmp_path):
     plain = as_dataset(Plain())
+    assert isinstance(plain, TrainingData) and as_dataset(plain) is plain
     assert isinstance(plain, Custom) and len(plain) == 10 and plain[3][0].mean() == 3
     assert (plain.arguments, plain.task, plain.ignore_index) == (None, None, None)
     assert plain.contract(True, tmp_path) is None and plain.scan() == {} and plain.sample_shape(0) is None
@@ -91,7 +89,8 @@ def test_a_plain_dataset_gets_the_defaults(tmp_path):
         plain.with_mask_values({255: 1})
 
 
-def test_what_a_dataset_offers_comes_before_the_defaults(tmp_path):
+def test_what_a_dataset_offers_comes_before_the_defaults(tmp_path, folder):
+    assert as_dataset(npy(folder)).images and isinstance(npy(folder), TrainingData)
     rich = as_dataset(Rich())
     assert (rich.arguments, rich.task, rich.ignore_index) == ({"offset": 0}, "multi-class", 7)
     assert rich.sample_name(3) == "file 1" and rich.for_evaluation().offset == 100
@@ -112,19 +111,6 @@ def test_workers_can_be_given_it(dataset):
 
 
 def test_wrappers_pass_samples_and_names_on(folder):
-    base, joined = npy(folder, crop=None, crops_per_image=1), ConcatDataset([Plain(), Rich()])
-    nested = as_dataset(Subset(Subset(ConcatDataset([joined, base]), [22, 5, 13]), [2, 0]))
-    assert isinstance(nested, View) and [nested.sample_name(index) for index in range(2)] == [
-        "file 1",
-        "2.npy",
-    ]
-    assert nested[0][0].mean() == 3 and torch.equal(nested[1][0], base[2][0])
-    assert len(nested) == 2 and len(nested.scan()) == 2 and nested.arguments is None
-    with pytest.raises(IndexError):
-        nested[2]
-
-
-def test_a_wrapper_that_changes_samples_keeps_its_ways(folder):
     class Doubled(Subset):
         def __getitem__(self, index: Any) -> Any:
             return self.dataset[self.indices[index]][0] * 2
@@ -132,7 +118,15 @@ def test_a_wrapper_that_changes_samples_keeps_its_ways(folder):
         def __getitems__(self, indices: list[int]) -> list[Any]:
             return [self[index] for index in indices]
 
-    assert as_dataset(Doubled(Plain(), [4]))[0].mean() == 8
+    assert as_dataset(Doubled(Plain(), [4]))[0].mean() == 8  # a wrapper of the user's own keeps its ways
+    base, joined = npy(folder, crop=None, crops_per_image=1), ConcatDataset([Plain(), Rich()])
+    nested = as_dataset(Subset(Subset(ConcatDataset([joined, base]), [22, 5, 13]), [2, 0]))
+    assert isinstance(nested, View)
+    assert [nested.sample_name(index) for index in range(2)] == ["file 1", "2.npy"]
+    assert nested[0][0].mean() == 3 and torch.equal(nested[1][0], base[2][0])
+    assert len(nested) == 2 and len(nested.scan()) == 2 and nested.arguments is None
+    with pytest.raises(IndexError):
+        nested[2]
 
 
 def test_a_part_is_split_as_before():
@@ -141,7 +135,7 @@ def test_a_part_is_split_as_before():
     for dataset in (Plain(), Subset(Plain(), range(10))):
         parts = as_dataset(dataset).split(0.3, 5)
         assert [[int(part[index][0].mean()) for index in range(len(part))] for part in parts] == expected
-    with pytest.raises(DataError, match="one sample cannot be split"):
+    with pytest.raises(DataError, match="one image cannot be split"):
         as_dataset(Subset(Plain(), [3])).split(0.2, 0)
 
 
@@ -155,7 +149,7 @@ def test_no_image_is_parted_by_a_split(folder, tmp_path):
         assert not places[0] & places[1] and len(train) + len(validation) == len(adapted)
 
 
-def test_the_validation_part_of_a_subset_has_each_pixel_of_its_images_once(folder):
+def test_the_validation_part_of_a_subset_has_each_pixel_of_its_images_once(folder, tmp_path):
     _, validation = random_split(npy(folder, augment=set_to_zero, tile=16), [6, 6], torch.Generator())
     adapted = as_dataset(validation)
     assert adapted[0][0].abs().max() == 0 and adapted[0][0].shape[-1] == 8
@@ -166,13 +160,11 @@ def test_the_validation_part_of_a_subset_has_each_pixel_of_its_images_once(folde
     assert sum(mask.numel() for _, mask in evaluated) == len(names) * SIZE**2
     assert {evaluated.sample_shape(index) for index in range(4)} == {(16, 16), (16, 4), (4, 16), (4, 4)}
     assert as_dataset(Subset(Plain(), [2, 1])).for_evaluation()[0][0].mean() == 2  # in its own order
-
-
-def test_images_of_one_name_in_two_datasets_are_two(folder, tmp_path):
-    joined = ConcatDataset([npy(folder), npy(write(tmp_path / "other", [55, 65]))])
+    joined = ConcatDataset(
+        [npy(folder), npy(write(tmp_path / "other", [55, 65]))]
+    )  # images of the same names
     evaluated = as_dataset(Subset(joined, [0, 1, 2])).for_evaluation()  # crops of the first image
     assert [evaluated.sample_name(index) for index in range(len(evaluated))] == ["0.npy"]
-    assert torch.equal(evaluated[0][0], npy(folder).for_evaluation()[0][0])
 
 
 def test_joined_datasets_have_the_statistics_of_all(folder, tmp_path):
@@ -223,13 +215,7 @@ def test_a_wrapped_dataset_is_normalized_in_training_and_not_augmented_in_evalua
     for split in ("validation", "test"):
         images = torch.cat([image.flatten(1) for image, _ in getattr(setup.data, split)], 1)
         assert images.std() > 0.1 and images.shape[1] % SIZE**2 == 0
-    assert setup.experiment.not_rerunnable and setup.config["DATASET"] is None
-    taken = TensorDataset(torch.rand(6, 2, 8, 8), torch.randint(3, (6, 8, 8)))
-    assert (
-        prepare(wrap_all(taken), None, tiny_config | model, global_config, None, "dida_tools").contract.mean
-        == ()
-    )
-
-
-def wrap_all(dataset: Any) -> Any:
-    return ConcatDataset([Subset(dataset, [5, 4, 3]), dataset])
+    assert setup.not_rerunnable and setup.config["DATASET"] is None
+    tensors = TensorDataset(torch.rand(6, 2, 8, 8), torch.randint(3, (6, 8, 8)))
+    tensors = ConcatDataset([Subset(tensors, [5, 4, 3]), tensors])
+    assert prepare(tensors, None, tiny_config | model, global_config, None, "dida_tools").contract.mean == ()

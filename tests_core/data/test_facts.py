@@ -3,11 +3,9 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 from dida_core.data import facts as module
 from dida_core.data.facts import has_data, scan_files, scan_image, scan_mask
 
-import dida_tools
+from tests.helpers import Child
 
 Scan = Callable[..., dict[str, Any]]
 
@@ -67,14 +65,9 @@ def test_statistics_are_those_of_numpy(tmp_path: Path, scan: Scan, dtype: str) -
     }
     assert expected.items() <= facts.items()
     assert facts["sha256"] == hashlib.sha256((tmp_path / "a.npy").read_bytes()).hexdigest()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64", "uint32"])
-def test_statistics_survive_large_means(scan: Scan, dtype: str) -> None:
-    image = (1e6 + np.random.default_rng(0).choice([-1, 1], (60, 50, 2))).astype(dtype)
-    facts = scan(image)
-    assert_statistics(facts, image.reshape(-1, 2))
-    np.testing.assert_allclose(np.sqrt(np.array(facts["m2"]) / 3000), 1, rtol=1e-3)
+    if dtype[0] == "f":  # they survive large means
+        image = (1e6 + np.random.default_rng(0).choice([-1, 1], (60, 50, 2))).astype(dtype)
+        np.testing.assert_allclose(np.sqrt(np.array(scan(image)["m2"]) / 3000), 1, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +84,7 @@ def test_pixels_without_data_are_left_out(scan: Scan, dtype: str, nodata: float)
     assert (facts["damaged"], facts["missing"]) == (0, missing.sum())
 
 
-def test_a_pixel_lacks_data_only_if_all_its_channels_do(scan: Scan) -> None:
+def test_a_pixel_lacks_data_only_if_all_its_channels_do(tmp_path: Path, scan: Scan, write: Any) -> None:
     image = np.array([[[0, 5], [0, 0], [7, 0]]], np.uint8)
     facts = scan(image, nodata=0)
     assert_statistics(facts, np.array([[0, 5], [7, 0]]))
@@ -99,17 +92,11 @@ def test_a_pixel_lacks_data_only_if_all_its_channels_do(scan: Scan) -> None:
     pixels = np.array([[[0, 0], [0, 1]], [[np.nan, np.nan], [np.nan, 1]]])
     for nodata, expected in ((None, [[1, 1], [1, 1]]), (0, [[0, 1], [1, 1]]), (np.nan, [[1, 1], [0, 1]])):
         assert np.array_equal(has_data(pixels, nodata), np.array(expected, bool))
-
-
-def test_the_nodata_value_of_the_file_counts_unless_another_is_given(tmp_path: Path, write: Any) -> None:
+    facts = scan(np.zeros((5, 5, 2), np.uint8), nodata=0)
+    assert all(facts[name] == [0, 0] for name in ("count", "min", "max", "mean", "m2"))
     path = write(tmp_path / "image.tif", np.array([[1, 2], [3, 3]], np.float32), nodata=3)
     assert_statistics(scan_image(path), np.array([[1], [2]]))
     assert_statistics(scan_image(path, nodata=1), np.array([[2], [3], [3]]))
-
-
-def test_an_image_without_any_data_has_empty_statistics(scan: Scan) -> None:
-    facts = scan(np.zeros((5, 5, 2), np.uint8), nodata=0)
-    assert all(facts[name] == [0, 0] for name in ("count", "min", "max", "mean", "m2"))
 
 
 def test_damaged_values_are_counted_and_left_out(scan: Scan) -> None:
@@ -131,12 +118,13 @@ def test_digests_are_of_values_and_corners_of_the_grid(tmp_path: Path, write: An
     assert facts[2]["grid"]["corners"] == corners and "UTM zone 33N" in facts[2]["grid"]["crs"]
 
 
-def test_a_large_image_is_scanned_in_little_memory(tmp_path: Path, memory_growth: Any) -> None:
-    np.lib.format.open_memmap(tmp_path / "large.npy", "w+", np.uint8, (3000, 3000, 12)).flush()
-    imports = f"from pathlib import Path\nfrom {module.__name__} import scan_image"
-    code = "assert scan_image(Path(sys.argv[1]))['count'] == [9_000_000] * 12"
-    # The pages of the mapped file itself count too, but can be taken back at any time: 103 MiB.
-    assert memory_growth(imports, code, tmp_path / "large.npy") < 103 + 200
+def test_a_large_image_is_scanned_in_little_memory(
+    tmp_path: Path, memory_growth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BAND_VALUES", 2**18)
+    np.lib.format.open_memmap(tmp_path / "large.npy", "w+", np.uint8, (1000, 1000, 24)).flush()
+    # The pages of the mapped file itself count too, but can be taken back at any time: 23 MiB.
+    assert memory_growth(lambda: scan_image(tmp_path / "large.npy")) < 23 + 30
 
 
 # ------------------------------------------------------------------------------------------------------ masks
@@ -189,14 +177,9 @@ def test_a_mask_of_floats_or_too_many_values_has_none(scan: Scan) -> None:
     assert facts["damaged"] == 2
 
 
-def test_noted_places_stay_few_and_colors_are_quick(tmp_path: Path, write: Any) -> None:
+def test_noted_places_stay_few(tmp_path: Path, write: Any) -> None:
     facts = scan_mask(write(tmp_path / "mask.npy", np.arange(400 * 400).reshape(400, 400) % 4000))
     assert len(facts["values"]) == sum(map(len, facts["places"])) == 4000
-    colors = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0]], np.uint8)
-    path = write(tmp_path / "colors.npy", colors[np.random.default_rng(0).integers(0, 3, (1000, 1000))])
-    started = time.process_time()
-    scan_mask(path)
-    assert time.process_time() - started < 1.0
 
 
 def test_nodata_of_a_mask_is_no_value_but_0_is_a_class(tmp_path: Path, write: Any) -> None:
@@ -263,102 +246,57 @@ def test_a_changed_file_alone_is_read_again(write: Any, images: list[Path], cach
         scan_files(images, never, cache)
 
 
-@pytest.mark.parametrize("options", [{"nodata": 0}, {"nodata": 1.5}, {"nodata": float("nan")}])
-def test_another_nodata_value_is_another_scan(images: list[Path], cache: Path, options: dict) -> None:
-    found = scan_files(images, scan_image, cache, **options)
-    assert found == {file: scan_image(file, **options) for file in images}
-
-
-def test_an_image_and_a_mask_in_one_file_have_facts_of_their_own(images: list[Path], cache: Path) -> None:
+def test_another_scan_of_a_file_has_facts_of_its_own(images: list[Path], cache: Path) -> None:
+    for options in ({"nodata": 0}, {"nodata": 1.5}, {"nodata": float("nan")}):
+        found = scan_files(images, scan_image, cache, **options)
+        assert found == {file: scan_image(file, **options) for file in images}
     for scan, key in ((scan_image, "mean"), (scan_mask, "places"), (scan_image, "mean")):
         assert key in scan_files(images, scan, cache)[images[0]]
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[1, 2]", b"null", bytes(100), b"\xff\xfe\x00", b'{"a": 1}', None]
-)
-def test_a_damaged_or_truncated_cache_is_made_anew(images: list[Path], cache: Path, content: Any) -> None:
-    expected = scan_files(images, scan_image)
-    cache.write_bytes(cache.read_bytes()[:-30] if content is None else content)
-    assert scan_files(images, scan_image, cache) == expected
-    assert scan_files(images, never, cache) == expected
-
-
-def test_a_cache_of_an_older_version_is_not_used(images: list[Path], cache: Path, monkeypatch: Any) -> None:
+def test_a_damaged_truncated_or_older_cache_is_made_anew(
+    images: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, content = scan_files(images, scan_image), cache.read_bytes()
+    for damaged in (content[:-30], b"", b"{", b"[1, 2]", b"null", bytes(100), b"\xff\xfe\x00", b'{"a": 1}'):
+        cache.write_bytes(damaged)
+        assert scan_files(images, scan_image, cache) == expected
+        assert scan_files(images, never, cache) == expected
+    cache.parent.joinpath("file").touch()  # where a cache cannot be written
+    assert scan_files(images, scan_image, cache.parent / "file" / "facts.json") == expected
     monkeypatch.setattr(module, "_VERSION", module._VERSION + 1)
     with pytest.raises(AssertionError, match="was read again"):
         scan_files(images, never, cache)
 
 
-def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, images: list[Path]) -> None:
-    (tmp_path / "file").touch()
-    assert len(scan_files(images, scan_image, tmp_path / "file" / "facts.json")) == len(images)
-    if os.name == "posix" and os.geteuid() != 0:  # root may write everywhere
-        (tmp_path / "locked").mkdir(mode=0o500)
-        assert len(scan_files(images, scan_image, tmp_path / "locked" / "facts.json")) == len(images)
-
-
 def test_problems_are_reported_and_not_cached(images: list[Path], tmp_path: Path) -> None:
     cache, content = tmp_path / "facts.json", images[1].read_bytes()
     replace_content(images[1], bytes(len(content)))
-    found = scan_files(images, scan_image, cache)
-    assert list(found[images[1]]) == ["problem"] and str(images[1]) in found[images[1]]["problem"]
-    assert "mean" in found[images[0]]
+    dead, missing = tmp_path / "x" / "dead.npy", tmp_path / "missing.tif"
+    dead.symlink_to(tmp_path / "nowhere.npy")
+    for _ in range(2):
+        found = scan_files([*images, dead, missing], scan_image, cache)
+        for file in (images[1], dead, missing):
+            assert list(found[file]) == ["problem"]
+            assert found[file]["problem"].startswith(f"{file}: cannot be read")
+        assert "mean" in found[images[0]]
     replace_content(images[1], content)
     assert "mean" in scan_files(images, scan_image, cache)[images[1]]
 
 
-@pytest.mark.parametrize("with_cache", [True, False])
-def test_missing_files_and_dead_links_are_problems(
-    tmp_path: Path, images: list[Path], with_cache: bool
-) -> None:
-    dead, missing = tmp_path / "x" / "dead.npy", tmp_path / "missing.tif"
-    dead.symlink_to(tmp_path / "nowhere.npy")
-    for _ in range(2):
-        found = scan_files(
-            [*images, dead, missing], scan_image, tmp_path / "facts.json" if with_cache else None
-        )
-        assert "dead.npy: cannot be read" in found[dead]["problem"]
-        assert "missing.tif: cannot be read" in found[missing]["problem"]
-
-    def vanished(file: Path) -> Any:
-        raise FileNotFoundError(2, "No such file", str(file))
-
-    assert str(images[0]) in scan_files(images, vanished)[images[0]]["problem"]
-
-
-SCAN = f"""
-import sys
-from pathlib import Path
-from {module.__name__} import scan_files, scan_image
-print("ready", flush=True)
-sys.stdin.readline()
-files = sorted(Path(sys.argv[1]).iterdir())
-for start in range(0, len(files), 2):
-    scan_files(files[start : start + 2], scan_image, Path(sys.argv[2]))
-"""
-
-
 def test_processes_and_threads_that_write_the_cache_at_once_lose_nothing(tmp_path: Path, write: Any) -> None:
-    cache, files, processes = tmp_path / "facts.json", [], []
-    for folder in ("a", "b"):
-        files += [write(tmp_path / folder / f"{n}.npy", np.full((4, 4), n, np.uint8)) for n in range(30)]
-        command = [sys.executable, "-c", SCAN, str(tmp_path / folder), str(cache)]
-        options: dict[str, Any] = {"cwd": Path(dida_tools.__file__).parents[1], "text": True}
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
-        processes.append(process)
-        assert process.stdout is not None and process.stdin is not None
-    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
-    files += [write(tmp_path / "c" / f"{n}.npy", np.full((4, 4), n, np.uint8)) for n in range(10)]
-    threads = [threading.Thread(target=scan_files, args=([file], scan_image, cache)) for file in files[60:]]
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
+    cache = tmp_path / "facts.json"
+    files = [write(tmp_path / "x" / f"{n}.npy", np.full((4, 4), n, np.uint8)) for n in range(70)]
+
+    def scan(first: int, last: int) -> None:
+        for start in range(first, last, 2):
+            scan_files(files[start : start + 2], scan_image, cache)
+
+    children = [Child(partial(scan, first, first + 30), tmp_path / f"{first}") for first in (0, 30)]
+    threads = [threading.Thread(target=scan, args=(number, number + 1)) for number in range(60, 70)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for process in processes:
-        process.communicate()
-        assert process.returncode == 0
+    assert all(child.wait() and child.code == 0 for child in children)
     assert len(scan_files(files, never, cache)) == 70

@@ -1,17 +1,17 @@
 """Each check of the doctor finds what it is for, in files of every kind, and nothing in valid data."""
 
 import re
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from dida_core.data import fingerprint as fingerprint_module
-from dida_core.data.fingerprint import splits_of, suggest
+from dida_core.data.build import splits_of, suggest
 from dida_core.data.pairs import MaskReading, Pairs
-from dida_core.doctor import doctor as module
-from dida_core.doctor.doctor import Finding, examine, main, shared_area
+from dida_core.doctor.doctor import Finding, examine, main
 from dida_core.errors import exit_code
 from rasterio.transform import Affine, from_origin, xy
 from rasterio.warp import transform
@@ -58,24 +58,24 @@ def assert_only(findings: list[Finding], text: str, *files: str, is_problem: boo
 # ------------------------------------------------------------------------------------------------- valid data
 
 
-@pytest.mark.parametrize("values", [(0, 1), (0, 1, 2, 255), (1, 2)])
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_nothing_is_found_in_valid_data(examined: Examine, values: tuple[int, ...], dtype: str) -> None:
-    splits = {split: (images(4, dtype=dtype), masks(4, values)) for split in ("train", "test", "validation")}
-    assert examined(**splits) == []
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: RNG.integers(0, 2, (40, 44, 4)).astype(np.uint8),
+VALID = {
+    "uint8": ("uint8", lambda: masks(1)[0]),
+    "uint16": ("uint16", lambda: masks(1, (0, 1, 2, 255))[0]),
+    "float32": ("float32", lambda: masks(1, (1, 2))[0]),
+    "labels": ("uint8", lambda: RNG.integers(0, 2, (40, 44, 4)).astype(np.uint8)),
+    "colors": (
+        "uint8",
         lambda: np.uint8([(0, 0, 0), (255, 255, 255), (255, 0, 0)])[RNG.integers(0, 3, (40, 44))],
-        lambda: RNG.random((40, 44)).astype(np.float32),
-    ],
-    ids=["labels", "colors", "numbers"],
-)
-def test_nothing_is_found_in_labels_colors_and_numbers(examined: Examine, make: Any) -> None:
-    assert examined(**{split: (images(2), [make(), make()]) for split in ("train", "test")}) == []
+    ),
+    "numbers": ("uint8", lambda: RNG.random((40, 44)).astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("kind", VALID)
+def test_nothing_is_found_in_valid_data(examined: Examine, kind: str) -> None:
+    dtype, make = VALID[kind]
+    splits = ("train", "test", "validation")
+    assert examined(**{split: (images(3, dtype=dtype), [make() for _ in range(3)]) for split in splits}) == []
 
 
 # --------------------------------------------------------------------------------------- axes, masks, classes
@@ -104,19 +104,17 @@ def test_masks_of_0_and_255(examined: Examine) -> None:
 LABELS = masks(3, shape=(40, 44, 4))
 
 
-@pytest.mark.parametrize(
-    ("train", "test", "text", "is_problem"),
-    [
-        (masks(3, (0, 1)), masks(3, (0, 1, 2)), "1 class of test not in train: nothing", True),
-        (masks(3, (0, 1, 2)), masks(3, (0, 1)), "1 class of train not in test: the results", False),
-        (LABELS, [mask * np.uint8([1, 1, 0, 1]) for mask in LABELS], "1 class of train not in test", False),
-    ],
-)
-def test_a_class_that_one_split_lacks(
-    examined: Examine, train: Any, test: Any, text: str, is_problem: bool
-) -> None:
-    found = examined(train=(images(), train), test=(images(), test))
-    assert_only(found, text, "class 2", is_problem=is_problem)
+def test_a_class_that_one_split_lacks(examined: Examine) -> None:
+    few, many = masks(3, (0, 1)), masks(3, (0, 1, 2))
+    found = examined(train=(images(), few), test=(images(), many))
+    assert_only(found, "1 class of test not in train: nothing", "class 2")
+    found = examined(train=(images(), many), test=(images(), few))
+    assert_only(found, "1 class of train not in test: the results", "class 2", is_problem=False)
+    labels = masks(3, shape=(40, 44, 4))
+    found = examined(
+        train=(images(), labels), test=(images(), [mask * np.uint8([1, 1, 0, 1]) for mask in labels])
+    )
+    assert_only(found, "1 class of train not in test", "class 2", is_problem=False)
 
 
 # --------------------------------------------------------------------------------------------------- copies
@@ -137,18 +135,18 @@ def test_an_image_of_two_splits(examined: Examine, tmp_path: Path, write: Any) -
 def test_an_image_twice_in_one_split(examined: Examine) -> None:
     inputs, targets = images(), masks()
     found = examined(train=([*inputs, inputs[0]], [*targets, targets[0]]))
-    assert_only(
-        found, "1 image: .* of the same split; a val", "train/x/3.npy = train/x/0.npy", is_problem=False
-    )
+    copies = "train/x/3.npy = train/x/0.npy"
+    assert_only(found, "1 image: .* of the same split; a val", copies, is_problem=False)
     found = examined(train=([*inputs, inputs[0]], [*targets, targets[1]]))
-    assert_only(found, "same split, with another mask", "train/x/3.npy = train/x/0.npy")
+    assert_only(found, "same split, with another mask", copies)
 
 
-@pytest.mark.parametrize("turn", [np.flipud, np.fliplr, np.rot90, lambda array: np.rot90(array, 2)])
-def test_a_rotated_copy(examined: Examine, turn: Any) -> None:
+def test_a_rotated_copy(examined: Examine) -> None:
     train = (images(dtype="float32"), masks())
-    found = examined(train=train, test=([turn(train[0][1])], [turn(train[1][1])]))
-    assert_only(found, "is a flipped or rotated copy of one of another split", "test/x/0.npy = train/x/1.npy")
+    for turn in (np.flipud, np.fliplr, np.rot90, lambda array: np.rot90(array, 2)):
+        found = examined(train=train, test=([turn(train[0][1])], [turn(train[1][1])]))
+        text = "is a flipped or rotated copy of one of another split"
+        assert_only(found, text, "test/x/0.npy = train/x/1.npy")
 
 
 def test_blank_images_are_no_copies(examined: Examine) -> None:
@@ -179,28 +177,25 @@ def tiles(tmp_path: Path, write: Any) -> Examine:
     return examine_tiles
 
 
-@pytest.mark.parametrize(
-    ("row", "percent"), [(10, 75), (-30, 25), (0, 100), (39, 2), (40, 0), (-40, 0), (4000, 0)]
-)
 @pytest.mark.parametrize("crs", ["EPSG:32633", None])
-def test_tiles_that_overlap_or_touch(tiles: Examine, row: int, percent: int, crs: str | None) -> None:
-    found = tiles(crs, utm(40, row), crs)
-    if percent:
-        assert_only(found, f"overlap, by up to {percent}%", f"test/x/a.tif = train/x/1.tif ({percent}%)")
-    else:
-        assert found == []
-
-
-def test_tiles_that_overlap_several(tiles: Examine) -> None:
-    (found,) = tiles("EPSG:32633", utm(50, 20))
-    assert list(found.files) == ["test/x/a.tif = train/x/1.tif (38%)", "test/x/a.tif = train/x/2.tif (12%)"]
-    assert tiles(None, utm(40, 0)) == []  # without a common coordinate system
+def test_tiles_that_overlap_or_touch(tiles: Examine, crs: str | None) -> None:
+    for row, percent in ((10, 75), (-30, 25), (0, 100), (39, 2), (40, 0), (-40, 0), (4000, 0)):
+        found = tiles(crs, utm(40, row), crs)
+        if percent:
+            assert_only(found, f"overlap, by up to {percent}%", f"test/x/a.tif = train/x/1.tif ({percent}%)")
+        else:
+            assert found == []
+    if crs:
+        (one,) = tiles(crs, utm(50, 20))
+        assert list(one.files) == [
+            f"test/x/a.tif = train/x/{n}.tif ({part}%)" for n, part in ((1, 38), (2, 12))
+        ]
+        assert tiles(None, utm(40, 0)) == []  # without a common coordinate system
 
 
 @pytest.mark.parametrize("row", [0, 20, 41, -41])
 def test_tiles_in_two_coordinate_systems(tiles: Examine, row: int) -> None:
-    # The same ground in the neighboring zone, where north is turned by some degrees: bounding boxes would
-    # overlap.
+    # The same ground in the neighboring zone, where north is turned: bounding boxes would overlap.
     places = xy(utm(40, row), [0, 0, 1], [0, 1, 0], offset="ul")
     (x, x_right, x_down), (y, y_right, y_down) = transform("EPSG:32633", "EPSG:32632", *places)
     rotated = Affine(x_right - x, x_down - x, x, y_right - y, y_down - y, y)
@@ -214,39 +209,21 @@ def test_tiles_in_two_coordinate_systems(tiles: Examine, row: int) -> None:
         assert percent and int(percent[1]) == pytest.approx(100 - row * 100 / 40, abs=3)
 
 
-def test_shared_area_is_that_of_a_fine_grid() -> None:
-    y, x = np.mgrid[-2:2:801j, -2:2:801j]
-    one = np.array([[0, 0], [2, 2]], float)
-    others = np.array([[[0.4, -0.2], [1, 2]], [[1.2, 1.2], [1, 1]], [[0, 0.1], [3, 3]], [[1.5, 0], [1, 1]]])
-    for (center, size), shared in zip(others, shared_area(one, others), strict=True):
-        inside = (
-            (np.maximum(abs(x), abs(y)) < 1)
-            & (abs(x - center[0]) < size[0] / 2)
-            & (abs(y - center[1]) < size[1] / 2)
-        )
-        assert shared == pytest.approx(inside.sum() * 0.005**2 / min(4, size.prod()), abs=0.01)
-    moved = np.array([[5e6, 5e6], [0, 0]])
-    np.testing.assert_allclose(shared_area(one + moved, others + moved), shared_area(one, others), atol=1e-6)
-
-
 # -------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(("factor", "finds"), [(1e-4, True), (200.0, True), (3.0, False)])
-def test_splits_in_other_units(examined: Examine, factor: float, finds: bool) -> None:
-    test = [(image * factor).astype(np.float32) for image in images()]
-    found = examined(train=(images(dtype="float32"), masks()), test=(test, masks()))
-    if finds:
-        assert_only(found, "the values of test are around .*, those of train around")
-    else:
-        assert found == []
-
-
-def test_an_image_in_other_units(examined: Examine) -> None:
-    inputs = images(5, dtype="float32")
-    inputs[3] /= 10_000
-    text = "1 image with values 1000 times"
-    assert_only(examined(train=(inputs, masks(5))), text, "train/x/3.npy", is_problem=False)
+def test_splits_and_images_in_other_units(examined: Examine) -> None:
+    train = (images(5, dtype="float32"), masks(5))
+    for factor in (1e-4, 200.0, 3.0):
+        test = [(image * factor).astype(np.float32) for image in images()]
+        found = examined(train=train, test=(test, masks()))
+        if factor == 3:
+            assert found == []
+        else:
+            assert_only(found, "the values of test are around .*, those of train around")
+    train[0][3] /= 10_000
+    found = examined(train=train, test=(images(dtype="float32"), masks()))
+    assert_only(found, "1 image with values 1000 times", "train/x/3.npy", is_problem=False)
 
 
 def test_what_training_would_refuse(examined: Examine) -> None:
@@ -305,31 +282,17 @@ def test_the_command_prints_what_is_there_and_what_is_wrong(
     assert max(map(len, out.splitlines())) <= 110
 
 
-def test_the_command_names_what_is_wrong(
-    tmp_path: Path, examined: Examine, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(lambda: main([str(tmp_path / "missing")])) == 1
     out, error = capsys.readouterr()
-    assert (
-        out == ""
-        and error.startswith("DataError: the data has 1 problem:")
-        and str(tmp_path / "missing") in error
-    )
-    examined(train=(images(), masks()))
-    (tmp_path / "train" / "y" / "0.npy").unlink()
-    (tmp_path / "train" / "y" / "1.npy").unlink()
-    assert exit_code(lambda: main([str(tmp_path)])) == 1
-    error = capsys.readouterr().err
-    assert "0.npy: has no mask" in error and "1.npy: has no mask" in error
+    assert out == "" and error.startswith(f"DataError: the data has 1 problem: {tmp_path / 'missing'}")
 
 
-@pytest.mark.parametrize("command", [module, fingerprint_module])
-def test_both_commands_are_the_doctor(
-    examined: Examine, tmp_path: Path, run_python: Any, command: Any
-) -> None:
+def test_the_package_is_the_command(examined: Examine, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     examined(train=(images(), masks()))
-    code = (
-        f"import runpy, sys\nsys.argv[0] = 'x'\nrunpy.run_module({command.__name__!r}, run_name='__main__')"
-    )
-    lines = run_python(code, tmp_path).splitlines()
+    monkeypatch.setattr(sys, "argv", ["doctor", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("dida_core.doctor", run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
     assert "  doctor         nothing found" in lines and "  DATASET = NpyDataset" in lines

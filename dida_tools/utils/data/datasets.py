@@ -2,7 +2,7 @@
 Folders of images and masks as PyTorch datasets. A template: change what a sample is, or how it is drawn.
 
 The routines train on any dataset of (input, target) pairs. These offer more, which your own may offer too.
-Checks are in checks.py, how files are read in images.py.
+Checks are in dida_core/data/pairs.py, how files are read in images.py.
 """
 
 import copy
@@ -13,11 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dida_core.data.checks import contract_problems, dataset_problems, find_problems, several_channels
 from dida_core.data.contract import TASKS, DataContract
+from dida_core.data.dataset import split_numbers
 from dida_core.data.facts import Facts, mask_nodata
-from dida_core.data.images import DataError, Window, image_info, read_image
-from dida_core.data.pairs import MaskReading, Pairs, map_values
+from dida_core.data.images import DataError, Window, image_info, raise_if, read_image
+from dida_core.data.pairs import (
+    MaskReading,
+    Pairs,
+    contract_problems,
+    dataset_problems,
+    find_problems,
+    map_values,
+    several_channels,
+)
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -162,9 +170,7 @@ class NpyDataset(Dataset):
         self, cache_file: Path | None = None, num_classes: int | None = None, training: bool = True
     ) -> None:
         """Read every file once, and raise DataError with all that is wrong; see checks.find_problems."""
-        problems = find_problems(self.pairs, self._reading(), cache_file, num_classes, training, self.crop)
-        if problems:
-            raise DataError(problems)
+        raise_if(find_problems(self.pairs, self._reading(), cache_file, num_classes, training, self.crop))
 
     def _plain_contract(self) -> DataContract:
         """Return how images are read, without normalization: as the first one suggests."""
@@ -179,9 +185,7 @@ class NpyDataset(Dataset):
     def with_contract(self, contract: DataContract) -> "NpyDataset":
         """Return a copy that reads by this contract; raise DataError with all images that do not fit it."""
         with_values = self.pairs.is_scanned and not self._is_part  # a part has the values of its dataset
-        problems = dataset_problems(contract, self.pairs, with_values)
-        if problems:
-            raise DataError(problems)
+        raise_if(dataset_problems(contract, self.pairs, with_values))
         return self._copy(_contract=contract)
 
     def with_mask_values(self, mask_values: dict) -> "NpyDataset":
@@ -201,12 +205,8 @@ class NpyDataset(Dataset):
 
     def split(self, fraction: float, seed: int) -> tuple["NpyDataset", "NpyDataset"]:
         """Split by entire files, at least one in each part: the larger part, and a random fraction."""
-        if len(self.images) < 2:
-            problem = "one image cannot be split: add images, give a validation set, or VALIDATION_FRACTION=0"
-            raise DataError([problem])
-        number = min(max(1, round(fraction * len(self.images))), len(self.images) - 1)
-        order = np.random.default_rng(seed).permutation(len(self.images))
-        return self._only(sorted(order[number:])), self._only(sorted(order[:number]))
+        larger, smaller = split_numbers(len(self.images), fraction, seed)
+        return self._only(larger), self._only(smaller)
 
     def select(self, indices: Sequence[int]) -> "NpyDataset":
         """Return a dataset of the images alone that these samples are taken from."""
@@ -247,9 +247,7 @@ class NpyPredictionDataset(Dataset):
         if not self.files:
             raise DataError(["there are no files to predict"])
         self.contract = contract or DataContract.of(image_info(self.files[0]))
-        problems = contract_problems(self.contract, self.files)
-        if problems:
-            raise DataError(problems)
+        raise_if(contract_problems(self.contract, self.files))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -261,9 +259,7 @@ class NpyPredictionDataset(Dataset):
         :raises DataError: if the image holds what the contract does not allow, such as NaN
         """
         image = read_image(self.files[index])
-        problems = self.contract.problems(image)
-        if problems:
-            raise DataError([f"{self.files[index]}: {problem}" for problem in problems])
+        raise_if(f"{self.files[index]}: {problem}" for problem in self.contract.problems(image))
         return self.contract.prepare(image)[0], self.files[index].name
 
 

@@ -1,8 +1,5 @@
-"""Fixtures that write images and datasets in every format, and run code in a new interpreter."""
+"""Fixtures that write images and datasets in every format."""
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +10,6 @@ import pytest
 import rasterio
 from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning
-
-import dida_tools
 
 
 def write_file(path: Path, array: np.ndarray, nodata: float | None = None, **georeference: Any) -> Path:
@@ -59,38 +54,3 @@ def write_pairs(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         return tmp_path / folder / "x", tmp_path / folder / "y"
 
     return write_all
-
-
-@pytest.fixture(scope="session")
-def run_python() -> Callable[..., str]:
-    """Run code in a new interpreter with arguments (sys.argv), and return what it prints."""
-
-    def run(code: str, *arguments: Any, **environment: str) -> str:
-        command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
-        options: dict[str, Any] = {
-            "cwd": Path(dida_tools.__file__).parents[1],
-            "env": os.environ | environment,
-        }
-        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
-
-
-GROWTH = """
-import resource
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-{code}
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-@pytest.fixture(scope="session")
-def memory_growth(run_python: Callable[..., str]) -> Callable[..., float]:
-    """Return by how many MiB a new interpreter grows by some code, after some imports."""
-    if sys.platform != "linux":
-        pytest.skip("ru_maxrss is in KiB on Linux")
-    return lambda imports, code, *arguments: (
-        int(run_python(f"import sys\n{imports}\n{GROWTH.format(code=code)}", *arguments)) / 1024
-    )
