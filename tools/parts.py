@@ -113,7 +113,7 @@ def matching(folder: Path, patterns: Iterable[str]) -> list[str]:
 
 
 def remove(folder: Path, names: set[str]) -> None:
-    """Delete parts and routines, their dependencies, and what pages say about them."""
+    """Delete parts and routines, their dependencies, and what pages hold about them."""
     files = {file for name in names for file in files_of(folder, name)}
     delete(folder, sorted(files), [word for name in names for word in words_of(name)])
     remove_extras(folder, names)
