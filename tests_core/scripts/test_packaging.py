@@ -18,7 +18,7 @@ import yaml
 import dida_tools
 
 from tests.helpers import ROOT
-from tests_core.scripts.projects import imports_of
+from tests_core.scripts.projects import imports_of, make_template
 
 CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib", "ignite": "pytorch-ignite"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -109,11 +109,8 @@ def test_the_library_states_what_the_project_states():
 @pytest.mark.slow
 @pytest.mark.parametrize(("folder", "packages"), [(".", PACKAGES), ("dida_core", ("dida_core",))])
 def test_a_wheel_contains_its_packages_and_nothing_else(tmp_path, folder, packages):
-    # From a copy, since setuptools leaves folders in what it builds from.
-    unwanted = shutil.ignore_patterns(
-        ".*", "__pycache__", "data", "logs", "predictions", "build", "*.egg-info"
-    )
-    shutil.copytree(ROOT / folder, tmp_path / "copy", ignore=unwanted)
+    # From a copy of what git knows, since setuptools leaves folders in what it builds from.
+    shutil.copytree(make_template(tmp_path / "template") / folder, tmp_path / "copy")
     (tmp_path / "copy" / "weights").mkdir(exist_ok=True)
     (tmp_path / "copy" / "weights" / "best.pt").touch()
     options = [
