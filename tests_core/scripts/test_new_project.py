@@ -538,7 +538,7 @@ CONFLICTS = {  # edits of what version 0.2 has rewritten, or moved into the libr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("conflicts", [{}, CONFLICTS], ids=["merged", "conflicts"])
-def test_a_project_of_version_0_1_is_updated(template, tmp_path, conflicts):
+def test_a_project_of_version_0_1_is_updated(template, tmp_path, pairs_dir, conflicts):
     """Edits of the project's half stay; those of rewritten or moved files conflict, and are named."""
     origin, folder = tmp_path / "origin", tmp_path / "crop_yield"
     if subprocess.run(["git", "cat-file", "-e", FIRST_RELEASE], cwd=ROOT, check=False).returncode:
@@ -568,3 +568,4 @@ def test_a_project_of_version_0_1_is_updated(template, tmp_path, conflicts):
     assert all((package / name).is_file() for name in ("models/our_net.py", "training/gan_training.py"))
     assert not (package / "training" / "fastai_training.py").exists()
     assert record_of(folder)["version"] >= "0.2"
+    assert conflicts or "finished" in train_and_predict(folder, "crop_yield", pairs_dir)
