@@ -168,7 +168,7 @@ def test_its_code_is_as_clean_as_the_templates(template, made):
 
 def test_the_library_may_be_installed_instead(template, tmp_path):
     folder = tmp_path / "crop_yield"
-    new_project(template, folder, "--core=installed")
+    assert "wheel --no-deps" in new_project(template, folder, "--core=installed")
     assert not (folder / "dida_core").exists() and record_of(folder)["core"] == "installed"
     project = tomllib.loads((folder / "pyproject.toml").read_text())
     assert "dida-core>=0.2,<0.3" in project["project"]["dependencies"]
