@@ -23,7 +23,7 @@ def main() -> int:
     arguments = parser.parse_args()
     from dida_core.prediction.predict import predict, run_config
 
-    predict(run_config(arguments.name) | given_keys(arguments))
+    predict(run_config(arguments.name, package="dida_tools") | given_keys(arguments))
     return 0
 
 

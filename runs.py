@@ -32,34 +32,31 @@ def main() -> int:
         "--logfile", default="experiments.csv", help="the tracker's file (default: experiments.csv)"
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    name = argparse.ArgumentParser(add_help=False)
+    name.add_argument("name", metavar="NAME")
+    names = argparse.ArgumentParser(add_help=False)
+    names.add_argument("names", nargs="+", metavar="NAME")
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument("--json", action="store_true", help="as JSON, with all columns")
 
-    one = subparsers.add_parser("list", help="all runs in a table")
+    one = subparsers.add_parser("list", help="all runs in a table", parents=[data])
     one.add_argument("--sort", metavar="COLUMN", help="the best last: by MONITOR's direction for results")
     one.add_argument("-n", type=int, metavar="NUMBER", help="only the last ones")
     one.add_argument("--columns", metavar="A,B", help="further columns, such as OPTIMIZER_CONFIG.lr,test.iou")
-    one.add_argument("--json", action="store_true", help="all columns as JSON")
     one.set_defaults(call=commands.list_runs)
 
-    one = subparsers.add_parser("show", help="all about a run")
-    one.add_argument("name", metavar="NAME")
-    one.add_argument("--json", action="store_true", help="as JSON")
+    one = subparsers.add_parser("show", help="all about a run", parents=[name, data])
     one.set_defaults(call=commands.show_run)
 
-    one = subparsers.add_parser("compare", help="what differs between runs")
-    one.add_argument("names", nargs="+", metavar="NAME")
+    one = subparsers.add_parser("compare", help="what differs between runs", parents=[names, data])
     one.add_argument("--all", action="store_true", help="what is the same, too")
-    one.add_argument("--json", action="store_true", help="as JSON")
     one.set_defaults(call=commands.compare_runs)
 
-    one = subparsers.add_parser("weights", help="path of a run's weights")
-    one.add_argument("name", metavar="NAME")
-    one.add_argument(
-        "--last", action="store_true", help="of the newest checkpoint instead of the best weights"
-    )
+    one = subparsers.add_parser("weights", help="path of a run's weights", parents=[name])
+    one.add_argument("--last", action="store_true", help="of the newest checkpoint, not the best weights")
     one.set_defaults(call=commands.show_weights)
 
-    one = subparsers.add_parser("delete", help="removes runs")
-    one.add_argument("names", nargs="+", metavar="NAME", help="full names")
+    one = subparsers.add_parser("delete", help="removes runs, given by their full names", parents=[names])
     one.add_argument("--yes", action="store_true", help="do not ask")
     one.set_defaults(call=commands.delete_runs)
 
@@ -70,7 +67,7 @@ def main() -> int:
     try:
         code = arguments.call(commands.Runs(global_config, arguments.logfile), arguments)
         sys.stdout.flush()
-        return code
+        return code or 0
     except BrokenPipeError:  # whoever read it has seen enough, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

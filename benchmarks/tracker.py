@@ -1,5 +1,5 @@
 """
-Measure the tracker's file as it grows: one more row, and reading all of it.
+Measure the tracker's file as it grows: writing a row, and reading all of it. What is added by hand is kept.
 
     python benchmarks/tracker.py
 """
@@ -39,7 +39,8 @@ def seconds(function: Callable[[], object]) -> float:
 def main() -> None:
     """Print a table."""
     print(f"{NUM_COLUMNS} columns, shortest of {REPEATS}; csv.reader is Python's own, without types")
-    print(f"{'rows':>7} {'text cells':>11} {'file':>9} {'write_log':>10} {'read_log':>10} {'csv.reader':>11}")
+    titles = ("rows", "text cells", "file", "write_log", "read_log", "csv.reader", "by hand")
+    print("{:>7} {:>11} {:>9} {:>10} {:>10} {:>11} {:>8}".format(*titles))
     with tempfile.TemporaryDirectory() as folder:
         for number in (100, 1_000, 10_000):
             for kind, text in {"plain": ".models.unet:UNET{}", "quoted": "[0.5, {}, 1]"}.items():
@@ -50,7 +51,12 @@ def main() -> None:
                 read = seconds(lambda: read_log(file))  # noqa: B023
                 bare = seconds(lambda: list(csv.reader(file.open(newline=""))))  # noqa: B023
                 size = file.stat().st_size / 1e6
-                print(f"{number:>7} {kind:>11} {size:>6.1f} MB {write:>8.3f} s {read:>8.3f} s {bare:>9.3f} s")
+                file.write_text(file.read_text().replace("\n", ",\n").replace(",\n", ",remark\n", 1))
+                write_log(file, {"NAME": name, "remark": "kept"})
+                write_rows(file, [make_row(index, text) for index in range(number)])
+                kept = {row["NAME"]: row["remark"] for row in read_log(file)}[name]
+                times = f"{write:>8.3f} s {read:>8.3f} s {bare:>9.3f} s"
+                print(f"{number:>7} {kind:>11} {size:>6.1f} MB {times} {kept:>8}")
 
 
 if __name__ == "__main__":

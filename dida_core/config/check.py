@@ -34,15 +34,12 @@ def check(config: dict[str, Any], project: Project, more: Sequence[str] = ()) ->
         arguments that their MODEL, OPTIMIZER, ... does not take, and objects that no record can hold
     """
     config = upgrade(config)
-    wrong = check_keys(config)
-    problems = [*more, *wrong.values()]
+    wrong, unrecordable = check_keys(config), list[str]()
     right = {key: value for key, value in config.items() if key not in wrong}
-    problems += _argument_problems(defaults() | right, wrong)
-    unrecordable: list[str] = []
+    problems = [*more, *wrong.values(), *_argument_problems(defaults() | right, wrong)]
     recorded = {key: value for key, value in right.items() if key not in UNRECORDED}
     captured = capture(recorded, project, unrecordable)
-    if config.get("REQUIRE_RERUNNABLE", True):
-        problems += unrecordable
+    problems += unrecordable if config.get("REQUIRE_RERUNNABLE", True) else []
     if problems:
         raise ConfigError(problems)
     return captured
@@ -72,7 +69,8 @@ def check_keys(config: dict[str, Any], keys: Mapping[str, Key] = KEYS) -> dict[A
 def unknown(key: Any, keys: Iterable[str] = KEYS) -> str:
     """Return the sentence about a key that is none."""
     near = difflib.get_close_matches(str(key).upper(), keys, n=1)
-    return f"{key} is no key of a config: " + (f"did you mean {near[0]}?" if near else "see config/keys.py.")
+    hint = f"did you mean {near[0]}?" if near else "see dida_core/config/keys.py."
+    return f"{key} is no key of a config: {hint}"
 
 
 def _argument_problems(config: dict[str, Any], wrong: Mapping[Any, str]) -> Iterable[str]:
@@ -80,12 +78,11 @@ def _argument_problems(config: dict[str, Any], wrong: Mapping[Any, str]) -> Iter
     from torch.optim.lr_scheduler import ReduceLROnPlateau
     from torch.utils.data import DataLoader
 
-    for name in ("MODEL", "OPTIMIZER", "SCHEDULER", "LOSS"):
-        if config.get(name) is not None and f"{name}_CONFIG" not in wrong:
-            yield from _call_problems(config[name], config[f"{name}_CONFIG"], f"{name}_CONFIG", name)
-    loader = config["DATA_LOADER_CONFIG"]
-    yield from _call_problems(DataLoader, loader, "DATA_LOADER_CONFIG", "DATA_LOADER")
-    size = loader.get("batch_size", 1)
+    for name in ("MODEL", "OPTIMIZER", "SCHEDULER", "LOSS", "DATA_LOADER"):
+        target, path = DataLoader if name == "DATA_LOADER" else config.get(name), f"{name}_CONFIG"
+        if target is not None and path not in wrong:
+            yield from _call_problems(target, config[path], path, name)
+    size = config["DATA_LOADER_CONFIG"].get("batch_size", 1)
     if size is None or (isinstance(size, int) and size < 1):
         yield f"DATA_LOADER_CONFIG.batch_size is {size!r}: it must be a whole number of at least 1."
     for split, arguments in (config["DATASET_CONFIG"] or {}).items():
@@ -96,9 +93,9 @@ def _argument_problems(config: dict[str, Any], wrong: Mapping[Any, str]) -> Iter
             yield from _call_problems(config["DATASET"], arguments, path, "DATASET")
     if issubclass(config["SCHEDULER"] or object, ReduceLROnPlateau) and config["SCHEDULER_STEP"] != "epoch":
         yield "SCHEDULER is ReduceLROnPlateau, which follows results of epochs: set SCHEDULER_STEP=epoch."
-    goal, results = config["MONITOR"].split()[1], ["loss", *config["METRICS"]]
+    monitor, results = config["MONITOR"], ["loss", *config["METRICS"]]
+    goal = monitor.split()[1]
     if "METRICS" not in wrong and goal.partition(".")[0].removesuffix("_sample_mean") not in results:
-        monitor = config["MONITOR"]
         yield f"MONITOR is {monitor!r}: {goal} is not among the results ({', '.join(results)})."
 
 
@@ -125,10 +122,11 @@ def _call_problems(target: Callable, arguments: dict[str, Any], path: str, name:
             yield f"{path}.{key} is no argument of {called}: {hint}"
     may_lack = (*filled_in, *(_FILLED_IN_WHERE_MISSING if name == "SCHEDULER" else ()))
     for key, parameter in parameters.items():
-        if parameter.default is parameter.empty and key not in (*arguments, *may_lack):
-            yield f"{path}.{key} is missing: {called} needs it."
-    for key in (key for key in arguments if key in parameters):
-        types = _plain_types(parameters[key].annotation, target)
+        if key not in arguments:
+            if parameter.default is parameter.empty and key not in may_lack:
+                yield f"{path}.{key} is missing: {called} needs it."
+            continue
+        types = _plain_types(parameter.annotation, target)
         if types and not any(is_of(arguments[key], kind) for kind in types):
             names = " or ".join("None" if kind is NoneType else kind.__name__ for kind in types)
             yield f"{path}.{key} is {short(arguments[key])}: it must be {names}."

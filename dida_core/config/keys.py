@@ -1,8 +1,7 @@
 """
 The vocabulary of a training config: every key, its default, what it may hold and what it is for.
 
-This is the one place for defaults. A new key of your own goes here (``# <- your keys here``), so that a typo
-in it is noticed too.
+This is the one place for defaults. Keys of your own are added in your project's training/config.py.
 """
 
 import warnings
@@ -10,13 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import kinds
-from .kinds import ARGUMENTS, FILE, FLAG, FUNCTION, NUMBER, REQUIRED, TEXT, WHOLE, Key
+from .kinds import ARGUMENTS, FLAG, FUNCTION, NUMBER, PATH, REQUIRED, TEXT, WHOLE, Key, one_of
 
 # What starts or watches a run, and is no part of it: in no record.
 UNRECORDED = ("RESUME", "AFTER_EPOCH")
 # Names of version 0.1, still understood in configs, overrides and records.
 RENAMED = {"NORMALISE": "NORMALIZE"}
-RENAMED_ARGUMENTS = {".utils.data.scenes:SceneDataset": {"part": "split"}}
+RENAMED_ARGUMENTS = {".utils.data.scenes.SceneDataset": {"part": "split"}}
 
 KEYS = {
     "DATE": Key(None, TEXT, "first part of the run's name; set when the run starts"),
@@ -26,13 +25,11 @@ KEYS = {
     # the model
     "MODEL": Key(REQUIRED, kinds.MODEL, "class of the model"),
     "MODEL_CONFIG": Key({}, ARGUMENTS, "its arguments"),
-    "INIT_WEIGHTS": Key(None, FILE, "weights file to start from"),
+    "INIT_WEIGHTS": Key(None, PATH, "weights file to start from"),
     # the data
     "DATASET": Key(None, kinds.DATASET, "class of the datasets; the package's own enter themselves"),
     "DATASET_CONFIG": Key(None, ARGUMENTS, "arguments of each dataset: {'train': {...}, 'test': {...}}"),
-    "DATA_LOADER_CONFIG": Key(
-        {"batch_size": 8, "shuffle": True}, ARGUMENTS, "arguments of torch's DataLoader"
-    ),
+    "DATA_LOADER_CONFIG": Key({"batch_size": 8, "shuffle": True}, ARGUMENTS, "arguments of the DataLoader"),
     "VALIDATION_FRACTION": Key(0.2, NUMBER, "of the training set, kept for MONITOR; 0: select nothing", 0, 1),
     "MASK_VALUES": Key(None, kinds.MASK_VALUES, "class number of each value in the masks, such as {255: 1}"),
     "IGNORE_INDEX": Key(255, WHOLE, "target value of pixels that count nowhere", -(2**31)),
@@ -44,10 +41,8 @@ KEYS = {
     "OPTIMIZER": Key(REQUIRED, kinds.OPTIMIZER, "class of the optimizer"),
     "OPTIMIZER_CONFIG": Key({}, ARGUMENTS, "its arguments"),
     "SCHEDULER": Key(None, kinds.SCHEDULER, "class of the schedule"),
-    "SCHEDULER_CONFIG": Key(
-        {}, ARGUMENTS, "its arguments; the length and max_lr are filled in where missing"
-    ),
-    "SCHEDULER_STEP": Key("step", kinds.STEP, "the schedule steps every optimizer step or epoch"),
+    "SCHEDULER_CONFIG": Key({}, ARGUMENTS, "its arguments; length and max_lr are filled in where missing"),
+    "SCHEDULER_STEP": Key("step", one_of("step", "epoch"), "how often the schedule steps"),
     "ACCUMULATE": Key(1, WHOLE, "batches whose gradients make one optimizer step", 1),
     "CLIP_NORM": Key(None, NUMBER, "largest norm of the gradient", 0, above_low=True),
     "EMA": Key(None, NUMBER, "decay of a moving average of the weights, such as 0.999", 0, 1, above_low=True),
@@ -58,7 +53,7 @@ KEYS = {
     # the machine
     "SEED": Key(0, WHOLE, "start of all randomness", 0, 2**63),
     "DEVICE": Key("auto", kinds.DEVICE, "auto, cpu, cuda, mps"),
-    "PRECISION": Key("auto", kinds.PRECISION, "number format of the forward pass"),
+    "PRECISION": Key("auto", one_of("auto", "fp32", "bf16", "fp16"), "of the forward pass"),
     "CHANNELS_LAST": Key(True, FLAG, "memory format of images; faster with bf16 and on GPUs"),
     # the record
     "LOGFILE": Key("experiments.csv", TEXT, "name of the tracker's file in LOG_DIR"),
@@ -69,10 +64,7 @@ KEYS = {
     "STUDY": Key(None, TEXT, "name of the search that this run is a trial of; see hyperparameter.py"),
     "TRIAL": Key(None, WHOLE, "its number there", 0),
     "AFTER_EPOCH": Key(None, FUNCTION, "called with the run after each epoch; True ends it as pruned"),
-    "REQUIRE_RERUNNABLE": Key(
-        True, FLAG, "False trains with lambdas and notebook objects, too, which no record holds"
-    ),
-    # <- your keys here
+    "REQUIRE_RERUNNABLE": Key(True, FLAG, "False trains also with what no record holds, such as lambdas"),
 }
 
 
@@ -100,13 +92,10 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     config = _renamed(config, RENAMED)
     if isinstance(config.get("METRICS"), dict):
         config["METRICS"] = {name: _unwrapped(name, metric) for name, metric in config["METRICS"].items()}
-    dataset, splits = config.get("DATASET"), config.get("DATASET_CONFIG")
-    name = dataset.get("@ref") if isinstance(dataset, dict) else None
-    if isinstance(dataset, type):
-        name = "." + f"{dataset.__module__}:{dataset.__qualname__}".partition(".")[2]
-    renamed = RENAMED_ARGUMENTS.get(str(name))
-    if renamed and isinstance(splits, dict):
-        config["DATASET_CONFIG"] = {split: _renamed(given, renamed) for split, given in splits.items()}
+    dataset, splits = str(config.get("DATASET")).replace(":", "."), config.get("DATASET_CONFIG")
+    for name, arguments in RENAMED_ARGUMENTS.items():
+        if name in dataset and isinstance(splits, dict):
+            config["DATASET_CONFIG"] = {split: _renamed(given, arguments) for split, given in splits.items()}
     return config
 
 

@@ -1,10 +1,10 @@
 """What the value of a key may be, in words and as a test. torch is imported only where a test needs it."""
 
 import importlib
+import os
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any, NamedTuple
 
@@ -12,30 +12,14 @@ REQUIRED = object()
 
 
 class Kind(NamedTuple):
-    """Plain types, some strings, the classes derived from "module:Class", or what a test accepts."""
+    """Plain types, or what passes a test; and its name in words that follow "must be"."""
 
     name: str
-    what: type | UnionType | tuple[str, ...] | str | Callable[[Any], bool]
+    what: type | UnionType | Callable[[Any], bool]
 
     def fits(self, value: Any) -> bool:
         """Tell whether a value is of this kind."""
-        if isinstance(self.what, type | UnionType):
-            return is_of(value, self.what)
-        if isinstance(self.what, tuple):
-            return isinstance(value, str) and value in self.what
-        if isinstance(self.what, str):
-            module, _, name = self.what.partition(":")
-            base = getattr(importlib.import_module(module), name)
-            return isinstance(value, type) and issubclass(value, base)
-        return self.what(value)
-
-
-def is_of(value: Any, hint: Any) -> bool:
-    """Tell whether a value is of plain types: True is no number, and a whole number is a float as well."""
-    types = typing.get_args(hint) or (hint,)
-    if isinstance(value, bool):
-        return bool in types
-    return isinstance(value, types) or (isinstance(value, int) and float in types)
+        return is_of(value, self.what) if isinstance(self.what, type | UnionType) else self.what(value)
 
 
 @dataclass(frozen=True)
@@ -68,6 +52,32 @@ class Key:
         return self.low <= value < self.high and not (self.above_low and value == self.low)  # NaN never is
 
 
+def is_of(value: Any, hint: Any) -> bool:
+    """Tell whether a value is of plain types: True is no number, and a whole number is a float as well."""
+    types = typing.get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in types
+    return isinstance(value, types) or (isinstance(value, int) and float in types)
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return what is given as one value or several as a list."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def one_of(*choices: str) -> Kind:
+    """Return the kind of a string among some."""
+    name = f"one of {', '.join(choices)}"
+    return Kind(name, lambda value: isinstance(value, str) and value in choices)
+
+
+def _class_of(module: str, base: str) -> Kind:
+    def is_derived(value: Any) -> bool:
+        return isinstance(value, type) and issubclass(value, getattr(importlib.import_module(module), base))
+
+    return Kind(f"a class derived from {module}.{base}", is_derived)
+
+
 def _is_device(value: Any) -> bool:
     import torch
 
@@ -81,25 +91,23 @@ def _are_arguments(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
+def _are_metrics(value: Any) -> bool:
+    return _are_arguments(value) and all(map(callable, value.values())) and "loss" not in value
+
+
 def _are_mask_values(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
-    parts = [one for key in value for one in (key if isinstance(key, tuple) else (key,))]
-    return all(is_of(one, float) for one in parts) and all(is_of(one, int) for one in value.values())
-
-
-def _are_addresses(value: Any) -> bool:
-    listed = value if isinstance(value, list | tuple) and value else [value]
-    return all(isinstance(one, str) and "@" in one for one in listed)
+    parts = [part for key in value for part in (key if isinstance(key, tuple) else (key,))]
+    return all(is_of(part, float) for part in parts) and all(is_of(number, int) for number in value.values())
 
 
 TEXT, FLAG = Kind("a string", str), Kind("True or False", bool)
 WHOLE, NUMBER = Kind("a whole number", int), Kind("a number", float)
-FILE = Kind("the path of a file", str | Path)
+PATH = Kind("a path", str | os.PathLike)
 ROUTINE = Kind("a routine's module or name", str | ModuleType)
-MODEL = Kind("a class derived from torch.nn.Module", "torch.nn:Module")
-OPTIMIZER = Kind("a class derived from torch.optim.Optimizer", "torch.optim:Optimizer")
-SCHEDULER = Kind("a class derived from an LRScheduler", "torch.optim.lr_scheduler:LRScheduler")
+MODEL, OPTIMIZER = _class_of("torch.nn", "Module"), _class_of("torch.optim", "Optimizer")
+SCHEDULER = _class_of("torch.optim.lr_scheduler", "LRScheduler")
 DATASET = Kind(
     "the class of a dataset",
     lambda value: isinstance(value, type) and (hasattr(value, "__getitem__") or hasattr(value, "__iter__")),
@@ -107,16 +115,14 @@ DATASET = Kind(
 # An instance of a module can be called, too, but a config holds its class.
 FUNCTION = Kind("a function or a class", lambda value: callable(value) and not hasattr(value, "_parameters"))
 ARGUMENTS = Kind("a dict of keyword arguments, which has strings as keys", _are_arguments)
-METRICS = Kind(
-    "a dict of name: function, without 'loss', which is the mean of LOSS",
-    lambda value: _are_arguments(value) and all(map(callable, value.values())) and "loss" not in value,
-)
+METRICS = Kind("a dict of name: function, without 'loss', which is the mean of LOSS", _are_metrics)
 GOAL = Kind(
     "'min NAME' or 'max NAME', like 'max f1'",
     lambda value: isinstance(value, str) and value.split()[:-1] in (["min"], ["max"]),
 )
 DEVICE = Kind("'auto', 'cpu', 'cuda', 'cuda:0', 'mps' or a torch.device", _is_device)
 MASK_VALUES = Kind("a dict of mask value: class number", _are_mask_values)
-ADDRESSES = Kind("an e-mail address or a list of them", _are_addresses)
-STEP = Kind("one of 'step', 'epoch'", ("step", "epoch"))
-PRECISION = Kind("one of 'auto', 'fp32', 'bf16', 'fp16'", ("auto", "fp32", "bf16", "fp16"))
+ADDRESSES = Kind(
+    "an e-mail address or a list of them",
+    lambda value: all(isinstance(one, str) and "@" in one for one in as_list(value) or [None]),
+)

@@ -1,6 +1,7 @@
 """Values of a config from the command line."""
 
 import ast
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,26 +35,29 @@ def override(
     :param problems: takes what is malformed or unknown, so that check can report it with all the rest
     :raises ConfigError: with all that is malformed or unknown, if no such list is given
     """
-    config, found = copy_config(config), [] if problems is None else problems
-    for argument in arguments:
-        dotted, equals, text = argument.partition("=")
-        keys = dotted.split(".")
-        keys[0] = RENAMED.get(keys[0], keys[0])
-        if not equals or not all(keys):
-            example = "write KEY=VALUE, such as EPOCHS=3 or MODEL_CONFIG.dropout=0.1."
-            found.append(f"{argument!r} is no override: {example}")
-        elif keys[0] not in KEYS:
-            found.append(unknown(keys[0]))
-        else:
-            try:
-                problem = assign(config, ".".join(keys), _parse(keys, text, project))
-            except ReferenceProblem as error:
-                found.append(f"{dotted}={text}: {error}.")
-            else:
-                found += [f"{argument!r} is no override: {problem}."] if problem else []
-    if problems is None and found:
+    config = copy_config(config)
+    found = [problem for argument in arguments if (problem := _apply(config, argument, project))]
+    if problems is not None:
+        problems += found
+    elif found:
         raise ConfigError(found)
     return upgrade(config)
+
+
+def _apply(config: dict[str, Any], argument: str, project: Project) -> str | None:
+    """Set one value, in place, and return what is wrong with the argument."""
+    dotted, equals, text = argument.partition("=")
+    first, *rest = dotted.split(".")
+    keys = [RENAMED.get(first, first), *rest]
+    if not equals or not all(keys):
+        return f"{argument!r} is no override: write KEY=VALUE, such as EPOCHS=3 or MODEL_CONFIG.dropout=0.1."
+    if keys[0] not in KEYS:
+        return unknown(keys[0])
+    try:
+        problem = assign(config, ".".join(keys), _parse(keys, text, project))
+    except ReferenceProblem as error:
+        return f"{argument}: {error}."
+    return f"{argument!r} is no override: {problem}." if problem else None
 
 
 def assign(config: dict[str, Any], dotted: str, value: Any) -> str | None:
@@ -78,20 +82,16 @@ def assign(config: dict[str, Any], dotted: str, value: Any) -> str | None:
 def _parse(keys: list[str], text: str, project: Project) -> Any:
     key, is_key_itself = keys[0], len(keys) == 1
     wants_text = is_key_itself and KEYS[key].test("some text") is None
-    named = text.lower() in _NAMED
-    if named and not (wants_text and KEYS[key].test(_NAMED[text.lower()])):
+    if text.lower() in _NAMED and not (wants_text and KEYS[key].test(_NAMED[text.lower()])):
         return _NAMED[text.lower()]
-    if wants_text or (is_key_itself and key in ("DEVICE", "PRECISION", "MONITOR", "SCHEDULER_STEP")):
+    if wants_text:
         return text
-    try:
+    with contextlib.suppress(ValueError, TypeError, SyntaxError):
         return ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError):
-        pass
     wants_object = key in _HOMES and (is_key_itself or key == "METRICS")
     place, _, name = text.replace(":", ".").rpartition(".")
-    if wants_object and not place:
-        place = _HOMES[key]
-    if place and name.isidentifier() and all(part.isidentifier() for part in place.strip(".").split(".")):
+    place = place or (_HOMES[key] if wants_object else "")
+    if all(part.isidentifier() for part in [*place.strip(".").split("."), name]):
         # The caller's own command line is trusted, unlike a record: any library may be named.
         root = place.partition(".")[0]
         try:

@@ -1,11 +1,10 @@
 """The vocabulary of a predict_config: every key, its default, what it may hold and what it is for."""
 
 import os
-from pathlib import Path
 from typing import Any
 
-from ..config.keys import KEYS
-from ..config.kinds import FLAG, NUMBER, REQUIRED, TEXT, WHOLE, Key, Kind
+from .keys import KEYS
+from .kinds import FLAG, NUMBER, PATH, REQUIRED, TEXT, WHOLE, Key, Kind, as_list, one_of
 
 OUTPUTS = ("classes", "probabilities", "confidence", "entropy")
 
@@ -18,47 +17,26 @@ def _are_outputs(value: Any) -> bool:
     return all(isinstance(one, str) and one in OUTPUTS for one in as_list(value)) and len(value) > 0
 
 
-def as_list(value: Any) -> list[Any]:
-    """Return what is given as one value or several as a list."""
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _one_of(*choices: str) -> Kind:
-    return Kind(f"one of {', '.join(choices)}", choices)
-
-
-_PATH = Kind("a path", str | Path)
 _PATHS = Kind("a path or a list of them", _are_paths)
 _OUTPUTS = Kind(f"one or several of {', '.join(OUTPUTS)}", _are_outputs)
+_DTYPE, _AUGMENT = one_of("float32", "uint8"), one_of("none", "flips", "all")
 
 PREDICT_KEYS = {
-    "MODEL": KEYS["MODEL"],
-    "MODEL_CONFIG": KEYS["MODEL_CONFIG"],
-    "WEIGHTS": Key(REQUIRED, _PATH, "weights file"),
+    **{key: KEYS[key] for key in ("MODEL", "MODEL_CONFIG", "MASK_VALUES", "IGNORE_INDEX")},
+    **{key: KEYS[key] for key in ("DEVICE", "PRECISION")},
+    "WEIGHTS": Key(REQUIRED, PATH, "weights file"),
     "FILES": Key(REQUIRED, _PATHS, "images, folders, or patterns such as in/*.tif"),
     "BANDS": Key(None, _PATHS, "patterns of the files of a folder that are one image's channels"),
-    "OUT_DIR": Key(REQUIRED, _PATH, "folder of the predictions"),
-    "OUTPUT": Key("classes", _OUTPUTS, f"{_OUTPUTS.name}"),
-    "OUTPUT_DTYPE": Key(
-        "float32",
-        _one_of("float32", "uint8"),
-        "of all but classes: float32, or uint8 for 0 to 254 instead of 0 to 1",
-    ),
-    "FORMAT": Key(None, _one_of(".npy", ".png", ".tif"), "npy, png or tif; without it as the image"),
+    "OUT_DIR": Key(REQUIRED, PATH, "folder of the predictions"),
+    "OUTPUT": Key("classes", _OUTPUTS, _OUTPUTS.name),
+    "OUTPUT_DTYPE": Key("float32", _DTYPE, "of all but classes; uint8: 0 to 254 instead of 0 to 1"),
+    "FORMAT": Key(None, one_of(".npy", ".png", ".tif"), "npy, png or tif; without it as the image"),
     "PREFIX": Key("", TEXT, "put before the names of the images"),
     "SUFFIX": Key("", TEXT, "put after the names of the images"),
     "TILE": Key(None, WHOLE, "size of the windows; without it that of training, at least 256", 1),
     "OVERLAP": Key(0.25, NUMBER, "fraction of a window that the next one shares", 0, 1),
     "BATCH_SIZE": Key(4, WHOLE, "windows that are computed at once", 1),
-    "AUGMENT": Key(
-        "none",
-        _one_of("none", "flips", "all"),
-        "average over views: none, flips (4 x the time), or all (8 x)",
-    ),
-    "DEVICE": KEYS["DEVICE"],
-    "PRECISION": KEYS["PRECISION"],
+    "AUGMENT": Key("none", _AUGMENT, "average over views: none, flips (4 x the time), or all (8 x)"),
     "CHECK_VALUES": Key(True, FLAG, "refuse images whose values are unlike those of training"),
-    "MASKS": Key(None, _PATH, "folder of masks with the images' names, to score the predictions"),
-    "MASK_VALUES": KEYS["MASK_VALUES"],
-    "IGNORE_INDEX": KEYS["IGNORE_INDEX"],
+    "MASKS": Key(None, PATH, "folder of masks with the images' names, to score the predictions"),
 }

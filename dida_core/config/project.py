@@ -1,8 +1,4 @@
-"""
-The project that a run belongs to.
-
-The library never imports the project by its name: it learns the name from the module that trains.
-"""
+"""The project that a run belongs to: the library learns its name from the module that trains."""
 
 import contextlib
 import importlib
@@ -49,35 +45,32 @@ def project_of(module_name: str) -> Project:
     except ModuleNotFoundError as error:
         if error.name not in (package, f"{package}.config", f"{package}.config.config"):
             raise
-        raise UserError(
-            f"{module_name} belongs to no project, for {package}.config.config is not found. "
-            "Move what trains into your package, such as into training/my_training.py."
-        ) from error
+        message = f"{module_name} belongs to no project, for {package}.config.config is not found. "
+        remedy = "Move what trains into your package, such as into training/my_training.py."
+        raise UserError(message + remedy) from error
     root = Path(settings.__file__ or "").resolve().parents[2]
     return Project(package, root, tuple(settings.ALLOWED_ROOTS), settings.ALIASES)
+
+
+def find_project(module_name: str = "") -> Project:
+    """
+    Return the project of a module; if it has none, the one in the working directory or beside the library.
+
+    :raises UserError: if there is none, or more than one
+    """
+    if module_name not in ("", "__main__"):  # importing a script by its name would run it again
+        with contextlib.suppress(UserError):
+            return project_of(module_name)
+    for folder in (Path.cwd(), Path(__file__).parents[2]):
+        found = [file for file in folder.glob("*/config/config.py") if b"ALLOWED_ROOTS" in file.read_bytes()]
+        if len(found) == 1:
+            return project_of(found[0].parts[-3])
+    raise UserError("No project is found: run this in the folder that holds your package.")
 
 
 def script_name() -> str:
     """Return the name by which the running script can be imported, or "__main__" in a notebook."""
     main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    if spec is not None:
+    if spec := getattr(main, "__spec__", None):
         return spec.name.removesuffix(".__main__")  # python -m module
-    file = getattr(main, "__file__", None)
-    return Path(file).stem if file else "__main__"
-
-
-def find_project(module_name: str = "") -> Project:
-    """
-    Return the project of a module or, where it belongs to none, the one that Python finds first.
-
-    :raises UserError: if there is none
-    """
-    if module_name not in ("", "__main__"):  # importing a script by its name would run it again
-        with contextlib.suppress(UserError):
-            return project_of(module_name)
-    for folder in sys.path:
-        for settings in sorted(Path(folder).glob("*/config/config.py")):
-            if "ALLOWED_ROOTS" in settings.read_text(encoding="utf-8", errors="replace"):
-                return project_of(settings.parts[-3])
-    raise UserError("No project is found: run this in the folder that holds your package.")
+    return Path(getattr(main, "__file__", None) or "__main__").stem

@@ -16,58 +16,22 @@ from .project import Project, script_name
 
 # What a record may name, by the module in which it is defined, or one above it. Of the project:
 OWN = (".layers", ".models", ".training", ".utils")
-# But not what writes files or sends mail, and no loop or script.
-OWN_REFUSED: tuple[str, ...] = (".utils.logging", ".utils.name", ".utils.notify", ".utils.path")
+# but not what imports, writes files or sends mail, and no loop or script;
+OWN_REFUSED = (".training.routines", ".utils.logging", ".utils.name", ".utils.notify", ".utils.path")
 REFUSED_NAMES = ("load_model", "main", "make_scenes", "train")
-# Of torch, besides the functions in C that compute with tensors:
+# of torch, besides the functions in C that compute with tensors (see _computes):
 TORCH_CLASSES = ("torch.nn", "torch.optim", "torch.utils.data.dataset", "torch.utils.data.sampler")
 TORCH_FUNCTIONS = ("torch.nn.functional",)
+# and these types. A library in ALLOWED_ROOTS gives its classes and functions, and never a method.
 BUILTINS = (bool, int, float, complex, str, list, tuple, dict, set)
+
 # Torch's objects are named by its public modules, which outlive its private ones.
-PUBLIC = (
-    "torch",
-    "torch.nn",
-    "torch.nn.functional",
-    "torch.optim",
-    "torch.optim.lr_scheduler",
-    "torch.utils.data",
-)
+_OPTIM, _DATA = ("torch.optim", "torch.optim.lr_scheduler"), "torch.utils.data"
+PUBLIC = ("torch", "torch.nn", "torch.nn.functional", *_OPTIM, _DATA)
 
 
 class ReferenceProblem(ValueError):
     """An object that has no name, or a name that must not or cannot be resolved."""
-
-
-def name_of(obj: Any, project: Project) -> str:
-    """
-    Return the name under which an object is found again, verified by finding it.
-
-    :raises ReferenceProblem: if there is none, or no record may hold it, with the reason and the remedy
-    """
-    if isinstance(obj, ModuleType):
-        name = _relative(_known_as(obj.__name__), project)
-        if resolve(name, project) is not obj:
-            raise ReferenceProblem(f"another module is found under the name {name!r}")
-        return name
-    home = _home(obj)
-    if home is None:
-        raise ReferenceProblem(
-            f"an instance of {type(obj).__name__} cannot be recorded: give a plain value, or its class, "
-            "and its arguments in the _CONFIG"
-        )
-    refusal = None
-    for place, qualname in _places(obj, *home):
-        name, root = f"{_relative(place, project)}:{qualname}", place.partition(".")[0]
-        try:
-            # A library can still be added to ALLOWED_ROOTS; what is refused for good is refused here.
-            roots = () if _is_known(root, project) else (root,)
-            if _find(place, qualname) is obj and resolve(name, project, roots) is obj:
-                return name
-        except ReferenceProblem as problem:
-            refusal = problem
-        except (ImportError, AttributeError):
-            continue
-    raise refusal or ReferenceProblem(_why_unnamed(obj, *home))
 
 
 def resolve(name: str, project: Project, roots: Iterable[str] = ()) -> Any:
@@ -77,36 +41,31 @@ def resolve(name: str, project: Project, roots: Iterable[str] = ()) -> Any:
     :param roots: libraries, or parts of them, that are allowed besides the project's ALLOWED_ROOTS
     :raises ReferenceProblem: if the name must not be resolved, or if there is no such object
     """
-    name = project.aliases.get(name, name)
-    place, _, qualname = name.partition(":")
-    place = project.package + place if place.startswith(".") else place
-    own = [project.package + home for home in OWN]
-    roots = [project.package + root if root.startswith(".") else root for root in (*project.allowed, *roots)]
+    place, _, qualname = project.aliases.get(name, name).partition(":")
+    place = _absolute(place, project)
+    own = [_absolute(home, project) for home in OWN]
+    added = [_absolute(root, project) for root in (*project.allowed, *roots)]
     if any(part.startswith("_") for part in qualname.split(".")):
         raise _refused(name, "it is private, so give it another name")
     if not qualname and not _within(place, own):
         raise _refused(name, "only the project's own modules may, such as its routines")
-    importable = (*own, *roots, *TORCH_CLASSES, *TORCH_FUNCTIONS)
-    if place not in ("builtins", *PUBLIC) and not _within(place, importable):
+    # What is refused is not even imported. Where an object was found says nothing, but where it is defined.
+    if place not in ("builtins", *PUBLIC) and not _within(place, [*own, *added, *TORCH_CLASSES]):
         raise _refused(name, _remedy(place, project))
     try:
-        obj = _find(place, qualname) if qualname else _module(place)
+        obj = _find(place, qualname)
     except (Exception, SystemExit) as error:  # importing runs code, which may fail in any way
         reason = f"({error or type(error).__name__}): install or restore it, or add it to ALIASES"
         raise ReferenceProblem(f"{name!r} is not found {reason}") from error
-    if qualname and not _is_allowed(obj, project, own, roots):
+    if qualname and not _is_allowed(obj, project, [*own, *added]):
         raise _refused(name, _remedy((_home(obj) or [place])[0], project))
     return obj
 
 
-def _refused(name: str, reason: str) -> ReferenceProblem:
-    return ReferenceProblem(f"{name!r} is outside of what may be restored: {reason}")
-
-
-def _is_allowed(obj: Any, project: Project, own: list[str], roots: list[str]) -> bool:
+def _is_allowed(obj: Any, project: Project, homes: list[str]) -> bool:
     place, qualname = _home(obj) or ("", "")
-    if _within(place, [*own, *roots]):
-        refused = _within(place, [project.package + home for home in OWN_REFUSED])
+    if _within(place, homes):
+        refused = _within(place, [_absolute(home, project) for home in OWN_REFUSED])
         is_method = "." in qualname and not isinstance(obj, type)  # it may import, load or write
         return not refused and not is_method and qualname not in REFUSED_NAMES
     if isinstance(obj, type):
@@ -118,35 +77,87 @@ def _is_allowed(obj: Any, project: Project, own: list[str], roots: list[str]) ->
 
 def _computes(function: BuiltinFunctionType) -> bool:
     """Tell whether torch's function in C computes with tensors; torch.from_file and the like do not."""
-    import torch
+    from torch import Tensor
+    from torch.nn import functional
 
-    if getattr(torch, function.__name__, None) is function and hasattr(torch.Tensor, function.__name__):
-        return True
-    return any(found is function for found in vars(torch.nn.functional).values())
+    return hasattr(Tensor, function.__name__) or function in vars(functional).values()
+
+
+def _refused(name: str, reason: str) -> ReferenceProblem:
+    return ReferenceProblem(f"{name!r} is outside of what may be restored: {reason}")
+
+
+def _remedy(place: str, project: Project) -> str:
+    root = place.partition(".")[0]
+    if root == project.package:
+        return "it belongs to what runs the project, so define what a config names in models, utils, ..."
+    if _is_known(root, project):
+        return "records name models, losses, metrics, datasets, optimizers and tensor functions only"
+    return f"if you trust '{root}', add it to ALLOWED_ROOTS in {project.package}/config/config.py"
+
+
+def _is_known(root: str, project: Project) -> bool:
+    ours = ("", "torch", "builtins", project.package, __name__.partition(".")[0])
+    return root in ours or root in sys.stdlib_module_names
+
+
+def _find(place: str, qualname: str) -> Any:
+    # The running script is known as __main__; importing it again would make a second copy of its classes.
+    main = sys.modules["__main__"]
+    is_main = place == script_name() and hasattr(main, "__file__")
+    obj: Any = main if is_main else importlib.import_module(place)
+    for part in qualname.split(".") if qualname else ():
+        obj = getattr(obj, part)
+        if isinstance(obj, ModuleType):
+            raise AttributeError(f"{part} is a module")
+    return obj
+
+
+def name_of(obj: Any, project: Project) -> str:
+    """
+    Return the name under which an object is found again, verified by finding it.
+
+    :raises ReferenceProblem: if there is none, or no record may hold it, with the reason and the remedy
+    """
+    home, refusal = _home(obj), None
+    if home is None:
+        raise ReferenceProblem(
+            f"an instance of {type(obj).__name__} cannot be recorded: give a plain value, or its class, "
+            "and its arguments in the _CONFIG"
+        )
+    for place, qualname in (*_public_places(obj), home):
+        name, root = (
+            f"{_relative(place, project)}{':' if qualname else ''}{qualname}",
+            place.partition(".")[0],
+        )
+        try:
+            # A library can still be added to ALLOWED_ROOTS; what is refused for good is refused here.
+            roots = () if _is_known(root, project) else (root,)
+            if _find(place, qualname) is obj and resolve(name, project, roots) is obj:
+                return name
+        except ReferenceProblem as problem:
+            refusal = problem
+        except (ImportError, AttributeError, ValueError):
+            continue
+    raise refusal or ReferenceProblem(_why_unnamed(obj, *home))
 
 
 def _home(obj: Any) -> tuple[str, str] | None:
     """Return the module that defines a class or function, wherever it was found, and its name in there."""
     module, qualname = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
-    if not isinstance(qualname, str) or not isinstance(module, str | None) or not callable(obj):
+    if isinstance(obj, ModuleType):
+        module, qualname = obj.__name__, ""
+    elif not isinstance(qualname, str) or not isinstance(module, str | None) or not callable(obj):
         return None
-    return _known_as(module or ""), qualname
+    return script_name() if module == "__main__" else module or "", qualname
 
 
-def _known_as(module: str) -> str:
-    return script_name() if module == "__main__" else module
-
-
-def _places(obj: Any, module: str, qualname: str) -> Iterator[tuple[str, str]]:
-    if module.partition(".")[0] == "torch":
-        import torch
-
-        # torch.relu calls itself torch:_VariableFunctionsClass.relu, and logsigmoid log_sigmoid.
-        yield from ((place, obj.__name__) for place in PUBLIC)
-        functional = vars(torch.nn.functional).items()
-        yield from (("torch.nn.functional", alias) for alias, found in functional if found is obj)
-    if module:
-        yield module, qualname
+def _public_places(obj: Any) -> Iterator[tuple[str, str]]:
+    # torch.relu calls itself torch:_VariableFunctionsClass.relu, and logsigmoid log_sigmoid.
+    for place in PUBLIC if str(getattr(obj, "__module__", "")).startswith("torch") else ():
+        for name, found in vars(importlib.import_module(place)).items():
+            if found is obj:
+                yield place, name
 
 
 def _why_unnamed(obj: Any, module: str, qualname: str) -> str:
@@ -163,33 +174,8 @@ def _within(place: str, homes: Iterable[str]) -> bool:
     return any(place == home or place.startswith(f"{home}.") for home in homes)
 
 
-def _is_known(root: str, project: Project) -> bool:
-    ours = ("", "torch", "builtins", project.package, __name__.partition(".")[0])
-    return root in ours or root in sys.stdlib_module_names
-
-
-def _remedy(place: str, project: Project) -> str:
-    root = place.partition(".")[0]
-    if root == project.package:
-        return "it belongs to what runs the project, so define what a config names in models, utils, ..."
-    if _is_known(root, project):
-        return "records name models, losses, metrics, datasets, optimizers and tensor functions only"
-    return f"if you trust '{root}', add it to ALLOWED_ROOTS in {project.package}/config/config.py"
-
-
-def _find(place: str, qualname: str) -> Any:
-    obj: Any = _module(place)
-    for part in qualname.split("."):
-        obj = getattr(obj, part)
-        if isinstance(obj, ModuleType):
-            raise AttributeError(f"{part} is a module")
-    return obj
-
-
-def _module(place: str) -> ModuleType:
-    # The running script is known as __main__; importing it again would make a second copy of its classes.
-    main = sys.modules["__main__"]
-    return main if place == script_name() and hasattr(main, "__file__") else importlib.import_module(place)
+def _absolute(place: str, project: Project) -> str:
+    return project.package + place if place.startswith(".") else place
 
 
 def _relative(place: str, project: Project) -> str:

@@ -6,13 +6,11 @@ Export a trained model: one file that takes images as they stand in their files 
 The ending decides: .onnx for onnxruntime and others, .pt2 for torch.export.load, .safetensors for weights
 alone (read them with safetensors.torch.load_file into a model that was built with the MODEL_CONFIG).
 
-onnx and pt2 take values as they stand in the files, as float32 (N, C, H, W): whoever calls them casts
-integers. That is exact up to 2 ** 24; of uint32, int32, float64, what float32 cannot hold is lost. Scaling,
-normalization, nodata to 0, temperature and softmax or sigmoid are inside; the output is (N, K, H, W).
-Nothing is refused: unlike in prediction, NaN in gives NaN out. Data contract, class names, thresholds and
-the digest of the weights are in the file's metadata. torch.export decides on the smallest image: UNET needs
-sizes of at least 2 ** n_recursions + 1 pixels in a .pt2, 1 in ONNX. A file is compared with PyTorch before
-it gets its name.
+onnx and pt2 take values as they stand in the files, as float32 (N, C, H, W): integers are exact up to
+2 ** 24. Scaling, normalization, nodata to 0, temperature and softmax or sigmoid are inside; the output is
+(N, K, H, W). Nothing is refused: unlike in prediction, NaN in gives NaN out. Data contract, class names,
+thresholds and the digest of the weights are in the file's metadata. UNET needs images of at least
+2 ** n_recursions + 1 pixels in a .pt2, 1 in ONNX. A file is compared with PyTorch before it gets its name.
 """
 
 import argparse
@@ -54,26 +52,21 @@ class ExportError(UserError):
 class RawModel(nn.Module):
     """A model with its contract's pre- and post-processing: raw values in, probabilities out."""
 
-    scale: Tensor
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: nn.Module, contract: DataContract) -> None:
-        """:param model: copied; the caller's stays as it is"""
         super().__init__()
         self.model, self.contract = copy.deepcopy(model).cpu().float(), contract
         # As DataContract.prepare: of a large mean, float32 loses the std.
         self.dtype = torch.float32 if np.dtype(contract.dtype).itemsize <= 2 else torch.float64
-        for name in ("scale", "mean", "std"):
-            values = torch.tensor(getattr(contract, name), dtype=self.dtype)
-            self.register_buffer(name, values.reshape(-1, 1, 1), persistent=False)
+        numbers = contract.scale, contract.mean, contract.std
+        self.numbers = [torch.tensor(one, dtype=self.dtype).reshape(-1, 1, 1) for one in numbers]
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, C, H, W) in float32 as in the files to (N, K, H, W) in float32."""
-        values = image.to(self.dtype) * self.scale
+        scale, mean, std = self.numbers
+        values = image.to(self.dtype) * scale
         if self.contract.mean:
-            values = (values - self.mean) / self.std
+            values = (values - mean) / std
         values = values.float()
         if self.contract.nodata is not None:
             nodata = np.float32(self.contract.nodata)
@@ -91,7 +84,8 @@ def export_run(global_config: dict[str, str] | None, wanted: str, path: str | Pa
     """
     config = run_config(wanted, global_config)
     predictor = load_predictor(config["WEIGHTS"], config["MODEL"], config["MODEL_CONFIG"], device="cpu")
-    record = capture({key: config[key] for key in ("MODEL", "MODEL_CONFIG")}, find_project())["config"]
+    project = find_project(config["MODEL"].__module__)
+    record = capture({key: config[key] for key in ("MODEL", "MODEL_CONFIG")}, project)["config"]
     notes = {key.lower(): json.dumps(value) for key, value in record.items()}
     notes["run"] = config["WEIGHTS"].parent.name
     return export_model(predictor.model, predictor.contract, path, kind, notes)
@@ -112,8 +106,9 @@ def export_model(
     if kind not in KINDS:
         raise ExportError(f"{path}: its ending is none of .{', .'.join(KINDS)}: change it, or give --to.")
     raw, stored = RawModel(model, contract), contract.to_dict()
-    metadata = {key: json.dumps(stored[key]) for key in ("class_names", "threshold")} | (notes or {})
-    metadata |= {"contract": json.dumps(stored), "version": f"{__name__.partition('.')[0]} {__version__}"}
+    facts = {"contract": stored, "class_names": stored["class_names"], "threshold": stored["threshold"]}
+    metadata = {key: json.dumps(value) for key, value in facts.items()} | (notes or {})
+    metadata["version"] = f"{__name__.partition('.')[0]} {__version__}"
     metadata["weights_sha256"] = weights_digest(raw.model.state_dict())
     try:
         content, difference = KINDS[kind](raw, metadata)
@@ -121,10 +116,8 @@ def export_model(
         message = f'{error.name} is not installed: pip install -c constraints.txt -e ".[export]".'
         raise ExportError(message) from error
     if not difference <= TOLERANCE:  # NaN too
-        raise ExportError(
-            f"{path}: the exported model differs from PyTorch by {difference:g}, at most {TOLERANCE:g} is "
-            "allowed; nothing is written."
-        )
+        limits = f"differs from PyTorch by {difference:g}, at most {TOLERANCE:g} is allowed"
+        raise ExportError(f"{path}: the exported model {limits}; nothing is written.")
     write_atomic(path, lambda file: file.write(content))
     return difference
 
@@ -132,13 +125,11 @@ def export_model(
 def _to_onnx(raw: RawModel, metadata: Notes) -> tuple[bytes, float]:
     import onnxruntime
     import onnxscript  # noqa: F401  # torch's exporter needs it
-    from torch.onnx.verification import verify_onnx_program
 
     program, multiple = _export(raw, metadata)
     names: dict[str, Any] = {"input_names": ["image"], "output_names": ["probabilities"]}
     exported = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     assert exported is not None
-    (verified,) = verify_onnx_program(exported)
     proto = exported.model_proto
     for value in (*proto.graph.input, *proto.graph.output):
         for axis, name in {0: "batch", 2: "height", 3: "width"}.items():
@@ -146,13 +137,9 @@ def _to_onnx(raw: RawModel, metadata: Notes) -> tuple[bytes, float]:
     del proto.graph.value_info[:]  # the shapes in between, by the old names
     for key, text in metadata.items():
         proto.metadata_props.add(key=key, value=text)
-    try:
-        content = proto.SerializeToString()
-    except Exception as error:  # of protobuf, whose errors are many
-        raise ExportError(f"The model cannot be one ONNX file, of 2 GB at most: {error}.") from error
+    content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    difference = _compare(raw, lambda image: session.run(None, {"image": image.numpy()})[0], multiple)
-    return content, float(np.max([difference, min(verified.max_abs_diff, verified.max_rel_diff)]))
+    return content, _compare(raw, lambda image: session.run(None, {"image": image.numpy()})[0], multiple)
 
 
 def _to_program(raw: RawModel, metadata: Notes) -> tuple[bytes, float]:
@@ -177,30 +164,26 @@ KINDS = {"onnx": _to_onnx, "pt2": _to_program, "safetensors": _to_safetensors}
 
 def _export(raw: RawModel, metadata: Notes) -> tuple[torch.export.ExportedProgram, int]:
     """Return the program, and the smallest number that heights and widths have to be multiples of."""
-    name, reason = type(raw.model).__name__, ""
+    name, contract = type(raw.model).__name__, raw.contract
     for multiple in _MULTIPLES:
-        example = _images(raw.contract, 2, 256 // multiple + 1, 256 // multiple + 3, multiple)
+        example = _images(contract, 2, 256 // multiple + 1, 256 // multiple + 3, multiple)
         try:
             raw(example)
             break
         except Exception as error:  # whatever the model raises
-            reason = " ".join(str(error).split())[:300]
-    else:
-        raise ExportError(f"{name}: fails for images of {_MULTIPLES[-1]} x n pixels: {reason}")
-    channels, dtype = raw.contract.channels, raw.contract.dtype
-    metadata["input"] = f"float32 (N, {channels}, H, W), values as in the {dtype} files"
+            if multiple == _MULTIPLES[-1]:
+                raise ExportError(f"{name}: fails for images of {multiple} x n pixels: {error}") from error
+    metadata["input"] = f"float32 (N, {contract.channels}, H, W), values as in the {contract.dtype} files"
     metadata["sizes"] = f"multiples of {multiple} pixels" if multiple > 1 else "any"
-    dims: list[Any] = [torch.export.Dim.DYNAMIC] * 3
+    shapes: dict[int, Any] = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     if multiple > 1:
-        dims[1:] = [multiple * torch.export.Dim(side, min=1) for side in ("rows", "columns")]
+        shapes |= {axis: multiple * torch.export.Dim(f"side{axis}", min=1) for axis in (2, 3)}
     try:
-        shapes = (dict(zip((0, 2, 3), dims, strict=True)),)
-        return torch.export.export(raw, (example,), dynamic_shapes=shapes, strict=False), multiple
+        return torch.export.export(raw, (example,), dynamic_shapes=(shapes,), strict=False), multiple
     except Exception as error:  # likewise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ExportError(
             f"{name}: torch.export takes it with no dynamic batch, height and width: have it not decide by "
-            f"values or sizes in Python; the reason: {reason}"
+            f"values or sizes in Python; the reason: {' '.join(str(error).split())[:300]}"
         ) from error
 
 
@@ -229,18 +212,15 @@ def _images(contract: DataContract, number: int, rows: int, columns: int, multip
 
 def main() -> int:
     """Export a run by its name."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("name", metavar="NAME", help="the run: its name or part of it, latest, or best")
     parser.add_argument("-o", "--out", required=True, metavar="FILE", help="the file to be written")
     parser.add_argument("--to", choices=KINDS, default="", help="the format (default: by the ending of FILE)")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     # The exporters warn of optional libraries and of their own future.
     warnings.simplefilter("ignore")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    difference = export_run(None, arguments.name, arguments.out, arguments.to)
-    print(
-        f"{relative_path(arguments.out)} is written; its largest difference from PyTorch is {difference:.1e}."
-    )
+    difference = export_run(None, given.name, given.out, given.to)
+    print(f"{relative_path(given.out)} is written; its largest difference from PyTorch is {difference:.1e}.")
     return 0

@@ -2,8 +2,8 @@
 
 import glob
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,23 @@ _NUM_CHECKED = 32  # images whose values are checked before the first one is pre
 _ROWS = 256  # that are scored at once
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """One image and what is made of it."""
 
     inputs: tuple[Path, ...]  # several: the channels of one image
-    outputs: tuple[Path, ...] = ()  # one for each kind
+    outputs: dict[str, Path] = field(default_factory=dict)  # by kind
+    size: tuple[int, ...] = (0, 0)  # (H, W)
+
+    @property
+    def place(self) -> Path:
+        """The image's file, or folder."""
+        return self.inputs[0] if len(self.inputs) == 1 else self.inputs[0].parent
 
     @property
     def stem(self) -> str:
         """The image's name without ending."""
-        return self.inputs[0].stem if len(self.inputs) == 1 else self.inputs[0].resolve().parent.name
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return str(self.inputs[0] if len(self.inputs) == 1 else self.inputs[0].parent)
+        return self.place.stem if len(self.inputs) == 1 else self.place.resolve().name
 
 
 def find_inputs(paths: Any, bands: Sequence[str] | None = None) -> list[tuple[Path, ...]]:
@@ -56,33 +57,26 @@ def find_inputs(paths: Any, bands: Sequence[str] | None = None) -> list[tuple[Pa
         if not matches:
             problems.append(f"{path}: nothing matches this pattern")
         for one in map(Path, matches):
-            try:
-                found += _images_of(one, bands)
-            except DataError as error:
-                problems += error.problems
+            if bands is not None:
+                files = {band: sorted(one.glob(band)) for band in bands}
+                rule = "with BANDS, an image is a folder of one file for each"
+                numbers = {band: len(matching) for band, matching in files.items()}
+                wrong = [f"{one}: {n} files match {band}: {rule}" for band, n in numbers.items() if n != 1]
+                problems += wrong
+                found += [] if wrong else [tuple(matching[0] for matching in files.values())]
+            elif one.is_dir():
+                images = list_images(one)
+                problems += [] if images else [f"{one}: holds no images"]
+                found += [(image,) for image in images]
+            elif not one.is_file():
+                problems.append(f"{one}: there is no such file")
+            elif one.suffix.lower() not in ENDINGS:
+                problems.append(f"{one}: its ending is none of {', '.join(ENDINGS)}")
+            else:
+                found.append((one,))
     if problems:
         raise DataError(problems)
     return list(dict.fromkeys(found))
-
-
-def _images_of(path: Path, bands: Sequence[str] | None) -> list[tuple[Path, ...]]:
-    if bands is not None:
-        if not path.is_dir():
-            raise DataError(f"{path}: with BANDS, an image is a folder that holds a file for each")
-        of_band = {band: sorted(path.glob(band)) for band in bands}
-        wrong = [f"{len(files)} files match {band}" for band, files in of_band.items() if len(files) != 1]
-        if wrong:
-            raise DataError([f"{path}: {problem}, it has to be one" for problem in wrong])
-        return [tuple(files[0] for files in of_band.values())]
-    if path.is_dir():
-        if not (files := list_images(path)):
-            raise DataError(f"{path}: holds no images")
-        return [(file,) for file in files]
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
-    if path.suffix.lower() not in ENDINGS:
-        raise DataError(f"{path}: its ending is none of {', '.join(ENDINGS)}")
-    return [(path,)]
 
 
 def plan(
@@ -95,62 +89,53 @@ def plan(
     :raises ConfigError: if FORMAT cannot hold an output
     :raises DataError: if an output would overwrite an image or another output
     """
-    form, out_dir = config["FORMAT"], Path(config["OUT_DIR"])
-    outputs = [Output(kind, contract, config["OUTPUT_DTYPE"]) for kind in kinds]
-    if form == ".png" and (wrong := [one.kind for one in outputs if not (one.is_single and one.is_uint8)]):
+    form, problems = config["FORMAT"], []
+    fits_picture = {kind: Output(kind, contract, config["OUTPUT_DTYPE"]).fits_picture for kind in kinds}
+    if form == ".png" and not all(fits_picture.values()):
         problem = "FORMAT is '.png', which cannot hold {}: choose .npy or .tif, or leave it out."
-        raise ConfigError([problem.format(kind) for kind in wrong])
-    jobs = []
-    for files in inputs:
-        start = f"{config['PREFIX']}{Job(files).stem}{config['SUFFIX']}"
-        ends = [form or _ending(files[0], output) for output in outputs]
-        if len(kinds) > 1:
-            ends = [f"_{kind}{end}" for kind, end in zip(kinds, ends, strict=True)]
-        jobs.append(Job(files, tuple(out_dir / f"{start}{end}" for end in ends)))
+        raise ConfigError([problem.format(kind) for kind in kinds if not fits_picture[kind]])
+    jobs = [Job(files) for files in inputs]
+    for job in jobs:
+        ending = job.inputs[0].suffix.lower()
+        ending = {".npz": ".npy", ".jpg": ".png", ".jpeg": ".png"}.get(ending, ending)
+        for kind in kinds:
+            end = form or (".npy" if ending == ".png" and not fits_picture[kind] else ending)
+            name = f"{config['PREFIX']}{job.stem}{config['SUFFIX']}{f'_{kind}' * (len(kinds) > 1)}{end}"
+            job.outputs[kind] = Path(config["OUT_DIR"]) / name
     images = {file.resolve() for files in inputs for file in files}
-    counts = Counter(path for job in jobs for path in job.outputs)
-    other = "would overwrite an input: give another OUT_DIR, PREFIX or SUFFIX"
-    problems = [f"{path}: {other}" for path in counts if path.resolve() in images]
-    problems += [
-        f"{path}: several inputs would be written to it" for path, number in counts.items() if number > 1
-    ]
+    for path, number in Counter(path for job in jobs for path in job.outputs.values()).items():
+        if path.resolve() in images:
+            problems.append(f"{path}: would overwrite an input: give another OUT_DIR, PREFIX or SUFFIX")
+        if number > 1:
+            problems.append(f"{path}: several inputs would be written to it")
     if problems:
         raise DataError(problems)
     return jobs
 
 
-def _ending(file: Path, output: Output) -> str:
-    """Return the input's, where that format can hold the output: a picture holds one uint8 a pixel."""
-    ending = {".npz": ".npy", ".jpg": ".png", ".jpeg": ".png"}.get(file.suffix.lower(), file.suffix.lower())
-    return ".npy" if ending == ".png" and not (output.is_single and output.is_uint8) else ending
-
-
-def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) -> dict[Job, tuple[int, int]]:
+def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) -> None:
     """
-    Check what is known of the images before the first one is predicted.
+    Check what is known of the images before the first one is predicted, and set their sizes.
 
-    :return: height and width of each
     :raises DataError: with each that cannot be read, or is not as the contract says
     """
-    sizes, problems = {}, []
+    problems = []
     for number, job in enumerate(tqdm(jobs, desc="check", unit=" images", disable=None, leave=False)):
         try:
             with ImageReader(*job.inputs) as image:
-                sizes[job] = image.shape[:2]
-                own = contract.for_nodata(image.nodata)
+                job.size, own = image.shape[:2], contract.for_nodata(image.nodata)
                 found = own.problems(np.zeros((1, 1, image.shape[2]), image.dtype))
                 if check_values and number < _NUM_CHECKED and not found:
                     hint = "(CHECK_VALUES=False predicts it anyway)"
                     found = [f"{problem} {hint}" for problem in own.value_problems(image.sample())]
-                problems += [f"{job.name}: {problem}" for problem in found]
+                problems += [f"{job.place}: {problem}" for problem in found]
         except DataError as error:
             problems += error.problems
     if problems:
         raise DataError(problems)
-    return sizes
 
 
-def find_masks(jobs: Iterable[Job], folder: str | Path) -> list[Path]:
+def find_masks(jobs: Sequence[Job], folder: str | Path) -> list[Path]:
     """
     Find the mask of each image, by the name without ending.
 

@@ -30,19 +30,15 @@ class Ledger:
         # The last event of each output, whichever process wrote it.
         self._done = {event["output"]: event for event in sorted(events, key=lambda event: event["time"])}
         self._journal = Journal(folder / of_this_process(LEDGER))
-        self._settings_digest = _digest(settings)
-        if self._settings_digest not in [event.get("settings_digest") for event in self._journal.events]:
-            event = {"event": "settings", "settings_digest": self._settings_digest}
-            self._journal.write(event | settings)
-
-    def close(self) -> None:
-        """End writing."""
-        self._journal.close()
+        self.close = self._journal.close
+        self._settings = {"settings_digest": _digest(settings)}
+        if not any(event.items() >= self._settings.items() for event in self._journal.events):
+            self._journal.write({"event": "settings"} | self._settings | settings)
 
     def origin(self, job: Job) -> dict[str, Any]:
         """Return all that the outputs of an image depend on."""
         stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in job.inputs]
-        origin = {"inputs": stamps, "settings_digest": self._settings_digest}
+        origin = {"inputs": stamps} | self._settings
         return {"digest": _digest(origin)} | origin
 
     def add(self, origin: dict[str, Any], output: Path, kind: str) -> None:
@@ -52,10 +48,10 @@ class Ledger:
 
     def is_done(self, job: Job) -> bool:
         """Return whether the outputs of an image are those that would be made of it now."""
-        digest, events = self.origin(job)["digest"], [self._done.get(one.name, {}) for one in job.outputs]
+        digest, known = {"digest": self.origin(job)["digest"]}, self._done
         return all(
-            event.get("digest") == digest and output.is_file() and event.items() >= _state(output).items()
-            for event, output in zip(events, job.outputs, strict=True)
+            file.is_file() and known.get(file.name, {}).items() >= (digest | _state(file)).items()
+            for file in job.outputs.values()
         )
 
 

@@ -1,15 +1,10 @@
-"""
-Predict image files: images in, maps out, under the input's name.
-
-From a notebook: predict(config) and predict_run(name, files, out_dir); predict_array of predictor.py for an
-array.
-"""
+"""Predict image files: images in, maps out, under the input's name. Of an array: predictor.predict_array."""
 
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -23,7 +18,6 @@ from ..config.check import check_keys
 from ..config.keys import complete
 from ..config.prediction_keys import PREDICT_KEYS, as_list
 from ..config.project import find_project
-from ..data.contract import DataContract, default_scale
 from ..data.images import DataError, ImageReader
 from ..errors import ConfigError, Preempted
 from ..report.console import say
@@ -58,40 +52,41 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
     :raises UserError: if another call is writing into OUT_DIR
     :raises Preempted: if a signal has asked to end; all outputs that are there are complete
     """
-    problems = check_keys(predict_config, PREDICT_KEYS)
-    if problems:
+    if problems := check_keys(predict_config, PREDICT_KEYS):
         raise ConfigError(list(problems.values()))
     config = complete(predict_config, PREDICT_KEYS)
-    kinds, out_dir = as_list(config["OUTPUT"]), Path(config["OUT_DIR"])
-    if config["MASKS"] is not None and "probabilities" not in kinds:
+    kinds, out_dir, masks = as_list(config["OUTPUT"]), Path(config["OUT_DIR"]), config["MASKS"]
+    if masks is not None and "probabilities" not in kinds:
         kinds.append("probabilities")  # scoring needs them
     inputs = find_inputs(config["FILES"], config["BANDS"])
     options = {key.lower(): config[key] for key in ("DEVICE", "PRECISION", "AUGMENT")}
     if "LOCAL_RANK" in os.environ and config["DEVICE"] == "auto" and torch.cuda.is_available():
         options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
-    predictor = load_predictor(
-        config["WEIGHTS"], config["MODEL"], config["MODEL_CONFIG"], lambda: _suggest(inputs[0]), **options
-    )
+    model = config["WEIGHTS"], config["MODEL"], config["MODEL_CONFIG"]
+    predictor = load_predictor(*model, inputs[0], **options)
     contract = predictor.contract
-    if config["MASKS"] is not None and contract.task == "values":
+    if masks is not None and contract.task == "values":
         raise ConfigError("MASKS is given, but the model predicts values, not classes: leave it out.")
     jobs = plan(inputs, kinds, contract, config)
     jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
-    sizes = check_jobs(jobs, contract, config["CHECK_VALUES"])
-    masks = find_masks(jobs, config["MASKS"]) if config["MASKS"] is not None else []
+    check_jobs(jobs, contract, config["CHECK_VALUES"])
+    masks = find_masks(jobs, masks) if masks is not None else []
     out_dir.mkdir(parents=True, exist_ok=True)
     with only_writer(out_dir / of_this_process(LEDGER)):
-        with stop_on_signals(), _rasters(jobs), closing(_Work(predictor, kinds, config)) as work:
+        work = _Work(predictor, config)
+        with stop_on_signals(), _rasters(jobs), closing(work.ledger):
             try:
-                work.predict_all(jobs, sizes)
+                work.predict_all(jobs)
             except Preempted:
                 say(f"Stopped by a signal; all files in {out_dir} are intact: repeat the call.")
                 raise
         if masks:
-            maps = [job.outputs[kinds.index("probabilities")] for job in jobs]
-            scores = score_maps(maps, masks, contract, config)
-            _report(scores.results(contract.class_names), out_dir / of_this_process(SCORES))
-    outputs = [output for job in jobs for output in job.outputs]
+            scores = score_maps([job.outputs["probabilities"] for job in jobs], masks, contract, config)
+            results, file = scores.results(contract.class_names), out_dir / of_this_process(SCORES)
+            write_atomic(file, lambda stream: stream.write(json.dumps(results, indent=2).encode()))
+            names = ("f1", "iou", "accuracy", "average_precision", "ece")
+            say(f"{', '.join(f'{name} {results[name]:.4f}' for name in names)}; all scores: {file}")
+    outputs = [output for job in jobs for output in job.outputs.values()]
     say(f"{len(outputs)} prediction{'s' * (len(outputs) != 1)} in {out_dir}")
     return outputs
 
@@ -110,9 +105,13 @@ def predict_run(
     return predict(run_config(name, global_config) | {"FILES": files, "OUT_DIR": out_dir} | options)
 
 
-def run_config(name: str, global_config: dict[str, str] | None = None) -> dict[str, Any]:
-    """Return what a predict_config takes of a run."""
-    project = find_project()
+def run_config(name: str, global_config: dict[str, str] | None = None, package: str = "") -> dict[str, Any]:
+    """
+    Return what a predict_config takes of a run.
+
+    :param package: the project's; default: the one in the working directory or beside the library
+    """
+    project = find_project(package)
     global_config = global_config or project.module(".config.config").global_config
     name = find_run(global_config, name, with_weights=True)
     keys = ("MODEL", "MODEL_CONFIG", "MASK_VALUES", "IGNORE_INDEX")
@@ -121,17 +120,10 @@ def run_config(name: str, global_config: dict[str, str] | None = None) -> dict[s
     return {key: config[key] for key in keys if key in config} | {"WEIGHTS": weights}
 
 
-def _suggest(inputs: tuple[Path, ...]) -> DataContract:
-    """Return the contract that an image suggests, for weights without one."""
-    with ImageReader(*inputs) as image:
-        scale = default_scale(image.dtype)
-        return DataContract(image.shape[2], dtype=image.dtype, scale=scale, nodata=image.nodata)
-
-
 @contextmanager
 def _rasters(jobs: list[Job]) -> Iterator[None]:
-    """Have GDAL take little memory, and say nothing of rasters that lie nowhere."""
-    files = (file for job in jobs for file in (*job.inputs, *job.outputs))
+    """Have GDAL take little memory, and not warn of rasters that lie nowhere."""
+    files = (file for job in jobs for file in (*job.inputs, *job.outputs.values()))
     if not any(file.suffix.lower() in (".tif", ".tiff") for file in files):
         yield
         return
@@ -142,17 +134,9 @@ def _rasters(jobs: list[Job]) -> Iterator[None]:
         yield
 
 
-def _report(results: dict[str, float], file: Path) -> None:
-    write_atomic(file, lambda stream: stream.write(json.dumps(results, indent=2).encode()))
-    names = ("f1", "iou", "accuracy", "average_precision", "ece")
-    say(f"{', '.join(f'{name} {results[name]:.4f}' for name in names)}; all scores: {file}")
-
-
 class _Work:
-    """Predict the images of one process."""
-
-    def __init__(self, predictor: Predictor, kinds: list[str], config: dict[str, Any]) -> None:
-        self.predictor, self.contract, self.kinds, self.config = predictor, predictor.contract, kinds, config
+    def __init__(self, predictor: Predictor, config: dict[str, Any]) -> None:
+        self.predictor, self.contract, self.config = predictor, predictor.contract, config
         tile = config["TILE"] or max(_MIN_TILE, self.contract.tile_size or 0)
         self.tiling = Tiling(tile, config["OVERLAP"], config["BATCH_SIZE"])
         keys = ("MODEL", "MODEL_CONFIG", "OUTPUT", "OUTPUT_DTYPE", "OVERLAP", "BATCH_SIZE", "AUGMENT")
@@ -163,61 +147,51 @@ class _Work:
         settings["CONTRACT"] = self.contract.to_dict()
         self.ledger = Ledger(Path(config["OUT_DIR"]), settings)
 
-    def close(self) -> None:
-        """Close the ledger."""
-        self.ledger.close()
-
-    def predict_all(self, jobs: list[Job], sizes: dict[Job, tuple[int, int]]) -> None:
-        """
-        Predict images, and report the speed.
-
-        :param sizes: height and width of each
-        :raises DataError: with those that could not be predicted
-        """
+    def predict_all(self, jobs: list[Job]) -> None:
+        """Predict images, and report the speed; raise DataError with those that could not be predicted."""
         to_do = [job for job in jobs if not self.ledger.is_done(job)]
         if num_done := len(jobs) - len(to_do):
             say(f"{num_done} of {len(jobs)} images were predicted before, with the same settings.")
         form = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]"
-        total = sum(height * width for height, width in (sizes[job] for job in to_do)) / 1e6
+        total = sum(job.size[0] * job.size[1] for job in to_do) / 1e6
         started, problems = time.monotonic(), []
         with tqdm(total=total, unit=" MP", bar_format=form, disable=None, leave=False) as progress:
             for job in to_do:
                 raise_if_stop_requested()
                 try:
-                    self._predict(job, lambda band: progress.update(band.valid.size / 1e6))
+                    self._predict(job, progress)
                 except DataError as error:  # the other images are not lost for it
-                    problems += [f"{job.name}: {problem}" for problem in error.problems]
+                    problems += [f"{job.place}: {problem}" for problem in error.problems]
         seconds = max(time.monotonic() - started, 1e-9)
         if total and not problems:
             say(f"{total:.1f} MP in {seconds:.1f} s: {total / seconds:.2f} MP/s.")
         if self.predictor.num_pixels:
             fraction = self.predictor.num_changed / self.predictor.num_pixels
-            say(
-                f"Augmentation took {len(self.predictor.views)} forward passes instead of 1, and changed the "
-                f"class of {fraction:.2%} of the pixels. Its gain on test data: "
-                "python -m pytest tests/test_models --run NAME"
-            )
+            passes = f"Augmentation took {len(self.predictor.views)} forward passes instead of 1"
+            say(f"{passes}, and changed the class of {fraction:.2%} of the pixels.")
+            say("Its gain on test data: python -m pytest tests/test_models --run NAME")
         if problems:
             raise DataError(problems)
 
-    def _predict(self, job: Job, advance: Callable[[Band], object]) -> None:
+    def _predict(self, job: Job, progress: tqdm) -> None:
         origin = self.ledger.origin(job)
         with ExitStack() as stack:
             image = stack.enter_context(ImageReader(*job.inputs))
             contract = self.contract.for_nodata(image.nodata)
             size, tile = image.shape[:2], self.tiling.tile
             if self.config["CHECK_VALUES"]:
-                sample = image.sample(tile) if max(size) <= tile else image.sample()
+                sample = image.sample(tile if max(size) <= tile else 64)
                 if problems := contract.value_problems(sample):
                     raise DataError(problems)
-            files = []
-            for kind, path in zip(self.kinds, job.outputs, strict=True):
-                output = Output(kind, contract, self.config["OUTPUT_DTYPE"])
-                files.append(stack.enter_context(open_output(path, size, output, image.grid)))
+            outputs = {kind: Output(kind, contract, self.config["OUTPUT_DTYPE"]) for kind in job.outputs}
+            opened = {
+                kind: open_output(job.outputs[kind], size, outputs[kind], image.grid) for kind in outputs
+            }
+            files = {kind: stack.enter_context(file) for kind, file in opened.items()}
 
             def write(band: Band) -> None:
-                for file in files:
-                    file.write(file.output.values(band))
+                for kind, file in files.items():
+                    file.write(outputs[kind].values(band))
 
             bands = stack.enter_context(closing(predict_bands(self.predictor, image, contract, self.tiling)))
             pool = stack.enter_context(ThreadPoolExecutor(1))
@@ -225,8 +199,8 @@ class _Work:
             for band in bands:  # each is written while the next one is computed
                 written.result()
                 written = pool.submit(write, band)
-                advance(band)
+                progress.update(band.valid.size / 1e6)
             written.result()
-            for kind, file in zip(self.kinds, files, strict=True):
+            for kind, file in files.items():
                 file.finish()
                 self.ledger.add(origin, file.path, kind)

@@ -1,7 +1,7 @@
 """Predictor: prepared inputs in, probabilities out, with test-time augmentation if wanted."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..config.project import find_project
 from ..data.contract import DataContract
-from ..data.images import DataError, Window
+from ..data.images import DataError, ImageInfo, ImageReader, Source
 from ..errors import ConfigError
 from ..storage.weights import WeightsError, load_weights, model_state
-from ..training.device import DeviceContext
+from ..training.device import choose_context
 from ..training.modules import fill_model
 from .windows import Tiling, predict_bands
 
@@ -38,17 +38,12 @@ class Predictor:
     ) -> None:
         """
         :param model: put into evaluation mode
-        :param augment: "none", "flips" (4 times the time), "all" (8 times): the mean over so many views of
-            each window
+        :param augment: "none", "flips" (4 times the time), "all" (8 times): the mean over so many views
         """
-        choice = find_project(type(model).__module__).module(".config.device")
-        chosen = choice.get_device(device)
-        self.context = DeviceContext(chosen, choice.get_precision(chosen, precision))
-        self.model = model.to(chosen).eval()
-        self.contract = contract
+        self.context = choose_context(find_project(type(model).__module__), device, precision)
+        self.model, self.contract = model.to(self.context.device).eval(), contract
         self.views = AUGMENTATIONS[augment]
-        self.num_pixels = 0  # that were predicted with augmentation, and
-        self.num_changed = 0  # that got another class by it
+        self.num_pixels, self.num_changed = 0, 0  # predicted with augmentation; of another class by it
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> np.ndarray:
@@ -76,10 +71,8 @@ class Predictor:
         with self.context.autocast():
             logits = self.model(view.flip(-1) if mirrored else view)
         if logits.shape != (len(view), self.contract.outputs, *view.shape[2:]):
-            raise ConfigError(
-                f"MODEL outputs {tuple(logits.shape)} for an input of {tuple(view.shape)}: a map needs "
-                f"(N, {self.contract.outputs}, H, W)."
-            )
+            shapes = f"{tuple(logits.shape)} for an input of {tuple(view.shape)}"
+            raise ConfigError(f"MODEL outputs {shapes}: a map needs (N, {self.contract.outputs}, H, W).")
         probabilities = self.contract.probabilities(logits)
         probabilities = probabilities.flip(-1) if mirrored else probabilities
         return torch.rot90(probabilities, -turns, (-2, -1)) if turns else probabilities
@@ -89,29 +82,28 @@ def load_predictor(
     weights: Any,
     model_class: type[nn.Module],
     model_config: dict[str, Any] | None = None,
-    suggest: Callable[[], DataContract] | None = None,
+    example: Sequence[Path] = (),
     **options: Any,
 ) -> Predictor:
     """
     Load a Predictor from a weights file.
 
-    :param suggest: makes a contract for weights that come without one
+    :param example: the files of an image, which suggests a contract for weights that come without one
     :param options: device, precision, augment of Predictor
-    :raises WeightsError: if the file is damaged, of another model, or without a contract where none is
-        suggested
+    :raises WeightsError: if the file is damaged, of another model, or without a contract and an example
     """
     stored = load_weights(weights)
     model = model_class(**(model_config or {}))
     fill_model(model, model_state(stored), str(weights))
     if "contract" in stored:
         contract = DataContract.from_dict(stored["contract"])
-    elif suggest is None:
+    elif not example:
         raise WeightsError(f"{weights}: holds no data contract, without which no image can be scaled.")
     else:
-        contract = suggest()
-        with torch.no_grad():
-            outputs = model.eval()(torch.zeros(1, contract.channels, 256, 256)).shape[1]
-        contract = replace(contract, outputs=outputs)
+        with ImageReader(*example) as image, torch.no_grad():
+            outputs = model.eval()(torch.zeros(1, image.shape[2], 256, 256)).shape[1]
+            info = ImageInfo(image.shape, image.dtype, image.nodata)
+        contract = DataContract.of(info, outputs=outputs)
     return Predictor(model, contract, **options)
 
 
@@ -125,20 +117,10 @@ def predict_array(
     :return: (K, H, W) probabilities in float32; NaN where there is no data
     :raises DataError: if it is not as the contract says
     """
-    step = 1 + max(image.shape[:2]) // 512
-    problems = predictor.contract.problems(image) or predictor.contract.value_problems(image[::step, ::step])
-    if problems:
+    step, contract = 1 + max(image.shape[:2]) // 512, predictor.contract
+    if problems := contract.problems(image) or contract.value_problems(image[::step, ::step]):
         raise DataError(problems)
-    tiling = Tiling(tile, overlap, batch_size=4)
-    bands = predict_bands(predictor, _InMemory(image), predictor.contract, tiling)
+    source, tiling = Source(Path("array"), image), Tiling(tile, overlap, batch_size=4)
+    bands = predict_bands(predictor, source, contract, tiling)
     masked = [np.where(band.valid, band.probabilities, np.float32(np.nan)) for band in bands]
     return np.concatenate(masked, axis=1)
-
-
-class _InMemory:
-    def __init__(self, image: np.ndarray) -> None:
-        self._image = image
-        self.shape = image.shape
-
-    def read(self, window: Window) -> np.ndarray:
-        return self._image[window.top : window.top + window.height, window.left : window.left + window.width]

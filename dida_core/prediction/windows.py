@@ -9,8 +9,7 @@ import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,39 +17,23 @@ from torch import Tensor
 
 from ..data.contract import DataContract
 from ..data.facts import has_data
-from ..data.images import DataError, Window
+from ..data.images import DataError, ImageReader, Source, Window
 from ..training.signals import raise_if_stop_requested
 
+Image = ImageReader | Source
+Rows = tuple[np.ndarray, np.ndarray]  # (rows, W, C), and where there is data, (rows, W)
 PredictBatch = Callable[[Tensor], np.ndarray]  # (N, C, H, W) inputs to (N, K, H, W) probabilities
 
 _READ_ROWS = 64  # at least, so that files whose blocks are single rows are not read row by row
 _MAX_READ_ROWS = 1024  # some files are one block
 
 
-class Image(Protocol):
-    """What is predicted: an ImageReader, or anything else that gives windows."""
+class Tiling(NamedTuple):
+    """How an image is cut."""
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, W, C)"""
-
-    def read(self, window: Window) -> np.ndarray:
-        """Return (H, W, C) in the dtype of the file."""
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """
-    How an image is cut.
-
-    :param tile: size of the windows in pixels; smaller images are one window of their own size
-    :param overlap: fraction of a window that the next one shares with it, from 0 to below 1
-    :param batch_size: windows that are computed at once
-    """
-
-    tile: int
-    overlap: float
-    batch_size: int
+    tile: int  # size of the windows in pixels; smaller images are one window of their own size
+    overlap: float  # fraction of a window that the next one shares with it, from 0 to below 1
+    batch_size: int  # windows that are computed at once
 
 
 class Band(NamedTuple):
@@ -85,8 +68,7 @@ def predict_bands(
 
     Windows without data are skipped. Overlapping windows are averaged in float32, weighted with a Gaussian.
 
-    :param image: as its file has it
-    :param contract: how it is prepared
+    :param contract: how the image is prepared
     :return: bands that join one another from the first row to the last
     :raises DataError: if the image holds what the contract does not allow, such as NaN
     :raises Preempted: if a signal has asked to end
@@ -122,23 +104,21 @@ def predict_bands(
                 array[..., rows - done :, :] = 0
 
 
-def _in_batches(
-    predict_batch: PredictBatch, inputs: Iterable[Tensor], batch_size: int
-) -> Iterator[np.ndarray]:
+def _in_batches(predict: PredictBatch, inputs: Iterable[Tensor], batch_size: int) -> Iterator[np.ndarray]:
     """Predict windows in batches that all have one shape."""
     rest = iter(inputs)
     while batch := list(itertools.islice(rest, batch_size)):
         raise_if_stop_requested()
         filled = [*batch, *[torch.zeros_like(batch[0])] * (batch_size - len(batch))]
-        yield from predict_batch(torch.stack(filled))[: len(batch)]
+        yield from predict(torch.stack(filled))[: len(batch)]
 
 
-def _read_ahead(image: Image, contract: DataContract) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-    """Read every row once, the next ones ahead of time. Yield (rows, W, C), and where there is data."""
+def _read_ahead(image: Image, contract: DataContract) -> Generator[Rows, None, None]:
+    """Read every row once, the next ones ahead of time."""
     height, width, _ = image.shape
-    step = min(max(_READ_ROWS, getattr(image, "block_rows", 1)), _MAX_READ_ROWS)
+    step = min(max(_READ_ROWS, image.block_rows), _MAX_READ_ROWS)
 
-    def read(top: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(top: int) -> Rows:
         bottom = min(top + step, height)
         pixels = image.read(Window(top, 0, bottom - top, width))
         if problems := contract.problems(pixels):

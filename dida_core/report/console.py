@@ -1,7 +1,6 @@
 """What people read while a run trains: a bar, a line for each epoch, and the results at the end."""
 
 import contextlib
-import os
 import sys
 from typing import Any
 
@@ -29,48 +28,35 @@ class ProgressBar(Listener):
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._latest: float | None = None  # the monitored result
+        self._latest: dict[str, str] = {}  # the monitored result
 
     def started(self, run: RunView) -> None:
         """Print what is trained, and show the bar."""
-        model, data, context, batches = (
-            run.setup.model,
-            run.setup.data,
-            run.setup.context,
-            run.setup.loaders.batches,
-        )
-        million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        splits = {"train": data.train, "validate": data.validation, "test": data.test}
+        setup, batches = run.setup, run.setup.loaders.batches
+        million = sum(parameter.numel() for parameter in setup.model.parameters()) / 1e6
+        splits = {"train": setup.data.train, "validate": setup.data.validation, "test": setup.data.test}
         sizes = ", ".join(f"{name} {len(split)}" for name, split in splits.items() if split is not None)
-        say(
-            f"{run.name}: {type(model).__name__}, {million:.2f} million parameters, on {context.device}, "
-            f"{context.precision}; samples: {sizes}"
-        )
-        samples = min(batches.num_samples, batches.num_batches * batches.batch_size)
-        self._bar = tqdm(
-            total=run.config["EPOCHS"] * samples,
-            initial=run.state.epoch * samples + run.state.num_samples,
-            unit=" images",
-            disable=None,
-            leave=False,
-            dynamic_ncols=True,
-        )
-        self._samples = samples
+        model, context = type(setup.model).__name__, setup.context
+        about = f"{model}, {million:.2f} million parameters, on {context.device}, {context.precision}"
+        say(f"{run.name}: {about}; samples: {sizes}")
+        self._samples = min(batches.num_samples, batches.num_batches * batches.batch_size)
+        total, done = run.config["EPOCHS"] * self._samples, run.state.epoch * self._samples
+        looks = {"unit": " images", "disable": None, "leave": False, "dynamic_ncols": True}
+        self._bar = tqdm(total=total, initial=done + run.state.num_samples, **looks)
 
     def step(self, run: RunView, event: Event) -> None:
         """Move the bar."""
         state = run.state
-        values = {"epoch": f"{event['epoch']}/{run.config['EPOCHS']}"}
-        values["loss"] = f"{state.loss_sum / max(1, state.num_samples):.4f}"
-        if self._latest is not None:
-            values[run.monitored] = f"{self._latest:.4f}"
-        self._bar.set_postfix(values, refresh=False)
+        loss = state.loss_sum / max(1, state.num_samples)
+        values = {"epoch": f"{event['epoch']}/{run.config['EPOCHS']}", "loss": f"{loss:.4f}"}
+        self._bar.set_postfix(values | self._latest, refresh=False)
         self._bar.update(state.epoch * self._samples + state.num_samples - self._bar.n)
 
     def epoch(self, run: RunView, event: Event) -> None:
         """Print a line about an epoch."""
         results = {key[11:]: value for key, value in event.items() if key.startswith("validation.")}
-        self._latest = results.get(run.monitored)
+        if run.monitored in results:
+            self._latest = {run.monitored: f"{results[run.monitored]:.4f}"}
         parts = [f"epoch {event['epoch']:>3}/{run.config['EPOCHS']}", f"train loss {event['train.loss']:.4f}"]
         for name, value in results.items():
             if "." not in name:  # without those of single classes
@@ -84,38 +70,32 @@ class ProgressBar(Listener):
     def finished(self, run: RunView, result: Result) -> None:
         """Print the results, where everything lies, and what to do next."""
         self._close()
-        metrics, state = result.metrics, result.state
-        of_test = {
-            key[5:]: value
-            for key, value in metrics.items()
-            if key.startswith("test.") and key.count(".") == 1
-        }
+        metrics, epochs, logs = result.metrics, result.state.epoch, result.log_dir.parent
+        of_test = {key[5:]: value for key, value in metrics.items() if key.startswith("test.")}
+        of_test = {key: value for key, value in of_test.items() if "." not in key}
         ignored = of_test.pop("ignored_pixels", 0)
-        trust = {
-            "average precision": of_test.pop("average_precision", None),
-            "calibration error": of_test.pop("ece", None),
-        }
+        trust = {"average precision": of_test.pop("average_precision", None)}
+        trust |= {"calibration error": of_test.pop("ece", None)}
         trust |= {name: metrics.get(f"validation.{name}") for name in ("temperature", "threshold")}
-        found = ", ".join(f"{name} {value:.4f}" for name, value in of_test.items()) or "(there is none)"
-        confidence = ", ".join(f"{name} {value:.4f}" for name, value in trust.items() if value is not None)
-        python = (
-            relative_path(sys.executable)
-            if not os.path.relpath(sys.executable).startswith("..")
-            else "python"
+        found, confidence = (
+            ", ".join(f"{name} {value:.4f}" for name, value in values.items() if value is not None)
+            for values in (of_test, trust)
         )
-        say("")
-        epochs, best, last = state.epoch, state.best_epoch, result.weights["last"].name
-        say(f"{result.name}: trained {epochs} epochs in {state.seconds:.0f} s; best epoch {best}")
-        say(f"  test set   {found}" + (f"; {ignored:,} pixels are ignored" if ignored else ""))
+        own = relative_path(sys.executable)
+        python = "python" if own == sys.executable else own  # of the project's own environment
+        say(f"\n{result.name}: trained {epochs} epochs in {result.state.seconds:.0f} s; best epoch "
+            f"{result.state.best_epoch}")  # fmt: skip
+        pixels = f"; {ignored:,} pixels are ignored" if ignored else ""
+        say(f"  test set   {found or '(there is none)'}{pixels}")
         if confidence:
             say(f"  confidence {confidence}")
+        last = result.weights["last"].name
         say(f"  weights    {relative_path(result.weights['best'])}  (and {last}, to resume from)")
         say(f"  log        {relative_path(result.log_dir)}")
-        say(f"  tracker    {relative_path(result.log_dir.parent / run.config['LOGFILE'])}")
+        say(f"  tracker    {relative_path(logs / run.config['LOGFILE'])}")
         if result.picture:
             say(f"  picture    {relative_path(result.picture)}")
-        say("Next:")
-        say(f"  {python} -m tensorboard.main --logdir {relative_path(result.log_dir.parent)}")
+        say(f"Next:\n  {python} -m tensorboard.main --logdir {relative_path(logs)}")
         say(f"  {python} run_prediction.py {result.name} -i IMAGES -o DIR")
         say(f"  {python} train.py --resume {result.name} EPOCHS={2 * run.config['EPOCHS']}")
 

@@ -82,11 +82,11 @@ class RunView(Protocol):
 
     @property
     def awaits_evaluation(self) -> bool:
-        """Tell whether all batches of an epoch are done, but not its evaluation."""
+        """Whether all batches of an epoch are done, but not its evaluation."""
         ...
 
 
-class Listener(Protocol):
+class Listener:
     """
     Base of all listeners: override what you need. Of several processes, the main one alone calls them.
 
@@ -95,36 +95,18 @@ class Listener(Protocol):
 
     def check(self, setup: Setup) -> None:
         """Raise UserError if this listener cannot work. Nothing is written yet, and nothing will be."""
-        return
 
     def started(self, run: RunView) -> None:
         """Act on a run that starts or resumes; run.state tells where."""
-        return
 
     def step(self, run: RunView, event: Event) -> None:
-        """
-        Act on an optimizer step.
-
-        :param event: step, epoch (from 1), loss, learning_rate, and "log.NAME" of what the user has logged
-        """
-        return
+        """Act on an optimizer step: step, epoch (from 1), loss, learning_rate, "log.NAME" of your own."""
 
     def epoch(self, run: RunView, event: Event) -> None:
-        """
-        Act on the end of an epoch.
-
-        :param event: epoch (from 1), step, best (whether it is the best so far), train.loss, validation.NAME
-        """
-        return
+        """Act on the end of an epoch: epoch (from 1), step, best (so far), train.loss, validation.NAME."""
 
     def finished(self, run: RunView, result: Result) -> None:
         """Act on a run that is trained and tested. The model holds the best weights."""
-        return
 
     def ended(self, run: RunView, status: str, error: BaseException) -> None:
-        """
-        Act on a run that ends without a result.
-
-        :param status: "failed", "preempted", "interrupted" or "pruned"
-        """
-        return
+        """Act on an end without a result; its status is failed, preempted, interrupted or pruned."""

@@ -8,22 +8,32 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from ..data.contract import PALETTE as _PALETTE
 from ..data.contract import DataContract
-from ..training.device import DeviceContext
+from ..storage.files import safe_name
+from ..storage.journal import Event
 from ..training.modules import evaluation_mode
 from .listener import Listener, Result, RunView
 
 PALETTE = np.array(_PALETTE, np.uint8)
-IGNORED_COLOR = (0, 0, 0)
-_MAX_PIXELS = 512
+_SIZE = slice(0, 512)  # more of an image is not shown
 
 
 class Picture(Listener):
-    """Draws picture.png at the end of a run."""
+    """Draws picture.png at the end of a run, and keeps the images that the user logs, in images/."""
+
+    def step(self, run: RunView, event: Event) -> None:
+        """Save the images logged since the last event."""
+        for name, image in run.pending.images.items():
+            file = run.log_dir / "images" / f"{safe_name(name)}-{event['step']:08d}.png"
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.asarray(image)).save(file)
+
+    epoch = step
 
     def finished(self, run: RunView, result: Result) -> None:
         """Draw learning curves, the confusion matrix, and the worst, the best and some other test samples."""
@@ -40,49 +50,30 @@ class Picture(Listener):
 
 @dataclass
 class Panel:
-    """One sample as pictures (H, W, 3) uint8."""
+    """One sample: image, target, prediction and, of classes, errors (white), each (H, W, 3) in uint8."""
 
     name: str
-    image: np.ndarray
-    target: np.ndarray
-    prediction: np.ndarray
-    errors: np.ndarray | None  # white where the prediction is wrong
+    pictures: list[np.ndarray]
 
-    def row(self, gap: int = 4, with_errors: bool = False) -> np.ndarray:
-        """Return image, target and prediction side by side; if asked for, also the errors."""
-        white = np.full_like(self.image, 255)
-        pictures = [self.image, self.target, self.prediction]
-        if with_errors:
-            pictures.append(white if self.errors is None else self.errors)
-        return np.hstack([part for picture in pictures for part in (picture, white[:, :gap])][:-1])
-
-
-def panels_of(run: RunView, samples: dict[int, str] | None = None) -> list[Panel]:
-    """Return pictures of a run's test samples, as make_panels does."""
-    setup = run.setup
-    if setup.data.test is None:
-        return []
-    about = setup.contract, setup.context, setup.config["IGNORE_INDEX"]
-    return make_panels(setup.eval_model, setup.data.test, *about, samples)
+    def row(self, gap: int = 4) -> np.ndarray:
+        """Return the pictures side by side."""
+        white = np.full_like(self.pictures[0][:, :gap], 255)
+        return np.hstack([part for picture in self.pictures for part in (picture, white)][:-1])
 
 
 @torch.no_grad()
-def make_panels(
-    model: nn.Module,
-    dataset: Any,
-    contract: DataContract,
-    context: DeviceContext,
-    ignore_index: int,
-    samples: dict[int, str] | None = None,
-) -> list[Panel]:
+def panels_of(run: RunView, samples: dict[int, str] | None = None) -> list[Panel]:
     """
-    Return pictures of samples; none where a dataset does not hold images with masks.
+    Return pictures of a run's test samples; none where these are not images with masks.
 
-    :param samples: titles by index; None: four samples, spread over the dataset
+    :param samples: titles by index; None: four samples, spread over the test set
     """
-    panels: list[Panel] = []
-    name_of = getattr(dataset, "sample_name", str)
+    setup, panels = run.setup, []
+    dataset, contract, model = setup.data.test, setup.contract, setup.eval_model
+    if dataset is None:
+        return []
     if samples is None:
+        name_of = getattr(dataset, "sample_name", str)
         spread = np.unique(np.linspace(0, len(dataset) - 1, 4).round().astype(int)).tolist()
         samples = {index: str(name_of(index)) for index in spread}
     with evaluation_mode(model):
@@ -90,33 +81,32 @@ def make_panels(
             inputs, targets = default_collate([dataset[index]])
             if inputs.ndim != 4 or targets.ndim < 3:
                 return []
-            with context.autocast():
-                logits = model(context.move(inputs))
+            with setup.autocast():
+                logits = model(setup.context.move(inputs)).float().cpu()
             if not inputs.shape[-2:] == targets.shape[-2:] == logits.shape[-2:]:
                 return []
-            target = targets[0]
-            if target.ndim > 2 and contract.task == "multi-class":
-                target = target[-1]  # the first channel is a usability mask
-            panels.append(_panel(title, inputs[0], target, logits.float().cpu(), contract, ignore_index))
+            image = inputs[0].numpy()
+            if len(contract.mean):  # as it was, so that colors are natural
+                image = image * np.reshape(contract.std, (-1, 1, 1)) + np.reshape(contract.mean, (-1, 1, 1))
+            pictures = [_to_rgb(image, contract.channel_names)]
+            pictures += _compare(targets[0], logits, contract, setup.config["IGNORE_INDEX"])
+            panels.append(Panel(title, [picture[_SIZE, _SIZE] for picture in pictures]))
     return panels
 
 
-def choose_samples(
-    dataset: Any, order: list[int], losses: list[float], seed: int, number: int = 2
-) -> dict[int, str]:
+def choose_samples(dataset: Any, order: list[int], losses: list[float], seed: int) -> dict[int, str]:
     """
-    Choose the samples with the highest and the lowest loss, and some others at random, for make_panels.
+    Choose two samples each with the highest and the lowest loss, and at random; return their titles by index.
 
     :param order: the samples' indices
     :param losses: of each; NaN where no pixel counts
-    :param number: how many of each kind
     """
     name_of = getattr(dataset, "sample_name", str)
     loss_of = {index: loss for index, loss in zip(order, losses, strict=True) if not math.isnan(loss)}
     ranked = sorted(loss_of, key=lambda index: (loss_of[index], index))
-    kinds = {"worst": ranked[::-1][:number], "best": ranked[:number]}
-    rest = sorted(set(ranked) - {index for kind in kinds.values() for index in kind})
-    kinds["random"] = np.random.default_rng(seed).permutation(rest)[:number].tolist()
+    kinds = {"worst": ranked[::-1][:2], "best": ranked[:2]}
+    rest = sorted(set(ranked[:2] + ranked[-2:]) ^ set(ranked))
+    kinds["random"] = np.random.default_rng(seed).permutation(rest)[:2].tolist()
     return {
         index: f"{kind}: {name_of(index)}, loss {loss_of[index]:.3f}"
         for kind, some in kinds.items()
@@ -124,45 +114,30 @@ def choose_samples(
     }
 
 
-def _panel(
-    name: str, inputs: Tensor, target: Tensor, logits: Tensor, contract: DataContract, ignore_index: int
-) -> Panel:
-    cut = (slice(0, _MAX_PIXELS), slice(0, _MAX_PIXELS))
-    image = inputs.numpy()
-    if len(contract.mean):  # as it was, so that colors are natural
-        image = image * np.asarray(contract.std)[:, None, None] + np.asarray(contract.mean)[:, None, None]
-    image = to_rgb(image, contract.channel_names)[cut]
+def _compare(target: Tensor, logits: Tensor, contract: DataContract, ignore_index: int) -> list[np.ndarray]:
+    """Return target, prediction and, of classes, errors as pictures."""
     outputs = contract.probabilities(logits)
     if contract.task == "values":
         low, high = float(target[-1].min()), float(target[-1].max())
-        truth, predicted = (_gray(values[-1].numpy(), low, high)[cut] for values in (target, outputs[0]))
-        return Panel(name, image, truth, predicted, errors=None)
-    predicted = contract.classes(outputs)[0].numpy()
-    truth = target.numpy()
-    if contract.task == "multi-label":
-        num_labels = outputs.shape[1]
-        truth = truth[-num_labels:]
+        grays = [(one[-1].numpy() - low) / max(high - low, 1e-6) for one in (target, outputs[0])]
+        return [np.repeat((one.clip(0, 1) * 255).astype(np.uint8)[..., None], 3, -1) for one in grays]
+    predicted, truth = contract.classes(outputs)[0].numpy(), target.numpy()
+    if contract.task == "multi-label":  # overlapping labels as one number: 0 for none, else 1 + the last one
+        numbers = np.arange(1, outputs.shape[1] + 1)[:, None, None]
+        truth = truth[-len(numbers) :]
         ignored = (truth == ignore_index).any(0)
-        truth = np.where(ignored, ignore_index, _highest_label(truth == 1))
-        predicted = _highest_label(predicted.reshape(num_labels, *truth.shape) == 1)
+        truth = np.where(ignored, ignore_index, ((truth == 1) * numbers).max(0))
+        predicted = ((predicted.reshape(len(numbers), *truth.shape) == 1) * numbers).max(0)
+    elif truth.ndim > 2:
+        truth = truth[-1]  # the first channel is a usability mask
+    colored = [PALETTE[classes.astype(np.int64) % len(PALETTE)] for classes in (truth, predicted)]
+    colored[0][truth == ignore_index] = 0
     wrong = (truth != predicted) & (truth != ignore_index)
-    errors = np.repeat((wrong * np.uint8(255))[..., None], 3, -1)
-    return Panel(name, image, to_colors(truth, ignore_index)[cut], to_colors(predicted)[cut], errors[cut])
+    return [*colored, np.repeat((wrong * np.uint8(255))[..., None], 3, -1)]
 
 
-def _highest_label(labels: np.ndarray) -> np.ndarray:
-    """Return overlapping labels (C, H, W) as one number: 0 for none, else 1 + the last label."""
-    numbers = np.arange(1, len(labels) + 1)[:, None, None]
-    return (labels * numbers).max(0)
-
-
-def to_rgb(image: np.ndarray, channel_names: Any = ()) -> np.ndarray:
-    """
-    Return an image of any number of channels as something to look at.
-
-    :param image: (C, H, W)
-    :return: (H, W, 3) uint8: the channels called red, green and blue (or B04, B03, B02), or the first three
-    """
+def _to_rgb(image: np.ndarray, channel_names: Any) -> np.ndarray:
+    """Show the channels called red, green and blue (or B04, B03, B02) of (C, H, W), or the first three."""
     names = [str(name).lower() for name in channel_names]
     for wanted in (("red", "green", "blue"), ("b04", "b03", "b02"), ("b4", "b3", "b2")):
         if all(name in names for name in wanted):
@@ -170,22 +145,9 @@ def to_rgb(image: np.ndarray, channel_names: Any = ()) -> np.ndarray:
             break
     else:
         image = image[:3] if len(image) >= 3 else image[:1].repeat(3, 0)
-    low, high = (np.percentile(image, percent) for percent in (1, 96))
+    low, high = np.percentile(image, (1, 96))
     stretched = np.clip((image - low) / max(high - low, 1e-6), 0, 1) ** 0.8
     return np.moveaxis((stretched * 255).astype(np.uint8), 0, -1)
-
-
-def to_colors(classes: np.ndarray, ignore_index: int | None = None) -> np.ndarray:
-    """Return class numbers (H, W) as colors (H, W, 3) uint8."""
-    colors = PALETTE[classes.astype(np.int64) % len(PALETTE)]
-    if ignore_index is not None:
-        colors[classes == ignore_index] = IGNORED_COLOR
-    return colors
-
-
-def _gray(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    scaled = np.clip((values - low) / max(high - low, 1e-6), 0, 1) * 255
-    return np.repeat(scaled.astype(np.uint8)[..., None], 3, -1)
 
 
 def save_picture(
@@ -206,6 +168,7 @@ def save_picture(
     """
     # Imported where used; without pyplot, so that no window system is touched.
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(12, 3.6 + 3.0 * len(panels)), layout="constrained")
     figure.suptitle(title)
@@ -222,7 +185,10 @@ def save_picture(
     for row, panel in enumerate(panels, 1):
         _draw_panel(figure.add_subplot(grid[row, :]), panel)
     if panels and class_names:
-        _draw_legend(figure, class_names)
+        colors = [PALETTE[number % len(PALETTE)] / 255 for number in range(len(class_names))]
+        named = zip(colors, class_names, strict=True)
+        handles = [Patch(facecolor=color, edgecolor="gray", label=name) for color, name in named]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)))
     figure.savefig(path, dpi=90, format="png")
 
 
@@ -230,38 +196,26 @@ def _draw_curves(
     axis: Any, title: str, history: list[dict[str, Any]], names: dict[str, str], bold: str = ""
 ) -> None:
     """Draw values by epoch; names are the curves' labels by key."""
-    from matplotlib.ticker import MaxNLocator
-
     epochs = [event["epoch"] for event in history]
     for key, name in names.items():
         values = [event.get(key, np.nan) for event in history]
         axis.plot(epochs, values, label=name, marker=".", linewidth=2.5 if key == bold else 1.5)
     axis.set(title=title, xlabel="epoch")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if names:
         axis.legend()
 
 
 def _draw_panel(axis: Any, panel: Panel) -> None:
-    """Draw four pictures side by side, as one: axes of their own for each would take most of the time."""
-    width = panel.image.shape[1]
+    """Draw pictures side by side, as one: axes of their own for each would take most of the time."""
+    width = panel.pictures[0].shape[1]
     gap = max(1, width // 24)
-    axis.imshow(panel.row(gap, with_errors=True), interpolation="nearest")
-    titles = (panel.name, "target", "prediction", "" if panel.errors is None else "errors")
+    axis.imshow(panel.row(gap), interpolation="nearest")
     style = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 9}
-    for number, title in enumerate(titles):
+    titles = (panel.name, "target", "prediction", "errors")
+    for number, title in enumerate(titles[: len(panel.pictures)]):
         axis.annotate(title, (number * (width + gap) + width / 2, -0.5), (0, 3), **style)
     axis.set_axis_off()
-
-
-def _draw_legend(figure: Any, class_names: Sequence[str]) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [
-        Patch(facecolor=PALETTE[number % len(PALETTE)] / 255, edgecolor="gray", label=name)
-        for number, name in enumerate(class_names)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)))
 
 
 def _draw_confusion(axis: Any, confusion: Tensor | None, class_names: Sequence[str]) -> None:

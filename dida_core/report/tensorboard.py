@@ -44,8 +44,7 @@ class TensorBoard(Listener):
 
     def step(self, run: RunView, event: Event) -> None:
         """Write the numbers of a step."""
-        scalars = {f"train/{name}": event[name] for name in ("loss", "learning_rate")}
-        self._write(run, scalars, event)
+        self._write(run, {f"train/{name}": event[name] for name in ("loss", "learning_rate")}, event)
 
     def epoch(self, run: RunView, event: Event) -> None:
         """Write the numbers of an epoch, and pictures of test samples."""
@@ -61,11 +60,17 @@ class TensorBoard(Listener):
         scores = None if result.evaluation is None else result.evaluation.scores
         if scores is not None:
             self._write_pr_curves(scores, run.setup.contract.class_names, step)
-        shown = ("test.", "validation.temperature", "validation.threshold")
-        for name, value in result.metrics.items():
-            if name.startswith(shown):
-                self._writer.add_scalar(name.replace(".", "/"), value, step)
-        self._write_hparams(flatten(run.captured), result.metrics)
+        metrics = {name.replace(".", "/"): value for name, value in result.metrics.items()}
+        for name, value in metrics.items():
+            if name.startswith(("test/", "validation/temperature", "validation/threshold")):
+                self._writer.add_scalar(name, value, step)
+        # For the HPARAMS tab. The writer's add_hparams would make a run of its own for it.
+        from torch.utils.tensorboard.summary import hparams
+
+        config, kinds = flatten(run.captured), (bool, int, float, str)
+        plain = {key: value if isinstance(value, kinds) else str(value) for key, value in config.items()}
+        for summary in hparams(plain, metrics):
+            self._writer.file_writer.add_summary(summary)
         self._writer.close()
 
     def ended(self, run: RunView, status: str, error: BaseException) -> None:
@@ -82,7 +87,6 @@ class TensorBoard(Listener):
         self._writer.flush()  # so that a killed process has shown all steps up to its last checkpoint
 
     def _write_pr_curves(self, scores: Scores, class_names: Sequence[str], step: int) -> None:
-        """Write the precision-recall curve of each class for the PR CURVES tab."""
         histograms = scores.histograms.unflatten(-1, (_NUM_THRESHOLDS, -1)).sum(-1)
         names = class_names if len(class_names) == len(histograms) else range(len(histograms))
         for name, histogram in zip(names, histograms, strict=True):
@@ -93,16 +97,6 @@ class TensorBoard(Listener):
             kinds = ("true_positives", "false_positives", "true_negatives", "false_negatives")
             curve = [column.numpy() for column in (*(counts[kind] for kind in kinds), precision, recall)]
             self._writer.add_pr_curve_raw(f"test/{name}", *curve, step, _NUM_THRESHOLDS)
-
-    def _write_hparams(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Write config (by dotted keys) and results, by which the HPARAMS tab sorts and compares runs."""
-        # Not by the writer's add_hparams, which makes a run of its own for them.
-        from torch.utils.tensorboard.summary import hparams
-
-        kinds = (bool, int, float, str)
-        plain = {key: value if isinstance(value, kinds) else str(value) for key, value in config.items()}
-        for summary in hparams(plain, {name.replace(".", "/"): value for name, value in metrics.items()}):
-            self._writer.file_writer.add_summary(summary)
 
 
 def _wait_for_a_later_name(folder: Path) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 from ..errors import UserError
 from ..storage import table
 from ..storage.locks import locked
-from .lookup import find_rows, find_run, run_names
+from .lookup import NO_RUNS, find_rows, find_run, run_names
 
 STATE = ("NAME", "STATUS", "EPOCH", "BEST_EPOCH", "SECONDS")
+ABOUT_ENVIRONMENT = ("python", "git_commit", "device_name", "cpu_capability", "threads", "arguments")
 # What a comparison need not show: it differs for every run, or says where and when.
 UNINTERESTING = (
     "NAME", "STARTED", "HEARTBEAT", "DATE", "PID", "HOST", "SECONDS", "LOGFILE", "WEIGHTS_DIGEST",
@@ -30,7 +31,7 @@ class Runs:
     def __init__(self, global_config: dict[str, str], logfile: str) -> None:
         self.log_dir, self.weight_dir = Path(global_config["LOG_DIR"]), Path(global_config["WEIGHT_DIR"])
         self.file = self.log_dir / logfile
-        self._global_config = global_config
+        self.find = functools.partial(find_run, global_config, logfile=logfile)
 
     @functools.cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -44,10 +45,6 @@ class Runs:
             logger.warning("%s cannot be brought up to date (%s).", self.file, error)
         return [added.get(row[table.KEY], {}) | row for row in rows]
 
-    def find(self, wanted: str, with_weights: bool = False) -> str:
-        """Return the name of a run; see find_run."""
-        return find_run(self._global_config, wanted, self.file.name, with_weights)
-
     def row(self, wanted: str) -> dict[str, Any]:
         """Return the row of a run; with its name alone where its journal is lost."""
         name = self.find(wanted)
@@ -59,7 +56,7 @@ class Runs:
         return [root / name for root in roots if name in os.listdir(root) and (root / name).is_dir()]
 
 
-def list_runs(runs: Runs, arguments: Namespace) -> int:
+def list_runs(runs: Runs, arguments: Namespace) -> None:
     """Show all runs in a table."""
     rows = [{"ROW": number} | row for number, row in enumerate(runs.rows, start=1)]
     if arguments.sort:
@@ -67,19 +64,17 @@ def list_runs(runs: Runs, arguments: Namespace) -> int:
     rows = rows[-arguments.n :] if arguments.n else rows
     if arguments.json:
         print(json.dumps(rows, indent=2))
-        return 0
-    if not rows:
-        print(f"{runs.log_dir}: there are no runs yet; train one with: python train.py")
-        return 0
-    wanted = [key for key in (arguments.sort, *(arguments.columns or "").split(",")) if key]
-    goals = dict.fromkeys(filter(None, map(_monitored, rows)))
-    results = [f"{split}.{goal}" for goal in goals for split in ("validation", "test")]
-    columns = list(dict.fromkeys(["ROW", *STATE, *wanted, *results]))
-    print_table([columns, *([_text(row.get(key)) for key in columns] for row in rows)])
-    return 0
+    elif not rows:
+        print(f"{runs.log_dir}: {NO_RUNS}")
+    else:
+        wanted = [key for key in (arguments.sort, *(arguments.columns or "").split(",")) if key]
+        goals = dict.fromkeys(filter(None, map(_monitored, rows)))
+        results = [f"{split}.{goal}" for goal in goals for split in ("validation", "test")]
+        columns = list(dict.fromkeys(["ROW", *STATE, *wanted, *results]))
+        print_table([columns, *([_text(row.get(key)) for key in columns] for row in rows)])
 
 
-def show_run(runs: Runs, arguments: Namespace) -> int:
+def show_run(runs: Runs, arguments: Namespace) -> None:
     """Show all about a run."""
     row = runs.row(arguments.name)
     log_dir, weight_dir = runs.log_dir / row["NAME"], runs.weight_dir / row["NAME"]
@@ -89,55 +84,50 @@ def show_run(runs: Runs, arguments: Namespace) -> int:
     found = {key: str(path) for key, path in places.items() if path.exists()}
     if arguments.json:
         print(json.dumps({"row": row, "environment": environment, "places": found}, indent=2))
-        return 0
-    about = ("python", "git_commit", "device_name", "cpu_capability", "threads", "arguments")
+        return
     sections = {
-        "": found,
-        "results": {key: value for key, value in row.items() if _is_result(key)},
-        "config and state": {key: value for key, value in row.items() if not _is_result(key)},
-        "environment (environment.json has it all)": {key: environment.get(key) for key in about},
+        row["NAME"]: found,
+        "\nresults": {key: value for key, value in row.items() if _is_result(key)},
+        "\nconfig and state": {key: value for key, value in row.items() if not _is_result(key)},
+        "\nenvironment (environment.json has it all)": {
+            key: environment.get(key) for key in ABOUT_ENVIRONMENT
+        },
     }
     for title, values in sections.items():
-        print(f"\n{title}" if title else row["NAME"])
+        print(title)
         for key, value in values.items():
             if value is not None:
                 print(f"  {key:<34} {' '.join(value) if isinstance(value, list) else _text(value)}")
-    return 0
 
 
-def compare_runs(runs: Runs, arguments: Namespace) -> int:
+def compare_runs(runs: Runs, arguments: Namespace) -> None:
     """Show what differs between runs, a line for each key."""
     rows = [runs.row(name) for name in arguments.names]
+    names = [row["NAME"] for row in rows]
     keys = dict.fromkeys(key for row in rows for key in row if key not in UNINTERESTING)
     compared = {key: [row.get(key) for row in rows] for key in sorted(keys, key=_is_result)}
     if not arguments.all:
-        compared = {
-            key: values for key, values in compared.items() if any(one != values[0] for one in values)
-        }
-    names = [row["NAME"] for row in rows]
+        compared = {key: found for key, found in compared.items() if any(one != found[0] for one in found)}
     if arguments.json:
         print(json.dumps({"runs": names, "values": compared}, indent=2))
-        return 0
+        return
     print_table([["", *names], *([key, *map(_text, values)] for key, values in compared.items())])
     digests = {row.get("WEIGHTS_DIGEST") for row in rows}
     if len(digests) == 1 and None not in digests:
         print("The weights are identical, bit for bit.")
-    return 0
 
 
-def show_weights(runs: Runs, arguments: Namespace) -> int:
+def show_weights(runs: Runs, arguments: Namespace) -> None:
     """Show the path of a run's weights."""
     folder = runs.weight_dir / runs.find(arguments.name, with_weights=not arguments.last)
+    files = sorted(folder.glob("best.pt"))
     if arguments.last:
         from ..storage.checkpoint import checkpoint_files  # imports torch
 
         files = checkpoint_files(folder)
-    else:
-        files = [file for file in (folder / "best.pt",) if file.is_file()]
     if not files:
         raise UserError(f"{folder.name} has no weights yet: {folder}")
     print(files[0])
-    return 0
 
 
 def delete_runs(runs: Runs, arguments: Namespace) -> int:
@@ -167,12 +157,11 @@ def delete_runs(runs: Runs, arguments: Namespace) -> int:
     return 0
 
 
-def rebuild(runs: Runs, arguments: Namespace) -> int:
+def rebuild(runs: Runs, arguments: Namespace) -> None:
     """Rewrite the tracker's file."""
     rows = find_rows(runs.log_dir, runs.file.name)
     table.rebuild(runs.file, rows)
     print(f"{runs.file} has the rows of {len(rows)} runs; the old one is {runs.file}.old")
-    return 0
 
 
 def _is_confirmed() -> bool:
@@ -194,9 +183,8 @@ def _sorted(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
         known = dict.fromkeys(key for row in rows for key in row if _is_result(key))
         raise UserError(f"there is no column {key!r}; there are {', '.join(known)}.")
     numbers = [row for row in rows if isinstance(row.get(key), int | float) and row[key] == row[key]]
-    is_loss = key.endswith(".loss") or any(
-        row.get("MONITOR") == f"min {key.partition('.')[2]}" for row in rows
-    )
+    minimized = f"min {key.partition('.')[2]}"
+    is_loss = key.endswith(".loss") or any(row.get("MONITOR") == minimized for row in rows)
     return sorted(numbers, key=lambda row: row[key], reverse=is_loss)
 
 

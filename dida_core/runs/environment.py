@@ -49,9 +49,7 @@ def describe_environment(root_path: str | os.PathLike, device: torch.device) -> 
         "git_diff": diff[:_MAX_DIFF_CHARACTERS] + ("\n(cut off)" if len(diff) > _MAX_DIFF_CHARACTERS else ""),
         "executable": Path(sys.executable).name,
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        "packages": dict(
-            sorted((item for item in packages.items() if item[0]), key=lambda item: item[0].lower())
-        ),
+        "packages": {name: packages[name] for name in sorted(filter(None, packages), key=str.lower)},
     }
 
 
@@ -65,7 +63,7 @@ def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if then != here:
             is_long = name == _CONDITIONS["git_diff"]
             differences.append(
-                f"{name}: not what they were" if is_long else f"{name}: {then} then, {here} now"
+                f"{name}: " + ("not what they were" if is_long else f"{then} then, {here} now")
             )
     hashes = before.get("data", {}), now.get("data", {})
     changed = sorted(file for file in {*hashes[0], *hashes[1]} if hashes[0].get(file) != hashes[1].get(file))
@@ -75,10 +73,10 @@ def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _git(folder: str | os.PathLike, *arguments: str) -> str | None:
-    command = ["git", *arguments]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "timeout": 10}
     try:
         answer = subprocess.run(
-            command, cwd=folder, capture_output=True, timeout=10, check=True, stdin=subprocess.DEVNULL
+            ["git", *arguments], cwd=folder, stdin=subprocess.DEVNULL, check=True, **options
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -16,7 +16,7 @@ from ..training.setup import Setup
 
 
 class NonFiniteLoss(UserError):
-    """The loss became NaN or infinite."""
+    """The loss, or a parameter, became NaN or infinite."""
 
 
 class OutOfMemory(UserError):
@@ -42,32 +42,24 @@ def write_errors(what: str, weight_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
         raise WriteError(
-            f"Cannot save {what}: {reason}. {last_checkpoint(weight_dir)}. Free some space, then resume: "
-            f"python train.py --resume {weight_dir.name}"
+            f"Cannot save {what}: {error.strerror or error}. {_last_checkpoint(weight_dir)}. "
+            f"Free some space, then resume: python train.py --resume {weight_dir.name}"
         ) from error
 
 
-def last_checkpoint(weight_dir: Path) -> str:
-    """Return a clause about the newest checkpoint of a run."""
-    files = checkpoint_files(weight_dir)
-    return f"The last good checkpoint is {relative_path(files[0])}" if files else "There is no checkpoint yet"
+def non_finite(what: str, weight_dir: Path) -> NonFiniteLoss:
+    """Return the error for a number that is not finite, with what to do about it."""
+    remedy = "try a smaller learning rate, CLIP_NORM=1, or PRECISION=fp32"
+    return NonFiniteLoss(f"{what}. {_last_checkpoint(weight_dir)}; {remedy}.")
 
 
-def non_finite_loss(setup: Setup, state: State, loss: float, weight_dir: Path) -> NonFiniteLoss:
-    """Return the error for a loss that is not finite, with the files of its batch."""
+def describe_batch(setup: Setup, state: State) -> str:
+    """Return where the batch that has just ended stands, and of which files it is."""
     name_of = getattr(setup.data.train, "sample_name", lambda index: f"sample {index}")
-    names = ", ".join(
-        str(name_of(index)) for index in setup.loaders.batches.indices(state.epoch, state.batch)
-    )
-    place = f"in step {state.step + 1} (epoch {state.epoch + 1}, batch {state.batch + 1})"
-    return NonFiniteLoss(f"the loss is {loss} {place}, with {names}. {remedy(weight_dir)}")
-
-
-def remedy(weight_dir: Path) -> str:
-    """Return what to do about numbers that are not finite."""
-    return f"{last_checkpoint(weight_dir)}; try a smaller learning rate, CLIP_NORM=1, or PRECISION=fp32."
+    indices = setup.loaders.batches.indices(state.epoch, state.batch)
+    names = ", ".join(str(name_of(index)) for index in indices)
+    return f"step {state.step + 1} (epoch {state.epoch + 1}, batch {state.batch + 1}), with {names}"
 
 
 def explain(error: BaseException, setup: Setup) -> BaseException:
@@ -88,3 +80,8 @@ def explain(error: BaseException, setup: Setup) -> BaseException:
         f"the memory of {device} does not suffice for batch_size={size}: try {smaller}, a smaller crop, or "
         "PRECISION=bf16."
     )
+
+
+def _last_checkpoint(weight_dir: Path) -> str:
+    files = checkpoint_files(weight_dir)
+    return f"The last good checkpoint is {relative_path(files[0])}" if files else "There is no checkpoint yet"

@@ -17,6 +17,7 @@ from ..storage.journal import read_journal
 from .rows import current_row
 
 LOGFILE = "experiments.csv"
+NO_RUNS = "there are no runs yet; train one with: python train.py"
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +43,9 @@ def remove_unbegun(run_dir: str | os.PathLike) -> None:
     """
     folder = Path(run_dir)
     if folder.is_dir() and not _has_begun(str(folder)):
-        for file in folder.iterdir():
-            if file.name not in (".lock", "journal.jsonl") and file.suffix != ".tmp":
-                return  # somebody else's
-        shutil.rmtree(folder)
-
-
-# ------------------------------------------------------------------------------------------------------- rows
+        ours = {".lock", "journal.jsonl", *(file.name for file in folder.glob("*.tmp"))}
+        if ours >= set(os.listdir(folder)):
+            shutil.rmtree(folder)
 
 
 def find_rows(log_dir: str | os.PathLike, logfile: str = LOGFILE) -> list[dict[str, Any]]:
@@ -60,14 +57,6 @@ def find_rows(log_dir: str | os.PathLike, logfile: str = LOGFILE) -> list[dict[s
     rows = [current_row(Path(log_dir) / name) for name in run_names(log_dir)]
     rows = [row for row in rows if row.get("LOGFILE") == logfile]
     return sorted(rows, key=lambda row: (row["STARTED"], row["NAME"]))
-
-
-def _last_written(run_dir: Path) -> float:
-    files = (run_dir / "config.json", run_dir / "journal.jsonl")
-    return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
-
-
-# ---------------------------------------------------------------------------------------------------- finding
 
 
 def find_run(
@@ -82,18 +71,16 @@ def find_run(
     :param with_weights: whether "latest" leaves out runs without best weights
     :raises UserError: if there is none, or more than one
     """
-    log_dir = Path(global_config["LOG_DIR"])
+    log_dir, weight_dir = Path(global_config["LOG_DIR"]), Path(global_config["WEIGHT_DIR"])
     names = run_names(log_dir)
     if not names:
-        raise UserError(f"{log_dir}: there are no runs yet; train one with: python train.py")
+        raise UserError(f"{log_dir}: {NO_RUNS}")
     if wanted in names:
         return wanted
     if wanted == "latest":
-        if with_weights:
-            weight_dir = Path(global_config["WEIGHT_DIR"])
-            names = [name for name in names if (weight_dir / name / "best.pt").is_file()]
-            if not names:
-                raise UserError(f"{weight_dir}: no run has weights yet.")
+        names = [name for name in names if not with_weights or (weight_dir / name / "best.pt").is_file()]
+        if not names:
+            raise UserError(f"{weight_dir}: no run has weights yet.")
         return max(names, key=lambda name: _last_written(log_dir / name))
     if wanted == "best" or wanted.startswith("best:"):
         return _best_run(find_rows(log_dir, logfile), wanted.partition(":")[2])
@@ -101,13 +88,17 @@ def find_run(
     if rows and 0 < int(wanted) <= len(rows):
         return rows[int(wanted) - 1]["NAME"]
     matching = [name for name in names if wanted in name]
-    if len(matching) == 1:
-        return matching[0]
     if not matching:
         raise UserError(f"no run is called {wanted!r}: the last ones are {', '.join(names[-5:])}.")
-    raise UserError(
-        f"{wanted!r} fits {len(matching)} runs, such as {', '.join(matching[-3:])}: give more of the name."
-    )
+    if len(matching) > 1:
+        such = ", ".join(matching[-3:])
+        raise UserError(f"{wanted!r} fits {len(matching)} runs, such as {such}: give more of the name.")
+    return matching[0]
+
+
+def _last_written(run_dir: Path) -> float:
+    files = (run_dir / "config.json", run_dir / "journal.jsonl")
+    return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 
 
 def _best_run(rows: list[dict[str, Any]], metric: str) -> str:
@@ -130,9 +121,6 @@ def _best_run(rows: list[dict[str, Any]], metric: str) -> str:
 
 def _test_data(row: dict[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in row if key.startswith("DATASET_CONFIG.test") and row[key] is not None}
-
-
-# ---------------------------------------------------------------------------------------------------- configs
 
 
 def read_run_config(
@@ -179,9 +167,8 @@ def read_record(run_dir: str | os.PathLike, say: Callable[[str], None] = logger.
         problem = "its content does not have the digest it was written with"
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
-    starts = [
-        event for event in read_journal(Path(run_dir) / "journal.jsonl", "step") if event["event"] == "start"
-    ]
+    events = read_journal(Path(run_dir) / "journal.jsonl", without="step")
+    starts = [event for event in events if event["event"] == "start"]
     if not starts:
         raise ConfigError([f"{file} is damaged or missing ({problem}), and the journal holds no copy of it."])
     say(f"{file} is damaged or missing ({problem}): the copy in the journal is used.")

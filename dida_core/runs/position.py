@@ -57,12 +57,12 @@ class Position:
 
     @property
     def awaits_evaluation(self) -> bool:
-        """Tell whether all batches of the epoch are done, but not its evaluation. Runs resume there, too."""
+        """Whether all batches of the epoch are done, but not its evaluation. Runs resume there, too."""
         return self.state.batch == self.setup.loaders.batches.num_batches
 
     @property
     def is_update_step(self) -> bool:
-        """Tell whether an optimizer step follows on the batch that has just ended (gradient accumulation)."""
+        """Whether an optimizer step follows on the batch that has just ended (gradient accumulation)."""
         return self.state.batch % self.config["ACCUMULATE"] == 0 or self.awaits_evaluation
 
     @property

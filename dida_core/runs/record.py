@@ -42,12 +42,12 @@ class Record:
     def begin(self, setup: Setup, state: State) -> None:
         """Write what is known at the start; state is where the training starts."""
         self.weight_dir.mkdir(parents=True, exist_ok=True)
-        context, rerun_of, redactor = setup.context, setup.config["RERUN_OF"], Redactor(config=setup.config)
+        context, redactor = setup.context, Redactor(config=setup.config)
         ran_on = {"device": str(context.device), "precision": context.precision}
         environment = describe_environment(setup.project.root, context.device) | {"data": setup.data.hashes}
         environment = redactor.data(environment | ran_on) | {"arguments": redactor.arguments(sys.argv)}
-        if rerun_of is not None:
-            for change in differences_from(self.log_dir.parent / rerun_of, environment):
+        if setup.config["RERUN_OF"] is not None:
+            for change in differences_from(self.log_dir.parent / setup.config["RERUN_OF"], environment):
                 say(f"Not as it was: {change}")
         start = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch} | ran_on
         start["processes"] = num_processes()
@@ -72,8 +72,7 @@ class Record:
 
     def report_contradictions(self) -> None:
         """Report if a resumed run has come to other results than its journal held."""
-        found = self.journal.contradictions
-        if found:
+        if found := self.journal.contradictions:
             say(
                 f"{len(found)} results differ from those before the interruption, first in {found[0]}: code, "
                 "data, config or machine are not what they were."

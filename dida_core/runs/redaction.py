@@ -78,10 +78,8 @@ class Redactor:
     def data(self, value: Any, name: str = "") -> Any:
         """Return dicts and lists without secrets in their strings; what has a secret's name is left out."""
         if isinstance(value, dict):
-            return {
-                self.text(key) if isinstance(key, str) else key: self.data(one, str(key))
-                for key, one in value.items()
-            }
+            keys = {key: self.text(key) if isinstance(key, str) else key for key in value}
+            return {keys[key]: self.data(one, str(key)) for key, one in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(self.data(item, name) for item in value)
         if not isinstance(value, str):

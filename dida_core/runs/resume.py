@@ -29,31 +29,28 @@ RESUME_KEYS = (
 )
 # Keys whose change is reported. A change of any other key is refused: it would be another training.
 WARN_ON_CHANGE = ("DATASET", "DEVICE", "PRECISION", "CHANNELS_LAST", "METRICS", "MASK_VALUES")
-# Keys without any influence on the weights.
-IGNORED = tuple(key for key in RESUME_KEYS if key not in ("EPOCHS", "PATIENCE"))
-# Keys that tell one run from another, for RESUME=auto.
-IDENTITY_KEYS = ("SESSION_NAME", "EPOCHS", "DATASET")
 
 
 def find_unfinished(log_root: Path, captured: dict[str, Any]) -> str | None:
     """Return the newest run of this config that is neither finished nor in training, or None."""
     found: dict[str, float] = {}
-    free = tuple(key for key in (*RESUME_KEYS, *WARN_ON_CHANGE) if key not in IDENTITY_KEYS)
+    identity = ("SESSION_NAME", "EPOCHS", "DATASET")  # by these, too, one run is told from another
+    free = tuple(key for key in (*RESUME_KEYS, *WARN_ON_CHANGE) if key not in identity)
     for name in run_names(log_root):
         events = read_journal(log_root / name / "journal.jsonl")
         if row_of(events).get("STATUS") == "finished":
             continue
         try:
-            stored = read_record(log_root / name, logger.debug)
+            changes = _changes(read_record(log_root / name, logger.debug), captured)
         except ConfigError:
             continue
-        if not all(key.startswith(free) for key in difference(_plain(stored), _plain(captured))):
+        if not all(key.startswith(free) for key in changes):
             continue
         if is_in_training(log_root / name):
             say(f"{name}, of the same config, is being trained by another process.")
         else:
             found[name] = events[0]["time"] if events else 0.0
-    return max(found, key=lambda name: found[name]) if found else None
+    return max(found, key=lambda name: found[name], default=None)
 
 
 def compare_configs(log_dir: Path, weight_dir: Path, captured: dict[str, Any]) -> None:
@@ -63,17 +60,14 @@ def compare_configs(log_dir: Path, weight_dir: Path, captured: dict[str, Any]) -
     :raises ConfigError: with all keys that have changed
     """
     refused = []
-    changes = difference(_plain(read_record(log_dir, say)), _plain(captured))
-    for key, (before, now) in changes.items():
+    for key, (before, now) in _changes(read_record(log_dir, say), captured).items():
         if key.startswith(WARN_ON_CHANGE):
             say(f"{log_dir.name} resumes with another {key}: {before} before, {now} now.")
         elif not key.startswith(RESUME_KEYS):
             refused.append(f"{key} was {before} and is now {now}: that would be another training.")
     if refused:
-        weights = relative_path(weight_dir / "best.pt")
-        raise ConfigError(
-            [*refused, f"Start a new run, if you like from its weights: INIT_WEIGHTS={weights}."]
-        )
+        weights = f"INIT_WEIGHTS={relative_path(weight_dir / 'best.pt')}"
+        raise ConfigError([*refused, f"Start a new run, if you like from its weights: {weights}."])
 
 
 def changes_on_the_way(starts: list[Event], start: Event, captured: dict[str, Any]) -> list[str]:
@@ -87,11 +81,11 @@ def changes_on_the_way(starts: list[Event], start: Event, captured: dict[str, An
         key for event in starts for key in ("device", "precision", "processes") if event[key] != start[key]
     }
     config = captured["config"]
-    length_counts = config.get("SCHEDULER") or config.get("PATIENCE")
-    ignored = IGNORED if length_counts else (*IGNORED, "EPOCHS")
+    # A longer training has the same weights so far, unless its length is part of what it does.
+    by_length = ("EPOCHS", "PATIENCE") if config.get("SCHEDULER") or config.get("PATIENCE") else ("PATIENCE",)
+    ignored = tuple(key for key in RESUME_KEYS if key not in by_length)
     for event in starts:
-        changes = difference(_plain(event), _plain(captured))
-        changed |= {key for key in changes if not key.startswith(ignored)}
+        changed |= {key for key in _changes(event, captured) if not key.startswith(ignored)}
     return [f"it was interrupted and resumed with another {', '.join(sorted(changed))}"] if changed else []
 
 
@@ -117,7 +111,7 @@ def restore(setup: Setup, stored: dict[str, Any], name: str) -> tuple[State, dic
     fill_model(setup.model, stored["model"], f"the checkpoint of {name}")
     setup.optimizer.load_state_dict(stored["optimizer"])
     if setup.scheduler is not None and stored["scheduler"] is not None:
-        _restore_schedule(setup, stored)
+        _restore_schedule(setup, setup.scheduler, stored)
     setup.scaler.load_state_dict(stored["scaler"])
     if setup.ema is not None and stored["ema"] is not None:
         setup.ema.load_state_dict(stored["ema"])
@@ -128,24 +122,21 @@ def restore(setup: Setup, stored: dict[str, Any], name: str) -> tuple[State, dic
     return state, {event["epoch"]: event for event in stored["history"]}
 
 
-def _restore_schedule(setup: Setup, stored: dict[str, Any]) -> None:
-    scheduler, config, saved = setup.scheduler, setup.config, stored["scheduler"]
-    assert scheduler is not None
-    if stored["epochs"] == config["EPOCHS"]:
-        scheduler.load_state_dict(saved)
-        return
-    # The training's length is part of some schedules. What a fresh schedule of the old length knows follows
-    # from the config, so only what differs from it is state. Learning rates stay as they are.
-    rates = [group["lr"] for group in setup.optimizer.param_groups]
-    dummy = config["OPTIMIZER"]([torch.zeros(1, requires_grad=True)], **config["OPTIMIZER_CONFIG"])
-    fresh = build_scheduler(config | {"EPOCHS": stored["epochs"]}, dummy, setup.steps_per_epoch)
-    assert fresh is not None
-    as_built = fresh.state_dict()
-    state = {key: value for key, value in saved.items() if value != as_built.get(key)}
-    scheduler.load_state_dict(scheduler.state_dict() | state)
-    for group, rate in zip(setup.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+def _restore_schedule(setup: Setup, scheduler: Any, stored: dict[str, Any]) -> None:
+    """Fill a scheduler, also one of another length: learning rates stay as they are."""
+    config, state = setup.config, stored["scheduler"]
+    if stored["epochs"] != config["EPOCHS"]:
+        # What a fresh schedule of the old length knows follows from the config: only the rest is state.
+        dummy = config["OPTIMIZER"]([torch.zeros(1, requires_grad=True)], **config["OPTIMIZER_CONFIG"])
+        fresh = build_scheduler(config | {"EPOCHS": stored["epochs"]}, dummy, setup.steps_per_epoch)
+        assert fresh is not None
+        as_built = fresh.state_dict()
+        changed = {key: value for key, value in state.items() if value != as_built.get(key)}
+        state = scheduler.state_dict() | changed
+    scheduler.load_state_dict(state)
 
 
-def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    return {"version": record["version"], "config": record["config"]}
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two captured configs; events hold more than that."""
+    keys = ("version", "config")
+    return difference({key: before[key] for key in keys}, {key: now[key] for key in keys})

@@ -28,35 +28,13 @@ from ..training.evaluation import evaluate
 from ..training.modules import fill_model, find_nonfinite
 from ..training.setup import Setup
 from ..training.signals import stop_on_signals, stop_requested
-from .failures import NonFiniteLoss, Pruned, WriteError, explain, non_finite_loss, remedy, write_errors
+from .failures import Pruned, WriteError, describe_batch, explain, non_finite, write_errors
 from .position import Batches, Position
 from .record import Record, open_record, without_secrets
 from .rerun import compare_runs, find_end
 from .resume import restore, training_state
 
 logger = logging.getLogger(__name__)
-
-
-class Listeners:
-    """Calls each listener of a run, and reports an ordinary failure of one once."""
-
-    def __init__(self, listeners: Iterable[Listener] = (), redact: Callable[[str], str] = str) -> None:
-        """:param redact: takes secrets out of a text"""
-        self._listeners, self._redact = list(listeners), redact
-        self._reported: set[str] = set()
-
-    def __call__(self, action: Callable[[Listener], object]) -> None:
-        """Do something with each listener."""
-        for listener in self._listeners:
-            try:
-                action(listener)
-            except Exception as error:  # whatever a listener raises, the training is worth more
-                what = f"{type(listener).__name__} failed ({type(error).__name__}: {error})."
-                text = self._redact(what)
-                logger.debug(text)
-                if text not in self._reported:
-                    self._reported.add(text)
-                    say(f"{text} Training continues.")
 
 
 class Run(Position):
@@ -69,18 +47,14 @@ class Run(Position):
         self.captured, self.redact = without_secrets(setup)
         self.log_dir = Path(setup.global_config["LOG_DIR"]) / name
         self.weight_dir = Path(setup.global_config["WEIGHT_DIR"]) / name
-        self.record: Record | None = None  # in the main process
-        self.tell = Listeners()
         self.pending = Pending()
-        self.phase = "training"  # then "evaluation" (the model may hold the best weights), "finished"
+        self.record: Record | None = None  # in the main process, as are the listeners
+        self.listeners: list[Listener] = []
+        self._reported: set[str] = set()  # failures of listeners
+        self._phase = "training"  # then "evaluation" (the model may hold the best weights), "finished"
         self._stop = False
         self._started = time.monotonic() - state.seconds
         self._last_checkpoint = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training, over all interruptions."""
-        return time.monotonic() - self._started
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """Return the model with gradients averaged over all processes: to be called, not to be saved."""
@@ -100,7 +74,7 @@ class Run(Position):
         self.pending.values[f"log.{name}"] = float(value)
 
     def log_image(self, name: str, image: Any) -> None:
-        """Log an image (H, W, 3) in uint8; TensorBoard shows it with the next step or epoch."""
+        """Log an image (H, W, 3) in uint8; TensorBoard and images/ get it with the next step or epoch."""
         self.pending.images[name] = image
 
     def end_batch(self, loss: Tensor) -> None:
@@ -118,7 +92,7 @@ class Run(Position):
             loss_sum, stops = sum_up([value * own if own else 0.0, self._stop])
             value, self._stop = loss_sum / num_samples, stops > 0
         if not math.isfinite(value):
-            raise non_finite_loss(self.setup, state, value, self.weight_dir)
+            raise non_finite(f"the loss is {value} in {describe_batch(self.setup, state)}", self.weight_dir)
         state.batch += 1
         state.loss_sum += value * num_samples
         state.num_samples += num_samples
@@ -135,10 +109,7 @@ class Run(Position):
         state.step += 1
         event = {"event": "step", "step": state.step, "epoch": state.epoch + 1}
         event |= {"loss": sum(losses) / len(losses), "learning_rate": self.pending.learning_rate}
-        event |= self.pending.values
-        self._write(event)
-        self.tell(lambda listener: listener.step(self, event))
-        self.pending = Pending()
+        self._publish(event, lambda listener, event: listener.step(self, event))
         if self.awaits_evaluation:
             sync_buffers(self.setup.model, self.setup.ema)
         if self._stop:
@@ -156,22 +127,20 @@ class Run(Position):
         state, patience, after_epoch = self.state, self.config["PATIENCE"], self.config["AFTER_EPOCH"]
         value = results.get(self.monitored)
         state.epoch += 1
-        is_best = _is_better(self, value)
+        is_best = self._is_better(value)
         if is_best:
             state.best, state.best_epoch, state.bad_epochs = value, state.epoch, 0
-            _save_best(self)
+            self._save_best()
         else:
             state.bad_epochs += 1
             state.stopped = patience is not None and state.bad_epochs >= patience
         event = {"event": "epoch", "epoch": state.epoch, "step": state.step, "best": is_best}
         event["train.loss"] = state.loss_sum / max(1, state.num_samples)
-        event |= {f"validation.{name}": result for name, result in results.items()} | self.pending.values
-        event["seconds"] = round(self.seconds, 2)
+        event |= {f"validation.{name}": result for name, result in results.items()}
+        event["seconds"] = round(self._seconds(), 2)
         state.batch, state.num_samples, state.loss_sum = 0, 0, 0.0
         self.history[state.epoch] = event
-        self._write(event)
-        self.tell(lambda listener: listener.epoch(self, event))
-        self.pending = Pending()
+        self._publish(event, lambda listener, event: listener.epoch(self, event))
         if self._is_checkpoint_due() or not checkpoint_files(self.weight_dir):
             self.save_checkpoint()
         if after_epoch is not None and on_main(lambda: after_epoch(self)):
@@ -186,11 +155,10 @@ class Run(Position):
         """
         step, problem = self.state.step, find_nonfinite(self.setup.model)
         if problem is not None:
-            what = f"after step {step} a parameter is not finite ({problem})"
-            raise NonFiniteLoss(f"{what}. {remedy(self.weight_dir)}")
+            raise non_finite(f"after step {step} a parameter is not finite ({problem})", self.weight_dir)
         self._last_checkpoint = time.monotonic()
         if self.record is not None:
-            self.state.seconds = self.seconds
+            self.state.seconds = self._seconds()
             with write_errors(f"checkpoint at step {step}", self.weight_dir):
                 self.record.journal.sync()
                 save_checkpoint(self.weight_dir, step, training_state(self.setup, self.state, self.history))
@@ -204,25 +172,28 @@ class Run(Position):
         """
         setup, state = self.setup, self.state
         self.save_checkpoint()
-        self.phase = "evaluation"  # from here on, the model may hold the best weights
+        self._phase = "evaluation"
         digest = weights_digest(setup.model.state_dict())
         best, last = self.weight_dir / "best.pt", on_main(lambda: checkpoint_files(self.weight_dir)[0])
         fill_model(setup.eval_model, on_main(lambda: load_weights(best)["model"]), str(best))
         epoch = self.history.get(state.best_epoch or 0, {})
         metrics = {key: value for key, value in epoch.items() if key.startswith("validation.")}
-        metrics |= _calibrate(self)
+        if (fitted := calibrate(setup, setup.eval_model)) is not None:
+            setup.contract = fitted
+            on_main(self._save_best)
+            metrics |= {f"validation.{name}": value for name, value in describe_fit(fitted).items()}
         evaluation = None
         if setup.loaders.test is not None:
             evaluation = setup.metrics(setup.contract)
             results = evaluate(setup.eval_model, setup.loaders.test, evaluation, setup.context)
             metrics |= {f"test.{name}": value for name, value in results.items()}
-        state.seconds = self.seconds
+        state.seconds = self._seconds()
+        identical, comparison = on_main(lambda: self._compare(digest))
         event = {"event": "test", "step": state.step, "digest": digest, "seconds": round(state.seconds, 1)}
-        identical, comparison = _compare(self, digest)
         self._write(event | ({} if identical is None else {"identical": identical}) | metrics)
         if self.record is not None:
             self.record.report_contradictions()
-        self.phase = "finished"
+        self._phase = "finished"
         result = Result(
             name=self.name,
             log_dir=self.log_dir,
@@ -240,22 +211,93 @@ class Run(Position):
             say(comparison)
         return result
 
-    def end(self, status: str, error: BaseException) -> None:
-        """Record an end without a result. A finished run stays finished, whatever happens to its pictures."""
-        if self.phase != "finished":
-            text = self.redact(" ".join(f"{type(error).__name__}: {error}".split()))[:500]
-            event = {"event": "end", "status": status, "error": text, "seconds": round(self.seconds, 1)}
-            with contextlib.suppress(WriteError):  # of a full disk, which the run may have ended by
-                self._write(event)
-        self.tell(lambda listener: listener.ended(self, status, error))
+    def _publish(self, event: Event, tell: Callable[[Listener, Event], None]) -> None:
+        """Write an event with the values of the user's own, and tell the listeners of it."""
+        event |= self.pending.values
+        self._write(event)
+        self.tell(lambda listener: tell(listener, event))
+        self.pending = Pending()
 
     def _write(self, event: Event) -> None:
         if self.record is not None:
             with write_errors(f"the journal at step {self.state.step}", self.weight_dir):
                 self.record.write(event)
 
+    def tell(self, action: Callable[[Listener], None]) -> None:
+        """Do something with each listener. An ordinary failure of one is reported once."""
+        for listener in self.listeners:
+            try:
+                action(listener)
+            except Exception as error:  # whatever a listener raises, the training is worth more
+                text = self.redact(f"{type(listener).__name__} failed ({type(error).__name__}: {error}).")
+                logger.debug(text)
+                if text not in self._reported:
+                    self._reported.add(text)
+                    say(f"{text} Training continues.")
+
+    def _seconds(self) -> float:
+        """Return the seconds of training, over all interruptions."""
+        return time.monotonic() - self._started
+
     def _is_checkpoint_due(self) -> bool:
         return time.monotonic() - self._last_checkpoint >= self.config["CHECKPOINT_SECONDS"]
+
+    def _is_better(self, value: float | None) -> bool:
+        """Return whether a monitored result is better than the best one so far."""
+        best = self.state.best
+        if self.setup.loaders.validation is None:
+            return True  # nothing to select by: the last weights are the best
+        if value is None or math.isnan(value):
+            return self.state.best_epoch is None  # there is always something to predict with
+        if best is None or math.isnan(best):
+            return True
+        return value > best if self.config["MONITOR"].startswith("max") else value < best
+
+    def _save_best(self) -> None:
+        """Save the weights that are evaluated, with the data contract, as the best ones."""
+        if self.record is not None:
+            content = {"model": self.setup.eval_model.state_dict(), "contract": self.setup.contract.to_dict()}
+            with write_errors(f"the best weights at step {self.state.step}", self.weight_dir):
+                save_weights(self.weight_dir / "best.pt", content)
+
+    def _compare(self, digest: str) -> tuple[bool | None, str]:
+        """Return whether the last weights are identical with those of RERUN_OF, and a sentence."""
+        if self.config["RERUN_OF"] is None:
+            return None, ""
+        events = read_journal(self.log_dir / "journal.jsonl")
+        return compare_runs(self.log_dir.parent / self.config["RERUN_OF"], events, digest)
+
+    def end(self, error: BaseException) -> None:
+        """Record an end without a result, and report how to resume."""
+        resume = f"Resume it with: python train.py --resume {self.name}"
+        if isinstance(error, Preempted):
+
+            def preempt() -> None:
+                if self._phase == "training" and self.state.step > 0:
+                    try:
+                        self.save_checkpoint()
+                    except UserError as failure:
+                        say(f"{failure}")
+                self._record_end("preempted", error)
+                say(f"Ended by a signal after step {self.state.step}. {resume}")
+
+            with contextlib.suppress(RuntimeError):  # of a process that was killed
+                on_main(preempt)  # all wait for it: torchrun ends those that are left
+        elif isinstance(error, KeyboardInterrupt):
+            self._record_end("interrupted", error)
+            files = checkpoint_files(self.weight_dir)
+            say(f"Interrupted; {files[0].name if files else 'nothing'} was saved. {resume}")
+        else:
+            self._record_end("pruned" if isinstance(error, Pruned) else "failed", error)
+
+    def _record_end(self, status: str, error: BaseException) -> None:
+        """Record an end. A finished run stays finished, whatever happens to its pictures."""
+        if self._phase != "finished":
+            text = self.redact(" ".join(f"{type(error).__name__}: {error}".split()))[:500]
+            event = {"event": "end", "status": status, "error": text, "seconds": round(self._seconds(), 1)}
+            with contextlib.suppress(WriteError):  # of a full disk, which the run may have ended by
+                self._write(event)
+        self.tell(lambda listener: listener.ended(self, status, error))
 
 
 @contextlib.contextmanager
@@ -278,7 +320,7 @@ def start_run(setup: Setup, listeners: Iterable[Listener] = ()) -> Iterator[Run]
             yield run
         except BaseException as error:
             explained = explain(error, setup)
-            _end(run, explained)
+            run.end(explained)
             if explained is error:
                 raise
             raise explained from error
@@ -305,11 +347,11 @@ def _open_run(setup: Setup, listeners: list[Listener], stack: contextlib.ExitSta
         return record.name, stored
 
     def begin() -> None:
-        run.record, run.tell = records[0], Listeners(listeners, run.redact)
+        run.record, run.listeners = records[0], listeners
         with write_errors("the start of the run", run.weight_dir):
-            run.record.begin(setup, run.state)
+            records[0].begin(setup, run.state)
             for event in run.history.values():
-                run.record.write(event)  # is there already, unless the journal was damaged
+                records[0].write(event)  # is there already, unless the journal was damaged
 
     name, stored = on_main(open_files)
     state, history = (State(), {}) if stored is None else restore(setup, stored, name)
@@ -328,66 +370,3 @@ def _shared_facts(setup: Setup, captured: dict[str, Any]) -> dict[str, Any]:
         "data contract": setup.contract.to_dict(),
         "number of batches": setup.loaders.batches.num_batches,
     }
-
-
-def _end(run: Run, error: BaseException) -> None:
-    """Record an end without a result, and report how to resume."""
-    resume = f"Resume it with: python train.py --resume {run.name}"
-    if isinstance(error, Preempted):
-
-        def preempt() -> None:
-            if run.phase == "training" and run.state.step > 0:
-                try:
-                    run.save_checkpoint()
-                except UserError as failure:
-                    say(f"{failure}")
-            run.end("preempted", error)
-            say(f"Ended by a signal after step {run.state.step}. {resume}")
-
-        with contextlib.suppress(RuntimeError):  # of a process that was killed
-            on_main(preempt)  # all wait for it: torchrun ends those that are left
-    elif isinstance(error, KeyboardInterrupt):
-        run.end("interrupted", error)
-        files = checkpoint_files(run.weight_dir)
-        say(f"Interrupted; {files[0].name if files else 'nothing'} was saved. {resume}")
-    else:
-        run.end("pruned" if isinstance(error, Pruned) else "failed", error)
-
-
-def _is_better(run: Run, value: float | None) -> bool:
-    """Tell whether a monitored result is better than the best one so far."""
-    best = run.state.best
-    if run.setup.loaders.validation is None:
-        return True  # nothing to select by: the last weights are the best
-    if value is None or math.isnan(value):
-        return run.state.best_epoch is None  # there is always something to predict with
-    if best is None or math.isnan(best):
-        return True
-    return value > best if run.config["MONITOR"].startswith("max") else value < best
-
-
-def _save_best(run: Run) -> None:
-    """Save the weights that are evaluated, with the data contract, as the best ones."""
-    if run.record is not None:
-        content = {"model": run.setup.eval_model.state_dict(), "contract": run.setup.contract.to_dict()}
-        with write_errors(f"the best weights at step {run.state.step}", run.weight_dir):
-            save_weights(run.weight_dir / "best.pt", content)
-
-
-def _calibrate(run: Run) -> dict[str, float]:
-    """Fit temperature and thresholds to the best weights. Save them in the contract, and return them."""
-    fitted = calibrate(run.setup, run.setup.eval_model)
-    if fitted is None:
-        return {}
-    run.setup.contract = fitted
-    on_main(lambda: _save_best(run))
-    return {f"validation.{name}": value for name, value in describe_fit(fitted).items()}
-
-
-def _compare(run: Run, digest: str) -> tuple[bool | None, str]:
-    """Compare the last weights with those of RERUN_OF. Return whether they are identical, and a sentence."""
-    rerun_of = run.config["RERUN_OF"]
-    if rerun_of is None:
-        return None, ""
-    events = on_main(lambda: read_journal(run.log_dir / "journal.jsonl"))
-    return on_main(lambda: compare_runs(run.log_dir.parent / rerun_of, events, digest))

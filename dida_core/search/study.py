@@ -1,6 +1,5 @@
 """A study: what is searched, its trials, and the best of them."""
 
-import contextlib
 import hashlib
 import json
 import warnings
@@ -15,6 +14,7 @@ from ..config.keys import complete
 from ..config.project import Project
 from ..config.tree import difference
 from ..errors import UserError
+from ..report.console import say
 from ..runs.redaction import Redactor
 from ..storage.files import safe_name, write_atomic
 from .space import Space, with_values
@@ -48,6 +48,11 @@ class Sampler(optuna.samplers.BaseSampler):
     def _fresh(self, trial: FrozenTrial, name: str) -> optuna.samplers.BaseSampler:
         digest = hashlib.sha256(f"{self._seed} {trial.number} {name}".encode()).digest()
         return optuna.samplers.TPESampler(seed=int.from_bytes(digest[:4]))  # <- your sampler here
+
+
+def one_line(error: Exception, redactor: Redactor) -> str:
+    """Return an error as text for people, without secrets."""
+    return " ".join(redactor.text(f"{type(error).__name__}: {error}").split())[:500]
 
 
 class Search:
@@ -124,7 +129,7 @@ class Search:
         try:
             return self.study.get_trials(deepcopy=False, states=states or None)
         except Exception as error:  # each database has errors of its own
-            reason = " ".join(Redactor().text(f"{type(error).__name__}: {error}").split())[:300]
+            reason = one_line(error, Redactor())
             raise UserError(f"Cannot reach the storage ({reason}); the same command resumes.") from error
 
     def best_trials(self) -> list[FrozenTrial]:
@@ -185,8 +190,7 @@ class Search:
         for trial in self.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL):
             if trial.number not in self._reported:
                 self._reported.add(trial.number)
-                with contextlib.suppress(OSError):  # of a full disk, where the output is a file
-                    print(f"trial {trial.number:>3}: {self.describe(trial)}", flush=True)
+                say(f"trial {trial.number:>3}: {self.describe(trial)}")
 
     def describe(self, trial: FrozenTrial) -> str:
         """Return what became of a trial, and what it has tried, by the last parts of the names."""

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 
 from ..errors import UserError
+from ..report.console import say
 from ..report.listener import Result, RunView
 from ..runs.failures import NonFiniteLoss, OutOfMemory, Pruned
 from ..runs.lookup import remove_unbegun, run_names
@@ -31,7 +32,7 @@ from ..storage.locks import locked
 from ..training.modules import is_out_of_memory
 from ..training.signals import EXIT_CODE, Preempted, raise_if_stop_requested, stop_on_signals
 from .space import with_values
-from .study import Search
+from .study import Search, one_line
 
 SEARCH_PID = "SEARCH_PID"  # in the environment of a worker: the process that has started it
 _MOST_STARTS = 5  # of a trial, without a checkpoint in between
@@ -141,7 +142,7 @@ class Worker:
             trial.set_user_attr("starts", trial.user_attrs["starts"][:-1])  # no death
             raise
         except Exception as error:  # whatever a trial raises, the next one may do well
-            reason = _one_line(error, Redactor(config=config)).rstrip(".")
+            reason = one_line(error, Redactor(config=config)).rstrip(".")
             if _is_of_machine(error):
                 text = f"Cannot train trial {number} on this machine ({reason})"
                 raise UserError(f"{text}: fix that, then give the same command, which resumes it.") from error
@@ -170,9 +171,8 @@ class Worker:
             is_last = run.state.stopped or run.state.epoch >= run.config["EPOCHS"]
             return self._search.pruning and not is_last and trial.should_prune()
         except Exception as error:  # each database has its own; the next epoch reports this one, too
-            reason = _one_line(error, Redactor())
-            with contextlib.suppress(OSError):  # of a full disk, where the output is a file
-                print(f"Trial {trial.number}: cannot reach the storage ({reason}). Training continues.")
+            reason = one_line(error, Redactor())
+            say(f"Trial {trial.number}: cannot reach the storage ({reason}). Training continues.")
             return False
 
     def _try_lock(self, number: int) -> FileLock | None:
@@ -204,14 +204,16 @@ def run_workers(command: Sequence[str], number: int, search: Search) -> None:
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
     logs = [search.folder / f"worker-{worker}.log" for worker in range(number)]
     processes: list[subprocess.Popen] = []
-    with stop_on_signals(), contextlib.ExitStack() as stack:
-        stack.callback(_end, processes)
+    with stop_on_signals(), contextlib.ExitStack() as waits, contextlib.ExitStack() as ends:
         for worker, log in enumerate(logs):
             environment["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[worker % len(gpus.split(","))]
             # In a group of their own: Ctrl-C reaches the search alone, which passes it on, once.
             options: dict[str, Any] = {"env": environment, "process_group": 0, "stdin": subprocess.DEVNULL}
-            output = stack.enter_context(open(log, "ab"))
-            processes.append(subprocess.Popen(command, stdout=output, stderr=output, **options))
+            with open(log, "ab") as output:
+                process = subprocess.Popen(command, stdout=output, stderr=output, **options)
+            waits.callback(process.wait)
+            ends.callback(process.terminate)  # all are asked to save and end, before any is waited for
+            processes.append(process)
         while any(process.poll() is None for process in processes):
             raise_if_stop_requested()
             search.report()
@@ -224,22 +226,11 @@ def run_workers(command: Sequence[str], number: int, search: Search) -> None:
             raise UserError(f"a worker has ended with exit code {code}: {last} ({more})")
 
 
-def _end(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        process.terminate()  # it saves, then ends
-    for process in processes:
-        process.wait()
-
-
 def _is_of_machine(error: Exception) -> bool:
     """Tell whether all trials would fail: a full disk, a folder that is gone, a GPU that is lost."""
     if isinstance(error, torch.AcceleratorError):  # this process cannot use the GPU any more
         return "out of memory" not in str(error)
     return isinstance(error, OSError) or isinstance(error.__cause__, OSError)
-
-
-def _one_line(error: Exception, redactor: Redactor) -> str:
-    return " ".join(redactor.text(f"{type(error).__name__}: {error}").split())[:500]
 
 
 def _raise_if_search_ended() -> None:

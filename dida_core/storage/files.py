@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 # Windows keeps these names for devices, with any ending.
-_DEVICES = {"con", "prn", "aux", "nul"} | {
-    f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10)
-}
+_DEVICE = re.compile(r"(con|prn|aux|nul|(com|lpt)[1-9])(\.|$)", re.IGNORECASE)
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
@@ -67,7 +65,7 @@ def safe_name(text: str, max_length: int = 100) -> str:
     """
     letters = "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", letters).strip("-.")[:max_length].rstrip("-.")
-    if name.split(".")[0].lower() in _DEVICES:
+    if _DEVICE.match(name):
         name = f"_{name}"[:max_length].rstrip("-.")
     return name or "unnamed"[:max_length]
 
@@ -80,8 +78,8 @@ def make_unique_dir(parent: str | os.PathLike, name: str) -> str:
     :return: the name that it got
     """
     Path(parent).mkdir(parents=True, exist_ok=True)
-    number, wanted = 1, safe_name(name, max_length=240)
-    unique = wanted
+    unique = wanted = safe_name(name, max_length=240)
+    number = 1
     while True:
         try:
             (Path(parent) / unique).mkdir()

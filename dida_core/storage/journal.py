@@ -48,9 +48,7 @@ class Journal:
             if self._known[identity] == _content(event):
                 return False
             self.contradictions.append(f"{identity[0]} {identity[1]}")
-        written = os.write(
-            self._file, line
-        )  # one call: a kill or power cut leaves all of it or its beginning
+        written = os.write(self._file, line)  # one call: a kill leaves all of it or its beginning
         if written < len(line):
             os.ftruncate(self._file, os.fstat(self._file).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
@@ -91,18 +89,18 @@ def from_line(line: bytes) -> Event | None:
     head, separator, tail = line.rpartition(b', "crc": "')
     if not separator or not line.endswith(b'"}\n') or tail[:-3] != f"{zlib.crc32(head + b'}'):08x}".encode():
         return None
-    return {key: _plain(value) for key, value in json.loads(head + b"}").items()}
+    return {
+        key: float(value["@float"]) if isinstance(value, dict) and value.keys() == {"@float"} else value
+        for key, value in json.loads(head + b"}").items()
+    }
 
 
 def _text(event: Event) -> str:
+    odd = {
+        key: value for key, value in event.items() if isinstance(value, float) and not math.isfinite(value)
+    }
     # JSON has no NaN.
-    is_odd = {key for key, value in event.items() if isinstance(value, float) and not math.isfinite(value)}
-    plain = {key: {"@float": repr(float(value))} if key in is_odd else value for key, value in event.items()}
-    return json.dumps(plain, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    return float(value["@float"]) if isinstance(value, dict) and set(value) == {"@float"} else value
+    return json.dumps(event | {key: {"@float": repr(float(odd[key]))} for key in odd}, allow_nan=False)
 
 
 def _identity(event: Event) -> tuple[str, int] | None:

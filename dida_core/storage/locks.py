@@ -2,8 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 from filelock import FileLock, Timeout
 
@@ -42,20 +41,12 @@ def locked(path: str | os.PathLike, seconds: float = -1, busy: str = "") -> Iter
 
 def is_locked(path: str | os.PathLike) -> bool:
     """Return whether a process holds a lock. Nothing is written, and two that look do not see one another."""
-    if fcntl is None:
-        try:
+    try:
+        if fcntl is None:
             with locked(path, 0):
                 return False
-        except Busy:
-            return True
-    try:
-        handle = os.open(Path(path), os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with suppress(FileNotFoundError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (Busy, BlockingIOError):
         return True
-    finally:
-        os.close(handle)
     return False

@@ -56,8 +56,7 @@ def save_weights(path: str | os.PathLike, state: dict[str, Any]) -> None:
         _load(file, str(path), "meta")  # without the data, so it takes no time
         file.seek(-2, os.SEEK_END)  # an archive ends with the length of its comment, in two bytes
         file.write(_COMMENT_BYTES.to_bytes(2, "little") + _PREFIX)
-        size = file.tell()
-        file.write(_digest(file, size))
+        file.write(_digest(file, file.tell()))
 
     write_atomic(path, write)
 
@@ -90,10 +89,25 @@ def find_damage(path: str | os.PathLike) -> str | None:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _COMMENT_BYTES))
         end = file.read()
-        if not end.startswith(_PREFIX):
-            return _find_damage_in_archive(file, end[-_END_BYTES:])
-        is_right = _digest(file, size - _DIGEST_BYTES) == end[len(_PREFIX) :]
-        return None if is_right else "the file is damaged: its content does not have its digest"
+        if end.startswith(_PREFIX):
+            is_right = _digest(file, size - _DIGEST_BYTES) == end[len(_PREFIX) :]
+            return None if is_right else "the file is damaged: its content does not have its digest"
+        # It is not ours. The archive has checksums of its own.
+        if not (end[-_END_BYTES:].startswith(_END) and end.endswith(b"\0\0")):
+            return "the file is damaged or no weights file: it does not end as one"
+        try:
+            with zipfile.ZipFile(file) as archive:
+                # PyTorch reads nothing of what is marked as a folder, and takes what lies in the memory.
+                folders = (part.filename for part in archive.filelist if part.external_attr & _IS_FOLDER)
+                damaged = archive.testzip() or next(folders, None)
+        except Exception as error:  # whatever damage leads to
+            if isinstance(error, OSError) and error.errno not in (
+                None,
+                errno.EINVAL,
+            ):  # EINVAL: a wrong place
+                raise
+            return f"the file is damaged or no weights file ({error})"
+        return None if damaged is None else f"the file is damaged: {damaged} is not what was written"
 
 
 def _digest(file: BinaryIO, size: int) -> bytes:
@@ -104,22 +118,6 @@ def _digest(file: BinaryIO, size: int) -> bytes:
         digest.update(block)
         left -= len(block)
     return digest.hexdigest().encode()
-
-
-def _find_damage_in_archive(file: BinaryIO, end: bytes) -> str | None:
-    """Check a file that is not ours, by the checksums of the archive."""
-    if not (end.startswith(_END) and end.endswith(b"\0\0")):
-        return "the file is damaged or no weights file: it does not end as one"
-    try:
-        with zipfile.ZipFile(file) as archive:
-            # PyTorch reads nothing of what is marked as a folder, and takes what lies in the memory.
-            folders = (part.filename for part in archive.filelist if part.external_attr & _IS_FOLDER)
-            damaged = archive.testzip() or next(folders, None)
-    except Exception as error:  # whatever damage leads to
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: before the start
-            raise
-        return f"the file is damaged or no weights file ({error})"
-    return None if damaged is None else f"the file is damaged: {damaged} is not what was written"
 
 
 def _load(file: Path | BinaryIO, name: str, device: str | torch.device) -> dict[str, Any]:

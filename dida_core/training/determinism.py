@@ -100,9 +100,9 @@ class TrainingBatches(Sampler):
         return self.num_batches - self.first_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = self.order(self.epoch)
+        order, size = self.order(self.epoch), self.batch_size
         for batch in range(self.first_batch, self.num_batches):
-            indices = self._of(order, batch)
+            indices = order[batch * size : (batch + 1) * size]
             # DDP all-reduces in every process: one without samples runs a dummy sample with loss weight 0.
             yield [(self.epoch, index) for index in indices[self._own(batch)] or indices[:1]]
 
@@ -114,7 +114,7 @@ class TrainingBatches(Sampler):
 
     def indices(self, epoch: int, batch: int) -> list[int]:
         """Return the samples of one batch, of all processes."""
-        return self._of(self.order(epoch), batch)
+        return list(self.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size])
 
     def size(self, batch: int) -> int:
         """Return the number of samples of a batch, of all processes."""
@@ -128,9 +128,6 @@ class TrainingBatches(Sampler):
     def _own(self, batch: int) -> slice:
         size, number = self.size(batch), self.num_processes
         return slice(-(-self.rank * size // number), -(-(self.rank + 1) * size // number))
-
-    def _of(self, order: Sequence[int], batch: int) -> list[int]:
-        return list(order[batch * self.batch_size : (batch + 1) * self.batch_size])
 
 
 class EvaluationBatches(Sampler):
@@ -192,18 +189,15 @@ class Loader(DataLoader):
 
 
 def _init_worker(users: Callable[[int], None] | None, number: int) -> None:
+    def end_with_main_process() -> None:  # as PyTorch does, but also if it is killed while this one starts
+        if (main_process := multiprocessing.parent_process()) is not None:
+            main_process.join()
+            os._exit(1)
+
     ignore_signals()
-    threading.Thread(target=_end_with_main_process, daemon=True).start()
+    threading.Thread(target=end_with_main_process, daemon=True).start()
     if users is not None:
         users(number)
-
-
-def _end_with_main_process() -> None:
-    """End as PyTorch does, but also if the main process is killed while this one is still starting."""
-    main_process = multiprocessing.parent_process()
-    if main_process is not None:
-        main_process.join()
-        os._exit(1)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,11 @@ Without torchrun there is one process, and all of this does nothing.
 """
 
 import contextlib
+import functools
+import gc
+import itertools
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -37,8 +41,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-class _Joined:
-    times = 0
+_times = itertools.count(1)  # that this process has joined others
 
 
 @contextlib.contextmanager
@@ -54,18 +57,33 @@ def join_processes(
     if num_launched() == 1 or dist.is_initialized():
         yield
         return
+    # Its functions keep the group that there is when they are imported, as their default arguments.
+    import torch.distributed.nn.functional
+
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    _Joined.times += 1
-    if _Joined.times == 1:
+    if (time := next(_times)) == 1:
         join(backend)
     else:  # torchrun's store still holds the addresses of the first time
         store, number, size = next(dist.rendezvous("env://"))  # pylint: disable=stop-iteration-return
-        store = dist.PrefixStore(f"training-{_Joined.times}", store)
+        store = dist.PrefixStore(f"training-{time}", store)
         dist.init_process_group(backend, store=store, rank=number, world_size=size)
     try:
         yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         leave()
+        # The threads of a group end with its last reference. One that still lived when the interpreter ends
+        # could abort a process that has done all: https://github.com/pytorch/pytorch/issues/190489
+        _cpu_group.cache_clear()
+        gc.collect()
+
+
+@functools.cache
+def _cpu_group(_: Any) -> Any:
+    """Return the group for everything but gradients of all these processes."""
+    return dist.new_group(backend="gloo")
 
 
 def refuse_several(routine: str) -> None:
@@ -117,7 +135,7 @@ def on_main(function: Callable[[], Any]) -> Any:
             outcome[0] = function()
         except Exception as error:  # whatever it is, the others must not wait for it
             failure, outcome[1] = error, f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(outcome, src=0, group=_control_group())
+    dist.broadcast_object_list(outcome, src=0, group=_cpu_group(dist.group.WORLD))
     if failure is not None:
         raise failure
     if outcome[1] is not None:
@@ -130,7 +148,7 @@ def gather(value: Any) -> list[Any]:
     if num_processes() == 1:
         return [value]
     values: list[Any] = [None] * num_processes()
-    dist.all_gather_object(values, value, group=_control_group())
+    dist.all_gather_object(values, value, group=_cpu_group(dist.group.WORLD))
     return values
 
 
@@ -154,7 +172,7 @@ def sum_up(values: Sequence[float]) -> list[float]:
     if num_processes() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total, group=_control_group())
+    dist.all_reduce(total, group=_cpu_group(dist.group.WORLD))
     return total.tolist()
 
 
@@ -164,18 +182,5 @@ def sync_buffers(*modules: nn.Module | None) -> None:
         return
     for buffer in (buffer for module in modules if module is not None for buffer in module.buffers()):
         value = buffer.cpu()
-        dist.broadcast(value, src=0, group=_control_group())
+        dist.broadcast(value, src=0, group=_cpu_group(dist.group.WORLD))
         buffer.copy_(value)
-
-
-class _Control:
-    """A group on the CPU for everything but gradients."""
-
-    default: Any = None
-    group: Any = None
-
-
-def _control_group() -> Any:
-    if _Control.default is not dist.group.WORLD:
-        _Control.default, _Control.group = dist.group.WORLD, dist.new_group(backend="gloo")
-    return _Control.group

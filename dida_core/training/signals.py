@@ -64,7 +64,7 @@ def install_handlers() -> None:
             signal.signal(signum, _set_flag)
 
 
-def ignore_signals(*_: Any) -> None:
+def ignore_signals() -> None:
     """Ignore the signals in a process that loads data: its main process decides when it ends."""
     for signum in _SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

@@ -1,7 +1,7 @@
 """
 The training config: what is trained and how, the same for every routine.
 
-config/keys.py has every key, its default and what it may hold. Variants are functions beside the config.
+dida_core/config/keys.py has all keys with their defaults. Variants are functions beside the config.
 """
 
 from functools import partial
@@ -16,6 +16,11 @@ from ..models.unet import UNET
 from ..utils.data.scenes import SceneDataset
 from ..utils.data.transforms import STANDARD
 from ..utils.loss import f1, iou, multi_class_dice_ce_sum, precision, recall
+
+# <- your keys here, each with its default, what it may hold and what it is for; see docs/config_keys.md:
+# from dida_core.config.keys import KEYS
+# from dida_core.config.kinds import NUMBER, Key
+# KEYS["MY_WEIGHT"] = Key(0.5, NUMBER, "weight of my second loss", 0)
 
 train_config: dict[str, Any] = {
     "SESSION_NAME": "training-run",

@@ -29,7 +29,8 @@ def script(folder: Path, space: str = SPACE) -> Path:
 
 
 def run(project: Path, *arguments: object, code: int = 0, space: str = SPACE) -> tuple[str, str]:
-    done = run_script(str(script(project, space)), *arguments, root=project, OPTUNA_STORAGE="")
+    variables = {"OPTUNA_STORAGE": "", "ROOT_PATH": str(project), "PYTHONPATH": str(ROOT)}  # of its workers
+    done = run_script(str(script(project, space)), *arguments, root=project, **variables)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout, done.stderr
@@ -55,14 +56,13 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def searched(project, pairs_dir) -> str:
-    """Three trials; what was printed."""
-    return run(project, "--data", pairs_dir, *TINY, "--trials", 3)[0]
+    """Three trials by two workers; what was printed."""
+    return run(project, "--data", pairs_dir, *TINY, "--trials", 3, "--workers", 2)[0]
 
 
-def test_a_search_leaves_rows_the_best_config_and_pictures(project, searched):
-    assert [(row["STUDY"], row["TRIAL"], row["STATUS"]) for row in rows(project)] == [
-        ("search", number, "finished") for number in range(3)
-    ]
+def test_a_search_by_two_workers_leaves_rows_the_best_config_and_pictures(project, searched):
+    found = sorted((row["STUDY"], row["TRIAL"], row["STATUS"]) for row in rows(project))
+    assert found == [("search", number, "finished") for number in range(3)]
     best = max(rows(project), key=lambda row: row["validation.f1"])
     folder = project / "logs" / "search" / "search"
     saved = json.loads((folder / "best_config.json").read_text())
@@ -95,11 +95,9 @@ def test_impossible_keys_are_refused_before_the_first_trial(tmp_path, pairs_dir)
     assert not list((tmp_path / "logs").glob("**/journal*"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"), [(["--trials", "0"], "give 1 or more"), (["--what"], "--what")]
-)
-def test_usage_errors(tmp_path, arguments, told):
-    assert told in run(tmp_path, *arguments, code=2)[1]
+def test_usage_errors(tmp_path):
+    for argument, told in (("--trials=0", "give 1 or more"), ("--what", "--what")):
+        assert told in run(tmp_path, argument, code=2)[1]
 
 
 def test_help_imports_neither_torch_nor_optuna():
@@ -112,7 +110,8 @@ def test_help_imports_neither_torch_nor_optuna():
     assert "KEY=VALUE" in done.stdout
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_cleanly_and_the_next_call_resumes(tmp_path, pairs_dir, workers):
     command = ("--data", pairs_dir, *TINY, "--trials", workers, "--workers", workers, "CHECKPOINT_SECONDS=0")
 

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from dida_core.storage.locks import is_locked, locked
 
 from dida_tools.utils.logging import read_log, write_log
 
-from tests.helpers import ROOT, begin_run, run_script, write_run
+from tests.helpers import begin_run, run_script, write_run
 
 NAMES = ["2026-01-01_roads", "2026-01-02_roads", "2026-01-02_roads-2"]
 
@@ -44,23 +42,20 @@ def answer(project: Path, *arguments: str, code: int = 0, columns: int = 120, gi
     return done.stderr if code and done.stderr else done.stdout
 
 
-@pytest.mark.parametrize("columns", [60, 80, 120, 300])
-def test_the_table_of_all_runs_fits_the_terminal(project: Path, columns: int) -> None:
-    lines = answer(project, "list", columns=columns).splitlines()
-    assert len(lines) == 4 and max(map(len, lines)) <= columns
-    assert columns < 120 or ("test.f1" in lines[0] and NAMES[0] in lines[1])
+def test_the_table_of_all_runs_fits_the_terminal_and_ends_with_the_best(project: Path) -> None:
+    for columns in (60, 80, 120, 300):
+        lines = answer(project, "list", columns=columns).splitlines()
+        assert len(lines) == 4 and max(map(len, lines)) <= columns
+        assert columns < 120 or ("test.f1" in lines[0] and NAMES[0] in lines[1])
 
-
-def test_the_best_run_is_sorted_to_the_end(project: Path) -> None:
     def values(*arguments: str) -> list[float]:
         return [row[arguments[1]] for row in json.loads(answer(project, "list", *arguments, "--json"))]
 
     assert values("--sort", "test.f1") == [0.89, 0.89, 0.899]
     assert values("--sort", "test.loss") == [0.01, 0.01, 0.001]
     assert values("--sort", "test.f1", "-n", "1") == [0.899]
-    assert "there is no column 'test.f2'; there are validation.f1, test.f1, test.loss." in answer(
-        project, "list", "--sort", "test.f2", code=1
-    )
+    refused = answer(project, "list", "--sort", "test.f2", code=1)
+    assert "there is no column 'test.f2'; there are validation.f1, test.f1, test.loss." in refused
 
 
 def test_a_run_is_shown_with_results_config_environment_and_places(project: Path) -> None:
@@ -89,17 +84,14 @@ def test_paths_of_weights(project: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["show", "compare", "weights", "delete"])
-def test_unknown_runs_are_refused(project: Path, command: str) -> None:
-    assert "no run is called 'nonsense'" in answer(project, command, "nonsense", code=1)
-    for name in (".", "..", "../logs", str(project / "logs")):
-        assert "no run is called" in answer(project, command, name, code=1)
+def test_unknown_runs_are_refused(project: Path, tmp_path_factory: Any, command: str) -> None:
+    for name in ("nonsense", ".", "..", "../logs", str(project / "logs")):
+        assert f"no run is called {name!r}" in answer(project, command, name, code=1)
     assert sorted(path.name for path in project.iterdir()) == ["logs", "weights"]
-
-
-def test_without_runs_it_says_how_to_train_one(tmp_path: Path) -> None:
-    assert "python train.py" in answer(tmp_path, "list")
-    answer(tmp_path, "show", "latest", code=1)
-    assert not (tmp_path / "logs").exists()
+    empty = tmp_path_factory.mktemp("empty")
+    assert "python train.py" in answer(empty, "list")
+    answer(empty, command, "latest", code=1)
+    assert not (empty / "logs").exists()
 
 
 def test_the_view_is_brought_up_to_date_and_keeps_what_was_added(project: Path) -> None:
@@ -113,19 +105,14 @@ def test_the_view_is_brought_up_to_date_and_keeps_what_was_added(project: Path) 
     rows = {row["NAME"]: row for row in read_log(log)}
     assert rows[NAMES[0]]["STATUS"] == "killed" and rows[NAMES[1]]["remark"] == "for Ada"
     assert rows[NAMES[1]]["test.f1"] == 0.899
-    log.unlink()
-    log.mkdir()  # it cannot be written
-    assert NAMES[2] in answer(project, "list")
-
-
-def test_rebuilding(project: Path) -> None:
-    log = project / "logs" / "experiments.csv"
-    answer(project, "list")
     before = read_log(log)
     log.write_text("nonsense")
     assert "3 runs" in answer(project, "rebuild")
-    assert read_log(log) == before
+    assert read_log(log) == [{key: row[key] for key in row if key != "remark"} for row in before]
     assert log.with_name("experiments.csv.old").read_text() == "nonsense"
+    log.unlink()
+    log.mkdir()  # it cannot be written
+    assert NAMES[2] in answer(project, "list")
 
 
 def test_deleting_asks_and_removes_everything(project: Path) -> None:
@@ -160,20 +147,3 @@ def test_a_row_without_a_run_can_be_removed_and_names_no_other_folder(project: P
     answer(project, "delete", "gone", "..", ".", "--yes")
     assert read_log(log) == [] and sorted(path.name for path in project.iterdir()) == ["logs", "weights"]
     assert sorted(path.name for path in (project / "logs").iterdir() if path.is_dir()) == NAMES
-
-
-def test_help_and_list_answer_without_torch(project: Path) -> None:
-    code = (
-        "import runpy, sys, time; sys.argv = ['runs.py', *sys.argv[1:]]; start = time.perf_counter()\n"
-        "try:\n    runpy.run_path('runs.py', run_name='__main__')\n"
-        "finally:\n    loaded = {'torch', 'numpy', 'rasterio', 'matplotlib', 'tqdm'} & set(sys.modules)\n"
-        "    print('loaded', sorted(loaded))"
-    )
-    for arguments in (["--help"], ["list"]):
-        variables = os.environ | {"LOG_DIR": str(project / "logs"), "WEIGHT_DIR": str(project / "weights")}
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True
-        )
-        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "loaded []", done.stderr
-        commands = ("list", "show", "compare", "weights", "delete", "rebuild")
-        assert NAMES[0] in done.stdout or all(f"runs.py {command}" in done.stdout for command in commands)

@@ -83,9 +83,8 @@ def _need_flips(subject: Subject) -> None:
 def _compare(output: Tensor, wanted: Tensor, bound: float, what: str) -> None:
     """Fail if outputs differ by more than a fraction of the largest one."""
     difference = (output - wanted).abs().max().item() / max(wanted.abs().max().item(), 1e-6)
-    assert difference <= bound, (
-        f"{what}: outputs differ by {difference:.2g} of the largest; allowed: {bound:g}"
-    )
+    differ = f"outputs differ by {difference:.2g} of the largest"
+    assert difference <= bound, f"{what}: {differ}; allowed: {bound:g}"
 
 
 # ---------------------------------------------------------------------------------------------- parameters
@@ -110,9 +109,6 @@ def test_contract_matches_the_model(subject: Subject) -> None:
     assert names in (0, subject.num_outputs), f"{names} names of {subject.num_outputs} classes"
 
 
-# -------------------------------------------------------------------------------------------------- shapes
-
-
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
 def test_batches_of_any_size(subject: Subject, batch: int) -> None:
     """Guard against code that drops or squeezes the batch dimension, as for the last, smaller batch."""
@@ -127,6 +123,7 @@ def test_batches_of_any_size(subject: Subject, batch: int) -> None:
 def test_images_of_any_size(subject: Subject, size: tuple[int, int]) -> None:
     """Guard against crashes, and shifted maps, at the edge of a scene, where tiles have odd sizes."""
     _need_map(subject)
+    size = tuple(-(-length // subject.multiple) * subject.multiple for length in size)
     inputs = _canvas(subject, max(size))[..., : size[0], : size[1]]
     output = subject.output(inputs)
     assert output.shape == (len(inputs), subject.num_outputs, *size), f"{size} became {tuple(output.shape)}"
@@ -188,15 +185,11 @@ def test_translation_by_a_tile(subject: Subject) -> None:
 def test_flips(subject: Subject, show: Show) -> None:
     """Guard against a model that has learned the direction of light or of flight instead of the classes."""
     _need_flips(subject)
-    flipped = {
-        f"flipped {name}": subject.quality(predict=_flipped(subject, dims)) for name, dims in FLIPS.items()
-    }
+    ways = {f"flipped {name}": _flipped(subject, dims) for name, dims in FLIPS.items()}
+    flipped = {name: subject.quality(predict=way) for name, way in ways.items()}
     _show_qualities(subject, show, "Flips", flipped)
     worst = min(flipped, key=lambda name: flipped[name].mean())
     _keeps_quality(subject, "flips", worst, flipped[worst])
-
-
-# ---------------------------------------------------------------------------------------------- odd inputs
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
@@ -226,9 +219,6 @@ def test_nan_stays_in_its_image(subject: Subject) -> None:
         image = np.full((4, 4, contract.channels), np.nan, contract.dtype)
         image[1:] = 1
         assert contract.nodata is not None or contract.problems(image), "the contract lets NaN pass"
-
-
-# ------------------------------------------------------------------------------------------------ training
 
 
 def test_a_step_reaches_every_parameter(subject: Subject) -> None:
@@ -303,12 +293,11 @@ def test_calibration(subject: Subject, show: Show) -> None:
     _need(subject.contract.task != "values", "values have no probabilities")
     results, scores = subject.evaluated
     centers = (torch.arange(scores.histograms.shape[-1]) + 0.5) / scores.histograms.shape[-1]
-    rows = []
-    for name, histogram in zip(subject.class_names, scores.histograms.double(), strict=True):
-        number, predicted = histogram.sum(), histogram.sum(0) * centers
-        gaps = (histogram[1] - predicted).reshape(CALIBRATION_BINS, -1).sum(-1).abs().sum()
-        row = predicted.sum() / number, histogram[1].sum() / number, gaps / number
-        rows.append([name, *(value.item() for value in row)])
+    histograms = scores.histograms.double()
+    number, predicted = histograms.sum((1, 2)), histograms.sum(1) * centers
+    gaps = (histograms[:, 1] - predicted).unflatten(1, (CALIBRATION_BINS, -1)).sum(-1).abs().sum(1)
+    columns = [(one / number).tolist() for one in (predicted.sum(1), histograms[:, 1].sum(1), gaps)]
+    rows = [list(row) for row in zip(subject.class_names, *columns, strict=True)]
     error, bound = results["ece"], subject.bounds["calibration"]
     title = f"Calibration at temperature {subject.contract.temperature:.2f}: expected error {error:.3f}"
     show(table(title, ["", "probability", "frequency", "error"], rows))
@@ -331,13 +320,11 @@ def test_gain_and_cost_of_averaged_flips(subject: Subject, show: Show) -> None:
     started = time.perf_counter()
     subject.quality()
     plain_seconds = time.perf_counter() - started
-    quality = subject.quality(predict=_averaged(subject))
+    ways = [_flipped(subject, dims) for dims in ((), *FLIPS.values())]
+    quality = subject.quality(predict=lambda inputs: torch.stack([way(inputs) for way in ways]).mean(0))
     times = (time.perf_counter() - started - plain_seconds) / plain_seconds
     _show_qualities(subject, show, "Test-time augmentation", {f"4 flips, {times:.1f} x the time": quality})
     _keeps_quality(subject, "averaged", "averaged over flips", quality)
-
-
-# ------------------------------------------------------------------------------------- speed, memory, export
 
 
 def test_speed_and_memory(subject: Subject, show: Show) -> None:
@@ -400,11 +387,6 @@ def _flipped(subject: Subject, dims: tuple[int, ...]) -> Callable[[Tensor], Tens
     return lambda inputs: subject.probabilities(inputs.flip(dims)).flip(dims)
 
 
-def _averaged(subject: Subject) -> Callable[[Tensor], Tensor]:
-    ways = [(), *FLIPS.values()]
-    return lambda inputs: torch.stack([_flipped(subject, dims)(inputs) for dims in ways]).mean(0)
-
-
 def _perturbations(subject: Subject) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return what is done to images, the mildest first."""
     contract, partial = subject.contract, functools.partial
@@ -419,7 +401,6 @@ def _perturbations(subject: Subject) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def _show_qualities(subject: Subject, show: Show, title: str, qualities: dict[str, Quality]) -> None:
-    """Print a table of the quality as it is and of others, on test_sample."""
     rows = {"unchanged": subject.plain_quality} | qualities
     number, every = sum(len(inputs) for inputs, _ in subject.test_sample), len(subject.test_set)
     title = f"{title} on {number} of {every} test samples: {subject.plain_quality.name}"
@@ -436,7 +417,7 @@ def _keeps_quality(subject: Subject, bound: str, what: str, quality: Quality) ->
 
 def _baselines(subject: Subject) -> tuple[Quality, Quality]:
     """Return the test quality of trees trained on some rows of the training set, and of the trivial one."""
-    train_set, contract = subject.train_set, subject.contract
+    train_set, contract = subject.run.data.train, subject.contract
     train_set = train_set.for_evaluation() if hasattr(train_set, "for_evaluation") else train_set
     number = min(len(train_set), TRAINING_SAMPLES if subject.is_map else BASELINE_ROWS)
     chosen = np.random.default_rng(0).permutation(len(train_set))[:number]

@@ -25,22 +25,14 @@ class Quality:
         self.name = "R2" if contract.task == "values" else "F1"
         self.multi_class = contract.task == "multi-class"
         self.scores = Scores(num_outputs, self.multi_class, ignore_index, contract.threshold)
-        self.moments = torch.zeros(
-            4, num_outputs, dtype=torch.float64
-        )  # number, sum, squares, squared errors
+        # Number, sum, squares, squared errors.
+        self.moments = torch.zeros(4, num_outputs, dtype=torch.float64)
 
     def update(self, probabilities: Tensor, targets: Tensor, valid: Tensor | None = None) -> None:
-        """
-        Add predictions.
-
-        :param probabilities: (N, C, ...), or values
-        :param targets: by the convention of loss.py
-        """
+        """Add probabilities or values (N, C, ...), and targets by the convention of loss.py."""
         if self.name == "F1":
-            probabilities = probabilities.double().clamp(1e-9, 1 - 1e-9)
-            self.scores.update(
-                probabilities.log() if self.multi_class else probabilities.logit(), targets, valid
-            )
+            p = probabilities.double().clamp(1e-9, 1 - 1e-9)
+            self.scores.update(p.log() if self.multi_class else p.logit(), targets, valid)
             return
         truth, predicted = (one.double().movedim(1, 0).flatten(1) for one in (targets, probabilities))
         sums = truth.sum(1), (truth**2).sum(1), ((truth - predicted) ** 2).sum(1)
@@ -54,11 +46,7 @@ class Quality:
         return (1 - errors / (squares - total**2 / number).clamp(min=1e-12)).tolist()
 
     def mean(self) -> float:
-        """Return the mean over all that are not NaN."""
         return torch.tensor(self.per_class()).nanmean().item()
-
-
-# ------------------------------------------------------------------------------------------------ baselines
 
 
 def rows_of(
@@ -109,9 +97,6 @@ def fit_rows(
     return lambda rows: predict(by_trees, rows), lambda rows: predict(trivial, rows)
 
 
-# -------------------------------------------------------------------------------------------- perturbations
-
-
 def with_noise(inputs: Tensor, std: float) -> Tensor:
     """Add noise, in units of each channel's std where images are normalized."""
     return inputs + std * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
@@ -153,9 +138,6 @@ def read_export(file: Path) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
 
 
-# --------------------------------------------------------------------------------------------------- memory
-
-
 class PeakMemory(TorchDispatchMode):
     """Count the bytes of tensors made while it is on, and the most that were alive at once; on any device."""
 
@@ -165,29 +147,23 @@ class PeakMemory(TorchDispatchMode):
         self._alive: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {_storage(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        known = _storages((args, kwargs)).keys()
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor) and _storage(value) not in known | self._alive.keys():
-                self._enter(value.untyped_storage())
+        for key, storage in _storages(result).items():
+            if key not in known | self._alive.keys():
+                self._alive[key] = weakref.finalize(storage, self._leave, key, storage.nbytes())
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
         return result
-
-    def _enter(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._alive[key] = weakref.finalize(storage, self._leave, key, size)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
 
     def _leave(self, key: int, size: int) -> None:
         self.bytes -= size
         self._alive.pop(key, None)
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-# --------------------------------------------------------------------------------------------------- tables
+def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
+    storages = [one.untyped_storage() for one in tree_leaves(values) if isinstance(one, Tensor)]
+    return {storage._cdata: storage for storage in storages}
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

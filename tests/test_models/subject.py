@@ -60,6 +60,7 @@ class Subject:
     :param inputs: (N, C, ...) typical inputs; real ones, where there are data
     :param setup: of the run, with its datasets; None where there are none, and no_data says why
     :param recorded: results of the run on its test set, such as {"f1": 0.8, "f1.water": 0.7}
+    :param multiple: of which heights and widths of its images have to be multiples
     """
 
     name: str
@@ -74,6 +75,7 @@ class Subject:
     setup: Setup | None = None
     no_data: str = ""
     is_trained: bool = True
+    multiple: int = 1
     recorded: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=lambda: dict(BOUNDS))
 
@@ -89,23 +91,20 @@ class Subject:
 
     @property
     def is_map(self) -> bool:
-        """Return True if the output is an image of the input's height and width."""
+        """Whether the output is an image of the input's height and width."""
         return self.inputs.ndim == 4 and self.output(self.inputs).shape[2:] == self.inputs.shape[2:]
 
     @property
     def class_names(self) -> list[str]:
-        """Return the names of the classes, or of the values."""
         names = self.contract.class_names
         return [str(name) for name in (names if len(names) == self.num_outputs else range(self.num_outputs))]
 
     @functools.cached_property
     def num_outputs(self) -> int:
-        """Return the number of classes, or values."""
         return self.output(self.inputs[:1]).shape[1]
 
     @property
     def context(self) -> DeviceContext:
-        """Return that of the training, or the plainest one."""
         return DeviceContext(self.device) if self.setup is None else self.setup.context
 
     @torch.no_grad()
@@ -115,29 +114,18 @@ class Subject:
             return self.model(self.context.move(inputs)).float()
 
     def probabilities(self, inputs: Tensor) -> Tensor:
-        """Return probabilities of the classes, or the values."""
         return self.contract.probabilities(self.output(inputs))
-
-    # ----------------------------------------------------------------------------------------- on the data
 
     @property
     def run(self) -> Setup:
-        """Return the setup of the run; only for checks that have data."""
         assert self.setup is not None
         return self.setup
 
     @property
-    def train_set(self) -> Any:
-        """Return the training set."""
-        return self.run.data.train
-
-    @property
     def test_set(self) -> Any:
-        """Return the test set."""
         return self.run.data.test
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield all of the test set."""
         batch_size, inputs = self.run.config["DATA_LOADER_CONFIG"].get("batch_size", 1), self.test_set[0][0]
         max_pixels = batch_size * inputs.shape[-2] * inputs.shape[-1] if inputs.ndim == 3 else None
         for batch in EvaluationBatches(self.test_set, batch_size, max_pixels):
@@ -173,13 +161,7 @@ class Subject:
         predict: Callable[[Tensor], Tensor] | None = None,
         batches: Iterable[tuple[Tensor, Tensor]] | None = None,
     ) -> Quality:
-        """
-        Return the quality on some batches.
-
-        :param perturb: what is done to the inputs before
-        :param predict: inputs to probabilities; None takes the model
-        :param batches: None takes test_sample
-        """
+        """Return the quality on batches (default: test_sample) of a predict function (default: the model)."""
         quality = self.new_quality()
         for inputs, targets in self.test_sample if batches is None else batches:
             quality.update((predict or self.probabilities)(perturb(inputs)).cpu(), *self.unmasked(targets))
@@ -187,11 +169,9 @@ class Subject:
 
     @functools.cached_property
     def plain_quality(self) -> Quality:
-        """Return the quality on test_sample, unperturbed."""
         return self.quality()
 
     def new_quality(self) -> Quality:
-        """Return an empty one."""
         return Quality(self.contract, self.num_outputs, self.run.config["IGNORE_INDEX"])
 
 
@@ -229,26 +209,19 @@ def subject_of_config(module: ModuleType, weights: str | None = None) -> Subject
     model = untrained().eval()
     if stored:
         fill_model(model, model_state(stored), str(weights))
-    return Subject(
-        f"{module.MODEL.__name__}, {'untrained' if weights is None else weights}",
-        model,
-        untrained,
-        module.LOSS,
-        lambda parameters: module.OPTIMIZER(parameters, **module.OPTIMIZER_CONFIG),
-        contract,
-        device,
-        *_synthetic(module.INPUT_DIM, module.OUTPUT_DIM, contract.task),
-        no_data="there are no test data without a run: give --run NAME",
-        is_trained=weights is not None,
-        bounds=BOUNDS | getattr(module, "BOUNDS", {}),
-    )
+    name = f"{module.MODEL.__name__}, {'untrained' if weights is None else weights}"
+    optimizer = _optimizer(module.OPTIMIZER, module.OPTIMIZER_CONFIG)
+    batch = _synthetic(module.INPUT_DIM, module.OUTPUT_DIM, contract.task)
+    no_data = "there are no test data without a run: give --run NAME"
+    about = {"no_data": no_data, "is_trained": weights is not None} | _told(module)
+    return Subject(name, model, untrained, module.LOSS, optimizer, contract, device, *batch, **about)
 
 
 def subject_of_run(
     module: ModuleType, name: str, global_config: dict[str, str], weights: str | Path | None = None
 ) -> Subject:
     """
-    Return the model of a run: everything is taken from its record, but for DEVICE and BOUNDS.
+    Return the model of a run: everything is taken from its record, but for DEVICE, BOUNDS and MULTIPLE.
 
     :param weights: other weights than the best ones
     :param module: may hold DATASETS, a function of the config that returns (train, test, validation),
@@ -271,7 +244,8 @@ def subject_of_run(
         train_set, test_set, validation_set = getattr(module, "DATASETS", build_datasets)(config)
         setup = prepare(train_set, test_set, config, global_config, validation_set, "dida_tools")
     except DataError as error:
-        no_data, loss = f"{name}: {error}", _loss(config)
+        no_data, loss = f"{name}: {error}", functools.partial(config["LOSS"], **config.get("LOSS_CONFIG", {}))
+        loss = loss() if isinstance(config["LOSS"], type) else loss
         inputs, targets = _synthetic_for(model, contract)
     else:
         loss = setup.loss_fn
@@ -282,28 +256,25 @@ def subject_of_run(
             setup.data.train = setup.data.train.with_contract(contract)
         inputs, targets = _quick_batch(setup.data.train, model, device)
     tested = next((event for event in reversed(events) if event["event"] == "test"), {})
-    return Subject(
-        name,
-        model,
-        untrained,
-        loss,
-        lambda parameters: config["OPTIMIZER"](parameters, **config["OPTIMIZER_CONFIG"]),
-        contract,
-        device,
-        inputs,
-        targets,
-        setup,
-        no_data=no_data,
-        recorded={key[5:]: value for key, value in tested.items() if key.startswith("test.")},
-        bounds=BOUNDS | getattr(module, "BOUNDS", {}),
-    )
+    recorded = {key[5:]: value for key, value in tested.items() if key.startswith("test.")}
+    optimizer = _optimizer(config["OPTIMIZER"], config["OPTIMIZER_CONFIG"])
+    about = {"setup": setup, "no_data": no_data, "recorded": recorded} | _told(module)
+    return Subject(name, model, untrained, loss, optimizer, contract, device, inputs, targets, **about)
+
+
+def _optimizer(kind: Any, options: dict[str, Any]) -> Callable[[Iterable[nn.Parameter]], Any]:
+    return lambda parameters: kind(parameters, **options)
+
+
+def _told(module: ModuleType) -> dict[str, Any]:
+    """Return what a test file decides for new models and runs alike."""
+    return {"bounds": BOUNDS | getattr(module, "BOUNDS", {}), "multiple": getattr(module, "MULTIPLE", 1)}
 
 
 def _config_of_run(log_dir: Path, events: list[dict], device: torch.device, wanted: str) -> dict[str, Any]:
     config = read_run_config(log_dir, project_of("dida_tools")) | {"DEVICE": wanted}
     config |= dict.fromkeys(("RESUME", "RERUN_OF", "INIT_WEIGHTS", "NOTIFY"))
-    started = [event for event in events if event["event"] == "start"]
-    precision = started[-1]["precision"] if started else "auto"
+    precision = next((one["precision"] for one in reversed(events) if one["event"] == "start"), "auto")
     try:
         config["PRECISION"] = get_precision(device, precision)
     except UserError:
@@ -344,13 +315,8 @@ def _synthetic_for(model: nn.Module, contract: DataContract) -> tuple[Tensor, Te
         except RuntimeError:  # another shape
             continue
         return _synthetic(shape, tuple(output.shape), contract.task)
-    name = type(model).__name__
-    raise UserError(f"{name} takes neither images of {SIZE} pixels nor vectors: put its data back.")
-
-
-def _loss(config: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
-    loss, options = config["LOSS"], config.get("LOSS_CONFIG", {})
-    return loss(**options) if isinstance(loss, type) else functools.partial(loss, **options)
+    what = f"{type(model).__name__} takes neither images of {SIZE} pixels nor vectors"
+    raise UserError(f"{what}: put its data back.")
 
 
 def _quick_batch(dataset: Any, model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:

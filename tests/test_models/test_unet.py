@@ -28,4 +28,5 @@ MODEL_CONFIG = {"ch_in": 12, "ch_out": 5, "bulk_ch": 16, "n_recursions": 3, "nor
 OPTIMIZER = torch.optim.AdamW
 OPTIMIZER_CONFIG = {"lr": 1e-2}
 DEVICE = "auto"
+MULTIPLE = 1  # <- of which heights and widths of your model's images have to be multiples
 BOUNDS: dict[str, float] = {}  # <- other bounds than those of subject.py, such as {"flips": 0.1}

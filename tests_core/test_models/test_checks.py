@@ -3,8 +3,6 @@
 import inspect
 import itertools
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,62 +20,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from dida_tools.config.config import make_global_config
-from dida_tools.models import UNET
+from dida_tools.config.config import global_config, make_global_config
 from dida_tools.utils.data import NpyDataset
-from dida_tools.utils.data.transforms import GEOMETRY
-from dida_tools.utils.loss import dice_bce_sum, f1, iou, multi_class_dice_ce_sum
+from dida_tools.utils.loss import dice_bce_sum, f1
 
-from tests.helpers import FIRST, ROOT, load_routine
+from tests.helpers import FIRST, ROOT, Child, load_routine
 from tests.test_models import checks
 from tests.test_models.measures import WIDTH, PeakMemory, table
 from tests.test_models.subject import Subject, choose_subject
 
 TEST_FILE = SimpleNamespace(DEVICE="cpu", DEFAULT_WEIGHTS=None)
-NORM = partial(nn.GroupNorm, 4)
-CONFIG = {
-    "MODEL": UNET,
-    "MODEL_CONFIG": {"ch_in": 3, "ch_out": 3, "bulk_ch": 8, "n_recursions": 2, "norm": NORM},
-    "DATA_LOADER_CONFIG": {"batch_size": 4},
-    "OPTIMIZER": torch.optim.AdamW,
-    "OPTIMIZER_CONFIG": {"lr": 1e-2},
-    "EPOCHS": 2,
-    "LOSS": multi_class_dice_ce_sum,
-    "DEVICE": "cpu",
-    "PRECISION": "fp32",
-}
 
 
-class Trained(SimpleNamespace):
-    """A run: its name, and its project's folder."""
-
-    name: str
-    folder: Path
-
-    def subject(self, **options: Any) -> Subject:
-        module = SimpleNamespace(**(vars(TEST_FILE) | options))
-        return choose_subject(module, self.name, None, make_global_config(self.folder))
-
-
-def train_in(folder: Path, train_set: Any, test_set: Any, **changes: Any) -> Trained:
-    result = load_routine(FIRST).train(train_set, test_set, CONFIG | changes, make_global_config(folder))
-    return Trained(name=result.name, folder=folder)
+def subject_of(run: Any, **options: Any) -> Subject:
+    return choose_subject(SimpleNamespace(**(vars(TEST_FILE) | options)), run.name, None, run.global_config)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, faint_pairs_dir: Path) -> Trained:
-    """A small U-Net that has learned what a single pixel does not tell."""
-    sets = []
-    for split, options in {"train": {"augment": GEOMETRY}, "test": {}}.items():
-        x, y = faint_pairs_dir / split / "x", faint_pairs_dir / split / "y"
-        sets.append(NpyDataset(x, y, class_names=("ground", "left", "right"), **options))
-    folder = tmp_path_factory.mktemp("trained")
-    return train_in(folder, *sets, EPOCHS=10, METRICS={"f1": f1, "iou": iou}, MONITOR="max f1")
-
-
-@pytest.fixture(scope="module")
-def healthy(trained: Trained) -> Subject:
-    return trained.subject()
+def healthy(small_run: SimpleNamespace) -> Subject:
+    return subject_of(small_run)
 
 
 def all_checks() -> Iterator[tuple[Callable[..., None], dict[str, Any]]]:
@@ -100,49 +61,45 @@ def run_check(check: Callable[..., None], subject: Subject, **values: Any) -> No
 # ------------------------------------------------------------------------------------------- as it is called
 
 
-def test_a_trained_run_passes_and_its_tables_are_shown(trained: Trained) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/test_models",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        "-rs",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100", "ROOT_PATH": str(trained.folder)}
-    command += ["--run", trained.name, "-k", "not exported"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert "skipped" not in done.stdout
-    measured = done.stdout.partition("= measured =")[2]
+def test_a_trained_run_passes_and_its_tables_are_shown(small_run: Any, tmp_path: Path) -> None:
+    def run_suite() -> int:
+        global_config.update(small_run.global_config)
+        os.environ["COLUMNS"] = "100"
+        os.chdir(ROOT)
+        options = ["-n", "0", "-p", "no:cacheprovider", "-rs", "-k", "not exported", "--run", small_run.name]
+        return int(pytest.main(["tests/test_models", *options]))
+
+    suite = Child(run_suite, tmp_path / "said")
+    assert suite.wait() and suite.code == 0, suite.said()
+    assert "skipped" not in suite.said()
+    measured = suite.said().partition("= measured =")[2]
     for title in ("Flips", "Quality", "Calibration", "Robustness", "Test-time augmentation", "Speed"):
         assert f"\n{title}" in measured
     assert max(map(len, measured.splitlines())) <= WIDTH
     assert all(f"without channel {channel}" in measured for channel in range(3))
 
 
-@pytest.mark.parametrize("kind", ["onnx", pytest.param("pt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
 def test_its_exported_forms_agree(healthy: Subject, kind: str) -> None:
     run_check(checks.test_exported_forms_agree, healthy, kind=kind)
 
 
-def test_an_unknown_run_is_refused(trained: Trained) -> None:
-    with pytest.raises(UserError, match=f"nowhere.*{trained.name}"):
-        choose_subject(TEST_FILE, "nowhere", None, make_global_config(trained.folder))
+def test_an_exported_form_of_a_small_model_agrees(healthy: Subject) -> None:
+    run_check(checks.test_exported_forms_agree, damaged(healthy, lambda model, x: 2 * x), kind="pt2")
 
 
 def test_weights_of_a_run_come_with_its_record_and_others_with_the_config(
-    trained: Trained, tmp_path: Path
+    small_run: Any, tmp_path: Path
 ) -> None:
-    best = trained.folder / "weights" / trained.name / "best.pt"
-    of_run = choose_subject(TEST_FILE, None, str(best), make_global_config(trained.folder))
-    assert of_run.name == trained.name and of_run.recorded["f1"] > 0.9
+    best, places = str(small_run.weights), small_run.global_config
+    of_run = choose_subject(TEST_FILE, None, best, places)
+    assert of_run.name == small_run.name and of_run.recorded["f1"] > 0.9
+    with pytest.raises(UserError, match=f"nowhere.*{small_run.name}"):
+        choose_subject(TEST_FILE, "nowhere", None, places)
     save_weights(tmp_path / "plain.pt", load_weights(best)["model"])
     size = (2, 3, 32, 32)
-    module = SimpleNamespace(**vars(TEST_FILE) | CONFIG, INPUT_DIM=size, OUTPUT_DIM=size)
+    module = SimpleNamespace(**vars(TEST_FILE) | small_run.config, INPUT_DIM=size, OUTPUT_DIM=size)
     plain = choose_subject(module, None, str(tmp_path / "plain.pt"), make_global_config(tmp_path))
     loaded = plain.model.state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in of_run.model.state_dict().items())
@@ -150,10 +107,16 @@ def test_weights_of_a_run_come_with_its_record_and_others_with_the_config(
         run_check(checks.test_calibration, plain)
 
 
-def test_bounds_of_the_test_file_count(trained: Trained) -> None:
+def test_bounds_and_multiple_of_the_test_file_count(small_run: Any) -> None:
+    subject = subject_of(small_run, BOUNDS={"parameter": 0.01}, MULTIPLE=4)
     with pytest.raises(AssertionError, match=r"above 0\.01"):
-        subject = trained.subject(BOUNDS={"parameter": 0.01})
         run_check(checks.test_parameters_are_finite_and_within_bounds, subject)
+    halving = damaged(
+        subject, lambda model, x: functional.pixel_shuffle(functional.pixel_unshuffle(model(x), 4), 4)
+    )
+    for check, values in all_checks():
+        if check in (checks.test_images_of_any_size, checks.test_translation_by_a_tile):
+            run_check(check, halving, **values)
 
 
 def test_each_check_says_what_it_guards_against() -> None:
@@ -235,7 +198,7 @@ OUTPUTS: dict[str, Output] = {
     "classes swapped": lambda model, x: model(x)[:, [0, 2, 1]],
     "class lost": lambda model, x: model(x) + NO_CLASS_2,
     "unsure": lambda model, x: 0.02 * model(x),
-    "export differs": lambda model, x: model(x) * (2 if torch.compiler.is_exporting() else 1),
+    "export differs": lambda model, x: x * (2 if torch.compiler.is_exporting() else 1),
 }
 # Subjects that are wrong in another way.
 DAMAGED: dict[str, Callable[[Subject], Subject]] = {
@@ -254,11 +217,7 @@ DAMAGED: dict[str, Callable[[Subject], Subject]] = {
 }
 # What is damaged, the check that must notice (without test_), what it says.
 DAMAGES = [
-    (
-        "NaN weight",
-        "parameters_are_finite_and_within_bounds",
-        "encode.0.conv.weight: 1 of 216 values are NaN",
-    ),
+    ("NaN weight", "parameters_are_finite_and_within_bounds", "conv.weight: 1 of 216 values are NaN"),
     ("exploded weights", "parameters_are_finite_and_within_bounds", "above 1000"),
     ("other contract", "contract_matches_the_model", r"of the contract: \(3, 7\), of the model: \(3, 3\)"),
     ("squeezed", "batches_of_any_size", r"\(1, 3, 32, 32\) became \(3, 32, 32\)"),
@@ -293,8 +252,9 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("damage", "name", "message"), DAMAGES)
 def test_a_damaged_model_fails_the_check_made_for_it(
-    healthy: Subject, damage: str, name: str, message: str
+    healthy: Subject, damage: str, name: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(checks, "STEPS", 10)
     subject = DAMAGED[damage](healthy) if damage in DAMAGED else damaged(healthy, OUTPUTS[damage])
     with pytest.raises(AssertionError, match=message):
         for check, values in all_checks():
@@ -330,24 +290,32 @@ def outcomes(subject: Subject) -> dict[str, str]:
     return said
 
 
+def outcomes_of_training(folder: Path, sets: Any, **changes: Any) -> Callable[..., dict[str, str]]:
+    """Train, and return a function of a test file's names that runs the checks."""
+    config = {"OPTIMIZER": torch.optim.AdamW, "OPTIMIZER_CONFIG": {"lr": 0.05}, "EPOCHS": 5, "DEVICE": "cpu"}
+    config |= {"DATA_LOADER_CONFIG": {"batch_size": 4}, "PRECISION": "fp32"} | changes
+    run = SimpleNamespace(global_config=make_global_config(folder))
+    run.name = load_routine(FIRST).train(*sets, config, run.global_config).name
+    return lambda **options: outcomes(subject_of(run, **options))
+
+
 @pytest.mark.parametrize("task", ["multi-label", "values"])
-def test_maps_of_other_tasks(tmp_path: Path, task: str) -> None:
-    rng = np.random.default_rng(0)
+def test_maps_of_other_tasks(quick: None, tmp_path: Path, task: str) -> None:
+    rng, sets = np.random.default_rng(0), []
     for split, number in {"train": 6, "test": 3}.items():
-        for kind in ("x", "y"):
-            (tmp_path / split / kind).mkdir(parents=True)
+        x, y = tmp_path / split / "x", tmp_path / split / "y"
+        for folder in (x, y):
+            folder.mkdir(parents=True)
         for index in range(number):
             image = rng.normal(0, 1, (24, 24, 3)).astype(np.float32)
             image = image + np.roll(image, 1, 0) + np.roll(image, 1, 1)
             mask = image[..., :2] if task == "values" else (image[..., :2] > 0).astype(np.uint8)
-            np.save(tmp_path / split / "x" / f"{index}.npy", image)
-            np.save(tmp_path / split / "y" / f"{index}.npy", mask)
-    sets = [
-        NpyDataset(tmp_path / split / "x", tmp_path / split / "y", task=task) for split in ("train", "test")
-    ]
-    options = {"ch_in": 3, "ch_out": 2, "bulk_ch": 8, "n_recursions": 1, "norm": None}
+            np.save(x / f"{index}.npy", image)
+            np.save(y / f"{index}.npy", mask)
+        sets.append(NpyDataset(x, y, task=task))
     changes = {"LOSS": nn.MSELoss} if task == "values" else {"LOSS": dice_bce_sum, "METRICS": {"f1": f1}}
-    said = outcomes(train_in(tmp_path, *sets, MODEL_CONFIG=options, **changes).subject())
+    options = {"in_channels": 3, "out_channels": 2, "kernel_size": 3, "padding": 1}
+    said = outcomes_of_training(tmp_path, sets, MODEL=nn.Conv2d, MODEL_CONFIG=options, **changes)()
     assert (said["test_calibration"] == "values have no probabilities") == (task == "values")
     assert said["test_flips"] == "the training has no flips among its augmentation"
     assert said["test_results_are_not_below_the_recorded_ones"] == "passed"
@@ -355,7 +323,7 @@ def test_maps_of_other_tasks(tmp_path: Path, task: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["classes", "values"])
-def test_vectors_with_data_that_the_record_does_not_name(tmp_path: Path, task: str) -> None:
+def test_vectors_with_data_that_the_record_does_not_name(quick: None, tmp_path: Path, task: str) -> None:
     features = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     values = features @ torch.tensor([[1.0], [-2.0], [0.5], [0.1]])
     targets = values if task == "values" else (values[:, 0] > 0).long()
@@ -364,12 +332,12 @@ def test_vectors_with_data_that_the_record_does_not_name(tmp_path: Path, task: s
     if task == "values":
         changes = {"LOSS": nn.MSELoss}
     options = {"in_features": 4, "out_features": 1 if task == "values" else 2}
-    trained = train_in(tmp_path, *sets, MODEL=nn.Linear, MODEL_CONFIG=options, EPOCHS=20, **changes)
-    said = outcomes(trained.subject(DATASETS=lambda config: (*sets, None)))
+    of_run = outcomes_of_training(tmp_path, sets, MODEL=nn.Linear, MODEL_CONFIG=options, **changes)
+    said = of_run(DATASETS=lambda config: (*sets, None))
     assert said["test_better_than_the_baselines"] == "passed"  # a line describes best what is linear
     assert said["test_results_are_not_below_the_recorded_ones"] == "passed"
     assert said["test_images_of_any_size"] == "the model's output is no image of the input's size"
-    without_data = outcomes(trained.subject())
+    without_data = of_run()
     assert "the config names no training data" in without_data["test_robustness"]
     assert without_data["test_a_step_reaches_every_parameter"] == "passed"
 

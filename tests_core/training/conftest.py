@@ -211,6 +211,22 @@ class SmallTraining:
         return [note for note in map(json.loads, lines) if kind is None or kind in note]
 
 
+def at_event(kind: str, number: int, act: Callable[[], object], before: bool = True) -> None:
+    """Do something in this child before, or after, its journal takes the event of a step or epoch."""
+    write = Journal.write
+
+    def acting_write(journal: Journal, event: Event) -> bool:
+        is_it = event["event"] == kind and event[kind] == number
+        if is_it and before:
+            act()
+        is_new = write(journal, event)
+        if is_it and not before:
+            act()
+        return is_new
+
+    Journal.write = acting_write  # type: ignore[method-assign]
+
+
 @pytest.fixture(scope="session")
 def small_datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """Six samples for training, after one image is taken for validation, and two for the test."""

@@ -13,14 +13,17 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -30,7 +33,7 @@ from dida_core.report import pictures as pictures_module
 from dida_core.runs import record as record_module
 from dida_core.runs import run as run_module
 from dida_core.storage.checkpoint import checkpoint_files, save_checkpoint
-from dida_core.storage.weights import load_weights, weights_digest
+from dida_core.storage.weights import load_weights
 from dida_core.training import distributed
 from dida_core.training.calibration import calibrate, describe_fit
 from dida_core.training.determinism import EvaluationBatches, TrainingBatches
@@ -40,8 +43,7 @@ from dida_core.training.setup import prepare
 from dida_core.training.signals import EXIT_CODE, Preempted
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
 from dida_tools.models import UNET
 from dida_tools.utils.data import NpyDataset
@@ -70,7 +72,6 @@ needs_processes = pytest.mark.skipif(
 # 1.2e-7 at most, a fiftieth of what is allowed here. Wrong weights of the parts change them by 3e-3, another
 # seed by 0.8.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
-CLEARLY = 1e-3
 
 
 # -------------------------------------------------------------------------------------------- what is trained
@@ -107,82 +108,39 @@ def rich_config() -> dict[str, Any]:
     return config | {"LOSS": multi_class_dice_ce_sum}
 
 
-class Numbers(Dataset):
-    """Sample i is 1 at i, else 0."""
-
-    def __len__(self) -> int:
-        return 11
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return torch.eye(len(self))[index], torch.zeros(1)
-
-
-class Counter(nn.Module):
-    """With Numbers and a learning rate of 1, a weight is minus what its sample counted in its batches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.zeros(len(Numbers())))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x @ self.weights)[:, None]
-
-
-def mean(pred: Tensor, target: Tensor) -> Tensor:
-    return pred.mean()
-
-
-def counting_config() -> dict[str, Any]:
-    """Batches of 5, 5 and 1, each an optimizer step."""
-    config = {"MODEL": Counter, "OPTIMIZER": torch.optim.SGD, "OPTIMIZER_CONFIG": {"lr": 1.0}, "LOSS": mean}
-    config |= {"DATA_LOADER_CONFIG": {"batch_size": 5, "shuffle": True}, "METRICS": {}, "MONITOR": "min loss"}
-    config |= {"REQUIRE_RERUNNABLE": False, "EPOCHS": 1, "VALIDATION_FRACTION": 0.0}
-    return config | {"DEVICE": "cpu", "PRECISION": "fp32"}
-
-
 # -------------------------------------------------------------------------------- what happens while training
-
-
-@contextlib.contextmanager
-def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
     """Leave out what takes longer than these trainings."""
     with (
-        patched(pictures_module, "save_picture", lambda *_: None),
-        patched(record_module, "describe_environment", lambda *_: {}),
+        patch.object(pictures_module, "save_picture", lambda *_: None),
+        patch.object(record_module, "describe_environment", lambda *_: {}),
     ):
         yield
 
 
-def signaled(owner: Any, method: str, at: int, by_rank: int, applies: Callable[[Any], bool]) -> Any:
+def signaled(owner: Any, method: str, at: int, by_rank: int, in_training: bool = False) -> Any:
     """Have one process send itself SIGTERM at a certain call of a method."""
     original, counter = getattr(owner, method), itertools.count(1)
 
     def call(self: Any, *arguments: Any) -> Any:
-        if distributed.rank() == by_rank and applies(self) and next(counter) == at:
+        if distributed.rank() == by_rank and (not in_training or self.training) and next(counter) == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *arguments)
 
-    return patched(owner, method, call)
+    return patch.object(owner, method, call)
 
 
 def in_training(at: int, by_rank: int = 0) -> Any:
     """A signal in a forward pass of training."""
-    return signaled(UNET, "forward", at, by_rank, lambda model: model.training)
+    return signaled(UNET, "forward", at, by_rank, in_training=True)
 
 
 def in_evaluation(at: int, by_rank: int = 0) -> Any:
     """A signal at an evaluated batch; the first two are those of the dry run."""
-    return signaled(Evaluation, "update", at, by_rank, lambda evaluation: True)
+    return signaled(Evaluation, "update", at, by_rank)
 
 
 def interrupted(train: Callable[..., Any], *arguments: Any) -> str:
@@ -198,28 +156,6 @@ def outcome(result: Any) -> dict[str, Any]:
     """What came out, as plain data and tensors."""
     about = {name: getattr(result, name) for name in ("name", "digest", "metrics", "history")}
     return about | {"model": load_weights(result.weights["last"])["model"]}
-
-
-def without_parts(run: Any) -> float:
-    """The loss_weight of one process, in each of several."""
-    batches, accumulate = run.setup.loaders.batches, run.config["ACCUMULATE"]
-    return 1 / min(accumulate, batches.num_batches - (run.state.batch - run.state.batch % accumulate))
-
-
-@contextlib.contextmanager
-def noting_buffers(notes: list[str]) -> Iterator[None]:
-    """Notes the buffers of each model that is evaluated, if they are not those of the last one."""
-    original = UNET.forward
-
-    def forward(self: UNET, x: Tensor) -> Tensor:
-        if not self.training:
-            digest = weights_digest(dict(self.named_buffers()))
-            if notes[-1:] != [digest]:
-                notes.append(digest)
-        return original(self, x)
-
-    with patched(UNET, "forward", forward):
-        yield
 
 
 def slow_save(*arguments: Any) -> Path:
@@ -256,10 +192,35 @@ class Written:
             self.paths.append(f"{event} {arguments[0]}")
 
 
+def join(routine: str) -> Any:
+    """Join the processes as a routine does."""
+    if routine == "pytorch":
+        return distributed.join_processes()
+    idist = importlib.import_module("ignite.distributed")
+    return distributed.join_processes(idist.initialize, idist.finalize)
+
+
+def gloo_threads() -> list[str]:
+    """Return the threads of process groups, by what the kernel says."""
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+    return [name for name in names if "gloo" in name]
+
+
 def session(routine: str, pairs: Path, folder: Path) -> None:
-    """All that one of the processes trains."""
+    """All that one of the processes trains: joined to the other, then once more as the command does it."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    with quick(), join(routine):
+        outcomes = together(routine, pairs, folder)
+    outcomes["threads"] = gloo_threads()
+    with in_training(5, by_rank=1):
+        arguments = ["--routine", routine, "--data", str(pairs), *KEYS, "EPOCHS=2000"]
+        outcomes["code"] = command(folder / "command", *arguments)
+    outcomes["threads"] += gloo_threads()
+    torch.save(outcomes, folder / f"outcomes-{os.environ['RANK']}.pt")
+
+
+def together(routine: str, pairs: Path, folder: Path) -> dict[str, Any]:
+    """Train with the other process. Return what came out, by name."""
     number, outcomes = dist.get_rank(), dict[str, Any]()
     written = Written(folder)
     train = load_routine(routine).train
@@ -269,49 +230,31 @@ def session(routine: str, pairs: Path, folder: Path) -> None:
         folders = global_config_of(folder / name.split()[0])
         outcomes[name] = outcome(train(*datasets, config | keys, folders))
 
-    with quick():
-        go("exact", *exact)
-        with patched(run_module.Run, "loss_weight", property(without_parts)):
-            go("unweighted", *exact)
-        go("counted", (Numbers(), None), counting_config())
-        notes: list[str] = []
-        with noting_buffers(notes):
-            go("rich", *rich)
-        unsynced: list[str] = []
-        with noting_buffers(unsynced), patched(run_module, "sync_buffers", lambda *_: None):
-            go("unsynced", *rich)
-        outcomes["buffers"], outcomes["unsynced"] = notes, unsynced
-        for name, signals in {
-            "preempted": in_training(4, by_rank=1),
-            "preempted-in-validation": in_evaluation(3, by_rank=1),
-            "preempted-in-test": in_evaluation(2 + 2 + 2 + 1, by_rank=1),
-        }.items():
-            with signals, patched(run_module, "save_checkpoint", slow_save):
-                run = interrupted(train, *rich[0], rich[1], global_config_of(folder / name))
-            seen = [state_on_disk(folder / name, run)]
-            dist.barrier()
-            seen.append(state_on_disk(folder / name, run))
-            dist.barrier()
-            outcomes[name] = seen
-            go(f"{name} resumed", *rich, RESUME=run)
-        with in_training(5, by_rank=1):
-            interrupted(train, *exact[0], exact[1], global_config_of(folder / "two-to-one"))
-        run = rows_of(global_config_of(folder / "one-to-two"))[-1]["NAME"]
-        go("one-to-two", *exact, RESUME=run)
+    go("exact", *exact)
+    go("rich", *rich)
+    for name, signals in {
+        "preempted-in-validation": in_evaluation(3, by_rank=1),
+        "preempted-in-test": in_evaluation(2 + 2 + 2 + 1, by_rank=1),
+    }.items():
+        with signals, patch.object(run_module, "save_checkpoint", slow_save):
+            run = interrupted(train, *rich[0], rich[1], global_config_of(folder / name))
+        seen = [state_on_disk(folder / name, run)]
+        dist.barrier()
+        seen.append(state_on_disk(folder / name, run))
+        dist.barrier()
+        outcomes[name] = seen
+        go(f"{name} resumed", *rich, RESUME=run)
+    with in_training(5, by_rank=1):
+        interrupted(train, *exact[0], exact[1], global_config_of(folder / "two-to-one"))
+    go("one-to-two", *exact, RESUME=rows_of(global_config_of(folder / "one-to-two"))[-1]["NAME"])
     outcomes["written"] = list(written.paths)
-    outcomes["together"] = [
-        distributed.on_main(lambda: number),
-        distributed.gather(number),
-        distributed.sum_up([number + 1.5, 2.0**60 * number]),
-    ]
+    sums = distributed.sum_up([number + 1.5, 2.0**60 * number])
+    outcomes["together"] = [distributed.on_main(lambda: number), distributed.gather(number), sums]
     try:
         distributed.on_main(fail)
     except Exception as error:
         outcomes["failure"] = f"{type(error).__name__}: {error}"
-    outcomes["refused"] = refused(train, pairs, folder / f"machine-{number}")
-    dist.destroy_process_group()
-    outcomes["alone"] = [alone(one, pairs, folder / "alone") for one in ALONE]
-    torch.save(outcomes, folder / f"outcomes-{number}.pt")
+    return outcomes | {"refused": refused(train, pairs, folder / f"machine-{number}")}
 
 
 def refused(train: Callable[..., Any], pairs: Path, own: Path) -> list[str]:
@@ -320,7 +263,7 @@ def refused(train: Callable[..., Any], pairs: Path, own: Path) -> list[str]:
     said, is_second = [], dist.get_rank() == 1
     for changes in ({"lr": 2e-2 if is_second else 1e-2}, {"lr": 1e-2}):
         config = exact_config() | {"EPOCHS": 1, "OPTIMIZER_CONFIG": changes}
-        with quick(), pytest.raises(UserError) as error:
+        with pytest.raises(UserError) as error:
             train(*make_datasets(own, 4), config, global_config_of(own.parent / "refused"))
         said.append(str(error.value))
         for kind in "xy" if is_second else "":
@@ -328,20 +271,32 @@ def refused(train: Callable[..., Any], pairs: Path, own: Path) -> list[str]:
     return said
 
 
-def alone(routine: str, pairs: Path, project: Path) -> tuple[int, str]:
-    """Return exit code and error of train.py with a routine that trains in one process."""
-    done = run_script("train.py", "--routine", routine, "--data", pairs, root=project)
-    return done.returncode, done.stderr
+def ends(routine: str, pairs: Path, folder: Path) -> None:
+    """
+    Train in two processes and let their interpreters end, again and again.
 
+    They are forks of this one, so that they start in no time.
+    """
+    import torch._dynamo  # as DistributedDataParallel does
 
-def twice(routine: str, pairs: Path, folder: Path) -> None:
-    """Train twice, each time joining the processes and leaving them again."""
     torch.set_num_threads(1)
-    datasets, config = make_datasets(pairs, 2), rich_config() | {"EPOCHS": 1}
-    with quick():
-        train = load_routine(routine).train
-        digests = [train(*datasets, config, global_config_of(folder)).digest for _ in range(2)]
-    torch.save(digests, folder / f"digests-{os.environ['RANK']}.pt")
+    train, codes = load_routine(routine).train, list[int]()
+    for turn in range(12):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        pids = list[int]()
+        for rank in range(2):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                number = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+                os.environ |= number | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                config = rich_config() | {"EPOCHS": 1}
+                with quick():
+                    train(*make_datasets(pairs, 2), config, global_config_of(folder / str(turn)))
+                return  # and the interpreter ends, in its own time
+        codes += [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    (folder / "codes").write_text(repr(codes))
 
 
 def on_gpus(routine: str, pairs: Path, folder: Path) -> None:
@@ -354,6 +309,10 @@ def on_gpus(routine: str, pairs: Path, folder: Path) -> None:
 
 def command(folder: Path, *arguments: str) -> int:
     """Run train.py, and note with what exit code this process will end."""
+    from dida_tools.config import config as config_module
+
+    folder.mkdir(exist_ok=True)
+    config_module.global_config |= global_config_of(folder)
     sys.argv = ["train.py", *arguments]
     with quick():
         code = exit_code(importlib.import_module("train").main)
@@ -364,15 +323,12 @@ def command(folder: Path, *arguments: str) -> int:
 # ----------------------------------------------------------------------------------------- starting processes
 
 
-def start(
-    *arguments: object, project: Path | None = None, gpus: bool = False, processes: int = 2
-) -> subprocess.Popen:
+def start(job: str, routine: str, *paths: Path, gpus: bool = False, processes: int = 2) -> subprocess.Popen:
     """Start this file as a script, by torchrun."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    environment |= {} if project is None else {"ROOT_PATH": str(project)}
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    words += [str(Path(__file__).resolve()), *map(str, arguments)]
+    words += [str(Path(__file__).resolve()), job, routine, *map(str, paths)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(words, env=environment, start_new_session=True, **pipes)
 
@@ -404,7 +360,6 @@ def biggest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert one["model"].keys() == other["model"].keys()
     for name, wanted in other["model"].items():
         assert torch.allclose(one["model"][name], wanted, **CLOSE), (name, biggest_difference(one, other))
     for event, wanted in zip(one["history"], other["history"], strict=True):
@@ -419,13 +374,9 @@ class Session:
         self.routine, self.pairs, self.folder = routine, pairs, folder
         (folder / "two").mkdir()
         train = load_routine(routine).train
+        folders = global_config_of(folder / "two" / "one-to-two")
         with quick(), in_training(7):
-            self.before_two = interrupted(
-                train,
-                *make_datasets(pairs, 4),
-                exact_config(),
-                global_config_of(folder / "two" / "one-to-two"),
-            )
+            self.before_two = interrupted(train, *make_datasets(pairs, 4), exact_config(), folders)
         process = start("session", routine, pairs, folder / "two")
         self.said = end(process)
         assert process.returncode == 0, self.said
@@ -435,10 +386,9 @@ class Session:
 
     def alone(self, name: str, **keys: Any) -> dict[str, Any]:
         """The outcome of the exact training in one process."""
-        folders = global_config_of(self.folder / name)
+        datasets, folders = make_datasets(self.pairs, 4), global_config_of(self.folder / name)
         with quick():
-            train = load_routine(self.routine).train
-            return outcome(train(*make_datasets(self.pairs, 4), exact_config() | keys, folders))
+            return outcome(load_routine(self.routine).train(*datasets, exact_config() | keys, folders))
 
     def log_dir(self, name: str) -> Path:
         """The folder of the only run of a training."""
@@ -481,45 +431,35 @@ def parts(sizes: dict[str, Any]) -> list[TrainingBatches]:
     return batches
 
 
-@given(sizes=st.fixed_dictionaries(SIZES))
-def test_each_sample_is_counted_once_by_one_process(sizes):
-    own = parts(sizes)
-    whole = parts(sizes | {"num_processes": 1})[0]
-    drawn = [list(one) for one in own]
+@given(sizes=st.fixed_dictionaries(SIZES), accumulate=st.integers(1, 5))
+def test_each_sample_is_counted_once_by_one_process_and_weighs_the_same(sizes, accumulate):
+    own, whole = parts(sizes), parts(sizes | {"num_processes": 1})[0]
+    drawn, counted = [list(one) for one in own], list[int]()
     assert {len(batches) for batches in drawn} == {whole.num_batches}
-    counted = []
     for number, batch in enumerate(whole):
         assert [index for _, index in batch] == whole.indices(sizes["epoch"], number)
         counts = [one.own_size(number) for one in own]
-        assert sum(counts) == whole.size(number) == len(batch)
-        assert max(counts) - min(counts) <= 1
-        pieces = [batches[number] for batches in drawn]
-        assert all(pieces), "each process must take part"
+        assert sum(counts) == whole.size(number) == len(batch) and max(counts) - min(counts) <= 1
+        pieces = [batches[number] for batches in drawn]  # each process must take part
+        assert all(len(piece) == max(count, 1) for piece, count in zip(pieces, counts, strict=True))
         together = [key for piece, count in zip(pieces, counts, strict=True) for key in piece[:count]]
         assert together == batch
-        assert all(len(piece) == max(count, 1) for piece, count in zip(pieces, counts, strict=True))
         counted += [index for _, index in together]
-    rest = sizes["num_samples"] % sizes["batch_size"] if sizes["drop_last"] else 0
-    assert len(counted) == len(set(counted)) == sizes["num_samples"] - rest
-
-
-@given(sizes=st.fixed_dictionaries(SIZES), accumulate=st.integers(1, 5))
-def test_the_samples_of_a_batch_weigh_the_same_wherever_they_are(sizes, accumulate):
-    own = parts(sizes)
-    number = len(own)
-    for batch in range(own[0].num_batches):
-        size_of_step = min(accumulate, own[0].num_batches - (batch - batch % accumulate))
-        for one in own:
+        size_of_step = min(accumulate, whole.num_batches - (number - number % accumulate))
+        for one, count in zip(own, counts, strict=True):
             run = SimpleNamespace(
                 setup=SimpleNamespace(loaders=SimpleNamespace(batches=one)),
-                state=SimpleNamespace(batch=batch),
+                state=SimpleNamespace(batch=number),
                 config={"ACCUMULATE": accumulate},
             )
             weight = run_module.Run.loss_weight.fget(run)  # type: ignore[attr-defined]
             # The mean over own samples becomes their sum; gradients are averaged over the processes.
-            of_a_sample = weight / number / max(1, one.own_size(batch))
-            expected = 1 / one.size(batch) / size_of_step if one.own_size(batch) else 0.0
+            of_a_sample = weight / len(own) / max(1, count)
+            expected = 1 / one.size(number) / size_of_step if count else 0.0
             assert of_a_sample == pytest.approx(expected, rel=1e-12)
+    assert sizes["shuffle"] or counted == list(range(len(counted)))
+    rest = sizes["num_samples"] % sizes["batch_size"] if sizes["drop_last"] else 0
+    assert len(counted) == len(set(counted)) == sizes["num_samples"] - rest
 
 
 @given(
@@ -539,36 +479,36 @@ def test_each_sample_is_evaluated_by_one_process_in_the_same_batch(shapes, batch
     def batches(rank: int, number: int) -> list:
         return list(EvaluationBatches(Shaped(), batch_size, max_pixels, rank, number))
 
-    own = [batches(rank, number) for rank in range(number)]
-    assert sorted(itertools.chain(*own)) == sorted(batches(0, 1))
+    whole, own = batches(0, 1), [batches(rank, number) for rank in range(number)]
+    assert sorted(itertools.chain(*own)) == sorted(whole)
     assert max(map(len, own)) - min(map(len, own)) <= 1
+    assert sorted(itertools.chain(*whole)) == [(0, index) for index in range(len(shapes))]
+    left = Counter(shapes)
+    for batch in whole:
+        (shape,) = {shapes[index] for _, index in batch}
+        most = max(1, max_pixels // (shape[0] * shape[1])) if shape and max_pixels else batch_size
+        assert len(batch) == min(batch_size, most, left[shape])  # filled as far as may be
+        left[shape] -= len(batch)
 
 
 # ------------------------------------------------------------------------------------------------ one process
 
 
 def test_one_process_has_nobody_to_wait_for():
-    assert (distributed.num_launched(), distributed.num_processes(), distributed.rank()) == (1, 1, 0)
-    assert distributed.is_main()
-    assert distributed.on_main(lambda: 3) == 3
-    with pytest.raises(OSError, match="disk is full"):
-        distributed.on_main(fail)
-    assert distributed.gather("a") == ["a"]
-    assert distributed.sum_up([1.0, 2.0]) == [1.0, 2.0]
-    model = nn.BatchNorm2d(3)
-    assert distributed.parallel(model, torch.device("cpu")) is model
-    distributed.sync_buffers(model, None)
-    device = torch.device("cpu")
-    assert distributed.own_device(device) is device
-    distributed.refuse_several("fastai")
-
-
-def test_one_process_joins_nobody():
     def never(*_: Any) -> None:
         raise AssertionError
 
     with distributed.join_processes(never, never):
-        assert not dist.is_initialized()
+        assert not dist.is_initialized() and distributed.is_main()
+    assert (distributed.num_launched(), distributed.num_processes(), distributed.rank()) == (1, 1, 0)
+    assert distributed.on_main(lambda: 3) == 3
+    with pytest.raises(OSError, match="disk is full"):
+        distributed.on_main(fail)
+    assert distributed.gather("a") == ["a"] and distributed.sum_up([1.0, 2.0]) == [1.0, 2.0]
+    model, device = nn.BatchNorm2d(3), torch.device("cpu")
+    assert distributed.parallel(model, device) is model and distributed.own_device(device) is device
+    distributed.sync_buffers(model, None)
+    distributed.refuse_several("fastai")
 
 
 def test_the_processes_are_left_again_after_an_error(monkeypatch):
@@ -578,6 +518,24 @@ def test_the_processes_are_left_again_after_an_error(monkeypatch):
     with pytest.raises(ValueError), distributed.join_processes(calls.append, lambda: calls.append("left")):
         raise ValueError
     assert calls == ["gloo", "left"]
+
+
+@pytest.mark.parametrize(
+    "routine", [pytest.param(one, marks=pytest.mark.slow if one == "fastai" else ()) for one in ALONE]
+)
+def test_routines_for_one_process_refuse_several_in_a_sentence(routine, pairs_dir, tmp_path, monkeypatch):
+    load_routine(routine)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run_script("train.py", "--routine", routine, "--data", pairs_dir, root=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"UserError: The {routine} routine runs as one process")
+    assert "torchrun has started 2" in done.stderr and "--routine pytorch or ignite" in done.stderr
+    assert {file.name.split(".json")[0] for file in tmp_path.glob("**/*.*")} <= {"data_facts"}
+
+
+def test_what_is_not_a_number_is_no_disagreement(monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, pickle.loads(pickle.dumps(value))])
+    distributed.refuse_disagreement({"data contract": {"nodata": float("nan")}, "lr": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -609,20 +567,12 @@ class TestTwo:
         assert_close(two.ranks[0]["exact"], two.one)
         assert [event["step"] for event in two.one["history"]] == [4, 8, 12]
 
-    def test_another_training_would_be_noticed(self, two):
-        assert biggest_difference(two.alone("seed", SEED=1), two.one) > CLEARLY
-        assert biggest_difference(two.ranks[0]["unweighted"], two.one) > CLEARLY
-
-    def test_they_all_end_with_the_same(self, two):
-        for name in ("exact", "rich", "counted"):
+    def test_they_all_end_with_the_same(self, two):  # also BatchNorm's running statistics
+        for name in ("exact", "rich"):
             one, other = (rank[name] for rank in two.ranks)
             assert one["digest"] == other["digest"]
             assert one["metrics"] == other["metrics"]
             assert one["name"] == other["name"]
-
-    def test_each_sample_counts_once(self, two):
-        weights = two.ranks[0]["counted"]["model"]["weights"]
-        assert sorted((-weights).tolist()) == pytest.approx([1 / 5] * 10 + [1.0], rel=1e-6)
 
     @pytest.mark.parametrize("name", ["exact", "rich"])
     def test_they_evaluate_as_one(self, two, name, tmp_path):
@@ -646,14 +596,8 @@ class TestTwo:
         assert len(prepared.loaders.validation) == (1 if name == "exact" else 4)
         assert results == two.ranks[0][name]["metrics"]
 
-    def test_buffers_are_the_same_when_they_evaluate(self, two):
-        first, second = (rank["buffers"] for rank in two.ranks)
-        assert first == second
-        assert len(first) == 3  # as they were made, and of two epochs
-        first, second = (rank["unsynced"] for rank in two.ranks)
-        assert first != second
-
-    def test_only_the_first_one_writes(self, two):
+    def test_only_the_first_one_writes_and_speaks(self, two):
+        assert two.said.count(f"{two.ranks[0]['exact']['name']}: trained 3 epochs") == 1
         # The cache of what is known about files is everybody's: who has read one enters it, under a lock.
         others = [path for path in two.ranks[1]["written"] if "data_facts.json" not in path]
         assert [path for path in others if not re.fullmatch(r"os.mkdir .*/(logs|[\w-]+)", path)] == []
@@ -668,24 +612,14 @@ class TestTwo:
             assert len(list((log_dir / "tensorboard").iterdir())) == 1
             assert [path.name for path in (log_dir.parents[1] / "weights").iterdir()] == [log_dir.name]
 
-    def test_only_the_first_one_speaks(self, two):
-        assert two.said.count(f"{two.ranks[0]['exact']['name']}: trained 3 epochs") == 1
-
-    @pytest.mark.parametrize(
-        ("name", "step"), [("preempted", 4), ("preempted-in-validation", 3), ("preempted-in-test", 6)]
-    )
+    @pytest.mark.parametrize(("name", "step"), [("preempted-in-validation", 3), ("preempted-in-test", 6)])
     def test_a_signal_to_one_of_them_ends_all_and_they_resume(self, two, name, step):
         for rank in two.ranks:
-            assert rank[name][-1] == ("preempted", f"last-{step:08d}.pt")
+            # Nobody leaves before the state is saved: torchrun kills the others half a minute later.
+            assert rank[name] == [("preempted", f"last-{step:08d}.pt")] * 2
             for key in ("digest", "metrics"):
                 assert rank[f"{name} resumed"][key] == rank["rich"][key]
         assert [event["step"] for event in events_of(two.log_dir(name), "step")] == list(range(1, 7))
-
-    @pytest.mark.parametrize("name", ["preempted", "preempted-in-validation"])
-    def test_nobody_leaves_before_the_state_is_saved(self, two, name):
-        # torchrun kills the others half a minute after the first one has left.
-        for rank in two.ranks:
-            assert rank[name][0] == rank[name][1]
 
     def test_what_two_have_begun_one_ends(self, two):
         name = two.log_dir("two-to-one").name
@@ -716,79 +650,30 @@ class TestTwo:
             assert "data (its files differ)" in files and "OPTIMIZER_CONFIG" not in files
         assert not list(two.folder.glob("two/refused/*/*/config.json"))  # nothing was begun
 
-    def test_routines_for_one_process_refuse_several_in_a_sentence(self, two):
-        for routine, (code, said) in zip(ALONE, two.ranks[0]["alone"], strict=True):
-            if "which is not installed" not in said:
-                assert code == 1 and said.startswith(f"UserError: The {routine} routine runs as one process")
-                assert "torchrun has started 2" in said and "--routine pytorch or ignite" in said
-        assert {file.name.split(".json")[0] for file in two.folder.glob("two/alone/**/*.*")} <= {"data_facts"}
+    def test_the_command_joins_them_again_ends_with_75_and_resumes_in_one(self, two):
+        folder = two.folder / "two" / "command"
+        assert [rank["code"] for rank in two.ranks] == [EXIT_CODE] * 2
+        assert_preempted_and_resumed(folder, two.said)
+
+    def test_no_thread_of_a_group_lives_on(self, two):
+        # It could abort the process when its interpreter ends. The last training was ended by an exception.
+        assert [rank["threads"] for rank in two.ranks] == [[]] * 2
 
 
 # --------------------------------------------------------------------------------------------------- commands
 
 
 KEYS = ["MODEL_CONFIG.bulk_ch=4", "MODEL_CONFIG.n_recursions=1", "MODEL_CONFIG.norm=None", "SCHEDULER=None"]
-KEYS += [
-    "DATASET_CONFIG.train.crop=16",
-    "DATA_LOADER_CONFIG.batch_size=4",
-    "DATA_LOADER_CONFIG.num_workers=1",
-]
-KEYS += ["PRECISION=fp32", "DEVICE=cpu", "CHECKPOINT_SECONDS=1000"]
+KEYS += [f"DATA_LOADER_CONFIG.{one}" for one in ("batch_size=4", "num_workers=1")]
+KEYS += ["DATASET_CONFIG.train.crop=16", "PRECISION=fp32", "DEVICE=cpu", "CHECKPOINT_SECONDS=1000"]
 
 
-def signal_a_rank(process: subprocess.Popen, main: int) -> None:
-    (other,) = set(children(process)) - {main}
-    os.kill(other, signal.SIGTERM)
-
-
-def signal_torchrun(process: subprocess.Popen, main: int) -> None:
-    process.terminate()
-
-
-def interrupt_torchrun(process: subprocess.Popen, main: int) -> None:
-    process.send_signal(signal.SIGINT)
-
-
-def signal_everyone(process: subprocess.Popen, main: int) -> None:
-    for pid in [*children(process), process.pid]:
-        os.kill(pid, signal.SIGTERM)
-
-
-SENDERS = [signal_a_rank, signal_torchrun, interrupt_torchrun, signal_everyone]
-CASES = [  # one of them each time
-    pytest.param(send, routine, marks=pytest.mark.slow if number else ())
-    for number, (send, routine) in enumerate(itertools.product(SENDERS, DISTRIBUTED))
-]
-
-
-@needs_processes
-@pytest.mark.parametrize(("send", "routine"), CASES)
-def test_a_signal_ends_the_command_in_all_processes(send, routine, pairs_dir, tmp_path):
-    load_routine(routine)
-    project = tmp_path / "project"
+def assert_preempted_and_resumed(project: Path, said: str) -> None:
+    """Assert that the command's run was saved, and that one process ends it."""
     folders = global_config_of(project)
-    arguments = ["--routine", routine, "--data", pairs_dir, *KEYS, "EPOCHS=2000"]
-    process = start("command", tmp_path, *arguments, project=project)
-    try:
-        limit, events = time.monotonic() + 60, list[Any]()
-        while "step" not in [event["event"] for event in events]:
-            assert time.monotonic() < limit and process.poll() is None, end(process, 1)
-            time.sleep(0.05)
-            runs = Path(folders["LOG_DIR"]).glob("*/journal.jsonl")
-            events = [event for file in runs for event in events_of(file.parent)]
-        sessions = children(process)
-        assert len(sessions) == 2 and events[0]["pid"] in sessions
-        send(process, events[0]["pid"])
-        said = end(process, 45)
-        assert processes_of(set(sessions)) == []
-    finally:
-        kill(process)
-    # torchrun has no exit code of its own for it: it reports those of its processes, and fails.
-    assert process.returncode == 1, said
-    assert [(tmp_path / f"code-{rank}").read_text() for rank in range(2)] == [str(EXIT_CODE)] * 2, said
     assert "DataLoader worker" not in said and 'train.py", line' not in said
-    assert said.count("Ended by a signal after step") == 1
     (row,) = rows_of(folders)
+    assert said.count(f"Resume it with: python train.py --resume {row['NAME']}\n") == 1
     assert row["STATUS"] == "preempted"
     steps = [event["step"] for event in events_of(Path(folders["LOG_DIR"]) / row["NAME"], "step")]
     assert steps == list(range(1, len(steps) + 1))
@@ -799,46 +684,81 @@ def test_a_signal_ends_the_command_in_all_processes(send, routine, pairs_dir, tm
     assert done.returncode == 0 and rows_of(folders)[0]["STATUS"] == "finished", done.stderr
 
 
-def test_what_is_not_a_number_is_no_disagreement(monkeypatch):
-    monkeypatch.setattr(distributed, "gather", lambda value: [value, pickle.loads(pickle.dumps(value))])
-    distributed.refuse_disagreement({"data contract": {"nodata": float("nan")}, "lr": 0.1})
-    others = iter([0.1, 0.2])
-    monkeypatch.setattr(distributed, "gather", lambda value: [value, value | {"lr": repr(next(others))}])
-    distributed.refuse_disagreement({"lr": 0.1})
-    with pytest.raises(UserError, match="process 1 was given another lr than process 0"):
-        distributed.refuse_disagreement({"lr": 0.1})
+def signal_torchrun(process: subprocess.Popen) -> None:
+    process.terminate()
+
+
+def interrupt_torchrun(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGINT)
+
+
+def signal_everyone(process: subprocess.Popen) -> None:
+    for pid in [*children(process), process.pid]:
+        os.kill(pid, signal.SIGTERM)
 
 
 @needs_processes
 @pytest.mark.slow
 @pytest.mark.parametrize("routine", DISTRIBUTED)
-def test_they_can_train_again(routine, pairs_dir, tmp_path):
+@pytest.mark.parametrize("send", [signal_torchrun, interrupt_torchrun, signal_everyone])
+def test_a_signal_ends_the_command_in_all_processes(send, routine, pairs_dir, tmp_path):
     load_routine(routine)
-    process = start("twice", routine, pairs_dir, tmp_path)
-    said = end(process, 90)
-    assert process.returncode == 0, said
-    digests = [torch.load(tmp_path / f"digests-{rank}.pt") for rank in range(2)]
-    assert digests[0] == digests[1]
-    assert len(set(digests[0])) == 1
+    process = start("command", routine, pairs_dir, tmp_path)
+    try:
+        limit, log_dir, events = time.monotonic() + 120, tmp_path / "logs", list[Any]()
+        while "step" not in [event["event"] for event in events]:
+            assert time.monotonic() < limit and process.poll() is None, end(process, 1)
+            time.sleep(0.05)
+            events = [one for file in log_dir.glob("*/journal.jsonl") for one in events_of(file.parent)]
+        sessions = children(process)
+        assert len(sessions) == 2 and events[0]["pid"] in sessions
+        send(process)
+        said = end(process, 45)
+        assert processes_of(set(sessions)) == []
+    finally:
+        kill(process)
+    # torchrun has no exit code of its own for it: it reports those of its processes, and fails.
+    assert process.returncode == 1, said
+    assert [(tmp_path / f"code-{rank}").read_text() for rank in range(2)] == [str(EXIT_CODE)] * 2, said
+    assert_preempted_and_resumed(tmp_path, said)
+
+
+@needs_processes
+@pytest.mark.slow
+@pytest.mark.parametrize("routine", DISTRIBUTED)
+def test_finished_trainings_end_with_0_on_a_busy_machine(routine, pairs_dir, tmp_path):
+    load_routine(routine)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        command = [sys.executable, __file__, "ends", routine, pairs_dir, tmp_path]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    finally:
+        for process in busy:
+            process.kill()
+    assert (tmp_path / "codes").read_text() == repr([0] * 24), said
 
 
 @needs_processes
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("routine", DISTRIBUTED)
 def test_two_gpus_train_as_one(routine, pairs_dir, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder, processes in ((one, 1), (two, 2)):
+    outcomes = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
         folder.mkdir()
         process = start("on_gpus", routine, pairs_dir, folder, gpus=True, processes=processes)
         said = end(process)
         assert process.returncode == 0, said
-    outcomes = [torch.load(two / f"outcome-{rank}.pt", weights_only=False) for rank in range(2)]
-    assert outcomes[0]["digest"] == outcomes[1]["digest"]
-    assert biggest_difference(outcomes[0], torch.load(one / "outcome-0.pt", weights_only=False)) < CLEARLY
+        files = sorted(folder.glob("outcome-*.pt"))
+        outcomes += [torch.load(file, weights_only=False) for file in files]
+    one, *two = outcomes
+    assert two[0]["digest"] == two[1]["digest"] and biggest_difference(two[0], one) < 1e-3
 
 
 if __name__ == "__main__":
-    job, *paths = sys.argv[1:]
+    job, routine, *paths = sys.argv[1:]
+    pairs, folder = map(Path, paths)
     if job == "command":
-        sys.exit(command(Path(paths[0]), *paths[1:]))
-    {"session": session, "twice": twice, "on_gpus": on_gpus}[job](paths[0], Path(paths[1]), Path(paths[2]))
+        sys.exit(command(folder, "--routine", routine, "--data", str(pairs), *KEYS, "EPOCHS=2000"))
+    {"session": session, "ends": ends, "on_gpus": on_gpus}[job](routine, pairs, folder)

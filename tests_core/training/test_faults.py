@@ -1,6 +1,7 @@
 """A training that is ended, or gets an error, at any of its file operations, resumes to the same end."""
 
 import errno
+import functools
 import io
 import itertools
 import json
@@ -17,14 +18,18 @@ from typing import Any
 import pytest
 from dida_core.storage import files as files_module
 from dida_core.storage.checkpoint import checkpoint_files
-from dida_core.storage.journal import Event, Journal
 from dida_core.training import signals
+
+from .conftest import at_event
+from tests.helpers import PACKAGE
 
 KILLED = 9
 KILLS = ("kill before", "kill after", "kill halfway")
-ERRORS = ("no space once", "input/output error once", "disk full from then on")
+ONCE = {"no space once": errno.ENOSPC, "input/output error once": errno.EIO}
+FULL = "disk full from then on"
 SCENARIOS = ("begins", "resumes")
 KINDS = {"mkdir", "open", "write", "create", "write file", "fsync", "replace", "unlink"}
+WATCHED = ("dida_core.", f"{PACKAGE}.")
 
 NewTraining = Callable[..., Any]
 
@@ -58,9 +63,7 @@ class Faults:
             while frame.f_globals["__name__"].startswith("pathlib"):
                 frame = frame.f_back  # type: ignore[assignment]
             module = frame.f_globals["__name__"]
-            if (
-                not module.startswith("dida_tools.") or module == signals.__name__
-            ):  # that one writes to the terminal
+            if not module.startswith(WATCHED) or module == signals.__name__:  # which writes to the terminal
                 return function(*args, **kwargs)
             return self.call(kind, function, *args, **kwargs)
 
@@ -75,11 +78,9 @@ class Faults:
                     function(*(halved(args) if self.mode == "kill halfway" else args), **kwargs)
             finally:
                 os._exit(KILLED)
-        if number == self.at and self.mode == "no space once":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if number == self.at and self.mode == "input/output error once":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        if number >= self.at and self.mode == "disk full from then on" and needs_space(kind, args):
+        if number == self.at and self.mode in ONCE:
+            raise OSError(ONCE[self.mode], os.strerror(ONCE[self.mode]))
+        if number >= self.at and self.mode == FULL and needs_space(kind, args):
             if number == self.at and kind.startswith("write"):
                 return function(*halved(args), **kwargs)  # what fits is written, and said to be less
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -122,6 +123,7 @@ class Scenarios:
             shutil.copytree(self.torn.root, training.root, dirs_exist_ok=True)
         return training
 
+    @functools.cache  # noqa: B019
     def kinds(self, scenario: str) -> list[str]:
         """The operations of an undisturbed training, in order."""
         training, faults = self.new(scenario), Faults()
@@ -176,62 +178,47 @@ def scenarios(make_training: NewTraining, tmp_path_factory: pytest.TempPathFacto
     return Scenarios(lambda: make_training(folder / str(next(numbers))))
 
 
-def numbers_of(kinds: list[str], mode: str) -> list[int]:
-    """The operations that a fault of this kind can befall."""
-    if mode == "kill halfway":
-        return [number for number, kind in enumerate(kinds, 1) if kind.startswith("write")]
-    return list(range(1, len(kinds) + 1))
-
-
-def disturb_at(scenarios: Scenarios, scenario: str, mode: str, numbers: list[int], kinds: list[str]) -> str:
-    """Return how often which operations were hit, and how the trainings ended."""
-    ends = {number: scenarios.disturb(scenario, mode, number) for number in numbers}
-    wrong = {number: end for number, end in ends.items() if end.startswith("wrong")}
-    listed = [f"{number} ({kinds[number - 1]})" for number in wrong]
-    first = next(iter(wrong.values()), "")
-    assert not wrong, (
-        f"{scenario}, {mode}, at {len(wrong)} of {len(numbers)} operations: {', '.join(listed)}:\n{first}"
-    )
-    hit = Counter(kinds[number - 1] for number in numbers)
-    return f"{scenario}, {mode}: {len(numbers)} operations {dict(hit)}, ends {dict(Counter(ends.values()))}"
-
-
-def some(numbers: list[int], kinds: list[str], most: int, seed: str) -> list[int]:
-    """Some operations, of as many kinds as there are."""
-    chance, by_kind = random.Random(seed), defaultdict(list)
+def some(kinds: list[str], mode: str, most: int) -> list[int]:
+    """Return numbers of operations that a fault of this kind can befall, of as many kinds as there are."""
+    chance, by_kind = random.Random(mode), defaultdict(list)
+    numbers = [n for n, kind in enumerate(kinds, 1) if mode != "kill halfway" or kind.startswith("write")]
     for number in chance.sample(numbers, len(numbers)):
         by_kind[kinds[number - 1]].append(number)
     rounds = itertools.zip_longest(*chance.sample(list(by_kind.values()), len(by_kind)))
-    return sorted([number for number in itertools.chain.from_iterable(rounds) if number is not None][:most])
+    return [number for number in itertools.chain.from_iterable(rounds) if number is not None][:most]
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_operations_are_found(scenarios, scenario):
+@pytest.mark.parametrize("mode", [*KILLS, *ONCE, FULL])
+@pytest.mark.parametrize(
+    ("scenario", "most"),
+    [
+        ("begins", 3),
+        pytest.param("begins", 40, marks=pytest.mark.slow),
+        pytest.param("resumes", 40, marks=pytest.mark.slow),
+    ],
+)
+def test_after_a_fault_in_an_operation_it_resumes_to_the_same_end(scenarios, scenario, most, mode):
     kinds = scenarios.kinds(scenario)
     assert set(kinds) == KINDS | ({"ftruncate"} if scenario == "resumes" else set())
     assert len(kinds) > 100 and all(number > 1 for kind, number in Counter(kinds).items() if kind in KINDS)
-
-
-@pytest.mark.parametrize("mode", [*KILLS, *ERRORS])
-@pytest.mark.parametrize("scenario", ["begins", pytest.param("resumes", marks=pytest.mark.slow)])
-def test_after_a_fault_in_some_operations_it_resumes_to_the_same_end(scenarios, scenario, mode):
-    kinds = scenarios.kinds(scenario)
-    print(disturb_at(scenarios, scenario, mode, some(numbers_of(kinds, mode), kinds, 8, mode), kinds))
+    numbers = some(kinds, mode, most)
+    ends = {number: scenarios.disturb(scenario, mode, number) for number in numbers}
+    wrong = {number: end for number, end in ends.items() if end.startswith("wrong")}
+    listed = ", ".join(f"{number} ({kinds[number - 1]})" for number in wrong)
+    assert not wrong, f"{len(wrong)} of {len(numbers)} operations: {listed}:\n{next(iter(wrong.values()))}"
+    hit = Counter(kinds[number - 1] for number in numbers)
+    print(f"{len(numbers)} operations {dict(hit)}, ends {dict(Counter(ends.values()))}")
 
 
 def test_a_full_disk_ends_the_run_with_one_sentence_and_the_last_checkpoint_intact(scenarios):
     training, faults = scenarios.new("begins"), Faults()
 
+    def fill() -> None:
+        faults.mode, faults.at = FULL, len(faults.kinds) + 1
+
     def setup() -> None:
         faults.install()
-        write = Journal.write
-
-        def write_until_full(journal: Journal, event: Event) -> bool:
-            if event["event"] == "step" and event["step"] == 3:
-                faults.mode, faults.at = "disk full from then on", len(faults.kinds) + 1
-            return write(journal, event)
-
-        Journal.write = write_until_full  # type: ignore[method-assign]
+        at_event("step", 3, fill)
 
     child = training.start(setup)
     assert child.wait() and child.code == 1, child.said()
@@ -246,36 +233,17 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_the_last_checkpoint_inta
 
 
 def test_a_signal_on_a_full_disk_ends_as_one_and_what_was_saved_before_is_resumed(scenarios):
-    training = scenarios.new("begins")
-    kinds = scenarios.kinds("begins")
+    training, kinds = scenarios.new("begins"), scenarios.kinds("begins")
     # The disk refuses the midst of the third step's state, which is saved only because of the signal.
     third_step = [number for number, kind in enumerate(kinds, 1) if kind == "write"][3]
     faults = Faults("no space once", kinds.index("write file", third_step) + 1)
 
     def setup() -> None:
         faults.install()
-        write = Journal.write
-
-        def signaling_write(journal: Journal, event: Event) -> bool:
-            if event["event"] == "step" and event["step"] == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return write(journal, event)
-
-        Journal.write = signaling_write  # type: ignore[method-assign]
+        at_event("step", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     child = training.start(setup)
     assert child.wait() and child.code == signals.EXIT_CODE, child.said()
     assert "Cannot save checkpoint at step 3" in child.said()
     training.finish()
     training.assert_ended_as(scenarios.end)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", [*KILLS, *ERRORS])
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_after_a_fault_in_any_operation_it_goes_on_to_the_same_end(scenarios, scenario, mode, capsys):
-    kinds = scenarios.kinds(scenario)
-    numbers = numbers_of(kinds, mode)
-    counts = disturb_at(scenarios, scenario, mode, numbers, kinds)
-    with capsys.disabled():
-        print(f"\n{counts}")

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import sys
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch
 from dida_core.report.listener import Result
 from dida_core.runs.failures import NonFiniteLoss
 from dida_core.storage.weights import load_weights, weights_digest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from dida_tools.training import config as config_module
 from dida_tools.utils.loss import accuracy, multi_class_dice_ce_sum
@@ -28,7 +30,6 @@ from dida_tools.utils.torchutils import set_seed
 
 from tests.helpers import (
     FIRST,
-    ROOT,
     ROUTINES,
     VOLATILE,
     differing,
@@ -62,18 +63,12 @@ class Labeled(Dataset):
         return image, self.labels[index]
 
 
-class Values(Dataset):
+class Values(TensorDataset):
     """Eight numbers, and two that follow from them."""
 
     def __init__(self, number: int, seed: int) -> None:
-        self.inputs = torch.randn(number, 8, generator=torch.Generator().manual_seed(seed))
-        self.targets = torch.stack([self.inputs[:, :4].sum(1), self.inputs[:, 4] * self.inputs[:, 5]], dim=1)
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.inputs[index], self.targets[index]
+        inputs = torch.randn(number, 8, generator=torch.Generator().manual_seed(seed))
+        super().__init__(inputs, torch.stack([inputs[:, :4].sum(1), inputs[:, 4] * inputs[:, 5]], dim=1))
 
 
 class Classifier(nn.Module):
@@ -186,9 +181,8 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# A case for each thing that a framework does in its own way; the others are slow.
+# What a framework does in its own way, besides what the project tests of its loops; the rest is slow.
 BY_DEFAULT = (
-    "sgd-onecycle-batchnorm-droplast-accumulate2-clip",
     "adamw-plateau-dropout-patience",
     "bf16-onecycle-ema-clip-2workers",
     "no-validation-no-test-seed7",
@@ -198,16 +192,17 @@ EACH_CASE = [pytest.param(n, marks=() if n in BY_DEFAULT else pytest.mark.slow) 
 
 @dataclass
 class End:
-    """A training that has ended."""
+    """A training that has ended, and what it has printed, warned of and logged."""
 
     config: dict[str, Any]
     result: Result
     left: dict[str, Any]
+    said: tuple[Any, ...]
 
 
 @pytest.fixture
-def end_of(datasets, tiny_config, tmp_path):
-    """Train in a folder of its own, under the same name."""
+def end_of(datasets, tiny_config, tmp_path, capfd, caplog):
+    """Train in a folder of its own, under the same name. The process is left as it was."""
 
     def train(routine: str, case: dict[str, Any] | None = None, **changes: Any) -> End:
         config = tiny_config | {"DATE": "2021-01-01"} | (case or {}) | changes
@@ -218,27 +213,44 @@ def end_of(datasets, tiny_config, tmp_path):
             sets = [config["DATASET"](**config["DATASET_CONFIG"][split]) for split in ("train", "test")]
         if config["MODEL"] is tiny_config["MODEL"]:
             config["MODEL_CONFIG"] = tiny_config["MODEL_CONFIG"] | config["MODEL_CONFIG"]
+        validation_set = sets[1] if has == "validation" else None
         if has == "no test":
             sets[1] = None
         global_config = global_config_of(tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}")
-        train = load_routine(routine).train
-        result = train(*sets, config, global_config, sets[1] if has == "validation" else None)
-        state = result.state
-        assert batches is None or state.step == state.epoch * -(-batches // config.get("ACCUMULATE", 1))
-        return End(config, result, what_is_left(routine, result, global_config))
+        train, modules = load_routine(routine).train, len(sys.modules)
+        capfd.readouterr()
+        caplog.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for category in (DeprecationWarning, FutureWarning):  # of one library about another
+                warnings.simplefilter("ignore", category)
+            before = state_of_the_process()
+            result = train(*sets, config, global_config, validation_set)
+            assert state_of_the_process() == before or len(sys.modules) > modules  # which imports may change
+        printed = capfd.readouterr()
+        text = re.sub(r"in \d+ s", "in 0 s", printed.out.replace(global_config["ROOT_PATH"], "project"))
+        said = (text, printed.err, [str(one.message) for one in caught], caplog.messages)
+        steps = result.state.epoch * -(-(batches or 0) // config.get("ACCUMULATE", 1))
+        assert batches is None or result.state.step == steps
+        return End(config, result, what_is_left(routine, result, global_config), said)
 
     return train
 
 
-@pytest.fixture(scope="module")
-def firsts() -> dict[str, End]:
-    """What the first routine makes of each case."""
-    return {}
+def state_of_the_process() -> dict[str, Any]:
+    return {
+        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "environment": {name: hash(value) for name, value in os.environ.items()},  # so no secret is shown
+        "filters": list(warnings.filters),
+    }
 
 
 def what_is_left(routine: str, result: Result, global_config: dict[str, str]) -> dict[str, Any]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     root = Path(global_config["ROOT_PATH"])
     (row,) = rows_of(global_config)
     assert row["ROUTINE_NAME"] == f".training.{routine}_training"
@@ -246,6 +258,7 @@ def what_is_left(routine: str, result: Result, global_config: dict[str, str]) ->
     shown.Reload()
     tags = shown.Tags()
     files = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
+    pictures = {tag: shown.Images(tag) for tag in tags["images"]}
     return {
         "digest": result.digest,
         "state": asdict(result.state),
@@ -259,21 +272,15 @@ def what_is_left(routine: str, result: Result, global_config: dict[str, str]) ->
         "row": row,
         "files": sorted(re.sub(r"(events\.out\.tfevents)\..*", r"\1", file) for file in files),
         "scalars": {tag: [(one.step, one.value) for one in shown.Scalars(tag)] for tag in tags["scalars"]},
-        "images": {
-            tag: [(i.step, i.encoded_image_string) for i in shown.Images(tag)] for tag in tags["images"]
-        },
+        "images": {tag: [(one.step, one.encoded_image_string) for one in pictures[tag]] for tag in pictures},
     }
-
-
-def initial_model(config: dict[str, Any]) -> nn.Module:
-    set_seed(config.get("SEED", 0))
-    return config["MODEL"](**config["MODEL_CONFIG"])
 
 
 def assert_learned(end: End) -> None:
     losses = [event["train.loss"] for event in end.result.history]
     assert losses[-1] < 0.85 * losses[0]
-    model, last = initial_model(end.config), end.left["last"]
+    set_seed(end.config.get("SEED", 0))
+    model, last = end.config["MODEL"](**end.config["MODEL_CONFIG"]), end.left["last"]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, last["model"][name]) == (name not in trained), name
@@ -281,19 +288,22 @@ def assert_learned(end: End) -> None:
     if end.config["OPTIMIZER_CONFIG"].keys() != {"lr"} or end.config["OPTIMIZER"] is not torch.optim.SGD:
         assert len(states) == len(trained)
     # Weight decay alone would change the weights, too; moments are made of gradients.
-    assert all(
-        tensor.any() for state in states.values() for tensor in state.values() if isinstance(tensor, Tensor)
-    )
+    moments = [value for state in states.values() for value in state.values() if isinstance(value, Tensor)]
+    assert all(tensor.any() for tensor in moments)
 
 
 # ---------------------------------------------------------------------------------------- the same end
 
-SOME = [FIRST, *(pytest.param(routine, marks=pytest.mark.slow) for routine in OTHERS)]
+
+@pytest.fixture(scope="module")
+def firsts() -> dict[str, End]:
+    """What the first routine makes of each case."""
+    return {}
 
 
 @pytest.mark.parametrize("routine", OTHERS)
 @pytest.mark.parametrize("case", EACH_CASE)
-def test_every_routine_ends_the_same(end_of, firsts, case, routine):
+def test_every_routine_ends_the_same_and_says_the_same(end_of, firsts, case, routine):
     load_routine(routine)
     if case not in firsts:
         firsts[case] = end_of(FIRST, CASES[case])
@@ -302,18 +312,10 @@ def test_every_routine_ends_the_same(end_of, firsts, case, routine):
     assert end.left["digest"] == weights_digest(end.left["last"]["model"]) == expected.left["digest"]
     for part, value in expected.left.items():
         assert differing(end.left[part], value, OWN) == [], part
+    assert end.said == expected.said
     assert end.result.state.stopped == ("patience" in case)
     assert len(end.left["scalars"]["train/loss"]) == end.result.state.step
     assert bool(end.left["images"]) == (CASES[case].get("has") != "no test" and "MODEL" not in CASES[case])
-
-
-@pytest.mark.parametrize("routine", SOME)
-def test_another_seed_and_another_dropout_end_otherwise(end_of, routine):
-    ends = [end_of(routine), end_of(routine, SEED=1), end_of(routine, MODEL_CONFIG={"dropout": 0.0})]
-    assert len({end.result.digest for end in ends}) == 3
-    for other in ends[1:]:
-        for part in ("history", "metrics", "last", "best", "events", "record", "row", "scalars"):
-            assert differing(other.left[part], ends[0].left[part], OWN), part
 
 
 def test_the_comparison_sees_a_single_bit():
@@ -325,54 +327,6 @@ def test_the_comparison_sees_a_single_bit():
     assert differing(state, state | {"rates": [0.1, 1.0]}) == ["/rates/1"]
     assert differing(state, state | {"rates": [0.1]}) == ["/rates", "/rates/1"]
     assert differing({"zero": 0.0}, {"zero": -0.0}) == ["/zero"]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, pytest.param({"VALIDATION_FRACTION": 0}, marks=pytest.mark.slow)],
-    ids=["validation", "none"],
-)
-@pytest.mark.parametrize("routine", OTHERS)
-def test_a_framework_says_nothing_of_its_own(end_of, capfd, caplog, routine, changes):
-    said = []
-    for name in (FIRST, routine):
-        load_routine(name)
-        capfd.readouterr()
-        caplog.clear()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for category in (DeprecationWarning, FutureWarning):  # of one library about another
-                warnings.simplefilter("ignore", category)
-            end_of(name, EPOCHS=1, **changes)
-        printed = capfd.readouterr()
-        text = re.sub(r"run-\d+", "run", re.sub(r"in \d+ s", "in 0 s", printed.out))
-        said.append((text, printed.err, [str(one.message) for one in caught], caplog.messages))
-    assert said[0] == said[1]
-
-
-@pytest.mark.parametrize("routine", ROUTINES)
-def test_the_process_is_left_as_it_was(end_of, routine):
-    load_routine(routine)
-
-    def look() -> dict[str, Any]:
-        return {
-            "handlers": [
-                signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-            ],
-            "gradients": torch.is_grad_enabled(),
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-            "dtype": torch.get_default_dtype(),
-            "threads": torch.get_num_threads(),
-            "precision": torch.get_float32_matmul_precision(),
-            "environment": {
-                name: hash(value) for name, value in os.environ.items()
-            },  # nothing secret to be shown
-            "filters": list(warnings.filters),
-        }
-
-    before = look()
-    end_of(routine, EPOCHS=1)
-    assert look() == before
 
 
 # ------------------------------------------------------------------------------- what does not go well
@@ -389,56 +343,37 @@ class NanInTheSixthBatch(nn.Module):
         return multi_class_dice_ce_sum(pred, target) * (float("nan") if is_sixth else 1.0)
 
 
-@pytest.mark.parametrize("routine", OTHERS)
-def test_a_loss_that_is_not_finite_is_reported_in_the_same_words(end_of, tmp_path, routine):
-    load_routine(routine)
-    messages, rows = [], []
-    for number, name in enumerate((FIRST, routine)):
-        NanInTheSixthBatch.calls = 0
-        with pytest.raises(NonFiniteLoss) as caught:
-            end_of(name, LOSS=NanInTheSixthBatch, CHECKPOINT_SECONDS=0)
-        folder = f"run-{number}"
-        messages.append(str(caught.value).replace(folder, "run"))
-        rows += rows_of(global_config_of(tmp_path / folder))
-    assert messages[0] == messages[1]
-    assert messages[1].startswith("the loss is nan in step 6 (epoch 2, batch 2), with image_")
-    assert [row["STATUS"] for row in rows] == ["failed", "failed"]
-    assert rows[1]["ERROR"].startswith("NonFiniteLoss: the loss is nan in step 6")
-
-
-class WrongInTraining(nn.Module):
-    """A model that raises its own error in training."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            raise LookupError("this and nothing else")
-        return self.conv(x)
+def wrong_in_training(pred: Tensor, target: Tensor) -> Tensor:
+    """A loss that raises an error of its own."""
+    if torch.is_grad_enabled():
+        raise LookupError("this and nothing else")
+    return multi_class_dice_ce_sum(pred, target)
 
 
 @pytest.mark.parametrize("routine", ROUTINES)
-def test_an_error_of_the_users_own_comes_through_as_it_is(end_of, tmp_path, routine):
-    with pytest.raises(LookupError) as caught:
-        end_of(routine, MODEL=WrongInTraining, MODEL_CONFIG={})
-    assert str(caught.value) == "this and nothing else"
+def test_what_goes_wrong_is_reported_in_the_same_words(end_of, tmp_path, routine):
+    load_routine(routine)
+    NanInTheSixthBatch.calls = 0
+    with pytest.raises(NonFiniteLoss) as caught:
+        end_of(routine, LOSS=NanInTheSixthBatch, CHECKPOINT_SECONDS=0)
+    message = str(caught.value)
+    assert message.startswith("the loss is nan in step 6 (epoch 2, batch 2), with image_")
+    assert message.count(".npy") == 4
+    assert "last-00000005.pt; try a smaller learning rate, CLIP_NORM=1, or" in message
     (row,) = rows_of(global_config_of(tmp_path / "run-0"))
+    assert row["STATUS"] == "failed" and row["ERROR"].startswith("NonFiniteLoss: the loss is nan in step 6")
+    weights = load_weights(tmp_path / "run-0" / "weights" / row["NAME"] / "last-00000005.pt")["model"]
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    with pytest.raises(LookupError) as own:
+        end_of(routine, LOSS=wrong_in_training)
+    assert str(own.value) == "this and nothing else"
+    (row,) = rows_of(global_config_of(tmp_path / "run-1"))
     assert (row["STATUS"], row["ERROR"]) == ("failed", "LookupError: this and nothing else")
 
 
-# ---------------------------------------------------------------------------------- files, side by side
-
-
 @pytest.mark.parametrize("routine", ROUTINES)
-def test_a_routine_can_be_read_in_one_sitting_and_has_the_shared_config_and_signature(routine):
-    file = ROOT / Path(inspect.getfile(config_module)).relative_to(ROOT).with_name(f"{routine}_training.py")
-    assert len(file.read_text().splitlines()) < (110 if routine == "pytorch" else 180)
-    module, first = load_routine(routine), load_routine(FIRST)
+def test_a_routine_can_be_read_in_one_sitting_and_offers_the_shared_config(routine):
+    module = load_routine(routine)
+    lines = Path(inspect.getfile(module)).read_text().splitlines()
+    assert len(lines) < (110 if routine == "pytorch" else 180)
     assert module.train_config is config_module.train_config and module.VARIANTS is config_module.VARIANTS
-    signature = inspect.signature(module.train)
-    assert signature == inspect.signature(first.train)
-    names = ["train_dataset", "test_dataset", "training_config", "global_config", "validation_dataset"]
-    assert list(signature.parameters) == names
-    assert signature.parameters["training_config"].default is config_module.train_config

@@ -24,8 +24,8 @@ from dida_core.storage.weights import load_weights, save_weights, weights_digest
 from dida_core.training.setup import prepare
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR, OneCycleLR, ReduceLROnPlateau, StepLR
-from torch.utils.data import Dataset, TensorDataset
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import TensorDataset
 
 from dida_tools.models import UNET
 from dida_tools.training.config import small, train_config
@@ -33,7 +33,6 @@ from dida_tools.training.pytorch_training import train
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.loss import (
     accuracy,
-    f1,
     masked_dice_bce_sum,
     masked_f1,
     masked_multi_class_dice_ce_sum,
@@ -86,81 +85,64 @@ def rates_of(result) -> list[float]:
 # ------------------------------------------------------------------------------------------ what it learns
 
 
-def test_it_learns(fit, tiny_config):
-    result = fit(EPOCHS=25)
+class ModeLog(nn.Sequential):
+    """Notes the mode of each forward pass."""
+
+    modes: list[bool] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ModeLog.modes.append(self.training)
+        return super().forward(x)
+
+
+def test_it_learns_in_training_mode_and_evaluates_in_evaluation_mode(fit):
+    ModeLog.modes.clear()
+    result = fit(MODEL=ModeLog, MODEL_CONFIG={}, EPOCHS=20)
     losses = [event["train.loss"] for event in result.history]
-    assert len(losses) == 25 and losses[-1] < 0.6 * losses[0]
+    assert len(losses) == 20 and losses[-1] < 0.6 * losses[0]
     assert result.metrics["test.f1"] > 0.8
-    before, after = initial_model(tiny_config).state_dict(), last_state(result)["model"]
-    assert all(not torch.equal(before[name], after[name]) for name in before)
+    state = last_state(result)["model"]
+    before = initial_model({"MODEL": ModeLog, "MODEL_CONFIG": {}}).state_dict()
+    assert all(not torch.equal(before[name], state[name]) for name in before)
+    # Evaluation left the statistics alone.
+    assert sum(ModeLog.modes) == state["1.num_batches_tracked"] == 20 * 4
+    assert ModeLog.modes.count(False) > 20
 
 
-def test_seed_decides_and_nothing_outside_does(fit):
+def test_the_seed_decides_and_nothing_outside_does(fit):
     first = fit()
     torch.manual_seed(1234)
     np.random.seed(99)
-    assert fit().digest == first.digest
+    again = fit(DATA_LOADER_CONFIG={"batch_size": 4, "shuffle": True, "num_workers": 2})
+    assert again.digest == first.digest
+    losses = [[event["train.loss"] for event in result.history] for result in (first, again)]
+    assert losses[0] == losses[1]
     assert fit(SEED=1).digest != first.digest
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_the_number_of_workers_does_not_change_the_weights(fit, tiny_config, precision):
-    loader = tiny_config["DATA_LOADER_CONFIG"]
-    configs = [
-        tiny_config | {"PRECISION": precision, "DATA_LOADER_CONFIG": loader | {"num_workers": n}}
-        for n in (0, 2)
-    ]
-    results = [fit(**config) for config in configs]
-    assert results[0].digest == results[1].digest
-    losses = [[event["train.loss"] for event in result.history] for result in results]
-    assert losses[0] == losses[1]
+# --------------------------------------------------------------------------------------- order, selection
 
 
-# --------------------------------------------------------------------------------- modes, order, selection
-
-
-class ModeLog(nn.Module):
-    """A pixel-wise model that notes the mode of each forward pass."""
-
-    modes: list[tuple[bool, int]] = []  # noqa: RUF012
-
-    def __init__(self, ch_in: int, ch_out: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(ch_in, ch_out, 1)
-        self.norm = nn.BatchNorm2d(ch_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        ModeLog.modes.append((self.training, len(x)))
-        return self.norm(self.conv(x))
-
-
-def test_every_epoch_trains_in_training_mode_and_evaluates_in_evaluation_mode(fit):
-    ModeLog.modes.clear()
-    result = fit(MODEL=ModeLog, MODEL_CONFIG={"ch_in": 3, "ch_out": 3}, EPOCHS=3)
-    trained = [size for training, size in ModeLog.modes if training]
-    assert len(trained) == 3 * 4 and len(ModeLog.modes) > len(trained) + 3
-    # Evaluation left the statistics alone.
-    assert last_state(result)["model"]["norm.num_batches_tracked"] == 3 * 4
-
-
-class Recorded(Dataset):
+class Recorded(list):
     """Notes which samples are read."""
 
-    def __init__(self, dataset, log: list[int]) -> None:
-        self.dataset, self.log = dataset, log
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __init__(self, dataset) -> None:
+        super().__init__(dataset[index] for index in range(len(dataset)))
+        self.log: list[int] = []
 
     def __getitem__(self, index: int):
         self.log.append(index)
-        return self.dataset[index]
+        return super().__getitem__(index)
 
 
 def test_training_is_shuffled_and_complete_and_the_test_set_is_read_in_order(fit, pairs_dir):
-    sets = [NpyDataset(pairs_dir / split / "x", pairs_dir / split / "y") for split in ("train", "test")]
-    train_log, test_log = [], []
-    fit(Recorded(sets[0], train_log), Recorded(sets[1], test_log), EPOCHS=3, VALIDATION_FRACTION=0)
+    folders = [pairs_dir / split for split in ("train", "test")]
+    sets = [Recorded(NpyDataset(folder / "x", folder / "y").for_evaluation()) for folder in folders]
+    fit(*sets, EPOCHS=3, VALIDATION_FRACTION=0)
+    train_log, test_log = (one.log for one in sets)
     epochs = [train_log[start : start + 10] for start in range(len(train_log) - 30, len(train_log), 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != list(range(10))
@@ -176,13 +158,17 @@ def test_the_test_set_takes_no_part_in_selection_and_need_not_be(fit, datasets, 
         assert (usual.digest, usual.state.best_epoch) == (result.digest, result.state.best_epoch)
     assert usual.metrics["test.f1"] != other.metrics["test.f1"]
     assert {key.partition(".")[0] for key in without.metrics} == {"validation"}
+    contract, (train_split, _) = best_weights(usual)["contract"], datasets[0].split(0.2, seed=0)
+    pixels = np.concatenate([np.load(file).reshape(-1, 3) for file in train_split.images]) / 255
+    assert contract["mean"] == pytest.approx(pixels.mean(0))  # of the training split alone
+    assert contract["std"] == pytest.approx(pixels.std(0)) and len(train_split.images) == 8
 
 
 def test_the_best_weights_are_those_of_the_best_epoch_and_give_the_test_result(fit, datasets, tiny_config):
     # The smallest F1 is wanted, so that the best epoch is not the last one.
-    result = fit(EPOCHS=6, MONITOR="min f1")
+    result = fit(EPOCHS=4, MONITOR="min f1")
     scores = [event["validation.f1"] for event in result.history]
-    assert result.state.best_epoch == 1 + int(np.argmin(scores)) != 6
+    assert result.state.best_epoch == 1 + int(np.argmin(scores)) != 4
     assert result.metrics["validation.f1"] == min(scores)
     model = load_model(result.weights["best"], UNET, tiny_config["MODEL_CONFIG"])
     contract = DataContract.from_dict(best_weights(result)["contract"])
@@ -196,22 +182,14 @@ def test_the_best_weights_are_those_of_the_best_epoch_and_give_the_test_result(f
     assert [result.metrics[f"test.f1.{label}"] for label in range(3)] == pytest.approx(per_class, abs=1e-12)
 
 
-def test_the_contract_holds_the_statistics_of_the_training_split_alone(fit, datasets):
-    contract = best_weights(fit())["contract"]
-    train_split, _ = datasets[0].split(0.2, seed=0)
-    pixels = np.concatenate([np.load(file).reshape(-1, 3) for file in train_split.images]) / 255
-    assert contract["mean"] == pytest.approx(pixels.mean(0))
-    assert contract["std"] == pytest.approx(pixels.std(0))
-    assert len(train_split.images) == 8
-
-
-def test_what_selects(fit, datasets, capsys):
+def test_what_selects(fit, datasets, tiny_config, capsys):
     result = fit(validation=datasets[1])
     assert result.metrics["validation.f1"] == result.metrics["test.f1"]
-    result = fit(VALIDATION_FRACTION=0)
+    result = fit(VALIDATION_FRACTION=0, EPOCHS=2)
     assert weights_digest(best_weights(result)["model"]) == result.digest and result.state.best_epoch == 2
-    result = fit(EPOCHS=30, PATIENCE=2, OPTIMIZER_CONFIG={"lr": 0.0})
-    assert result.state.stopped and len(result.history) == result.state.best_epoch + 2 < 30
+    still = {"OPTIMIZER_CONFIG": {"lr": 0.0}, "MODEL_CONFIG": tiny_config["MODEL_CONFIG"] | {"norm": None}}
+    result = fit(EPOCHS=30, PATIENCE=2, **still)
+    assert result.state.stopped and len(result.history) == result.state.best_epoch + 2 == 3
     assert "training stops here" in capsys.readouterr().out
 
 
@@ -269,31 +247,26 @@ def test_the_moving_average_is_evaluated_and_becomes_the_best(fit, tiny_config):
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "options", "when", "expected"),
+    ("changes", "expected"),
     [
-        (StepLR, {"step_size": 1, "gamma": 0.5}, "epoch", [0.1] * 4 + [0.05] * 4),
-        (StepLR, {"step_size": 4, "gamma": 0.1}, "step", [0.1] * 4 + [0.01] * 4),
-        (LinearLR, {"start_factor": 0.5, "total_iters": 1}, "epoch", [0.05] * 4 + [0.1] * 4),
-        (ReduceLROnPlateau, {"patience": 0, "threshold": 10.0, "mode": "max"}, "epoch", [0.1] * 8),
+        ({"SCHEDULER": StepLR, "SCHEDULER_CONFIG": {"step_size": 1, "gamma": 0.5}, "SCHEDULER_STEP": "epoch"},
+         [0.1] * 4 + [0.05] * 4),
+        ({"SCHEDULER": StepLR, "SCHEDULER_CONFIG": {"step_size": 4}}, [0.1] * 4 + [0.01] * 4),
+        ({"SCHEDULER": ReduceLROnPlateau, "SCHEDULER_CONFIG": {"patience": 0, "threshold": 10.0},
+          "SCHEDULER_STEP": "epoch", "EPOCHS": 3}, [0.1] * 8 + [0.01] * 4),
     ],
-)
-def test_the_schedule_steps_when_it_should(fit, scheduler, options, when, expected):
-    schedule = {"SCHEDULER": scheduler, "SCHEDULER_CONFIG": options, "SCHEDULER_STEP": when}
-    result = fit(OPTIMIZER_CONFIG={"lr": 0.1}, **schedule)
-    assert rates_of(result) == pytest.approx(expected)
+)  # fmt: skip
+def test_the_schedule_steps_when_it_should(fit, changes, expected):
+    assert rates_of(fit(OPTIMIZER_CONFIG={"lr": 0.1}, **changes)) == pytest.approx(expected)
 
 
 def test_what_a_schedule_lacks_is_filled_in(fit, datasets, tiny_config, global_config):
-    result = fit(SCHEDULER=OneCycleLR, EPOCHS=3)
-    rates = rates_of(result)
-    assert len(rates) == 12 and max(rates) <= 1e-2 and rates[-1] < 1e-3 < rates[3]
+    rates = rates_of(fit(SCHEDULER=OneCycleLR))
+    assert len(rates) == 8 and max(rates) <= 1e-2 and rates[-1] < 1e-3 < rates[2]
     plateau = {"SCHEDULER": ReduceLROnPlateau, "SCHEDULER_STEP": "epoch"}
     for monitor, mode in (("max f1", "max"), ("min loss", "min")):
         config = tiny_config | plateau | {"MONITOR": monitor}
         assert prepare(*datasets, config, global_config, None, train.__module__).scheduler.mode == mode
-    options = {"patience": 0, "threshold": 10.0}
-    result = fit(SCHEDULER_CONFIG=options, EPOCHS=6, **plateau)
-    assert rates_of(result)[0] == 1e-2 and rates_of(result)[-1] < 1e-4
 
 
 def test_it_starts_from_given_weights(fit, tiny_config, tmp_path):
@@ -302,7 +275,7 @@ def test_it_starts_from_given_weights(fit, tiny_config, tmp_path):
     save_weights(tmp_path / "ours.pt", {"model": given.state_dict()})
     torch.save(given.state_dict(), tmp_path / "plain.pt")
     for file in ("ours.pt", "plain.pt"):
-        options = {"OPTIMIZER_CONFIG": {"lr": 0.0, "weight_decay": 0.0}, "INIT_WEIGHTS": str(tmp_path / file)}
+        options = {"OPTIMIZER_CONFIG": {"lr": 0.0}, "INIT_WEIGHTS": str(tmp_path / file), "EPOCHS": 1}
         after = last_state(fit(**options))["model"]
         assert all(torch.equal(after[name], tensor) for name, tensor in given.named_parameters())
 
@@ -331,28 +304,15 @@ def absolute_error(pred: Tensor, target: Tensor) -> Tensor:
     return (pred - target).abs().mean()
 
 
-def split_pairs(inputs: Tensor, targets: Tensor, number: int) -> tuple[TensorDataset, TensorDataset]:
-    return TensorDataset(inputs[:number], targets[:number]), TensorDataset(inputs[number:], targets[number:])
-
-
-def test_a_classifier_of_another_library_trains(fit, tiny_config, global_config):
-    features = torch.randn(120, 5, generator=torch.Generator().manual_seed(0))
-    sets = split_pairs(features, (features[:, 0] + features[:, 1] > 0).long(), 90)
-    tiny_config |= {"MODEL": nn.Linear, "MODEL_CONFIG": {"in_features": 5, "out_features": 2}, "EPOCHS": 30}
-    tiny_config |= {"LOSS": nn.CrossEntropyLoss, "METRICS": {"accuracy": accuracy, "f1": f1}}
-    result = fit(*sets)
-    assert result.metrics["test.accuracy"] > 0.9
-    assert the_row(global_config)["RERUNNABLE"].startswith("no: the datasets are not named")
-
-
 def test_a_regression_trains_and_plain_metrics_are_means_over_samples(fit, tiny_config):
     features = torch.randn(150, 4, generator=torch.Generator().manual_seed(0))
     values = features @ torch.tensor([[1.0], [-2.0], [0.5], [0.0]])
     values[0] = 0  # a first target of zero makes no classification of it
     linear = {"in_features": 4, "out_features": 1}
-    tiny_config |= {"MODEL": nn.Linear, "MODEL_CONFIG": linear, "EPOCHS": 60, "MONITOR": "min error"}
+    tiny_config["OPTIMIZER_CONFIG"] = {"lr": 0.1}
+    tiny_config |= {"MODEL": nn.Linear, "MODEL_CONFIG": linear, "EPOCHS": 20, "MONITOR": "min error"}
     tiny_config |= {"LOSS": nn.functional.mse_loss, "METRICS": {"error": absolute_error}}
-    result = fit(*split_pairs(features, values, 120))
+    result = fit(*(TensorDataset(features[part], values[part]) for part in (slice(120), slice(120, None))))
     model = load_model(result.weights["best"], nn.Linear, linear)
     with torch.no_grad():
         expected = (model(features[120:]) - values[120:]).abs().mean().item()
@@ -368,7 +328,7 @@ def test_binary_masks_of_0_and_255_are_mapped_by_the_config(fit, pairs_dir, tmp_
     make = partial(NpyDataset, task="multi-label")
     sets = [make(tmp_path / split / "x", tmp_path / split / "y") for split in ("train", "test")]
     tiny_config["MODEL_CONFIG"]["ch_out"] = 1
-    tiny_config |= {"LOSS": smooth_dice_loss, "EPOCHS": 30, "MASK_VALUES": {255: 1}}
+    tiny_config |= {"LOSS": smooth_dice_loss, "EPOCHS": 20, "MASK_VALUES": {255: 1}}
     assert fit(*sets).metrics["test.f1"] > 0.7
     with pytest.raises(DataError, match=r"255.*MASK_VALUES"):
         fit(*sets, MASK_VALUES=None)
@@ -382,44 +342,23 @@ def test_a_lambda_trains_where_the_user_asks_for_it_and_the_row_says_so(fit, tin
     assert "LOSS" in the_row(global_config)["RERUNNABLE"]
 
 
-class LabeledImages(Dataset):
-    """Bright or dark images with plain numbers as labels, as torchvision's datasets give them."""
-
-    def __init__(self, number: int, seed: int) -> None:
-        self.labels = [index % 2 for index in range(number)]
-        generator = torch.Generator().manual_seed(seed)
-        self.images = [torch.randn(3, 8, 8, generator=generator) + label for label in self.labels]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], self.labels[index]
-
-
-class MeanClassifier(nn.Module):
+class MeanClassifier(nn.Linear):
     """Classifies by the mean color."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x.mean((-2, -1)))
+        return super().forward(x.mean((-2, -1)))
 
 
 def test_images_with_plain_numbers_as_labels_train_and_get_no_name_of_other_data(
     fit, tiny_config, global_config
 ):
-    tiny_config |= {
-        "MODEL": MeanClassifier,
-        "MODEL_CONFIG": {},
-        "EPOCHS": 20,
-        "OPTIMIZER_CONFIG": {"lr": 0.1},
-    }
-    tiny_config |= {"LOSS": nn.CrossEntropyLoss, "METRICS": {"accuracy": accuracy}, "MONITOR": "max accuracy"}
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(3, 8, 8, generator=generator) + index % 2, index % 2) for index in range(60)]
+    tiny_config |= {"MODEL": MeanClassifier, "MODEL_CONFIG": {"in_features": 3, "out_features": 2}}
+    tiny_config |= {"EPOCHS": 20, "OPTIMIZER_CONFIG": {"lr": 0.1}, "LOSS": nn.CrossEntropyLoss}
+    tiny_config |= {"METRICS": {"accuracy": accuracy}, "MONITOR": "max accuracy"}
     tiny_config |= {key: small()[key] for key in ("DATASET", "DATASET_CONFIG")}  # which is not what is given
-    result = fit(LabeledImages(40, 0), LabeledImages(20, 1))
+    result = fit(pairs[:40], pairs[40:])
     assert result.metrics["test.accuracy"] == 1.0
     assert best_weights(result)["contract"]["task"] == "multi-class"
     row = the_row(global_config)
@@ -435,7 +374,7 @@ def test_the_task_of_masked_targets_is_that_of_what_is_under_the_mask(fit, tiny_
     targets = torch.randint(0, 2 if task == "multi-label" else 3, (8, channels, 16, 16), generator=generator)
     targets[:, 0] = 1  # all usable
     targets[:, 0, :4], targets[:, 1:, :4] = 0, 77  # but these, where anything may stand
-    tiny_config |= {"LOSS": loss, "METRICS": {"f1": masked_f1}}
+    tiny_config |= {"LOSS": loss, "METRICS": {"f1": masked_f1}, "EPOCHS": 1}
     kinds = [targets]
     if task == "multi-label":  # NaN is no class number, not even one that does not count
         kinds.append(targets.float().masked_fill(targets == 77, math.nan))
@@ -516,10 +455,7 @@ def test_all_problems_are_reported_at_once_and_nothing_is_written(
         fit(MODEL_CONFIG=tiny_config["MODEL_CONFIG"] | {"dropuot": 0.1}, **wrong)
     for text in ("EPOCHS?", "cuda:77", "lambda", "ACCUMULATE", "dropout?"):
         assert text in str(caught.value)
-    for kind, content in (
-        ("x", np.full((32, 32, 3), np.nan, np.float32)),
-        ("y", np.full((32, 32), 77, "u1")),
-    ):
+    for kind, content in {"x": np.full((32, 32, 3), np.nan, "f4"), "y": np.full((32, 32), 77, "u1")}.items():
         (tmp_path / kind).mkdir()
         np.save(tmp_path / kind / "broken.npy", content)
     broken = NpyDataset(tmp_path / "x", tmp_path / "y", crop=16)
@@ -559,30 +495,6 @@ def test_splits_with_several_tasks_are_refused(fit, datasets, pairs_dir):
         fit(datasets[0], other)
 
 
-class NanAfterSomeSteps(nn.Module):
-    """A loss that breaks."""
-
-    calls = 0
-
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            NanAfterSomeSteps.calls += 1
-        is_nan = NanAfterSomeSteps.calls == 6 and torch.is_grad_enabled()
-        return multi_class_dice_ce_sum(pred, target) * (math.nan if is_nan else 1.0)
-
-
-def test_a_loss_that_becomes_nan_stops_the_run_and_names_step_files_and_checkpoint(fit, global_config):
-    NanAfterSomeSteps.calls = 0
-    with pytest.raises(NonFiniteLoss) as caught:
-        fit(LOSS=NanAfterSomeSteps, CHECKPOINT_SECONDS=0)
-    message = str(caught.value)
-    assert "step 6 (epoch 2, batch 2)" in message and "last-00000005.pt" in message
-    assert message.count(".npy") == 4
-    row = the_row(global_config)
-    assert row["STATUS"] == "failed" and "NonFiniteLoss" in row["ERROR"]
-    assert is_finite(Path(global_config["WEIGHT_DIR"]) / row["NAME"] / "last-00000005.pt")
-
-
 def test_weights_that_are_not_finite_are_never_saved(fit, global_config):
     sgd = {"OPTIMIZER": torch.optim.SGD, "OPTIMIZER_CONFIG": {"lr": 1e38}, "CHECKPOINT_SECONDS": 0}
     with pytest.raises(NonFiniteLoss):
@@ -590,22 +502,18 @@ def test_weights_that_are_not_finite_are_never_saved(fit, global_config):
     assert all(map(is_finite, Path(global_config["WEIGHT_DIR"]).rglob("last-*.pt")))
 
 
-class Glutton(nn.Module):
+class Glutton(nn.Conv2d):
     """Wants more memory than there is, in training."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             torch.empty(2**60, dtype=torch.uint8)
-        return self.conv(x)
+        return super().forward(x)
 
 
 def test_what_goes_wrong_in_a_batch_is_explained(fit, pairs_dir, global_config):
     with pytest.raises(OutOfMemory, match=r"batch_size=4.*batch_size=2 ACCUMULATE=2"):
-        fit(MODEL=Glutton, MODEL_CONFIG={})
+        fit(MODEL=Glutton, MODEL_CONFIG={"in_channels": 3, "out_channels": 3, "kernel_size": 1})
     assert the_row(global_config)["STATUS"] == "failed"
     folders = [pairs_dir / split for split in ("train", "test")]
     tiny = [NpyDataset(folder / "x", folder / "y", crop=2) for folder in folders]
@@ -621,25 +529,3 @@ def test_the_shipped_configs_are_valid_and_round_trip():
         assert difference(restore(record, project), config) == {}
     parameters = UNET(**train_config["MODEL_CONFIG"]).parameters()
     assert sum(parameter.numel() for parameter in parameters) > 30e6
-
-
-def write_set(folder: Path, factors: list[float]) -> NpyDataset:
-    rng = np.random.default_rng(5)
-    for kind in "xy":
-        (folder / kind).mkdir(parents=True)
-    for number in range(4):
-        image = rng.integers(1, 200, (16, 16, 3)).astype(np.float32)
-        np.save(folder / "x" / f"{number}.npy", (image * factors).astype(np.float32))
-        np.save(folder / "y" / f"{number}.npy", (image[..., 0] > 100).astype(np.uint8))
-    return NpyDataset(folder / "x", folder / "y")
-
-
-def test_channels_are_compared_before_training(fit, tmp_path, global_config):
-    usual, scaled = write_set(tmp_path / "usual", [1, 1, 1]), write_set(tmp_path / "scaled", [1e-3] * 3)
-    constant = write_set(tmp_path / "constant", [1, 0, 1])
-    for test_set, message in ((scaled, "had been divided by a number"), (constant, "channel 1 is constant")):
-        with pytest.raises(DataError, match=message):
-            fit(usual, test_set)
-    assert not list(Path(global_config["LOG_DIR"]).glob("*/journal.jsonl"))
-    with pytest.warns(UserWarning, match="channel 1 of the training images has the same value everywhere"):
-        fit(constant, constant, EPOCHS=1)

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dida_core.config.check import check
+from dida_core.config.project import project_of
 from dida_core.errors import ConfigError, UserError
+from dida_core.runs.resume import find_unfinished
 from dida_core.storage.checkpoint import checkpoint_files
 from dida_core.storage.weights import load_weights
 from filelock import FileLock
@@ -23,8 +26,9 @@ from dida_tools.utils.data import NpyDataset
 
 from tests.helpers import (
     FIRST,
+    PACKAGE,
     ROUTINES,
-    bare,
+    begin_run,
     differing,
     events_of,
     global_config_of,
@@ -35,54 +39,38 @@ from tests.helpers import (
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-UNET_CONFIG = {"ch_in": 3, "ch_out": 3, "bulk_ch": 4, "n_recursions": 1, "dropout": 0.1}
 OTHERS = [routine for routine in ROUTINES if routine != FIRST]
-# The routines share the code for it: the first one by default, the others in the slow tier.
-first_by_default = pytest.mark.parametrize(
-    "train", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)], indirect=True
-)
-every_routine = pytest.mark.parametrize("train", ROUTINES, indirect=True)
 
 
-class Interrupted(nn.Module):
-    """Raises KeyboardInterrupt in a chosen forward pass of training, as a second Ctrl-C would."""
+class InterruptedNet(nn.Sequential):
+    """
+    What a U-Net is made of, in so few tensors that files of them are written and read quickly.
+
+    It raises KeyboardInterrupt in a chosen forward pass of training, as a second Ctrl-C would.
+    """
 
     interrupt_at: int | None = None
     forwards = 0
     # Called before each forward pass, with whether it is one of training.
     look: Callable[[bool], None] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if Interrupted.look is not None:
-            Interrupted.look(self.training)
-        if self.training:
-            Interrupted.forwards += 1
-            if Interrupted.forwards == Interrupted.interrupt_at:
-                raise KeyboardInterrupt
-        return super().forward(x)
-
-
-class InterruptedUNET(Interrupted, UNET):
-    pass
-
-
-class InterruptedNet(Interrupted, nn.Sequential):
-    """What a U-Net is made of, in so few tensors that files of them are written and read quickly."""
-
     def __init__(self) -> None:
         conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
         super().__init__(conv, nn.BatchNorm2d(4), nn.ELU(), nn.Dropout2d(0.1), nn.Conv2d(4, 3, 1))
 
-
-@pytest.fixture
-def train(request) -> Callable[..., Any]:
-    """The first routine's, or that of a parameter."""
-    return load_routine(getattr(request, "param", FIRST)).train
+    def forward(self, x: Tensor) -> Tensor:
+        if InterruptedNet.look is not None:
+            InterruptedNet.look(self.training)
+        if self.training:
+            InterruptedNet.forwards += 1
+            if InterruptedNet.forwards == InterruptedNet.interrupt_at:
+                raise KeyboardInterrupt
+        return super().forward(x)
 
 
 @pytest.fixture(autouse=True)
 def no_interruption():
-    Interrupted.interrupt_at, Interrupted.forwards, Interrupted.look = None, 0, None
+    InterruptedNet.interrupt_at, InterruptedNet.forwards, InterruptedNet.look = None, 0, None
 
 
 @pytest.fixture
@@ -94,35 +82,49 @@ def rich_config(tiny_config) -> dict:
     return tiny_config
 
 
+@pytest.fixture
+def fit(request, datasets, rich_config, global_config) -> Callable[..., Any]:
+    """Train by a routine, or that of a parameter: 3 steps an epoch, each of two batches but the last one."""
+
+    def train(routine: str = getattr(request, "param", FIRST), sets: Any = None, **changes: Any) -> Any:
+        InterruptedNet.interrupt_at, InterruptedNet.forwards = changes.pop("interrupt_at", None), 0
+        root = global_config_of(changes.pop("root")) if "root" in changes else global_config
+        return load_routine(routine).train(*(sets or datasets), rich_config | changes, root)
+
+    return train
+
+
+@pytest.fixture
+def interrupt(fit, global_config) -> Callable[..., str]:
+    """Interrupt a training in its forward pass of this number. Return its name."""
+
+    def train(at: int, *args: Any, **changes: Any) -> str:
+        with pytest.raises(KeyboardInterrupt):
+            fit(*args, interrupt_at=at, **changes)
+        (name,) = (row["NAME"] for row in rows_of(global_config) if row["STATUS"] == "interrupted")
+        return name
+
+    return train
+
+
 @pytest.fixture(scope="module")
-def uninterrupted() -> dict[str, dict[str, Any]]:
-    """What each routine leaves of the rich config."""
+def uninterrupted() -> dict[str, Any]:
     return {}
 
 
 @pytest.fixture
-def expected(train, datasets, rich_config, tmp_path, uninterrupted) -> dict[str, Any]:
-    """What the routine leaves of the rich config when nothing interrupts it."""
-    if train.__module__ not in uninterrupted:
-        result = train(*datasets, rich_config, global_config_of(tmp_path / "uninterrupted"))
-        uninterrupted[train.__module__] = what_is_left(result)
-    return uninterrupted[train.__module__]
-
-
-def interrupt(train, datasets, config: dict, global_config: dict, at: int) -> str:
-    """Interrupt a training in its forward pass of this number. Return its name."""
-    Interrupted.interrupt_at, Interrupted.forwards = at, 0
-    with pytest.raises(KeyboardInterrupt):
-        train(*datasets, config, global_config)
-    Interrupted.interrupt_at = None
-    return config.get("RESUME") or rows_of(global_config)[-1]["NAME"]
+def expected(fit, tmp_path, uninterrupted) -> dict[str, Any]:
+    """What the first routine leaves of the rich config when nothing interrupts it."""
+    if not uninterrupted:
+        uninterrupted.update(what_is_left(fit(FIRST, root=tmp_path / "uninterrupted")))
+    return uninterrupted
 
 
 def what_is_left(result) -> dict[str, Any]:
     """Return all that must be as if nothing had happened."""
     (row,) = [row for row in rows_of({"LOG_DIR": str(result.log_dir.parent)}) if row["NAME"] == result.name]
     events = events_of(result.log_dir, "step", "epoch", "test")
-    while bare(events[-1]) == bare(events[-2]):  # tested again: a finished run was resumed
+    while not differing(events[-1], events[-2]):  # tested again: a finished run was resumed
         events.pop()
     return {
         "digest": result.digest,
@@ -133,7 +135,7 @@ def what_is_left(result) -> dict[str, Any]:
         "history": result.history,
         "events": events,
         "scalars": scalars_of(result.log_dir),
-        "row": {key: value for key, value in row.items() if key != "NAME"},
+        "row": {key: value for key, value in row.items() if key not in ("NAME", "ROUTINE_NAME")},
     }
 
 
@@ -162,333 +164,224 @@ class Noisy(Dataset):
         return 0.5 * torch.randn(3, 8, 8) + signal, mask
 
 
-@pytest.fixture
-def long_training(rich_config):
-    """Twelve steps in each of three epochs."""
-    data = {"DATASET": Noisy, "DATASET_CONFIG": {"train": {"number": 27}, "test": {"number": 1}}}
-    loader = {"batch_size": 2, "shuffle": True, "num_workers": 0}
-    metrics = {"f1": rich_config["METRICS"]["f1"]}
-    changes = {"ACCUMULATE": 1, "VALIDATION_FRACTION": 0.1, "DATA_LOADER_CONFIG": loader, "METRICS": metrics}
-    return (Noisy(27), Noisy(1)), rich_config | data | changes
+# Before the first step, and after each one; after an epoch's last one, also its results and what follows;
+# at the end, also what is fitted, and the test's results.
+MOMENTS = Counter([*range(37), 12, 12, 24, 24, 36, 36, 36, 36])
+slow = pytest.mark.slow
 
 
-def train_with_copies(train, sets, config: dict, folder: Path) -> list[tuple[int, Path]]:
-    """Train, and copy all files when they have changed, as a process killed then would leave them."""
-    global_config = global_config_of(folder / "whole")
-    log_dir, weight_dir = (Path(global_config[key]) / "2021-01-01_tiny" for key in ("LOG_DIR", "WEIGHT_DIR"))
+@pytest.mark.parametrize(
+    ("fit", "workers", "seconds", "moments", "chosen"),
+    [
+        pytest.param(FIRST, 0, 0, MOMENTS, slice(None, None, 7), id=f"some-{FIRST}"),
+        *(pytest.param(name, 0, 0, MOMENTS, slice(5, 14, 8), id=f"two-{name}") for name in OTHERS),
+        pytest.param(FIRST, 2, 1000, {0: 14, 12: 27, 36: 3}, slice(9, 39, 29), id="workers-few-checkpoints"),
+        pytest.param(FIRST, 0, 0, MOMENTS, slice(None), marks=slow, id="all"),
+        pytest.param(FIRST, 2, 0, MOMENTS, slice(None, None, 4), marks=slow, id="workers"),
+        *(pytest.param(n, 0, 0, MOMENTS, slice(0, None, 4), marks=slow, id=f"many-{n}") for n in OTHERS),
+    ],
+    indirect=["fit"],
+)
+def test_ended_at_any_moment_it_ends_the_same(fit, rich_config, tmp_path, workers, seconds, moments, chosen):
+    """All files are copied when they have changed, as a process killed then would leave them."""
+    rich_config |= {"DATASET": Noisy, "DATASET_CONFIG": {"train": {"number": 27}, "test": {"number": 1}}}
+    rich_config |= {
+        "ACCUMULATE": 1,
+        "VALIDATION_FRACTION": 0.1,
+        "METRICS": {"f1": rich_config["METRICS"]["f1"]},
+    }
+    rich_config["DATA_LOADER_CONFIG"] = {"batch_size": 2, "shuffle": True, "num_workers": workers}
+    sets, whole = (Noisy(27), Noisy(1)), tmp_path / "whole"
     copies: list[tuple[int, Path]] = []
-    seen: list = []
+    seen: list[Any] = []
 
     def look(_: bool) -> None:
-        files = [log_dir / "journal.jsonl", *weight_dir.glob("*.pt")]
-        state = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
+        files = [*whole.glob("logs/*/journal.jsonl"), *(states := sorted(whole.glob("weights/*/*.pt")))]
+        state = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
         if not state or state == seen:
             return
         seen[:] = state
-        step = max((int(file.stem[5:]) for file in checkpoint_files(weight_dir)), default=0)
-        copies.append((step, shutil.copytree(folder / "whole", folder / f"copy-{len(copies)}")))
+        step = max((int(file.stem[5:]) for file in states if file.stem != "best"), default=0)
+        copies.append((step, shutil.copytree(whole, tmp_path / f"copy-{len(copies)}")))
 
-    Interrupted.look = look
-    train(*sets, config, global_config)
-    Interrupted.look = None
-    return copies
-
-
-def assert_each_copy_ends_as_the_whole(train, sets, config: dict, copies: list, tmp_path: Path) -> None:
-    config = config | {"CHECKPOINT_SECONDS": 1000}  # how often a run is saved makes no difference
-    expected = what_is_left(train(*sets, config, global_config_of(tmp_path / "expected")))
+    InterruptedNet.look = look
+    fit(sets=sets, root=whole, CHECKPOINT_SECONDS=seconds)
+    InterruptedNet.look = None
+    assert Counter(step for step, _ in copies) == moments
+    # How often a run is saved makes no difference.
+    expected = what_is_left(fit(sets=sets, root=tmp_path / "expected", CHECKPOINT_SECONDS=1000))
     assert [step for step, _ in expected["scalars"]["train/loss"]] == list(range(1, 37))
-    for step, folder in copies:
-        result = train(*sets, config | {"RESUME": "2021-01-01_tiny"}, global_config_of(folder))
+    for step, folder in copies[chosen]:
+        result = fit(sets=sets, root=folder, CHECKPOINT_SECONDS=1000, RESUME="2021-01-01_tiny")
         assert_same_end(result, expected)
         assert [event["step"] for event in events_of(result.log_dir, "start")] == [0, step]
         assert [row["STATUS"] for row in rows_of(global_config_of(folder))] == ["finished"]
 
 
-SLOW = [(name, workers, 1) for name in ROUTINES for workers in (0, 2)]
-
-
-@pytest.mark.parametrize(
-    ("train", "workers", "every"),
-    # By default, every third moment of the first routine, and three of each of the others.
-    [(FIRST, 0, 3), *((name, 0, 15) for name in OTHERS)]
-    + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
-    indirect=["train"],
-)
-def test_ended_at_any_moment_it_ends_the_same(train, long_training, tmp_path, workers, every):
-    sets, config = long_training
-    config["DATA_LOADER_CONFIG"]["num_workers"] = workers
-    copies = train_with_copies(train, sets, config, tmp_path)
-    # Before the first step, and after each one; after an epoch's last one, also its results and what follows;
-    # at the end, also what is fitted, and the test's results.
-    assert Counter(step for step, _ in copies) == Counter([*range(37), 12, 12, 24, 24, 36, 36, 36, 36])
-    assert_each_copy_ends_as_the_whole(train, sets, config, copies[::every], tmp_path)
-
-
-@first_by_default
-def test_with_workers_and_few_checkpoints_it_trains_again_since_the_last_one(train, long_training, tmp_path):
-    sets, config = long_training
-    config["DATA_LOADER_CONFIG"]["num_workers"] = 2
-    copies = train_with_copies(train, sets, config | {"CHECKPOINT_SECONDS": 1000}, tmp_path)
-    assert Counter(step for step, _ in copies) == {0: 14, 12: 27, 36: 3}
-    chosen = [copies[at] for at in (9, 22, 38)]
-    assert_each_copy_ends_as_the_whole(train, sets, config, chosen, tmp_path)
-
-
-@pytest.mark.slow
-@every_routine
-def test_interrupted_at_every_batch_it_ends_the_same(train, datasets, rich_config, global_config, expected):
-    for at in range(1, 19):
-        name = interrupt(train, datasets, rich_config, global_config, at)
-        result = train(*datasets, rich_config | {"RESUME": name}, global_config)
-        assert result.name == name
-        assert_same_end(result, expected)
-
-
 # ------------------------------------------------------------------------------------ what a routine meets
 
 
-@first_by_default
-def test_twice_in_one_epoch_and_with_other_workers(train, datasets, rich_config, global_config, expected):
-    name = interrupt(train, datasets, rich_config, global_config, at=9)
-    assert rows_of(global_config)[-1]["STATUS"] == "interrupted"
+def test_twice_in_one_epoch_and_with_other_workers(fit, interrupt, rich_config, expected, global_config):
+    name = interrupt(9)
     loader = rich_config["DATA_LOADER_CONFIG"] | {"num_workers": 2}
-    with_workers = rich_config | {"DATA_LOADER_CONFIG": loader, "RESUME": name}
-    interrupt(train, datasets, with_workers, global_config, at=3)
-    result = train(*datasets, rich_config | {"RESUME": name}, global_config)
-    assert_same_end(result, expected)
-    assert [row["STATUS"] for row in rows_of(global_config) if row["NAME"] == name] == ["finished"]
-
-
-@every_routine
-def test_at_an_epochs_boundary(train, datasets, rich_config, global_config, expected):
-    name = interrupt(train, datasets, rich_config, global_config, at=13)
-    assert rows_of(global_config)[-1]["EPOCH"] == 2
-    assert_same_end(train(*datasets, rich_config | {"RESUME": name}, global_config), expected)
+    interrupt(3, RESUME=name, DATA_LOADER_CONFIG=loader)
+    assert_same_end(fit(RESUME=name), expected)
+    assert [row["STATUS"] for row in rows_of(global_config)] == ["finished"]
 
 
 @pytest.mark.parametrize(
-    ("train", "at", "step", "epoch"),
+    ("fit", "at", "step", "epoch"),
     [
         pytest.param(FIRST, 2, 3, 0, id="second-validation-image"),
         pytest.param(FIRST, 3, 3, 1, id="pictures-after-the-epochs-results"),
         *(pytest.param(name, 14, 9, 2, id=f"last-validation-{name}") for name in ROUTINES),
         pytest.param(FIRST, 20, 9, 3, id="second-test-image"),
     ],
-    indirect=["train"],
+    indirect=["fit"],
 )
-def test_an_interruption_of_an_evaluation(
-    train, datasets, rich_config, global_config, expected, at, step, epoch
-):
+def test_an_interruption_of_an_evaluation(fit, interrupt, expected, global_config, at, step, epoch):
     evaluated = 0
 
     def look(training: bool) -> None:
         nonlocal evaluated
-        evaluated += not training and Interrupted.forwards > 0  # not in the dry run before
+        evaluated += not training and InterruptedNet.forwards > 0  # not in the dry run before
         if evaluated == at:
             raise KeyboardInterrupt
 
-    Interrupted.look = look
-    with pytest.raises(KeyboardInterrupt):
-        train(*datasets, rich_config, global_config)
-    Interrupted.look = None
-    (row,) = rows_of(global_config)
-    assert row["STATUS"] == "interrupted"
-    log_dir = Path(global_config["LOG_DIR"]) / row["NAME"]
+    InterruptedNet.look = look
+    name = interrupt(0)
+    InterruptedNet.look = None
+    log_dir = Path(global_config["LOG_DIR"]) / name
     assert [len(events_of(log_dir, kind)) for kind in ("step", "epoch")] == [step, epoch]
-    assert_same_end(train(*datasets, rich_config | {"RESUME": row["NAME"]}, global_config), expected)
+    assert_same_end(fit(RESUME=name), expected)
 
 
-def test_before_the_first_checkpoint_it_starts_again_under_its_name(
-    train, datasets, rich_config, global_config, expected, capsys
-):
-    name = interrupt(train, datasets, rich_config | {"CHECKPOINT_SECONDS": 1000}, global_config, at=5)
-    assert rows_of(global_config)[-1]["STATUS"] == "interrupted"
-    result = train(*datasets, rich_config | {"RESUME": name}, global_config)
-    assert result.name == name
-    assert "starts again" in capsys.readouterr().out
+def test_before_the_first_checkpoint_it_starts_again_under_its_name(fit, interrupt, expected, capsys):
+    name = interrupt(5, CHECKPOINT_SECONDS=1000)
+    result = fit(RESUME=name)
+    assert result.name == name and "starts again" in capsys.readouterr().out
     assert_same_end(result, expected)
 
 
-@first_by_default
-def test_a_finished_run_is_prolonged_as_if_it_had_been_longer(train, datasets, rich_config, global_config):
-    rich_config["SCHEDULER"] = None
-    expected = train(*datasets, rich_config | {"EPOCHS": 4}, global_config)
-    short = train(*datasets, rich_config | {"EPOCHS": 2}, global_config)
-    longer = train(*datasets, rich_config | {"EPOCHS": 4, "RESUME": short.name}, global_config)
+PAIRS = [(before, after) for before in ROUTINES for after in ROUTINES if before != after]
+RING = list(zip(ROUTINES, [*ROUTINES[1:], ROUTINES[0]], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("before", "fit"), [p if p in RING else pytest.param(*p, marks=slow) for p in PAIRS], indirect=["fit"]
+)
+def test_what_one_routine_began_another_ends(fit, interrupt, expected, global_config, before):
+    name = interrupt(10, before)
+    (row,) = rows_of(global_config)
+    assert row["ROUTINE_NAME"] == f".training.{before}_training"
+    result = fit(RESUME="auto", __COMMENT="of another routine")
+    assert result.name == name
+    assert_same_end(result, expected | {"row": expected["row"] | {"__COMMENT": "of another routine"}})
+
+
+# ------------------------------------------------------------------------------------ finished, prolonged
+
+
+def test_a_finished_run_is_only_tested_again_or_prolonged_as_if_it_had_been_longer(fit, tmp_path):
+    expected = fit(SCHEDULER=None, EPOCHS=4, root=tmp_path / "expected")
+    short = fit(SCHEDULER=None, EPOCHS=2)
+    left = what_is_left(short)
+    again = fit(SCHEDULER=None, EPOCHS=2, RESUME=short.name)
+    assert InterruptedNet.forwards == 0
+    assert differing(what_is_left(again), left) == []  # also in TensorBoard, where no step stands twice
+    longer = fit(SCHEDULER=None, EPOCHS=4, RESUME=short.name)
     assert longer.name == short.name
     assert_same_end(longer, expected, leaving_out=("events", "scalars"))  # where the first test result stays
     assert [event["step"] for event in events_of(longer.log_dir, "step")] == list(range(1, 13))
     scalars = scalars_of(longer.log_dir)
     assert [step for step, _ in scalars["train/loss"]] == list(range(1, 13))
     assert [step for step, _ in scalars["validation/f1"]] == [3, 6, 9, 12]
-    assert [row["EPOCHS"] for row in rows_of(global_config) if row["NAME"] == short.name] == [4]
 
 
-@first_by_default
-def test_a_finished_run_is_only_tested_again(train, datasets, rich_config, global_config):
-    finished = train(*datasets, rich_config, global_config)
-    expected, forwards = what_is_left(finished), Interrupted.forwards
-    again = what_is_left(train(*datasets, rich_config | {"RESUME": finished.name}, global_config))
-    assert Interrupted.forwards == forwards
-    assert differing(again, expected) == []  # also in TensorBoard, where no step stands twice
-
-
-def test_a_prolonged_schedule_is_that_of_the_new_length(train, datasets, rich_config, global_config):
-    long = train(*datasets, rich_config | {"EPOCHS": 6}, global_config)
-    short = train(*datasets, rich_config | {"EPOCHS": 3}, global_config)
-    prolonged = train(*datasets, rich_config | {"EPOCHS": 6, "RESUME": short.name}, global_config)
+def test_a_prolonged_schedule_is_that_of_the_new_length(fit):
+    long, short = fit(EPOCHS=6), fit(EPOCHS=3)
+    prolonged = fit(EPOCHS=6, RESUME=short.name)
     rates = [[e["learning_rate"] for e in events_of(one.log_dir, "step")] for one in (long, prolonged)]
     assert rates[0][10:] == pytest.approx(rates[1][10:])
     assert rates[0][:9] != pytest.approx(rates[1][:9])
 
 
-@every_routine
-def test_a_run_that_stopped_early_can_be_prolonged(train, datasets, rich_config, global_config):
-    rich_config |= {
-        "PATIENCE": 1,
-        "EPOCHS": 10,
-        "OPTIMIZER_CONFIG": {"lr": 0.0},
-        "SCHEDULER": None,
-        "EMA": None,
-    }
-    stopped = train(*datasets, rich_config, global_config)
+@pytest.mark.parametrize("fit", [FIRST, *(pytest.param(n, marks=slow) for n in OTHERS)], indirect=True)
+def test_a_run_that_stopped_early_can_be_prolonged(fit):
+    changes = {"PATIENCE": 1, "OPTIMIZER_CONFIG": {"lr": 0.0}, "SCHEDULER": None, "EMA": None}
+    stopped = fit(EPOCHS=10, **changes)
     assert stopped.state.epoch < 10
-    forwards = Interrupted.forwards
-    again = train(*datasets, rich_config | {"RESUME": stopped.name}, global_config)
-    assert (again.state.epoch, Interrupted.forwards) == (stopped.state.epoch, forwards)
-    again = train(*datasets, rich_config | {"EPOCHS": 12, "RESUME": stopped.name}, global_config)
+    again = fit(EPOCHS=10, RESUME=stopped.name, **changes)
+    assert (again.state.epoch, InterruptedNet.forwards) == (stopped.state.epoch, 0)
+    again = fit(EPOCHS=12, RESUME=stopped.name, **changes)
     assert again.state.epoch > stopped.state.epoch
 
 
-@pytest.mark.parametrize(
-    ("before", "train"),
-    [
-        pytest.param(one, other, marks=() if FIRST in (one, other) else pytest.mark.slow)
-        for one in ROUTINES
-        for other in ROUTINES
-        if one != other
-    ],
-    indirect=["train"],
-)
-def test_what_one_routine_began_another_ends(train, datasets, rich_config, global_config, expected, before):
-    name = interrupt(load_routine(before).train, datasets, rich_config, global_config, at=10)
-    assert rows_of(global_config)[-1]["ROUTINE_NAME"] == f".training.{before}_training"
-    result = train(*datasets, rich_config | {"RESUME": name}, global_config)
+# ---------------------------------------------------------------------------------------------- RESUME=auto
+
+
+def test_auto_begins_resumes_under_the_name_and_begins_anew(fit, interrupt, expected, global_config):
+    name = interrupt(9, RESUME="auto")
+    other = fit(RESUME="auto", OPTIMIZER_CONFIG={"lr": 2e-2})
+    assert other.name != name
+    result = fit(RESUME="auto")
     assert result.name == name
     assert_same_end(result, expected)
-
-
-# -------------------------------------------------------------------------- started again, and RESUME=auto
-
-
-def test_auto_begins_resumes_under_the_name_and_begins_anew(
-    train, datasets, rich_config, global_config, expected
-):
-    auto = rich_config | {"RESUME": "auto"}
-    Interrupted.interrupt_at = Interrupted.forwards + 9
-    with pytest.raises(KeyboardInterrupt):
-        train(*datasets, auto, global_config)
-    (row,) = rows_of(global_config)
-    result = train(*datasets, auto, global_config)
-    assert result.name == row["NAME"]
-    assert_same_end(result, expected)
-    again = train(*datasets, auto | {"DATE": "another day"}, global_config)
+    again = fit(RESUME="auto", DATE="another day")
     assert (again.name, again.digest) == ("another-day_tiny", result.digest)
-    assert [row["STATUS"] for row in rows_of(global_config)] == ["finished", "finished"]
+    assert [row["STATUS"] for row in rows_of(global_config)] == ["finished"] * 3
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"OPTIMIZER_CONFIG": {"lr": 2e-2}},
-        {"SEED": 1},
-        {"SESSION_NAME": "another"},
-        {"EPOCHS": 4},
-        {"MODEL": InterruptedUNET, "MODEL_CONFIG": UNET_CONFIG},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_auto_leaves_a_run_of_another_config_alone(train, datasets, rich_config, global_config, changes):
-    name = interrupt(train, datasets, rich_config, global_config, at=5)
-    before = events_of(Path(global_config["LOG_DIR"]) / name)
-    result = train(*datasets, rich_config | {"RESUME": "auto"} | changes, global_config)
-    assert result.name != name
-    assert events_of(Path(global_config["LOG_DIR"]) / name) == before
-    statuses = {row["NAME"]: row["STATUS"] for row in rows_of(global_config)}
-    assert statuses == {name: "interrupted", result.name: "finished"}
+def test_auto_takes_the_newest_of_the_same_config_and_none_that_is_in_training(rich_config, tmp_path):
+    def captured(**changes: Any) -> dict[str, Any]:
+        return check(rich_config | changes, project_of(PACKAGE))
 
-
-def test_auto_resumes_what_another_routine_or_machine_began(train, datasets, rich_config, global_config):
-    name = interrupt(load_routine(ROUTINES[0]).train, datasets, rich_config, global_config, at=5)
+    config = captured()["config"]
+    for hours, name in enumerate("cba"):
+        begin_run(tmp_path, name, hours, **config).close()
+    assert find_unfinished(tmp_path, captured()) == "c"
     loader = rich_config["DATA_LOADER_CONFIG"] | {"num_workers": 2}
-    changes = {"DATA_LOADER_CONFIG": loader, "CHECKPOINT_SECONDS": 7, "__COMMENT": "again"}
-    result = train(*datasets, rich_config | {"RESUME": "auto"} | changes, global_config)
-    assert result.name == name
+    free = {"DATA_LOADER_CONFIG": loader, "CHECKPOINT_SECONDS": 7, "__COMMENT": "again", "DEVICE": "auto"}
+    assert find_unfinished(tmp_path, captured(**free)) == "c"
+    unet = {"MODEL": UNET, "MODEL_CONFIG": {"ch_in": 3, "ch_out": 3}}
+    for changes in ({"OPTIMIZER_CONFIG": {"lr": 2}}, {"SEED": 1}, {"SESSION_NAME": "a"}, {"EPOCHS": 4}, unet):
+        assert find_unfinished(tmp_path, captured(**changes)) is None
+    with FileLock(tmp_path / "c" / ".lock"):
+        assert find_unfinished(tmp_path, captured()) == "b"
+        with FileLock(tmp_path / "b" / ".lock"), FileLock(tmp_path / "a" / ".lock"):
+            assert find_unfinished(tmp_path, captured()) is None
 
 
-def test_auto_takes_the_newest_and_none_that_is_in_training(train, datasets, rich_config, global_config):
-    names = [interrupt(train, datasets, rich_config, global_config, at=5) for _ in range(3)]
-    assert len(set(names)) == 3
-    locks = [FileLock(Path(global_config["LOG_DIR"]) / name / ".lock") for name in names]
-    auto = rich_config | {"RESUME": "auto"}
-    with locks[2]:
-        assert train(*datasets, auto, global_config).name == names[1]
-    with locks[0], locks[2]:
-        assert train(*datasets, auto, global_config).name not in names
-    assert train(*datasets, auto, global_config).name == names[2]
+# ------------------------------------------------------------------------------------------- locked, changed
 
 
-# ---------------------------------------------------------------------------------- damaged, locked, changed
-
-
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
-    train, datasets, rich_config, global_config, expected, capsys
-):
-    name = interrupt(train, datasets, rich_config, global_config, at=12)
-    newest = max((Path(global_config["WEIGHT_DIR"]) / name).glob("last-*.pt"))
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes(content)
-    result = train(*datasets, rich_config | {"RESUME": name}, global_config)
-    assert "damaged" in capsys.readouterr().out
-    assert_same_end(result, expected)
-
-
-def test_a_run_in_training_is_locked_and_leftovers_are_removed(train, datasets, rich_config, global_config):
-    name = interrupt(train, datasets, rich_config, global_config, at=5)
+def test_a_run_in_training_is_locked_and_leftovers_are_removed(fit, interrupt, global_config):
+    name = interrupt(5)
     folders = [Path(global_config[key]) / name for key in ("LOG_DIR", "WEIGHT_DIR")]
     for folder in folders:  # what a killed process was writing
         (folder / ".last-00000004.pt.0123.tmp").write_bytes(b"half of it")
-    config = rich_config | {"RESUME": name}
     with FileLock(folders[0] / ".lock"), pytest.raises(UserError, match="trained by another process"):
-        train(*datasets, config, global_config)
-    train(*datasets, config, global_config)
+        fit(RESUME=name)
+    fit(RESUME=name)
     assert not [file for folder in folders for file in folder.glob(".*.tmp")]
+    assert len(checkpoint_files(folders[1])) == 2
 
 
-def test_another_config_is_refused_and_another_machine_reported(
-    train, datasets, rich_config, global_config, capsys
+def test_another_config_is_refused_and_another_machine_or_data_reported(
+    fit, interrupt, pairs_dir, datasets, global_config, tmp_path, capsys
 ):
-    name = interrupt(train, datasets, rich_config, global_config, at=9)
+    folder = shutil.copytree(pairs_dir / "train", tmp_path / "train")
+    name = interrupt(9, sets=(NpyDataset(folder / "x", folder / "y", crop=16), datasets[1]))
     file = Path(global_config["LOG_DIR"]) / name / "config.json"
-    record, config = file.read_bytes(), rich_config | {"RESUME": name}
+    record = file.read_bytes()
     with pytest.raises(ConfigError) as caught:
-        changes = {"LOSS": nn.CrossEntropyLoss, "OPTIMIZER_CONFIG": {"lr": 0.5}}
-        train(*datasets, config | changes, global_config)
+        fit(RESUME=name, LOSS=nn.CrossEntropyLoss, OPTIMIZER_CONFIG={"lr": 0.5})
     assert "OPTIMIZER_CONFIG.lr was" in str(caught.value) and "LOSS was" in str(caught.value)
     assert record == file.read_bytes()
-    train(*datasets, config | {"CHANNELS_LAST": False}, global_config)
-    assert "resumes with another CHANNELS_LAST" in capsys.readouterr().out
-
-
-def test_changed_data_is_reported(train, datasets, pairs_dir, rich_config, global_config, tmp_path, capsys):
-    folder = shutil.copytree(pairs_dir / "train", tmp_path / "train")
-    own = NpyDataset(folder / "x", folder / "y", crop=16), datasets[1]
-    name = interrupt(train, own, rich_config, global_config, at=9)
-    for file in (folder / "x").iterdir():
-        np.save(file, np.load(file) // 2)
-    again = NpyDataset(folder / "x", folder / "y", crop=16), datasets[1]
-    capsys.readouterr()
-    train(*again, rich_config | {"RESUME": name}, global_config)
-    assert "the training data is not what it was" in capsys.readouterr().out
+    for image in (folder / "x").iterdir():
+        np.save(image, np.load(image) // 2)
+    sets = NpyDataset(folder / "x", folder / "y", crop=16), datasets[1]
+    fit(RESUME=name, sets=sets, CHANNELS_LAST=False)
+    printed = capsys.readouterr().out
+    assert "resumes with another CHANNELS_LAST" in printed
+    assert "the training data is not what it was" in printed

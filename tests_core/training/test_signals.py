@@ -1,5 +1,6 @@
 """The first signal sets a flag, the second one ends the process; afterwards everything is as it was."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -18,7 +19,7 @@ from dida_core.training.signals import (
     stop_requested,
 )
 
-from tests.helpers import Child
+from tests.helpers import CRASHED, Child
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
@@ -49,28 +50,25 @@ def _handlers_of_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not stop_requested()
 
 
-# ------------------------------------------------------------------------------------------- the first signal
-
-
-def test_without_a_signal_nothing_happens():
-    with stop_on_signals():
-        raise_if_stop_requested()
-        assert not stop_requested()
-    raise_if_stop_requested()
+def custom(*_: object) -> None:
+    """A handler of the user's own."""
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_signal_sets_a_flag_and_reports_it_once(name, capfd):
-    with stop_on_signals():
-        send(name)
-        assert stop_requested()
-        with pytest.raises(Preempted, match=f"{name} was received"):
-            raise_if_stop_requested()
-        assert stop_requested()
     raise_if_stop_requested()
-    said = capfd.readouterr().err
-    assert said.count(name) == 1
-    assert "saving what is done" in said and "A second signal ends it at once." in said
+    for _ in range(2):  # each time begins without a flag
+        with stop_on_signals():
+            raise_if_stop_requested()
+            assert not stop_requested()
+            send(name)
+            assert stop_requested()
+            with pytest.raises(Preempted, match=f"{name} was received"):
+                raise_if_stop_requested()
+        raise_if_stop_requested()
+        said = capfd.readouterr().err
+        assert said.count(name) == 1
+        assert "saving what is done" in said and "A second signal ends it at once." in said
 
 
 def test_nobody_who_catches_exceptions_catches_it():
@@ -86,110 +84,54 @@ def test_of_several_processes_the_first_one_reports_it(monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_the_flag_is_seen_in_other_threads():
-    seen = []
-    with stop_on_signals():
-        send("SIGUSR1")
-        thread = threading.Thread(target=lambda: seen.append(stop_requested()))
-        thread.start()
-        thread.join()
-    assert seen == [True]
-
-
-def test_what_waits_keeps_waiting():
-    with stop_on_signals():
-        timer = threading.Timer(0.05, send, ["SIGTERM"])
-        timer.start()
-        started = time.monotonic()
-        time.sleep(0.3)
-        assert time.monotonic() - started >= 0.3
-        assert stop_requested()
-        timer.join()
-
-
-# -------------------------------------------------------------------------------------- before and afterwards
-
-
-def custom(*_: object) -> None:
-    """A handler of the user's own."""
-
-
 @pytest.mark.parametrize("before", [custom, signal.SIG_IGN, signal.SIG_DFL, signal.default_int_handler])
-@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, Preempted])
+@pytest.mark.parametrize("error", [None, ValueError, Preempted])
 def test_the_handlers_of_before_come_back(before, error):
     originals = handlers()
     try:
         for name in NAMES:
             signal.signal(getattr(signal, name), before)
-        try:
-            with stop_on_signals():
-                assert before not in handlers()
-                send("SIGTERM")
-                if error is not None:
-                    raise error
-        except BaseException as caught:
-            assert type(caught) is error
-        assert handlers() == [before] * len(NAMES)
-        assert not stop_requested()
+        with contextlib.suppress(ValueError, Preempted), stop_on_signals():
+            assert before not in handlers()
+            send("SIGTERM")
+            if error is not None:
+                raise error
+        assert handlers() == [before] * len(NAMES) and not stop_requested()
     finally:
         for name, handler in zip(NAMES, originals, strict=True):
             signal.signal(getattr(signal, name), handler)
 
 
-def test_a_handler_that_python_does_not_know_becomes_the_default(monkeypatch, tmp_path):
-    def run() -> bool:
-        with monkeypatch.context() as patch:
-            patch.setattr(signal, "getsignal", lambda signum: None)
-            with stop_on_signals():
-                pass
-        return handlers() == [signal.SIG_DFL] * len(NAMES)
-
-    assert exit_code(run, tmp_path) == 1
-
-
-def test_one_within_another_keeps_the_flag_and_the_handlers():
+def test_one_within_another_keeps_the_flag_and_the_handlers_which_can_be_set_again():
     with stop_on_signals():
         mine = handlers()
         with stop_on_signals():
             send("SIGTERM")
-        assert stop_requested()
-        assert handlers() == mine
-        with stop_on_signals():
-            assert stop_requested()
-    assert not stop_requested()
-
-
-def test_each_time_begins_without_a_flag():
-    for _ in range(2):
-        with stop_on_signals():
-            assert not stop_requested()
-            send("SIGTERM")
-
-
-def test_handlers_that_a_library_has_replaced_can_be_set_again():
-    with stop_on_signals():
-        mine = handlers()
-        signal.signal(signal.SIGTERM, custom)
+        assert stop_requested() and handlers() == mine
+        signal.signal(signal.SIGTERM, custom)  # as a library does
         install_handlers()
         assert handlers() == mine
 
 
-def test_in_another_thread_nothing_is_changed():
-    before, seen = handlers(), []
+def test_in_another_thread_nothing_is_changed_and_the_flag_is_seen():
+    before, seen = handlers(), list[object]()
 
     def run() -> None:
         install_handlers()
-        seen.append(handlers())
         with stop_on_signals():
-            seen.append(handlers())
+            seen.extend([handlers(), stop_requested()])
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert seen == [before] * 2
+    def in_thread() -> None:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
 
-
-# ------------------------------------------------------------------------------------------ the second signal
+    in_thread()
+    with stop_on_signals():
+        send("SIGUSR1")
+        mine = handlers()
+        in_thread()
+    assert seen == [before, False, mine, True]
 
 
 @pytest.mark.parametrize("first", NAMES)
@@ -199,8 +141,7 @@ def test_a_second_interrupt_is_a_keyboard_interrupt(first):
         send("SIGINT")
 
 
-@pytest.mark.parametrize("first", NAMES)
-@pytest.mark.parametrize("second", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize(("first", "second"), [("SIGINT", "SIGTERM"), ("SIGTERM", "SIGUSR1")])
 def test_a_second_signal_ends_the_process(first, second, tmp_path):
     def run() -> None:
         with stop_on_signals():
@@ -211,38 +152,25 @@ def test_a_second_signal_ends_the_process(first, second, tmp_path):
     assert exit_code(run, tmp_path) == -getattr(signal, second)
 
 
-def test_under_torchrun_a_repetition_within_seconds_is_the_same_request(monkeypatch, capfd):
-    now = [1000.0]
-    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with stop_on_signals():
-        for name, seconds in (("SIGINT", 0.0), ("SIGINT", 0.5), ("SIGTERM", 2.0), ("SIGINT", 4.9)):
-            now[0] = 1000.0 + seconds
-            send(name)
-            assert stop_requested()
-        now[0] = 1005.1
-        with pytest.raises(KeyboardInterrupt):
-            send("SIGINT")
-    assert capfd.readouterr().err.count("saving what is done") == 1
-
-
-def test_under_torchrun_a_late_repetition_ends_the_process(monkeypatch, tmp_path):
+@pytest.mark.parametrize("last", ["SIGINT", "SIGTERM"])
+def test_under_torchrun_a_repetition_within_seconds_is_the_same_request(monkeypatch, tmp_path, last):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
 
     def run() -> None:
         now = [1000.0]
         monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
         with stop_on_signals():
-            send("SIGTERM")
-            send("SIGTERM")
-            now[0] += 5.1
-            send("SIGTERM")
+            for name, seconds in (("SIGINT", 0.0), ("SIGINT", 0.5), ("SIGTERM", 2.0), ("SIGINT", 4.9)):
+                now[0] = 1000.0 + seconds
+                send(name)
+                assert stop_requested()
+            now[0] = 1005.1
+            send(last)
             time.sleep(20)
 
-    assert exit_code(run, tmp_path) == -signal.SIGTERM
-
-
-# ----------------------------------------------------------------------------------- processes that load data
+    assert exit_code(run, tmp_path) == (CRASHED if last == "SIGINT" else -signal.SIGTERM)
+    said = (tmp_path / "log").read_text()
+    assert said.count("saving what is done") == 1 and ("KeyboardInterrupt" in said) == (last == "SIGINT")
 
 
 def test_a_process_that_ignores_signals_lives_on(tmp_path):

@@ -52,17 +52,12 @@ KEYS = [f"MODEL_CONFIG.{one}" for one in ("bulk_ch=4", "n_recursions=1", "dropou
 KEYS += ["DATASET_CONFIG.train.crop=16", "DATASET_CONFIG.train.crops_per_image=2"]
 KEYS += ["DATA_LOADER_CONFIG.batch_size=3", "EPOCHS=2", "ACCUMULATE=2", "EMA=0.9"]
 KEYS += ["PRECISION=fp32", "DEVICE=cpu", "CHECKPOINT_SECONDS=1000"]
+WORKERS = "DATA_LOADER_CONFIG.num_workers="
 
 
-def cases(*values: Any, default: Callable[..., bool]) -> Any:
-    """Combine routines with other values; what is not default is slow."""
-    return [
-        pytest.param(*case, marks=() if default(*case) else pytest.mark.slow, id="-".join(map(str, case)))
-        for case in itertools.product(ROUTINES, *values)
-    ]
-
-
-EACH_ROUTINE = pytest.mark.parametrize("routine", cases(default=lambda routine: routine == FIRST))
+EACH_ROUTINE = pytest.mark.parametrize(
+    "routine", [pytest.param(one, marks=() if one == FIRST else pytest.mark.slow) for one in ROUTINES]
+)
 NAMES = [signum.name for signum in SIGNALS]
 
 
@@ -79,7 +74,8 @@ def assert_saved(folders: dict[str, str], step: int) -> str:
     (row,) = rows_of(folders)
     name = row["NAME"]
     assert row["STATUS"] == "preempted"
-    assert [event["status"] for event in events_of(Path(folders["LOG_DIR"]) / name, "end")] == ["preempted"]
+    ends = events_of(Path(folders["LOG_DIR"]) / name, "end")
+    assert ends and {event["status"] for event in ends} == {"preempted"}
     assert steps_of(folders, name) == list(range(1, step + 1))
     assert checkpoint_files(Path(folders["WEIGHT_DIR"]) / name)[0].name == f"last-{step:08d}.pt"
     assert not list(Path(folders["ROOT_PATH"]).rglob("*.tmp"))
@@ -118,91 +114,68 @@ def signaled_metric(pred: Tensor, target: Tensor) -> float:
     return float((pred.argmax(1) == target).float().mean())
 
 
+def custom(*_: Any) -> None:
+    """A handler of the user's own."""
+
+
 @pytest.fixture
-def config(tiny_config, monkeypatch) -> dict[str, Any]:
+def config(tiny_config, monkeypatch) -> Iterator[dict[str, Any]]:
     """3 steps an epoch, each of two batches; what is saved is saved at the end, unless a signal comes."""
     When.set()
-    originals = {method: getattr(run_module.Batches, method) for method in ("__len__", "__iter__")}
-    for method in originals:
+    original = run_module.Batches.__iter__
 
-        def signaling(self: Any, method: str = method) -> Any:
-            When.comes("batches")
-            return originals[method](self)
+    def iterate(self: Any) -> Any:
+        When.comes("batches")
+        return original(self)
 
-        monkeypatch.setattr(run_module.Batches, method, signaling)
+    monkeypatch.setattr(run_module.Batches, "__iter__", iterate)
     tiny_config |= {"MODEL": SignaledUNET, "ACCUMULATE": 2, "EMA": 0.9, "CHECKPOINT_SECONDS": 1000}
     tiny_config |= {"SCHEDULER": torch.optim.lr_scheduler.OneCycleLR}
     tiny_config["DATA_LOADER_CONFIG"] = {"batch_size": 3, "shuffle": True}
     tiny_config["METRICS"] = tiny_config["METRICS"] | {"signaled": signaled_metric}
-    return tiny_config
+    originals = handlers()
+    for signum in SIGNALS:
+        signal.signal(signum, custom)
+    yield tiny_config
+    assert handlers() == [custom] * 3, "the handlers of before must come back, whatever happens"
+    for signum, handler in zip(SIGNALS, originals, strict=True):
+        signal.signal(signum, handler)
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[Any, Any]:
-    """Results of trainings that nobody has ended, by what they trained."""
-    return {}
+@pytest.fixture
+def wanted(routine, config, datasets, tmp_path) -> tuple:
+    """Digest and metrics of a training that nobody ends."""
+    result = load_routine(routine).train(*datasets, config, global_config_of(tmp_path / "uninterrupted"))
+    return result.digest, result.metrics
 
 
-def uninterrupted(routine: str, expected: dict, datasets: tuple, config: dict, folder: Path) -> tuple:
-    if routine not in expected:
-        result = load_routine(routine).train(*datasets, config, global_config_of(folder / "uninterrupted"))
-        expected[routine] = (result.digest, result.metrics)
-    return expected[routine]
-
-
-# Two calls of the metric in the dry run, 2 validation samples in each of 2 epochs, 4 test samples.
-PLACES = {
-    "before-the-first-batch": ("batches", 1, 1),
-    "first-batch": ("training", 1, 1),
-    "end-of-a-step": ("training", 4, 2),
-    "end-of-an-epoch": ("training", 6, 3),
-    "validation": ("evaluation", 3, 3),
-    "end-of-a-validation": ("evaluation", 6, 6),
-    "test": ("evaluation", 8, 6),
-}
-
-
-@pytest.mark.parametrize(
-    ("routine", "where"),
-    cases(PLACES, default=lambda routine, where: routine == FIRST or where == "validation"),
-)
-def test_after_a_signal_the_same_process_can_resume(
-    routine, where, datasets, config, global_config, expected, tmp_path
-):
-    wanted = uninterrupted(routine, expected, datasets, config, tmp_path)
-    (place, at, step), train, before = PLACES[where], load_routine(routine).train, handlers()
-    When.set(place, at, signal.SIGTERM)
-    with pytest.raises(Preempted, match="was received"):
-        train(*datasets, config, global_config)
-    assert not stop_requested() and handlers() == before
-    name = assert_saved(global_config, step)
-    When.set()
-    result = train(*datasets, config | {"RESUME": name}, global_config)
-    assert (result.name, (result.digest, result.metrics)) == (name, wanted)
-    assert rows_of(global_config)[0]["STATUS"] == "finished" and handlers() == before
-    assert steps_of(global_config, name) == list(range(1, 7))
+# Where the signals of one run come, and after which step it is saved. The metric is called twice in each dry
+# run, for 2 validation samples in each epoch, and for 4 test samples. The second batch of a step ends it.
+MOMENTS = [
+    *[("batches", 1, 1), ("training", 1, 2), ("training", 2, 3), ("evaluation", 3, 3), ("evaluation", 3, 3)],
+    *[("training", 6, 6), ("evaluation", 4, 6), ("evaluation", 6, 6)],
+]
 
 
 @EACH_ROUTINE
-def test_twice_in_the_same_validation(routine, datasets, config, global_config, expected, tmp_path):
-    wanted = uninterrupted(routine, expected, datasets, config, tmp_path)
+def test_after_a_signal_the_same_process_can_resume(routine, datasets, config, global_config, wanted):
     train, name = load_routine(routine).train, None
-    for _ in range(2):
-        When.set("evaluation", 3, signal.SIGTERM)
-        with pytest.raises(Preempted):
+    for (place, at, step), signum in zip(MOMENTS, itertools.cycle(SIGNALS), strict=False):
+        When.set(place, at, signum)
+        with pytest.raises(Preempted, match="was received"):
             train(*datasets, config | {"RESUME": name}, global_config)
-        (row,) = rows_of(global_config)
-        name = row["NAME"]
-        assert row["STATUS"] == "preempted"
+        assert not stop_requested() and handlers() == [custom] * 3
+        name = assert_saved(global_config, step)
     When.set()
     result = train(*datasets, config | {"RESUME": name}, global_config)
-    assert (result.digest, result.metrics) == wanted
+    assert (result.name, (result.digest, result.metrics)) == (name, wanted)
+    assert rows_of(global_config)[0]["STATUS"] == "finished"
+    assert steps_of(global_config, name) == list(range(1, 7))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("routine", "num_workers"), list(itertools.product(ROUTINES, (0, 2))))
-def test_at_any_moment(routine, num_workers, datasets, config, expected, tmp_path):
-    wanted = uninterrupted(routine, expected, datasets, config, tmp_path)
+def test_at_any_moment(routine, num_workers, datasets, config, wanted, tmp_path):
     train = load_routine(routine).train
     config["DATA_LOADER_CONFIG"] |= {"num_workers": num_workers}
     moments = [("training", at) for at in range(1, 13)] + [("evaluation", at) for at in range(3, 11)]
@@ -217,72 +190,39 @@ def test_at_any_moment(routine, num_workers, datasets, config, expected, tmp_pat
 
 
 @EACH_ROUTINE
-def test_a_second_interrupt_ends_at_once(routine, datasets, config, global_config, expected, tmp_path):
-    wanted = uninterrupted(routine, expected, datasets, config, tmp_path)
-    train, before = load_routine(routine).train, handlers()
+def test_a_second_interrupt_ends_at_once_and_a_thread_resumes(
+    routine, datasets, config, global_config, wanted
+):
+    train, results = load_routine(routine).train, []
     When.set("training", 9, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(*datasets, config, global_config)
     (row,) = rows_of(global_config)
-    assert handlers() == before and row["STATUS"] == "interrupted"
+    assert handlers() == [custom] * 3 and row["STATUS"] == "interrupted"
     assert steps_of(global_config, row["NAME"]) == [1, 2, 3, 4]
     When.set()
-    result = train(*datasets, config | {"RESUME": row["NAME"]}, global_config)
-    assert (result.digest, result.metrics) == wanted
-
-
-def broken_loss(pred: Tensor, target: Tensor) -> Tensor:
-    if pred.requires_grad:
-        raise RuntimeError("broken loss")
-    return pred.mean()
-
-
-@EACH_ROUTINE
-def test_the_handlers_of_before_come_back(routine, datasets, config, global_config):
-    def custom(*_: Any) -> None:
-        """A handler of the user's own."""
-
-    train, originals = load_routine(routine).train, handlers()
-    try:
-        for signum in SIGNALS:
-            signal.signal(signum, custom)
-        train(*datasets, config | {"EPOCHS": 1}, global_config)
-        assert handlers() == [custom] * 3
-        with pytest.raises(RuntimeError, match="broken loss"):
-            train(*datasets, config | {"LOSS": broken_loss}, global_config)
-        assert handlers() == [custom] * 3
-    finally:
-        for signum, handler in zip(SIGNALS, originals, strict=True):
-            signal.signal(signum, handler)
-
-
-@EACH_ROUTINE
-def test_a_thread_can_train(routine, datasets, config, global_config, expected, tmp_path):
-    wanted = uninterrupted(routine, expected, datasets, config, tmp_path)
-    train, before, results = load_routine(routine).train, handlers(), []
-    thread = threading.Thread(target=lambda: results.append(train(*datasets, config, global_config)))
+    arguments = (*datasets, config | {"RESUME": row["NAME"]}, global_config)
+    thread = threading.Thread(target=lambda: results.append(train(*arguments)))
     thread.start()
     thread.join()
-    assert [result.digest for result in results] == [wanted[0]] and handlers() == before
+    assert [(result.digest, result.metrics) for result in results] == [wanted]
 
 
 # ----------------------------------------------------------------------------------- as train.py is started
 
 
-def nothing() -> None:
-    """Patch nothing."""
-
-
-def start(folder: Path, *arguments: str, patch: Callable[[], Any] = nothing) -> Child:
-    """Run train.py in a process forked from this one: with its frameworks imported, it starts in no time."""
+def start(
+    folder: Path, *arguments: str, patch: Callable[[], Any] = lambda: None, script: str = "train"
+) -> Child:
+    """Run a script in a process forked from this one: with its frameworks imported, it starts in no time."""
 
     def work() -> int:
         for signum in SIGNALS:
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
         config_module.global_config |= global_config_of(folder / "project")
         patch()
-        sys.argv = ["train.py", *arguments]
-        return exit_code(importlib.import_module("train").main)
+        sys.argv = [f"{script}.py", *arguments]
+        return exit_code(importlib.import_module(script).main)
 
     return Child(work, folder / f"log-{time.monotonic_ns()}")
 
@@ -338,35 +278,48 @@ def folders(tmp_path) -> dict[str, str]:
     return global_config_of(tmp_path / "project")
 
 
+@pytest.fixture(scope="module")
+def expected() -> list[str]:
+    """The digest that train.py ends with when nobody ends it, in every routine."""
+    return []
+
+
 @pytest.fixture
-def assert_resumes(expected, arguments, folders, tmp_path) -> Callable[[str], None]:
+def assert_resumes(expected, arguments, folders, tmp_path) -> Callable[[], None]:
     """Resume with train.py, and compare with what it ends with when nobody ends it."""
 
-    def resume(routine: str) -> None:
-        key, folder = ("script", routine), tmp_path / "uninterrupted"
-        if key not in expected:
+    def resume() -> None:
+        if not expected:
+            folder = tmp_path / "uninterrupted"
             folder.mkdir()
-            assert_ends(start(folder, "--routine", routine, *arguments), 0)
-            expected[key] = rows_of(global_config_of(folder / "project"))[0]["WEIGHTS_DIGEST"]
+            assert_ends(start(folder, "--routine", FIRST, *arguments), 0)
+            expected.append(rows_of(global_config_of(folder / "project"))[0]["WEIGHTS_DIGEST"])
         assert_ends(start(tmp_path, "--resume", "latest"), 0)
         (row,) = rows_of(folders)
-        assert (row["STATUS"], row["WEIGHTS_DIGEST"]) == ("finished", expected[key])
+        assert (row["STATUS"], row["WEIGHTS_DIGEST"]) == ("finished", expected[0])
         assert steps_of(folders, row["NAME"]) == list(range(1, 7))
 
     return resume
 
 
-ROUTINES_AND_SIGNALS = pytest.mark.parametrize(
-    ("routine", "name"), cases(NAMES, default=lambda routine, name: routine == FIRST or name == "SIGTERM")
-)
+def in_each(default: Callable[[str, str], bool]) -> Any:
+    """Each routine and signal; what is not default is slow."""
+    return pytest.mark.parametrize(
+        ("routine", "name"),
+        [
+            pytest.param(routine, name, marks=() if default(routine, name) else pytest.mark.slow)
+            for routine, name in itertools.product(ROUTINES, NAMES)
+        ],
+    )
 
 
-@ROUTINES_AND_SIGNALS
+# Lightning has handlers of its own.
+@in_each(default=lambda routine, name: routine in (FIRST, "lightning") and name == "SIGTERM")
 def test_a_signal_ends_the_command_after_its_step(
     routine, name, arguments, folders, assert_resumes, tmp_path
 ):
     load_routine(routine)
-    met, workers = tmp_path / "met", "DATA_LOADER_CONFIG.num_workers=2"  # which the signal must spare
+    met, workers = tmp_path / "met", WORKERS + "2"  # which the signal must spare
     child = start(tmp_path, "--routine", routine, *arguments, workers, patch=at_forward(7, meet(met)))
     wait_until(met.exists)
     assert len(processes_of({child.pid})) >= 3
@@ -375,21 +328,17 @@ def test_a_signal_ends_the_command_after_its_step(
     run = assert_saved(folders, 4)
     assert said.count(f"{name}: saving what is done") == 1
     assert f"Ended by a signal after step 4. Resume it with: python train.py --resume {run}" in said
-    assert_resumes(routine)
+    assert_resumes()
 
 
-@pytest.mark.parametrize(
-    ("routine", "name"), cases(NAMES, default=lambda routine, name: routine == FIRST and name != "SIGUSR1")
-)
+@in_each(default=lambda routine, name: routine == FIRST and name == "SIGTERM")
 def test_a_second_signal_ends_the_command_at_once(
     routine, name, arguments, folders, assert_resumes, tmp_path
 ):
     load_routine(routine)
     met, second = tmp_path / "met", signal.Signals[name]
-    action = at_forward(9, meet(met, lambda: False))
-    child = start(
-        tmp_path, "--routine", routine, *arguments, "DATA_LOADER_CONFIG.num_workers=1", patch=action
-    )
+    patch = at_forward(9, meet(met, lambda: False))
+    child = start(tmp_path, "--routine", routine, *arguments, WORKERS + "1", patch=patch)
     wait_until(met.exists)
     os.kill(child.pid, second)
     wait_until(lambda: "A second signal ends it at once" in child.said())
@@ -399,34 +348,10 @@ def test_a_second_signal_ends_the_command_at_once(
     if name == "SIGINT":
         assert row["STATUS"] == "interrupted" and f"python train.py --resume {row['NAME']}" in said
     else:
-        assert_resumes(routine)
+        assert_resumes()
 
 
-def test_what_torchrun_passes_on_again_is_the_same_signal(monkeypatch, arguments, folders, tmp_path):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    met, first, second = (tmp_path / name for name in ("met", "first", "second"))
-
-    def wait() -> None:
-        meet(met)()
-        meet(first, second.exists)()
-
-    child = start(tmp_path, *arguments, patch=at_forward(7, wait))
-    wait_until(met.exists)
-    os.kill(child.pid, signal.SIGINT)
-    wait_until(first.exists)
-    os.kill(child.pid, signal.SIGINT)
-    os.kill(child.pid, signal.SIGTERM)
-    second.touch()
-    assert_ends(child, EXIT_CODE)
-    assert_saved(folders, 4)
-
-
-@pytest.mark.parametrize(
-    "name", [NAMES[0], *(pytest.param(one, marks=pytest.mark.slow) for one in NAMES[1:])]
-)
-def test_a_signal_spares_data_loading_processes_that_only_start(
-    name, arguments, folders, assert_resumes, tmp_path
-):
+def test_a_signal_spares_data_loading_processes_that_only_start(arguments, folders, assert_resumes, tmp_path):
     starting, go_on = tmp_path / "starting", tmp_path / "go_on"
 
     def patch() -> None:
@@ -440,14 +365,14 @@ def test_a_signal_spares_data_loading_processes_that_only_start(
 
         worker._generate_state = wait
 
-    child = start(tmp_path, "--routine", FIRST, *arguments, "DATA_LOADER_CONFIG.num_workers=2", patch=patch)
+    child = start(tmp_path, "--routine", FIRST, *arguments, WORKERS + "2", patch=patch)
     wait_until(starting.exists)
-    os.killpg(child.pid, signal.Signals[name])
+    os.killpg(child.pid, signal.SIGTERM)
     wait_until(lambda: "A second signal" in child.said())
     go_on.touch()
     assert assert_ends(child, EXIT_CODE).count("A second signal") == 1
     assert_saved(folders, 1)
-    assert_resumes(FIRST)
+    assert_resumes()
 
 
 @pytest.mark.slow
@@ -455,7 +380,7 @@ def test_a_signal_spares_data_loading_processes_that_only_start(
 def test_it_resumes_after_signals_at_any_time(routine, arguments, folders, tmp_path):
     load_routine(routine)
     command = ["--resume", "auto", "--routine", routine, *arguments, "EPOCHS=10"]
-    command.append("DATA_LOADER_CONFIG.num_workers=1")
+    command.append(WORKERS + "1")
     started = time.monotonic()
     assert_ends(start(tmp_path, *command, "SESSION_NAME=whole"), 0)
     duration, chance, codes = time.monotonic() - started, random.Random(routine), list[int]()
@@ -476,31 +401,25 @@ def test_it_resumes_after_signals_at_any_time(routine, arguments, folders, tmp_p
 # ------------------------------------------------------------------------------------ the scripts themselves
 
 
-@contextlib.contextmanager
-def script(project: Path, *command: object) -> Iterator[subprocess.Popen]:
-    environment = os.environ | {"ROOT_PATH": str(project), "OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    words = [sys.executable, *map(str, command)]
-    process = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **pipes)
-    try:
-        yield process
-        assert processes_of({process.pid}) == []
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-@pytest.mark.parametrize("routine", cases(default=lambda routine: routine == ROUTINES[-1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("routine", ROUTINES)
 def test_train_py_ends(routine, arguments, folders, tmp_path):
     load_routine(routine)
-    long = ["--routine", routine, *arguments, "EPOCHS=500", "DATA_LOADER_CONFIG.num_workers=2"]
-    with script(tmp_path / "project", "train.py", *long) as process:
+    environment = os.environ | {"ROOT_PATH": str(tmp_path / "project"), "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, "train.py", "--routine", routine, *arguments, "EPOCHS=500", WORKERS + "2"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    try:
         journals = Path(folders["LOG_DIR"])
         wait_until(
             lambda: any(b'"step"' in file.read_bytes() for file in journals.glob("*/journal.jsonl")), 60
         )
         os.killpg(process.pid, signal.SIGTERM)
         said, _ = process.communicate(timeout=30)
+        assert processes_of({process.pid}) == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 75, said
     assert "DataLoader worker" not in said and "Traceback" not in said
     steps = steps_of(folders, rows_of(folders)[0]["NAME"])
@@ -522,40 +441,32 @@ def many_images(folder: Path, number: int) -> Path:
     return folder
 
 
-def assert_intact(out_dir: Path, numbers: range) -> None:
+def assert_intact(out_dir: Path, number: int) -> None:
     maps = [np.load(file) for file in out_dir.iterdir() if file.suffix == ".npy"]
-    assert len(maps) in numbers and not list(out_dir.glob(".*")) and not list(out_dir.glob("*.tmp"))
+    assert len(maps) == number and not list(out_dir.glob(".*")) and not list(out_dir.glob("*.tmp"))
     assert maps[0].shape == (128, 128) and all(np.array_equal(one, maps[0]) for one in maps)
 
 
-def test_prediction_stops_between_two_images(trained, tmp_path):
-    images, out_dir = many_images(tmp_path / "images", 500), tmp_path / "predicted"
-    command = ["run_prediction.py", trained.name, "-i", images, "-o", out_dir]
-    with script(tmp_path / "project", *command) as process:
-        wait_until(lambda: out_dir.is_dir() and len(list(out_dir.glob("*.npy"))) >= 3, 60)
-        process.terminate()
-        said, _ = process.communicate(timeout=30)
-    assert process.returncode == 75 and "Traceback" not in said, said
-    assert_intact(out_dir, range(3, 500))
-
-
-@pytest.mark.parametrize("signum", SIGNALS)
-def test_prediction_as_a_notebook_calls_it(signum, trained, tiny_config, tmp_path, monkeypatch):
+def test_prediction_ends_between_two_images(trained, tiny_config, tmp_path, monkeypatch):
     original, counter = OutputFile.finish, itertools.count(1)
 
     def finish(*arguments: Any, **options: Any) -> None:
         if next(counter) == 5:
-            os.kill(os.getpid(), signum)
+            os.kill(os.getpid(), signal.SIGTERM)
         original(*arguments, **options)
 
     monkeypatch.setattr(OutputFile, "finish", finish)
+    images, out_dir = many_images(tmp_path / "images", 8), tmp_path / "out"
+    command = [trained.name, "-i", str(images), "-o", str(out_dir)]
+    assert_ends(start(tmp_path, *command, script="run_prediction"), EXIT_CODE)
+    assert_intact(out_dir, 5)
+
     config = {key: tiny_config[key] for key in ("MODEL", "MODEL_CONFIG", "DEVICE")} | {"BATCH_SIZE": 1}
-    config |= {"WEIGHTS": trained.weights["best"], "OUT_DIR": tmp_path / "out"}
-    config |= {"FILES": many_images(tmp_path / "images", 8)}
+    config |= {"WEIGHTS": trained.weights["best"], "OUT_DIR": tmp_path / "notebook", "FILES": images}
     before = handlers()
     with pytest.raises(Preempted, match="was received"):
         predict(config)
     assert handlers() == before
-    assert_intact(tmp_path / "out", range(5, 6))
+    assert_intact(tmp_path / "notebook", 5)
     assert len(predict(config)) == 8
-    assert_intact(tmp_path / "out", range(8, 9))
+    assert_intact(tmp_path / "notebook", 8)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dida_core.errors import UserError
+from dida_core.report.listener import Listener
 from dida_core.runs.lookup import current_row, find_rows
 from dida_core.storage.journal import Event
 from dida_core.storage.table import read_rows, write_rows
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # runs.py does without torch
     from dida_core.training.setup import Setup
 
 
-class CsvTracker:
+class CsvTracker(Listener):
     """Listener that keeps a run's row up to date."""
 
     def __init__(self, seconds: float = 60.0) -> None:
@@ -59,9 +60,7 @@ class CsvTracker:
 
     def _write(self, run: "RunView") -> None:
         self._written = time.monotonic()
-        write_log(
-            _file(run), current_row(run.log_dir)
-        )  # <- more columns here: current_row(...) | {"MINE": ...}
+        write_log(_file(run), current_row(run.log_dir))  # <- your columns: current_row(...) | {"MINE": ...}
 
 
 def _file(run: "RunView") -> Path:

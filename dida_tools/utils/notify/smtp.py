@@ -153,9 +153,8 @@ class SMTPNotifier:
                 connection.putcmd("QUIT")  # without waiting for the reply: all is done
 
     def _complain(self, subject: str, reason: object) -> None:
-        _log.warning(
-            'Cannot send e-mail "%s": %s', *(_one_line(self._clean(part)) for part in (subject, reason))
-        )
+        subject, text = (_one_line(self._clean(part)) for part in (subject, reason))
+        _log.warning('Cannot send e-mail "%s": %s', subject, text)
 
     def _clean(self, text: object) -> str:
         """Return a text without the password, and without what no mail can hold."""

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 import string
 import subprocess
 import sys
@@ -21,18 +20,15 @@ from hypothesis import strategies as st
 from dida_tools.utils.logging import read_frame
 from dida_tools.utils.logging.csv import read_log, write_log
 
-from tests.helpers import PACKAGE, ROOT, killed_writers
+from tests.helpers import ROOT
 
 # fmt: off
-FORMULAS = ["=1+1", "=cmd|' /C calc'!A0", "+49 30 1234", "-2+3", "@SUM(A1)", "\t=1+1", "\r=1+1"]
-FORMULAS += ["=", "-", "+", "@"]
-DECEPTIVE = ["1", "-1", "1.0", "1e5", "nan", "NaN", "inf", "-inf", "Infinity", "True", "False", "007"]
+FORMULAS = ["=1+1", "=cmd|' /C calc'!A0", "+49 30 1234", "-2+3", "@SUM(A1)", "\t=1+1", "\r=1+1", "=", "-"]
+DECEPTIVE = ["+", "1", "-1", "1.0", "1e5", "nan", "NaN", "inf", "-inf", "Infinity", "True", "False", "007"]
 DECEPTIVE += ["\uff11\uff12", "٣"]
-AWKWARD = ["", " ", " 1", "1 ", "'", "''", "'=1", "None", ";x", ";=1", "a,b", '"', '""', 'a"b', "\n"]
-AWKWARD += ["\r", "\r\n", ","]
+AWKWARD = ["", " ", " 1", "1 ", "'", "'=1", "None", ";x", ";=1", "a,b", '"', '""', 'a"b', "\n", "\r", ","]
 UNUSUAL = ["a\rb", "a\r", "\ra", "a\nb\r\nc", "ä", "日本語", "🙂", "\x1f", "\x85", "\u2028", "\ufeff"]
-UNUSUAL += ["e\u0301"]
-STRINGS = [*FORMULAS, *DECEPTIVE, *AWKWARD, *UNUSUAL, "1_000", "\x0b\x0c"]
+STRINGS = [*FORMULAS, *DECEPTIVE, *AWKWARD, *UNUSUAL, "''", "@", "\r\n", "e\u0301", "1_000", "\x0b\x0c"]
 NUMBERS: list[Any] = [0, 1, -1, 10**30, -(10**400), 0.1 + 0.2, -0.0, 0.0, 5e-324, -1.5, 1e308]
 NUMBERS += [1 / 3, 1.0, 1e16, 123456789.125, math.nan, math.inf, -math.inf, True, False]
 # fmt: on
@@ -43,7 +39,6 @@ samples = st.sampled_from(STRINGS) | st.sampled_from(NUMBERS)
 values = st.none() | st.booleans() | st.integers() | st.floats() | text | plain | samples
 keys = st.text(string.ascii_letters + string.digits + '._ ,"\n\r=ü', min_size=1, max_size=6)
 rows = st.dictionaries(keys.filter(lambda key: key != "NAME"), values, min_size=1, max_size=4)
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def cells(path: Path) -> list[list[str]]:
@@ -56,89 +51,86 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "log.csv"
 
 
-@settings(unhurried, max_examples=100)
-@given(rows=st.lists(rows, min_size=1, max_size=3), named=st.booleans())
-def test_rows_are_read_back_exactly(tmp_path_factory: Any, rows: list[dict], named: bool) -> None:
-    path = tmp_path_factory.mktemp("log") / "experiments.csv"
-    rows = [{"NAME": f"run {i}"} | row for i, row in enumerate(rows)] if named else rows
-    for row in rows:
-        write_log(path, row)
-    columns = dict.fromkeys(key for row in rows for key in row)
-    assert repr(read_log(path)) == repr([{key: row.get(key) for key in columns} for row in rows])
-
-
-@settings(unhurried, max_examples=50)
-@given(before=st.lists(rows, min_size=1, max_size=4), after=rows)
-def test_rewriting_one_row_leaves_the_others(tmp_path_factory: Any, before: list[dict], after: dict) -> None:
-    path = tmp_path_factory.mktemp("log") / "experiments.csv"
-    before = [{"NAME": f"run {i}"} | row for i, row in enumerate(before)]
+def check_round_trip(folder: Path, before: list[dict], after: dict, named: bool) -> None:
+    path = folder / "experiments.csv"
+    before = [{"NAME": f"run {i}"} | row for i, row in enumerate(before)] if named else before
     write_rows(path, before)
-    write_log(path, {"NAME": "run 0"} | after)
-    expected = [before[0] | after, *before[1:]]
+    write_log(path, {"NAME": "run 0"} | after if named else after)
+    expected = [before[0] | after, *before[1:]] if named else [*before, after]
     columns = dict.fromkeys(key for row in [*before, after] for key in row)
     assert repr(read_log(path)) == repr([{key: row.get(key) for key in columns} for row in expected])
 
 
-@pytest.mark.parametrize("value", [*STRINGS, *NUMBERS, None], ids=repr)
-def test_values_are_read_back_and_marked_only_where_needed(log: Path, value: Any) -> None:
-    for content in ({"value": value}, {"value": value, "more": 1}):
-        write_log(log, content)
-    assert [repr(row["value"]) for row in read_log(log)] == [repr(value)] * 2
-    is_marked = value in FORMULAS + DECEPTIVE or str(value)[:1] in ("", "'", "\r")
-    expected = ("'" * is_marked + value) if isinstance(value, str) else "" if value is None else repr(value)
-    assert cells(log)[-1][0] == expected
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(before=st.lists(rows, min_size=1, max_size=3), after=rows, named=st.booleans())
+def test_rows_are_read_back_exactly(tmp_path_factory, before, after, named):
+    check_round_trip(tmp_path_factory.mktemp("log"), before, after, named)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
+@given(before=st.lists(rows, min_size=1, max_size=4), after=rows, named=st.booleans())
+def test_many_rows_are_read_back_exactly(tmp_path_factory, before, after, named):
+    check_round_trip(tmp_path_factory.mktemp("log"), before, after, named)
+
+
+def test_values_are_read_back_and_marked_only_where_needed(log: Path) -> None:
+    found = [*STRINGS, *NUMBERS, None]
+    for content in ({}, {"more": 1}):
+        write_rows(log, [{"value": value} | content for value in found])
+    assert [repr(row["value"]) for row in read_log(log)] == [repr(value) for value in found] * 2
+    for value, (cell, *_) in zip(found, cells(log)[1:], strict=False):
+        is_marked = value in [*FORMULAS, *DECEPTIVE, "@"] or str(value)[:1] in ("", "'", "\r")
+        text = ("'" * is_marked + value) if isinstance(value, str) else "" if value is None else repr(value)
+        assert cell == text
 
 
 class Level(IntEnum):
     LOW = 3
 
 
-@pytest.mark.parametrize(
-    "value, cell",
-    [
-        (np.float64(0.1), "0.1"), (np.float64("nan"), "nan"), (Level.LOW, "3"), (np.str_("=x"), "'=x"),
-        ("a\0b", "ab"), ("\0", "'"), ("\0=1", "'=1"), ("x\ud800\udc80", "x\\ud800\\udc80"),
-        *((text, text) for text in ("text", "a=b", "1-2", "a@b", "x'", "2024-01-01", " =1", "1_000")),
-    ],
-)  # fmt: skip
-def test_cells_by_example(log: Path, value: Any, cell: str) -> None:
-    write_log(log, {"NAME": "a", "value": value})
-    assert cells(log)[-1][1] == cell
-
-
-@pytest.mark.parametrize("value", [[1], {"a": 1}, (1,), b"x", 1j, object(), Path("x")])
-def test_other_types_are_refused_and_nothing_changes(log: Path, value: Any) -> None:
-    write_log(log, {"NAME": "a"})
+def test_cells_by_example(log: Path) -> None:
+    examples = {
+        np.float64(0.1): "0.1",
+        Level.LOW: "3",
+        np.str_("=x"): "'=x",
+        "a\0b": "ab",
+        "\0": "'",
+        "\0=1": "'=1",
+    }
+    examples |= {np.float64("nan"): "nan", "x\ud800\udc80": "x\\ud800\\udc80"}
+    examples |= {same: same for same in ("text", "a=b", "1-2", "a@b", "x'", "2024-01-01", " =1", "1_000")}
+    write_rows(log, [{"NAME": f"run {i}", "value": value} for i, value in enumerate(examples)])
+    assert [line[1] for line in cells(log)[1:]] == list(examples.values())
     before = log.read_bytes()
-    with pytest.raises(TypeError, match="a cell holds"):
-        write_log(log, {"NAME": "b", "value": value})
+    for value in ([1], {"a": 1}, (1,), b"x", 1j, object(), Path("x")):
+        with pytest.raises(TypeError, match="a cell holds"):
+            write_log(log, {"NAME": "b", "value": value})
     assert log.read_bytes() == before
 
 
 def test_a_cell_may_be_long(log: Path) -> None:
     long = "file, " * 50_000
     write_log(log, {"NAME": "a", "FILES": long})
-    write_log(log, {"NAME": "b"})
-    assert [row["FILES"] for row in read_log(log)] == [long, None]
+    for value in (1, 2):
+        write_log(log, {"NAME": "a", "x": value})
+    assert read_log(log) == [{"NAME": "a", "FILES": long, "x": 2}]
     assert csv.field_size_limit() == 131072
-
-
-def test_the_file_is_plain_csv(log: Path) -> None:
-    write_log(log, {"NAME": "a", "f1": 0.5, "note": 'one, "two"\nthree'})
-    write_log(log, {"NAME": "b", "f1": None})
-    assert log.read_bytes() == b'NAME,f1,note\na,0.5,"one, ""two""\nthree"\nb,,\n'
 
 
 def test_new_keys_add_columns_and_a_row_is_updated_by_name(log: Path) -> None:
     assert read_log(log) == []
     log.touch()
     assert read_log(log) == []
-    for row in ({"NAME": "a", "x": 1}, {"NAME": "b", "y": 2}, {"y": 3, "x": 4, "NAME": "c"}):
+    for row in ({"NAME": "a", "x": 0.5}, {"NAME": "b", "y": 2}, {"y": 3, "x": 'one, "two"\n', "NAME": "c"}):
         write_log(log, row)
-    assert cells(log) == [["NAME", "x", "y"], ["a", "1", ""], ["b", "", "2"], ["c", "4", "3"]]
+    assert log.read_bytes() == b'NAME,x,y\na,0.5,\nb,,2\nc,"one, ""two""\n",3\n'  # plain CSV
     write_log(log, content := {"NAME": "b", "y": None, "z": "=1"})
     assert cells(log)[2] == ["b", "", "", "'=1"] and len(cells(log)) == 4
     assert content == {"NAME": "b", "y": None, "z": "=1"}
+    for row in ({"x": 1}, {"NAME": None, "x": 1}) * 2:  # without a name they are only added
+        write_log(log, row)
+    assert [row["x"] for row in read_log(log)][3:] == [1] * 4
 
 
 @pytest.mark.parametrize("name", ["=1+1", "-x", "1", "True", "a,b\n", "ü", 'a"b'])
@@ -152,13 +144,6 @@ def test_awkward_names_are_found_again(log: Path, name: str, first: str) -> None
     assert read_log(log) == []
 
 
-@pytest.mark.parametrize("row", [{"x": 1}, {"NAME": None, "x": 1}])
-def test_rows_without_a_name_are_only_added(log: Path, row: dict[str, Any]) -> None:
-    for _ in range(3):
-        write_log(log, row)
-    assert [row["x"] for row in read_log(log)] == [1, 1, 1]
-
-
 def test_many_rows_are_written_at_once_and_nothing_where_nothing_changes(tmp_path: Path) -> None:
     log = tmp_path / "a" / "b" / "log.csv"
     write_rows(str(log), [{"NAME": "a", "x": 1}, {"NAME": "b", "y": "one, two"}, {"NAME": "a", "x": 2}])
@@ -166,6 +151,8 @@ def test_many_rows_are_written_at_once_and_nothing_where_nothing_changes(tmp_pat
     before = log.stat().st_ino
     write_rows(log, read_log(log))
     assert log.stat().st_ino == before
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    assert isinstance(read_frame(log), pandas.DataFrame) and list(read_frame(log)["NAME"]) == ["a", "b"]
 
 
 def test_a_rebuilt_file_keeps_what_was_added_by_name(log: Path) -> None:
@@ -180,20 +167,13 @@ def test_a_rebuilt_file_keeps_what_was_added_by_name(log: Path) -> None:
     assert log.with_name("log.csv.old").read_bytes() == before
 
 
-def test_a_frame_has_the_same_values(log: Path) -> None:
-    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
-    write_rows(log, [{"NAME": "a", "x": 0.1, "text": "=1"}, {"NAME": "b", "y": True}])
-    frame = read_frame(log)
-    assert isinstance(frame, pandas.DataFrame)
-    assert frame["x"][0] == 0.1 and frame["text"][0] == "=1" and list(frame["NAME"]) == ["a", "b"]
-
-
 @pytest.mark.parametrize(
     "content, expected",
     [
         (b"NAME,mine,x\nb,remark,1\na,,2\n", [["NAME", "mine", "x"], ["b", "remark", "1"], ["a", "", "9"]]),
         (b"\xef\xbb\xbfNAME,x\r\na,1\r\n", [["NAME", "x"], ["a", "9"]]),  # as spreadsheets mark the encoding
         (b"NAME;x;mine\r\nb;1;r,s\r\na;2;\r\n", [["NAME", "x", "mine"], ["b", "1", "r,s"], ["a", "9", ""]]),
+        (b"NAME;x\nb;1,5\na;2,5\n", [["NAME", "x"], ["b", "1,5"], ["a", "9"]]),  # decimal commas
         (b"x,NAME,x\n1,a,2\n", [["x", "NAME", "column 3"], ["9", "a", "2"]]),
         (b"NAME,x,,\na,1,2,3\n", [["NAME", "x", "column 3", "column 4"], ["a", "9", "2", "3"]]),
         (b"NAME,x\na,1,2\n", [["NAME", "x", "column 3"], ["a", "9", "2"]]),
@@ -219,53 +199,32 @@ def test_bytes_in_another_encoding_survive(log: Path) -> None:
     assert log.read_bytes() == "NAME,Größe\na,größer\nb,\n".encode("cp1252")
 
 
-WRITER = f"""
-import sys, time
-from {PACKAGE}.utils.logging.csv import write_log
-path, writer = sys.argv[1:]
-for number in range(40 if writer[0] == "w" else 10_000):
-    name, column = f"{{writer}}-{{number}}", f"{{writer}}.{{number // 4}}"
-    write_log(path, {{"NAME": name, "text": "x, \\r" * 20, column: number / 3}})
-    print(name, flush=True)
-    time.sleep(0.002)  # a lock is unfair
+WRITER = """
+import sys
+from dida_core.storage.table import write_rows
+for number in range(40):
+    row = {"NAME": f"{sys.argv[2]}-{number}", "text": "x, \\r" * 20, f"c{number // 4}": number}
+    write_rows(sys.argv[1], [row])
 """
 
 
-@pytest.mark.parametrize("num_writers", [4, pytest.param(8, marks=pytest.mark.slow)])
-def test_several_processes_lose_no_row(log: Path, num_writers: int) -> None:
-    commands = [[sys.executable, "-c", WRITER, str(log), f"w{number}"] for number in range(num_writers)]
-    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for command in commands]
-    for writer in writers:
-        assert len(writer.communicate(timeout=120)[0].split()) == 40 and writer.returncode == 0
-    rows = {row["NAME"]: row for row in read_log(log)}
-    assert len(rows) == len(read_log(log)) == 40 * num_writers
-    for name, row in rows.items():
-        writer_name, _, number = name.partition("-")
-        assert row[f"{writer_name}.{int(number) // 4}"] == int(number) / 3
+@pytest.mark.slow  # of killed ones, and of two at once, see tests_core/storage/test_kills.py
+def test_several_processes_lose_no_row(log: Path) -> None:
+    commands = [[sys.executable, "-c", WRITER, str(log), str(number)] for number in range(8)]
+    writers = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+    assert [writer.wait(120) for writer in writers] == [0] * 8
+    found = {row["NAME"]: row for row in read_log(log)}
+    assert len(found) == len(read_log(log)) == 40 * 8
+    assert all(found[f"{i}-{number}"][f"c{number // 4}"] == number for i in range(8) for number in range(40))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-@pytest.mark.parametrize("num_kills", [6, pytest.param(60, marks=pytest.mark.slow)])
-def test_killed_writers_lose_no_acknowledged_row(log: Path, num_kills: int) -> None:
-    acknowledged: list[str] = []
-    for lines in killed_writers(WRITER, log, num_kills, at_once=2):
-        acknowledged += lines
-        names = [row["NAME"] for row in read_log(log)]
-        assert len(names) == len(set(names)) and set(acknowledged) <= set(names)
-    assert len(acknowledged) >= 2 * num_kills
-    write_log(log, {"NAME": "at last"})
-    assert len(read_log(log)) >= len(acknowledged) + 1
-
-
-def test_a_writer_that_hangs_is_named(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log.csv"
     monkeypatch.setattr(table, "LOCK_SECONDS", 0.1)
     named = pytest.raises(TimeoutError, match=r"log\.csv: another process has held it")
     with FileLock(log.with_name(".log.csv.lock")), named:
         write_log(log, {"NAME": "a"})
     assert not log.exists()
-
-
-def test_an_unwritable_folder_is_an_os_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "log.csv", tmp_path / "file" / "deeper" / "log.csv"):
         with pytest.raises(OSError):

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator
 from email.message import EmailMessage
 from typing import Any
 
@@ -27,22 +26,20 @@ from PIL import Image
 from dida_tools.utils.notify import NotificationError, SMTPNotifier
 from dida_tools.utils.notify import smtp as module
 
-from tests.helpers import PACKAGE, ROOT, Child, wait_until
+from tests.helpers import PACKAGE, ROOT, Child
 
 USER, PASSWORD = "me@example.org", "abcd-'&-efgh ijkl"
 RECEIVER = "you@example.org"
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH")
 
 
-class Authority:
-    """A certificate authority, with a server certificate for localhost."""
-
-    def __init__(self) -> None:
-        authority = trustme.CA()
-        self.server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        authority.issue_cert("localhost").configure_cert(self.server)
-        self.client = ssl.create_default_context()
-        authority.configure_trust(self.client)
+def make_authority() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A new certificate authority: contexts of a server for localhost, and of clients that trust it."""
+    authority, client = trustme.CA(), ssl.create_default_context()
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(server)
+    authority.configure_trust(client)
+    return server, client
 
 
 class Server:
@@ -96,19 +93,19 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def authority() -> Authority:
-    return Authority()
+def contexts():
+    return make_authority()
 
 
 @pytest.fixture
-def point_to(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def point_to(monkeypatch):
     """Names a server in the environment."""
 
     def point(port: int, security: str = "starttls", host: str = "localhost") -> None:
-        settings = {"HOST": host, "PORT": str(port), "SECURITY": security}
         is_open = security == "none"
-        settings |= {"SENDER": USER, "USER": "", "PASSWORD": ""} if is_open else {"USER": USER, "SENDER": ""}
-        for name, value in ({"PASSWORD": PASSWORD} | settings).items():
+        settings = {"HOST": host, "PORT": str(port), "SECURITY": security, "SENDER": USER * is_open}
+        settings |= {"USER": USER * (not is_open), "PASSWORD": PASSWORD * (not is_open)}
+        for name, value in settings.items():
             monkeypatch.setenv(f"SMTP_{name}", value)
 
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
@@ -116,11 +113,12 @@ def point_to(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def serve(authority: Authority, point_to: Callable[..., None]) -> Iterator[Callable[..., Server]]:
+def serve(contexts, point_to):
+    """Starts a server."""
     with contextlib.ExitStack() as stack:
 
         def start(security: str = "starttls", *replies: str, context: Any = None, **about: str) -> Server:
-            server = Server(context or authority.server, security, list(replies))
+            server = Server(context or contexts[0], security, list(replies))
             stack.callback(server.stop)
             point_to(server.port, security, **about)
             return server
@@ -129,18 +127,18 @@ def serve(authority: Authority, point_to: Callable[..., None]) -> Iterator[Calla
 
 
 @pytest.fixture
-def talk(point_to: Callable[..., None]) -> Iterator[Callable[..., list[bytes]]]:
-    """A bare server that answers each line by its first letters, or never in full; the lines that it gets."""
+def talk(contexts, point_to):
+    """A crude server that answers lines by their first letters, or never in full; the lines that it gets."""
     with contextlib.ExitStack() as stack:
 
-        def start(security: str, answers: dict | bytes, context: Any = None) -> list[bytes]:
+        def start(security: str, answers: dict | bytes, encrypted: bool = False) -> list[bytes]:
             lines: list[bytes] = []
 
             class Handler(socketserver.BaseRequestHandler):
                 def handle(self) -> None:
-                    connection = (
-                        context.wrap_socket(self.request, server_side=True) if context else self.request
-                    )
+                    connection = self.request
+                    if encrypted:
+                        connection = contexts[0].wrap_socket(connection, server_side=True)
                     with contextlib.suppress(OSError):
                         while not isinstance(answers, dict):
                             connection.sendall(answers)
@@ -162,13 +160,11 @@ def talk(point_to: Callable[..., None]) -> Iterator[Callable[..., list[bytes]]]:
 
 
 @pytest.fixture
-def send(authority: Authority, caplog: pytest.LogCaptureFixture) -> Callable[..., list[str]]:
+def send(contexts, caplog):
     """Sends mails, each given as the arguments of notify; what is logged."""
 
     def act(*mails: tuple, receivers: Any = RECEIVER, wait: float = 20.0, **options: Any) -> list[str]:
-        notifier = SMTPNotifier(
-            receivers, **({"ssl_context": authority.client, "timeout_seconds": 5.0} | options)
-        )
+        notifier = SMTPNotifier(receivers, **({"ssl_context": contexts[1], "timeout_seconds": 5.0} | options))
         for mail in mails or [("text", "run 7")]:
             notifier.notify(*mail)
         notifier.close(wait)
@@ -201,9 +197,7 @@ def test_a_mail_arrives_intact(serve, send, security):
     assert send(mail, receivers=receivers, cc=["c@example.org"]) == []
     [mail] = server.mails
     assert mail["Subject"] == "run 7 is finished" and mail["Date"].datetime is not None
-    assert (mail["From"], mail["Cc"]) == (USER, "c@example.org") and mail["To"].startswith(
-        "a@example.org, b@"
-    )
+    assert (mail["From"], mail["Cc"], mail["To"][:17]) == (USER, "c@example.org", "a@example.org, b@")
     assert mail["Message-ID"].endswith("@example.org>")
     assert [set(one) for one in server.receivers] == [{"a@example.org", "b@example.org", "c@example.org"}]
     assert server.logins == ([] if security == "none" else [(USER, PASSWORD)])
@@ -220,18 +214,7 @@ SUBJECTS = {
     "\ud800 Straße 日本語 🙂": "? Straße 日本語 🙂",
     "日" * 5000: "日" * 200,
 }
-TEXTS = [
-    "",
-    ".",
-    "..\n.\n",
-    "x" * 5000,
-    "ä" * 5000,
-    "1 %\r2 %",
-    "\x1b[31mred",
-    "\0\ud800",
-    "From me",
-    "a" * 10**6,
-]
+TEXTS = ["", ".", "..\n.\n", "x" * 5000, "ä" * 5000, "1 %\r2 %", "\x1b[31mred", "\0\ud800", "a" * 10**6]
 
 
 def test_no_subject_and_no_text_breaks_a_mail_or_adds_headers(serve, send):
@@ -241,15 +224,14 @@ def test_no_subject_and_no_text_breaks_a_mail_or_adds_headers(serve, send):
     expected = [text.replace("\r", "\n").replace("\0\ud800", "??")[:100_000] for text in TEXTS]
     found = [content(mail).rstrip("\n") for mail in server.mails[len(SUBJECTS) :]]
     assert found == [text.rstrip("\n") for text in expected]
-    assert not any("Bcc" in mail for mail in server.mails) and set(map(tuple, server.receivers)) == {
-        (RECEIVER,)
-    }
+    assert not any("Bcc" in mail for mail in server.mails)
+    assert set(map(tuple, server.receivers)) == {(RECEIVER,)}
 
 
 # -------------------------------------------------------------------------------------- secrets and TLS
 
 
-def test_the_password_is_neither_sent_nor_logged(serve, talk, send, authority):
+def test_the_password_is_neither_sent_nor_logged(serve, talk, send):
     server = serve("starttls", "250 OK", f"554 {PASSWORD}")
     [line] = send((f"{PASSWORD} is wrong", f"run of {PASSWORD}"), ("text", f"run of {PASSWORD}"))
     [mail] = server.mails
@@ -257,16 +239,19 @@ def test_the_password_is_neither_sent_nor_logged(serve, talk, send, authority):
     assert line.startswith('Cannot send e-mail "run of ***": (554') and line.endswith('"***")')
     # A server may repeat the login in its reply; a wrong password is not tried again.
     replies = {b"ehlo": b"250-hi\r\n250 AUTH PLAIN\r\n", b"AUTH": b"535 5.7.8 % no\r\n"}
-    lines = talk("tls", replies, authority.server)
+    lines = talk("tls", replies, encrypted=True)
     reply = send()[-1]
     assert "535" in reply and "AUTH PLAIN ***" in reply
     assert sum(line.startswith(b"AUTH") for line in lines) == 1
 
 
-@pytest.mark.parametrize("security", ["starttls", "tls"])
-@pytest.mark.parametrize("problem", ["unknown authority", "system authorities", "other host"])
+@pytest.mark.parametrize(
+    ("security", "problem"),
+    [("starttls", "unknown authority"), ("tls", "unknown authority"), ("starttls", "system authorities"),
+     ("tls", "other host"), ("starttls", "other host")],
+)  # fmt: skip
 def test_a_wrong_certificate_is_refused_before_the_login(serve, send, security, problem):
-    context = Authority().server if problem == "unknown authority" else None
+    context = make_authority()[0] if problem == "unknown authority" else None
     server = serve(security, context=context, **({"host": "127.0.0.1"} if problem == "other host" else {}))
     [line] = send(**({"ssl_context": None} if problem == "system authorities" else {}))
     assert server.logins == server.mails == []
@@ -274,42 +259,30 @@ def test_a_wrong_certificate_is_refused_before_the_login(serve, send, security, 
 
 
 FEATURES = b"250-hi\r\n250-STARTTLS\r\n250 AUTH PLAIN LOGIN\r\n"
-INJECTED = b"220 go\r\n250-hi\r\n250 AUTH PLAIN\r\n235 welcome\r\n"
+REPLIES = [b"502 no\r\n", b"454 not now\r\n", b"250 as you like\r\n"]
+REPLIES += [b"220 go\r\n250-hi\r\n250 AUTH PLAIN\r\n235 welcome\r\n"]  # injected
 
 
-@pytest.mark.parametrize(
-    ("features", "starttls"),
-    [
-        (FEATURES.replace(b"250-STARTTLS\r\n", b""), b"502 no\r\n"),
-        *(
-            (FEATURES, reply)
-            for reply in (b"502 no\r\n", b"454 not now\r\n", b"250 as you like\r\n", INJECTED)
-        ),
-    ],
-)
-def test_without_starttls_no_password_is_sent(talk, send, features, starttls):
-    lines = talk("starttls", {b"ehlo": features, b"STAR": starttls})
-    assert len(send(timeout_seconds=0.5)) == 1
-    received = b"".join(lines)
-    assert not any(word in received for word in (b"AUTH", b"MAIL", b64encode(PASSWORD.encode())))
+def test_without_starttls_no_password_is_sent(talk, send):
+    cases = [(FEATURES.replace(b"250-STARTTLS\r\n", b""), REPLIES[0]), *((FEATURES, one) for one in REPLIES)]
+    for number, (features, starttls) in enumerate(cases, start=1):
+        lines = talk("starttls", {b"ehlo": features, b"STAR": starttls})
+        assert len(send(timeout_seconds=0.5)) == number
+        received = b"".join(lines)
+        assert not any(word in received for word in (b"AUTH", b"MAIL", b64encode(PASSWORD.encode())))
 
 
 # ---------------------------------------------------------------------------------------------- delivery
 
 
 @pytest.mark.parametrize(
-    ("replies", "num_tries", "told"),
-    [
-        (["451 later"], 2, None),
-        (["disconnect"], 2, None),
-        (["451 later", "452 full"], 2, "452"),
-        (["disconnect", "421 closing"], 2, "421"),
-    ],
+    ("replies", "told"),
+    [(["451 later"], None), (["451 later", "452 full"], "452"), (["disconnect", "421 closing"], "421")],
 )
-def test_each_mail_is_tried_twice(serve, send, replies, num_tries, told):
+def test_each_mail_is_tried_twice(serve, send, replies, told):
     server = serve("starttls", *replies)
     lines = send(("lost", "run 7"), ("arrives", "run 8"))
-    assert server.num_tries == num_tries + 1
+    assert server.num_tries == 3
     assert [mail["Subject"] for mail in server.mails] == (["run 8"] if told else ["run 7", "run 8"])
     assert len(lines) == bool(told) and (not told or ("run 7" in lines[0] and told in lines[0]))
 
@@ -321,8 +294,7 @@ def test_refused_receivers_are_reported(serve, send):
     assert 'Cannot send e-mail "run 7"' in line and "nobody@example.org" in line and "no such user" in line
 
 
-@pytest.mark.parametrize("answer", [b"", b"2"], ids=["black hole", "a byte at a time"])
-@pytest.mark.parametrize("security", ["starttls", "tls"])
+@pytest.mark.parametrize("answer, security", [(b"", "tls"), (b"2", "starttls")], ids=["silent", "slow"])
 def test_a_server_that_does_not_answer_holds_nobody_up(talk, send, answer, security):
     talk(security, answer)
     start = time.monotonic()
@@ -332,10 +304,10 @@ def test_a_server_that_does_not_answer_holds_nobody_up(talk, send, answer, secur
     assert "does not answer within 0.3 s" in lines[-1]
 
 
-def test_what_cannot_be_sent_is_logged_and_nothing_is_raised(point_to, authority, caplog):
+def test_what_cannot_be_sent_is_logged_and_nothing_is_raised(point_to, contexts, caplog):
     with socket.create_server(("127.0.0.1", 0)) as unused:
         point_to(unused.getsockname()[1])
-    notifier = SMTPNotifier(RECEIVER, ssl_context=authority.client)
+    notifier = SMTPNotifier(RECEIVER, ssl_context=contexts[1])
     notifier.notify("text", "nobody listens")
     notifier.notify("text", "odd picture", 7)  # type: ignore[arg-type]
     notifier.close()
@@ -346,17 +318,9 @@ def test_what_cannot_be_sent_is_logged_and_nothing_is_raised(point_to, authority
     assert not notifier._thread.is_alive()
 
 
-def test_the_end_of_the_interpreter_is_not_held_up(talk):
-    talk("none", b"")
-    code = f"from {PACKAGE}.utils.notify import SMTPNotifier\nnotifier = SMTPNotifier('a@b.c')\n"
-    code += "for _ in range(9): notifier.notify('text')\nimport time; time.sleep(0.3)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, b"")
-
-
-def test_a_forked_process_sends_nothing(serve, authority, tmp_path):
+def test_a_forked_process_sends_nothing(serve, contexts, tmp_path):
     server = serve()
-    notifier = SMTPNotifier(RECEIVER, ssl_context=authority.client)
+    notifier = SMTPNotifier(RECEIVER, ssl_context=contexts[1])
 
     def work() -> None:
         logging.basicConfig(force=True)
@@ -368,6 +332,15 @@ def test_a_forked_process_sends_nothing(serve, authority, tmp_path):
     notifier.notify("text", "parent")
     notifier.close()
     assert [mail["Subject"] for mail in server.mails] == ["parent"]
+
+
+@pytest.mark.slow  # imports torch in another process
+def test_the_end_of_the_interpreter_is_not_held_up(talk):
+    talk("none", b"")
+    code = f"from {PACKAGE}.utils.notify import SMTPNotifier\nnotifier = SMTPNotifier('a@b.c')\n"
+    code += "for _ in range(9): notifier.notify('text')\nimport time; time.sleep(0.3)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 # ------------------------------------------------------------------------------------------ construction
@@ -396,26 +369,23 @@ def test_each_problem_is_found_before_anything_is_sent(point_to, monkeypatch, re
     with pytest.raises(NotificationError, match=f"e-mail has 1 problem: .*{told}") as raised:
         SMTPNotifier(receivers)
     assert isinstance(raised.value, UserError) and PASSWORD not in str(raised.value)
+    for name in ("HOST", "USER", "SENDER"):
+        monkeypatch.delenv(f"SMTP_{name}", raising=False)
+    with pytest.raises(NotificationError, match="problems: "):  # all are reported at once
+        SMTPNotifier("me")
     assert threading.active_count() == threads
 
 
-def test_all_problems_are_reported_at_once(monkeypatch):
-    for name in ("HOST", "PORT", "USER", "SENDER", "SECURITY"):
-        monkeypatch.delenv(f"SMTP_{name}", raising=False)
-    with pytest.raises(NotificationError, match="3 problems"):
-        SMTPNotifier("me")
-
-
-@pytest.mark.parametrize(("security", "port"), [("", 587), ("tls", 465), ("none", 25)])
-def test_ports_by_default(point_to, monkeypatch, security, port):
-    point_to(1, security)
-    for name in ("PORT", *(("USER",) if security == "none" else ())):
-        monkeypatch.delenv(f"SMTP_{name}")
-    connected = []
+def test_ports_by_default(point_to, monkeypatch):
+    connected: list[int] = []
     for name in ("SMTP", "SMTP_SSL"):
-        monkeypatch.setattr(module.smtplib, name, lambda host, port, **_: connected.append((host, port)))
-    notifier = SMTPNotifier(RECEIVER)
-    notifier.notify("text")
-    wait_until(lambda: connected)
-    notifier.close()
-    assert connected[0] == ("localhost", port)
+        monkeypatch.setattr(module.smtplib, name, lambda host, port, **_: connected.append(port))
+    for security in ("", "tls", "none"):
+        point_to(1, security)
+        monkeypatch.delenv("SMTP_PORT")
+        monkeypatch.setenv("SMTP_SENDER", USER)
+        monkeypatch.setenv("SMTP_USER", "")
+        notifier = SMTPNotifier(RECEIVER)
+        notifier.notify("text")
+        notifier.close()
+    assert list(dict.fromkeys(connected)) == [587, 465, 25]

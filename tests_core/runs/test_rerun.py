@@ -34,27 +34,26 @@ def rerun(name: str, global_config: dict, **changes):
     return train(train_dataset, test_dataset, config, global_config, validation_dataset)
 
 
-def test_a_repeated_run_has_identical_weights(datasets, tiny_config, global_config, capsys):
-    first = train(*datasets, tiny_config, global_config)
+def test_a_repeated_run_has_identical_weights(first, global_config, capsys):
     torch.manual_seed(99)  # the default generators do not matter
     np.random.seed(99)
-    again = rerun(first.name, global_config)
-    assert again.identical is True and again.digest == first.digest and again.name != first.name
+    again = rerun(first["NAME"], global_config)
+    assert again.identical is True and again.digest == first["WEIGHTS_DIGEST"] and again.name != first["NAME"]
     said = capsys.readouterr().out
-    assert f"identical: the weights are those of {first.name}, bit for bit" in said
+    assert f"identical: the weights are those of {first['NAME']}, bit for bit" in said
     assert "Not as it was" not in said
     row = rows_of(global_config)[-1]
-    assert (row["RERUN_OF"], row["RERUN_IDENTICAL"]) == (first.name, True)
+    assert (row["RERUN_OF"], row["RERUN_IDENTICAL"]) == (first["NAME"], True)
 
 
-def test_what_differs_is_said_and_the_first_step_that_does(datasets, tiny_config, global_config, capsys):
-    first = train(*datasets, tiny_config, global_config)
-    assert rerun(first.name, global_config, SEED=1).identical is False
+def test_what_differs_is_said_and_the_first_step_that_does(first, global_config, capsys):
+    assert rerun(first["NAME"], global_config, SEED=1).identical is False
     said = capsys.readouterr().out
     assert "not identical: " in said and "the losses differ first in step 1: loss" in said
     assert rows_of(global_config)[-1]["RERUN_IDENTICAL"] is False
-    journal = Journal(first.log_dir / "journal.jsonl")
-    journal.write({**events_of(first.log_dir, "test")[0], "digest": "0" * 64})
+    log_dir = Path(global_config["LOG_DIR"]) / first["NAME"]
+    journal = Journal(log_dir / "journal.jsonl")
+    journal.write({**events_of(log_dir, "test")[0], "digest": "0" * 64})
     journal.close()
     done = run_script("train.py", "--rerun", "1", root=Path(global_config["ROOT_PATH"]))
     assert done.returncode == 1 and "\nnot identical: " in done.stdout
@@ -63,34 +62,38 @@ def test_what_differs_is_said_and_the_first_step_that_does(datasets, tiny_config
     assert refused.returncode == 2 and "leave KEY=VALUE out" in refused.stderr
 
 
-def test_changed_data_is_said(pairs_dir, tiny_config, global_config, tmp_path, capsys):
-    folder = shutil.copytree(pairs_dir, tmp_path / "pairs")
+def test_changed_data_and_initial_weights_are_said(
+    first, pairs_dir, tiny_config, global_config, tmp_path, capsys
+):
+    folder, weights = shutil.copytree(pairs_dir, tmp_path / "pairs"), tmp_path / "start.pt"
+    weight_dir = Path(global_config["WEIGHT_DIR"]) / first["NAME"]
+    shutil.copy(weight_dir / "best.pt", weights)
     sets = [NpyDataset(folder / split / "x", folder / split / "y") for split in ("train", "test")]
-    first = train(*sets, tiny_config, global_config)
+    before = train(*sets, tiny_config | {"INIT_WEIGHTS": str(weights), "EPOCHS": 1}, global_config)
     image = folder / "train" / "x" / "image_03.npy"
     np.save(image, np.load(image) // 2)
-    assert rerun(first.name, global_config).identical is False
+    shutil.copy(next(weight_dir.glob("last-*.pt")), weights)
+    assert rerun(before.name, global_config).identical is False
     said = capsys.readouterr().out
-    assert "Not as it was: data: 1 files are not what they were, such as train/x/image_03.npy" in said
+    assert "Not as it was: data: 2 files are not what they were, such as INIT_WEIGHTS" in said
 
 
-def test_a_run_that_was_not_finished_cannot_be_compared_with(datasets, tiny_config, global_config):
-    first = train(*datasets, tiny_config, global_config)
-    journal = first.log_dir / "journal.jsonl"
+def test_a_run_that_was_not_finished_cannot_be_compared_with(first, global_config):
+    journal = Path(global_config["LOG_DIR"]) / first["NAME"] / "journal.jsonl"
     lines = [line for line in journal.read_bytes().splitlines(True) if b'"test"' not in line]
     journal.write_bytes(b"".join(lines))
     with pytest.raises(UserError, match="was not trained to its end"):
-        rerun(first.name, global_config)
+        rerun(first["NAME"], global_config)
 
 
-@pytest.mark.parametrize("scheduler", [OneCycleLR, None])
+@pytest.mark.parametrize("scheduler", [OneCycleLR, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_run_prolonged_under_a_schedule_cannot_be_repeated(
     datasets, tiny_config, global_config, scheduler, capsys
 ):
-    tiny_config["SCHEDULER"] = scheduler
-    first = train(*datasets, tiny_config, global_config)
+    config = tiny_config | {"SCHEDULER": scheduler, "EPOCHS": 1}
+    first = train(*datasets, config, global_config)
     assert rows_of(global_config)[0]["RERUNNABLE"] == "yes"
-    train(*datasets, tiny_config | {"RESUME": first.name, "EPOCHS": 3}, global_config)
+    train(*datasets, config | {"RESUME": first.name, "EPOCHS": 2}, global_config)
     rerunnable = rows_of(global_config)[0]["RERUNNABLE"]
     capsys.readouterr()
     again = rerun(first.name, global_config)
@@ -101,24 +104,10 @@ def test_a_run_prolonged_under_a_schedule_cannot_be_repeated(
         assert "Not as it was: the run itself: it was interrupted and " in capsys.readouterr().out
 
 
-def test_other_initial_weights_are_said(datasets, tiny_config, global_config, tmp_path, capsys):
-    start = train(*datasets, tiny_config, global_config)
-    file = shutil.copy(start.weights["best"], tmp_path / "start.pt")
-    first = train(*datasets, tiny_config | {"INIT_WEIGHTS": str(file)}, global_config)
-    shutil.copy(start.weights["last"], file)
-    rerun(first.name, global_config)
-    assert "files are not what they were, such as INIT_WEIGHTS" in capsys.readouterr().out
-
-
 def test_differences_of_code_versions_and_machine_are_named():
-    before = {
-        "git_commit": "a",
-        "git_diff": "",
-        "threads": 2,
-        "python": "3.11.7",
-        "packages": {"torch": "2.13.0"},
-    }
+    before = {"git_commit": "a", "git_diff": "", "threads": 2, "python": "3.11.7"}
     before |= {"cpu_capability": "AVX512", "device": "cpu", "precision": "fp32", "data": {"a": "1", "b": "2"}}
+    before |= {"packages": {"torch": "2.13.0"}}
     assert find_differences(before, dict(before)) == []
     now = before | {"git_commit": "b", "git_diff": "+1", "threads": 4, "packages": {}, "data": {"a": "1"}}
     assert find_differences(before, now | {"device": "cuda:0"}) == [
@@ -129,6 +118,13 @@ def test_differences_of_code_versions_and_machine_are_named():
         "torch: 2.13.0 then, None now",
         "data: 1 files are not what they were, such as b",
     ]
+
+
+def commit(folder: Path) -> None:
+    """Make a repository of a folder."""
+    author = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
 
 
 def test_code_is_described_by_commit_and_changes(tmp_path):
@@ -144,45 +140,22 @@ def test_code_is_described_by_commit_and_changes(tmp_path):
     assert find_differences(before, after) == ["code (changes since the commit): not what they were"]
 
 
-def commit(folder: Path) -> None:
-    """Make a repository of a folder."""
-    author = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "first"]):
-        subprocess.run(["git", *command], cwd=folder, check=True)
-
-
-def test_in_a_fresh_process_and_in_a_fresh_clone(tmp_path, pairs_dir):
-    first, clone = tmp_path / "first", tmp_path / "clone"
-    first.mkdir()
-    for name in (PACKAGE, "train.py", "pyproject.toml"):
+def test_in_a_fresh_process_and_in_a_fresh_clone(first, global_config, tmp_path):
+    code, clone = tmp_path / "code", tmp_path / "clone"
+    code.mkdir()
+    for name in (PACKAGE, "dida_core", "train.py", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, first / name)
-    (first / ".gitignore").write_text("logs/\nweights/\n__pycache__/\n")
-    commit(first)
-    variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "ROOT_PATH")}
-    variables |= {
-        "OMP_NUM_THREADS": "1",
-        "LOG_DIR": str(first / "logs"),
-        "WEIGHT_DIR": str(first / "weights"),
-    }
-
-    def run(folder: Path, *arguments: str) -> str:
-        environment = variables | {"PYTHONPATH": str(folder)}
-        command = [sys.executable, "train.py", *arguments]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    tiny = [
-        "EPOCHS=2",
-        "MODEL_CONFIG.bulk_ch=8",
-        "MODEL_CONFIG.n_recursions=1",
-        "DEVICE=cpu",
-        "PRECISION=fp32",
-    ]
-    run(first, "--data", str(pairs_dir), *tiny)
-    environment = json.loads(next(first.glob("logs/*/environment.json")).read_text())
+        copy(ROOT / name, code / name)
+    commit(code)
+    subprocess.run(["git", "clone", "-q", code, clone], check=True)
+    variables = os.environ | {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
+    variables |= {key: global_config[key] for key in ("LOG_DIR", "WEIGHT_DIR")}
+    command = [sys.executable, "train.py", "--rerun", first["NAME"]]
+    done = subprocess.run(command, cwd=clone, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"\nidentical: the weights are those of {first['NAME']}" in done.stdout
+    changed = [line for line in done.stdout.splitlines() if line.startswith("Not as it was")]
+    assert all("code (" in line for line in changed)
+    again = rows_of(global_config)[-1]["NAME"]
+    environment = json.loads((Path(global_config["LOG_DIR"]) / again / "environment.json").read_text())
     assert environment["git_diff"] == "" and len(environment["git_commit"]) == 40
-    subprocess.run(["git", "clone", "-q", first, clone], check=True)
-    said = run(clone, "--rerun", "1")
-    assert "\nidentical: " in said and "Not as it was" not in said
