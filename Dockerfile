@@ -17,7 +17,7 @@ RUN install -d -o 1000 -g 1000 data logs predictions weights
 # Whoever --user makes of it has neither a home nor a name.
 ENV PATH=/venv/bin:$PATH HOME=/tmp USER=project PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
-# What prediction needs; a test compares it with what is imported.
+# What prediction imports.
 FROM base AS predict-packages
 ARG TORCH=cpu
 COPY constraints.txt .

@@ -69,6 +69,9 @@ def main() -> int:
     git("init", "--quiet", folder=folder)
     git("reset", "--quiet", "--hard", commit_folder(folder, folder), folder=folder)
     print(f"{folder} holds the project {name}, in its first commit. Next: cd {folder} && make train")
+    if arguments.core == "installed":
+        build = f"python -m pip wheel --no-deps --wheel-dir {folder}/wheels {ROOT / 'dida_core'}"
+        print(f"Before, unless your package index has dida-core: {build}")
     return 0
 
 

@@ -60,7 +60,7 @@ def main() -> int:
     if arguments.variant not in ("full", *routine.VARIANTS):
         parser.error(f"--variant {arguments.variant}: choose one of full, {', '.join(routine.VARIANTS)}")
     if not recorded:
-        # <- your config here: a model, a loss, ...; or edit train_config in dida_tools/training/config.py
+        # <- your config here: a model, a loss, ...; or edit train_config in training/config.py
         config = routine.train_config
         if arguments.variant != "full":
             config = routine.VARIANTS[arguments.variant](config)
@@ -94,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--variant", default="small", metavar="NAME", help="variant of the config, or full (default: small)")
     add("--resume", metavar="NAME", help="run to resume: a name, latest, or auto")
     add("--rerun", metavar="NAME", help="run to rerun and compare with: a name, or its row's number")
-    add("--smtp", metavar="ADDRESS", help="mail about start and end; server: dida_tools/utils/notify")
+    add("--smtp", metavar="ADDRESS", help="mail about start and end; server: utils/notify/smtp.py")
     add("-w", action="store_true", help="suppress warnings")
     return parser
 

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -113,17 +113,26 @@ def matching(folder: Path, patterns: Iterable[str]) -> list[str]:
 
 
 def remove(folder: Path, names: set[str]) -> None:
-    """Delete parts and routines, their dependencies, and links to their pages."""
-    delete(folder, sorted({file for name in names for file in files_of(folder, name)}))
+    """Delete parts and routines, their dependencies, and what pages hold about them."""
+    files = {file for name in names for file in files_of(folder, name)}
+    delete(folder, sorted(files), [word for name in names for word in words_of(name)])
     remove_extras(folder, names)
-    if "pytorch" in names:  # tests of what all routines share use it
-        for file in folder.glob("tests/**/*.py"):
-            first = f"{routines_of(folder)[0]}_training"
+    if "pytorch" in names:  # tests and pages about all routines name this one
+        first = f"{routines_of(folder)[0]}_training"
+        for file in [*folder.glob("tests/**/*.py"), *folder.glob("docs/**/*.md")]:
             file.write_text(re.sub(r"\bpytorch_training\b", first, file.read_text()))
 
 
-def delete(folder: Path, files: list[str]) -> None:
-    """Delete files, folders that become empty, and links to them in Markdown."""
+def words_of(name: str) -> list[str]:
+    """Return what names a part or a routine in a page: files, packages, options, rows of tables."""
+    if name not in PARTS:
+        return [f"--routine {name}", f"/{name}_training.py", f"| `{name}` |"]
+    paths = [pattern.rstrip("*") for pattern in PARTS[name].files]
+    return paths + [path.rstrip("/").replace("/", ".") for path in paths if path.startswith("dida_core/")]
+
+
+def delete(folder: Path, files: list[str], words: Collection[str] = ()) -> None:
+    """Delete files, folders that become empty, and in Markdown links to them and what has these words."""
     for path in files:
         file = folder / path
         file.unlink()
@@ -136,23 +145,47 @@ def delete(folder: Path, files: list[str]) -> None:
             for empty in [*parent.glob("__pycache__"), parent]:
                 empty.rmdir()
     gone = {os.path.normpath(folder / path) for path in files if path.endswith(".md")}
-    for page in [*folder.glob("*.md"), *folder.glob("docs/**/*.md")] if gone else []:
-        page.write_text(without_links(page, gone))
+    for page in [*folder.glob("*.md"), *folder.glob("docs/**/*.md")]:
+        page.write_text(shortened(page, gone, words))
 
 
-def without_links(page: Path, gone: set[str]) -> str:
-    """Return a page's text without links to pages that are gone; list items and table rows go as a whole."""
+def shortened(page: Path, gone: set[str], words: Collection[str]) -> str:
+    """
+    Return a page's text without paragraphs, list items, table rows and lines of code that contain a word.
+
+    Those that begin with a link to a page that is gone go, too; other links to it become text.
+    """
 
     def is_gone(target: str) -> bool:
         return os.path.normpath(page.parent / target.partition("#")[0]) in gone
 
     kept: list[str] = []
-    for item in re.split(r"(?m)^(?![ ]{2,}\S)", page.read_text()):  # a line with the indented ones after it
-        first = re.match(r"\s*(?:[-*|]|\d\.)[^\[\n]*\[[^\]]*\]\(([^)\s]+)\)", item)
-        if not (first and is_gone(first[1])) and not is_gone(f"{item.strip() or '.'}.md"):
-            kept.append(item)
+    was_gone = False
+    for unit in units_of(page.read_text()):
+        first = re.match(r"(?:(?:[-*|]|\d\.)[^\[\n]*)?\[[^\]]*\]\(([^)\s]+)\)", unit)
+        begins = first is not None and is_gone(first[1])
+        if begins or is_gone(f"{unit.strip() or '.'}.md") or any(word in unit for word in words):
+            was_gone = True
+            continue
+        if unit.strip() or not (was_gone and kept and not kept[-1].strip()):  # one blank line in its place
+            kept.append(unit)
+        was_gone = was_gone and not unit.strip()
+    text = re.sub(r"^```\w+\n```\n\n?", "", "".join(kept), flags=re.MULTILINE)
     links = r"\[([^\]]*)\]\(([^)\s]+)\)"
-    return re.sub(links, lambda link: link[1] if is_gone(link[2]) else link[0], "".join(kept))
+    return re.sub(links, lambda link: link[1] if is_gone(link[2]) else link[0], text)
+
+
+def units_of(text: str) -> Iterator[str]:
+    """Yield paragraphs, list items, table rows, lines of code, and blank lines."""
+    unit, in_code = "", False
+    for line in text.splitlines(keepends=True):
+        is_fence = line.startswith("```")
+        if in_code or is_fence or not line.strip() or not unit.strip() or re.match(r"[-*] |\||#|\d\. ", line):
+            yield unit
+            unit = ""
+        unit += line
+        in_code ^= is_fence
+    yield unit
 
 
 def remove_extras(folder: Path, names: set[str]) -> None:

@@ -132,7 +132,7 @@ def write_own_texts(folder: Path, record: dict[str, Any]) -> None:
     there = "the library, as source" if record["core"] == "vendored" else "the library, an installed package"
     abouts = [part.about.replace("PACKAGE", name) for key, part in PARTS.items() if files_of(folder, key)]
     readme = (ROOT / "tools" / "project_readme.md").read_text()
-    values = {"TITLE": spoken, "LIBRARY": there, "PACKAGE": name, "ROUTINES": ", ".join(routines_of(folder))}
+    values = {"TITLE": spoken, "LIBRARY": there, "PACKAGE": name}
     values["PARTS\n"] = "".join(f"- {about}\n" for about in abouts)
     for key, value in values.items():
         readme = readme.replace(key, value)

@@ -85,7 +85,7 @@ def main() -> int:
 
 
 def refuse(sentence: str) -> NoReturn:
-    """End the command with a sentence that says what to do."""
+    """End the command with a sentence on what to do."""
     sys.exit(sentence)
 
 

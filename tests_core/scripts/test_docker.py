@@ -4,23 +4,22 @@ The Dockerfile, read; built and run where ENGINE_FOR_TESTS names docker or podma
     ENGINE_FOR_TESTS=docker python -m pytest tests_core/scripts/test_docker.py -n 0 -m slow
 """
 
-import ast
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tomllib
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.helpers import ROOT
+from tests_core.scripts.projects import imports_of, make_template
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 ENGINE = os.environ.get("ENGINE_FOR_TESTS", "")
 PACKAGES = ("dida_tools", "dida_core")
+SECRET = r"(?i)token|secret|passw|key|credential"
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
@@ -60,29 +59,10 @@ def installed(stage: str) -> set[str]:
 
 
 def imports_of_prediction() -> set[str]:
-    """What run_prediction.py imports, also later and by way of the project's modules."""
-    todo, seen, found = [ROOT / "run_prediction.py"], set(), set()
-    while todo:
-        file = todo.pop()
-        if file in seen or not file.is_file():
-            continue
-        seen.add(file)
-        package = file.relative_to(ROOT).parent.parts
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                parent = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-                module = ".".join(filter(None, (parent, node.module)))
-                names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
-            for name in names:
-                root = name.partition(".")[0]
-                paths = [ROOT / Path(*name.split(".")[:n]) for n in range(1, name.count(".") + 2)]
-                inside = [one for path in paths for one in (path.with_suffix(".py"), path / "__init__.py")]
-                if root in PACKAGES or (ROOT / f"{root}.py").is_file():
-                    todo += inside
-                elif root not in sys.stdlib_module_names:
-                    found.add({"PIL": "pillow"}.get(root, root))
-    return found
+    """What the files import that run_prediction.py may import: no routines, leaves, pictures, TensorBoard."""
+    unused = r"_training\.py$|/(search|export|doctor)/|/report/(pictures|tensorboard)\.py$"
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    return imports_of(ROOT / "run_prediction.py", *(one for one in files if not re.search(unused, str(one))))
 
 
 def test_images_have_what_is_imported_in_them_and_run_as_nobody_special():
@@ -94,21 +74,6 @@ def test_images_have_what_is_imported_in_them_and_run_as_nobody_special():
     assert installed("predict-packages") == imports_of_prediction() - optional
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert installed("train-packages") == {re.match(r"[a-z]+", one)[0] for one in dependencies}
-
-
-def test_installs_are_slim_constrained_and_without_secrets():
-    assert ("ARG", "BASE_IMAGE=python:3.12-slim") in STAGES["before"]
-    assert ("ARG", "TORCH=cpu") in STAGES["predict-packages"]
-    commands = re.findall(r"pip [^&;]*", re.sub(r"\s*\\\n\s*", " ", DOCKERFILE))
-    commands = [command for command in commands if " install " in command]
-    assert len(commands) == 3
-    for command in commands:
-        assert "--no-cache-dir" in command and "--constraint constraints.txt" in command
-    assert "rm -rf /var/lib/apt/lists/*" in DOCKERFILE
-    for word, rest in (one for stage in STAGES.values() for one in stage):
-        secret = re.search(r"(?i)token|secret|passw|key|credential", rest)
-        assert not (word in ("ARG", "ENV") and secret), rest
-        assert not (word in ("COPY", "ADD") and rest.split()[0] in (".", "./")), "copies all there is"
 
 
 def is_sent(path: str) -> bool:
@@ -138,20 +103,18 @@ NOT_SENT = [
 def test_the_build_gets_the_code_and_nothing_else_and_copies_what_it_gets():
     assert [path for path in SENT if not is_sent(path)] == []
     assert [path for path in NOT_SENT if is_sent(path)] == []
-    copied = [rest.split()[:-1] for stage in STAGES.values() for word, rest in stage if word == "COPY"]
+    instructions = [one for stage in STAGES.values() for one in stage]
+    copied = [rest.split()[:-1] for word, rest in instructions if word == "COPY"]
     for source in (source for sources in copied if not sources[0].startswith("--from") for source in sources):
         example = source.replace("${RUN}", "a.run").replace("*", "a")
         assert is_sent(f"{example}/a.py" if (ROOT / source).is_dir() else example), source
     assert set(PACKAGES) <= {source for sources in copied for source in sources}
+    assert not [rest for word, rest in instructions if word in ("ARG", "ENV") and re.search(SECRET, rest)]
+    installs = re.findall(r"pip [^&;]* install [^&;]*", re.sub(r"\s*\\\n\s*", " ", DOCKERFILE))
+    assert len(installs) == 3 and all("--constraint constraints.txt" in command for command in installs)
 
 
 # ----------------------------------------------------------------------------------------- built and run
-
-
-needs_engine = pytest.mark.skipif(
-    not ENGINE or shutil.which(ENGINE) is None,
-    reason="ENGINE_FOR_TESTS names no docker or podman: images are not built",
-)
 
 
 def engine(*arguments: object) -> str:
@@ -160,33 +123,14 @@ def engine(*arguments: object) -> str:
 
 
 @pytest.mark.slow
-@needs_engine
-def test_the_engine_sends_what_dockerignore_says(tmp_path):
-    for path in SENT + NOT_SENT:
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).touch()
-    shutil.copy(ROOT / ".dockerignore", tmp_path)
-    text = "FROM ${BASE_IMAGE}\nCOPY . /context\nENTRYPOINT find /context -type f\n"
-    (tmp_path / "Dockerfile").write_text(f"ARG BASE_IMAGE=python:3.12-slim\n{text}")
-    base = ["--build-arg", f"BASE_IMAGE={os.environ['BASE_IMAGE']}"] if "BASE_IMAGE" in os.environ else []
-    engine("build", *base, "--tag", "dida-tools:context-of-test", tmp_path)
-    try:
-        sent = engine("run", "--rm", "--network", "none", "dida-tools:context-of-test").split()
-        found = {path.removeprefix("/context/") for path in sent}
-        assert found - {"Dockerfile", ".dockerignore"} == set(SENT)
-    finally:
-        engine("rmi", "dida-tools:context-of-test")
-
-
-@pytest.mark.slow
-@needs_engine
+@pytest.mark.skipif(not ENGINE, reason="ENGINE_FOR_TESTS names no docker or podman: images are not built")
 @pytest.mark.timeout(3600)
 def test_a_run_trained_in_an_image_predicts_in_an_image_of_its_own(tmp_path):
-    project = tmp_path / "project"
-    unwanted = shutil.ignore_patterns(".git", ".venv", ".*_cache", "data", "logs", "weights", "predictions")
-    shutil.copytree(
-        ROOT, project, ignore=lambda at, names: unwanted(at, names) if Path(at) == ROOT else set()
-    )
+    project = make_template(tmp_path / "project")
+    for path in NOT_SENT:
+        if not (project / path).exists():
+            (project / path).parent.mkdir(parents=True, exist_ok=True)
+            (project / path).touch()
 
     def make(*arguments: str) -> None:
         command = ["make", *arguments, f"DOCKER={ENGINE}", "IMAGE=dida-tools-test", "TORCH=cpu"]
@@ -196,6 +140,8 @@ def test_a_run_trained_in_an_image_predicts_in_an_image_of_its_own(tmp_path):
     quick = "EPOCHS=1 MODEL_CONFIG.bulk_ch=8 MODEL_CONFIG.n_recursions=1"
     make("docker-run", f"ARGS={quick} DATASET_CONFIG.train.crops_per_image=1")
     [weights] = (project / "weights").glob("*/best.pt")
+    found = engine("run", "--rm", "--entrypoint", "find", "dida-tools-test:train", "/project", "-type", "f")
+    assert all(is_sent(path.removeprefix("/project/")) for path in found.split())
     assert weights.stat().st_uid == os.getuid()
     name = weights.parent.name
     make("docker-build", f"RUN={name}")

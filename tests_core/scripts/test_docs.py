@@ -14,8 +14,6 @@ import os
 import re
 import runpy
 import shlex
-import shutil
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -27,10 +25,10 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from dida_tools.config.config import global_config
 
 from tests.helpers import ROOT, run_script
+from tests_core.scripts.projects import make_template, missing_in_pages, python, run
 
-DOCS, README = ROOT / "docs", ROOT / "README.md"
-PAGES = [page for page in sorted([README, *DOCS.rglob("*.md")]) if "_build" not in page.parts]
-NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+DOCS = ROOT / "docs"
+PAGES = [page for page in sorted([ROOT / "README.md", *DOCS.rglob("*.md")]) if "_build" not in page.parts]
 PACKAGES = ("dida_tools", "dida_core")
 MAKEFILE = "".join((ROOT / name).read_text() for name in ("Makefile", "docker.mk", "docs/docs.mk"))
 # What is no part of the project, and has to be believed.
@@ -49,31 +47,10 @@ def commands(page: Path) -> list[list[str]]:
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
-ALL_COMMANDS = [
-    pytest.param(words, id=f"{name}: {' '.join(words)}"[:90])
-    for page, name in zip(PAGES, NAMES, strict=True)
-    if page.name != "tutorial.md"  # runs
-    for words in commands(page)
-]
-
-
 @pytest.mark.slow
 def test_the_documentation_builds_without_a_warning(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-W",
-        "--keep-going",
-        "-q",
-        "-b",
-        "html",
-        "-d",
-        tmp_path / "trees",
-    ]
-    command += [DOCS, tmp_path / "html"]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
+    options = ["-W", "--keep-going", "-q", "-b", "html", "-d", tmp_path / "trees"]
+    python(ROOT, "-m", "sphinx", *options, DOCS, tmp_path / "html")
     html = "".join(file.read_text() for file in (tmp_path / "html").rglob("*.html"))
     for file in (file for package in PACKAGES for file in (ROOT / package).rglob("*.py")):
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -90,8 +67,8 @@ class Parsed(Exception):
     """Ends a script when it has parsed its command line."""
 
 
-def parse(monkeypatch: pytest.MonkeyPatch, words: list[str], module: bool = False) -> argparse.Namespace:
-    """What a script makes of its command line; nothing of it runs."""
+def parse(words: list[str]) -> argparse.Namespace:
+    """What a script, or a module after -m, makes of its command line; nothing of it runs."""
 
     def ending(original: Any) -> Any:
         def parse_and_end(self: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
@@ -99,22 +76,22 @@ def parse(monkeypatch: pytest.MonkeyPatch, words: list[str], module: bool = Fals
 
         return parse_and_end
 
-    for name in ("parse_args", "parse_intermixed_args"):
-        monkeypatch.setattr(argparse.ArgumentParser, name, ending(getattr(argparse.ArgumentParser, name)))
-    monkeypatch.setattr(sys, "argv", list(words))
-    monkeypatch.syspath_prepend(str(ROOT))
+    module = words[0] == "-m"
     printed = io.StringIO()
-    try:
-        with redirect_stderr(printed), redirect_stdout(printed):
-            if module:
-                runpy.run_module(words[0], run_name="__main__", alter_sys=False)
-            else:
-                runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-    except Parsed as parsed:
-        return parsed.args[0]
-    except SystemExit:
-        pytest.fail(f"{shlex.join(words)}: {printed.getvalue()}")
-    pytest.fail(f"{words[0]} reads no command line")
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(printed), redirect_stdout(printed):
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, ending(getattr(argparse.ArgumentParser, name)))
+        patch.setattr(sys, "argv", words[module:])
+        patch.syspath_prepend(str(ROOT))
+        try:
+            (runpy.run_module if module else runpy.run_path)(
+                words[1] if module else str(ROOT / words[0]), run_name="__main__"
+            )
+        except Parsed as parsed:
+            return parsed.args[0]
+        except SystemExit:
+            pass
+    pytest.fail(f"{shlex.join(words)}: {printed.getvalue()}")
 
 
 @pytest.fixture(scope="module")
@@ -123,29 +100,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("project")
 
 
-def check_script(monkeypatch: pytest.MonkeyPatch, words: list[str], folder: Path) -> None:
-    """A script of the project, its options, and the config keys that it is given."""
-    assert (ROOT / words[0]).is_file(), f"there is no {words[0]}"
-    if words[0] == "tools/predict_onnx.py":
+def check_python(words: list[str], folder: Path) -> None:
+    """A script or module, its options, and the config keys that it is given."""
+    if words[:2] == ["-m", "pytest"]:
+        known = (ROOT / "tests" / "conftest.py").read_text()
+        for word in words[2:]:
+            is_path = (ROOT / word).exists() or word.startswith("weights/")
+            assert is_path or word in ("-n", "0", "latest") or f'addoption("{word}"' in known, word
+    elif words[0] == "tools/predict_onnx.py":
         assert len(words) == 4
-        return
-    with monkeypatch.context() as patched:
-        overrides = getattr(parse(patched, words), "overrides", [])
-    if overrides:  # a device that is not there is reported after all problems of the config
-        wrong = run_script("train.py", *overrides, "DEVICE=cuda:99", root=folder).stderr
-        assert "DEVICE" in wrong and "did you mean" not in wrong, wrong
-
-
-def check_module(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    """python -m ..., of the project or pytest."""
-    if words[0] != "pytest":
-        assert words[0].partition(".")[0] in PACKAGES
-        parse(monkeypatch, words, module=True)
-        return
-    known = (ROOT / "tests" / "conftest.py").read_text()
-    for word in words[1:]:
-        is_path = (ROOT / word).exists() or word.startswith("weights/")
-        assert is_path or word in ("-n", "0", "latest") or f'addoption("{word}"' in known, word
+    else:
+        assert words[1].partition(".")[0] in PACKAGES if words[0] == "-m" else (ROOT / words[0]).is_file()
+        overrides = getattr(parse(words), "overrides", [])
+        if overrides:  # a device that is not there is reported after all problems of the config
+            wrong = run_script("train.py", *overrides, "DEVICE=cuda:99", root=folder).stderr
+            assert "DEVICE" in wrong and "did you mean" not in wrong, wrong
 
 
 def check_make(words: list[str]) -> None:
@@ -156,56 +125,52 @@ def check_make(words: list[str]) -> None:
         assert re.search(pattern, MAKEFILE, re.MULTILINE), word
 
 
-@pytest.mark.parametrize("words", ALL_COMMANDS)
-def test_every_command_is_parsed_by_its_script(monkeypatch, words, folder):
-    program, *rest = words
-    if program in ("python", "python3"):
-        if rest[0] == "-m":
-            check_module(monkeypatch, rest[1:])
-        else:
-            check_script(monkeypatch, rest, folder)
-    elif program == "torchrun":
-        launched = torchrun_parser().parse_args(rest)
-        check_script(monkeypatch, [launched.training_script, *launched.training_script_args], folder)
-    elif program == "sbatch":
-        assert (ROOT / rest[0]).is_file()
-        check_script(monkeypatch, ["train.py", *rest[1:]], folder)
-    elif program == "make":
-        check_make(rest)
-    else:
-        assert program in FOREIGN, f"{program} is not known: {shlex.join(words)}"
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_every_command_is_parsed_by_its_script(page, folder):
     project = (ROOT / "pyproject.toml").read_text()
-    for extra in re.findall(r"\.\[(\w+)\]", " ".join(rest)):
-        assert re.search(rf"^{extra} = ", project, re.MULTILINE), extra
+    for program, *rest in commands(page) if page.name != "tutorial.md" else []:  # the tutorial runs
+        if program in ("python", "python3"):
+            check_python(rest, folder)
+        elif program == "torchrun":
+            launched = torchrun_parser().parse_args(rest)
+            check_python([launched.training_script, *launched.training_script_args], folder)
+        elif program == "sbatch":
+            assert (ROOT / rest[0]).is_file()
+            check_python(["train.py", *rest[1:]], folder)
+        elif program == "make":
+            check_make(rest)
+        else:
+            assert program in FOREIGN, f"{program} is not known: {shlex.join(rest)}"
+        for extra in re.findall(r"\.\[(\w+)\]", " ".join(rest)):
+            assert re.search(rf"^{extra} = ", project, re.MULTILINE), extra
 
 
-def test_a_wrong_command_is_noticed(monkeypatch, folder):
-    for wrong in ("train.py --dta my_data", "train.py EPOCH=3", "runs.py lst", "nothing.py"):
-        with monkeypatch.context() as patched, pytest.raises((pytest.fail.Exception, AssertionError)):
-            check_script(patched, wrong.split(), folder)
+@pytest.mark.parametrize("wrong", ["train.py --dta my_data", "train.py EPOCH=3", "runs.py lst", "nothing.py"])
+def test_a_wrong_command_is_noticed(wrong, folder):
+    with pytest.raises((pytest.fail.Exception, AssertionError)):
+        check_python(wrong.split(), folder)
 
 
-def test_no_block_escapes_these_tests():
-    found = [" ".join(param.values[0]) for param in ALL_COMMANDS]
-    assert sum(command.startswith(("python", "torchrun")) for command in found) > 25
+def test_no_block_escapes_these_tests_and_what_is_named_exists():
+    found = [words[0] for page in PAGES for words in commands(page)]
+    assert found.count("python") + found.count("torchrun") > 35
     for page in PAGES:
         opened = re.findall(r"^```(\S*).*?^```$", page.read_text(), re.MULTILINE | re.DOTALL)
         assert set(opened) <= {"bash", "python", "text", "{toctree}"}, page
+    assert missing_in_pages(ROOT, "dida_tools") == []
 
 
 # ------------------------------------------------------------------------------------------ the Python code
 
 
-WITH_PYTHON = [
-    pytest.param(
-        page, id=page.stem, marks=[pytest.mark.slow] if "result = train(" in page.read_text() else []
-    )
-    for page in PAGES
-    if blocks(page, "python") and page.name != "tutorial.md"
-]
+def python_pages() -> list[Any]:
+    """Pages with Python code; those that train are slow."""
+    pages = [page for page in PAGES if blocks(page, "python") and page.name != "tutorial.md"]
+    slow = [[pytest.mark.slow] if "result = train(" in page.read_text() else [] for page in pages]
+    return [pytest.param(page, id=page.stem, marks=marks) for page, marks in zip(pages, slow, strict=True)]
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON)
+@pytest.mark.parametrize("page", python_pages())
 def test_python_code_runs(page, tmp_path, pairs_dir, monkeypatch):
     parts = blocks(page, "python")
     for _, text in parts:
@@ -228,20 +193,6 @@ def test_python_code_runs(page, tmp_path, pairs_dir, monkeypatch):
         assert module.result.metrics and list((tmp_path / "weights").glob("*/best.pt"))
 
 
-# ------------------------------------------------------------------------------------------ links and names
-
-
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_links_and_named_files_exist(page):
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not link.startswith(("http:", "https:", "#")):
-            assert (page.parent / link.partition("#")[0]).exists(), link
-    invented = ("my_net", "gan_training", "history")  # what the reader writes
-    for name in re.findall(r"`((?:dida_tools|dida_core|docs|tests|tools|slurm|benchmarks)/[\w./-]*)`", text):
-        assert (ROOT / name).exists() or any(word in name for word in invented), name
-
-
 def test_all_names_of_2021_are_there():
     text = (DOCS / "how_to" / "from_2021.md").read_text()
     rows = re.findall(r"^\| `([\w.]+)` \| `(dida_tools[\w.]+)` \|", text, re.MULTILINE)
@@ -258,65 +209,36 @@ def test_all_names_of_2021_are_there():
 # --------------------------------------------------------------------------------------------- the tutorial
 
 
-def make_stand_in(folder: Path) -> None:
-    """An environment that is there already."""
-    (folder / ".venv" / "bin").mkdir(parents=True)
-    python = folder / ".venv" / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    (folder / ".venv" / "bin" / "activate").write_text(f'export PATH="{python.parent}:$PATH"\n')
-    for name in ("pyproject.toml", "constraints.txt"):
-        os.utime(folder / name, (1, 1))  # older than the environment
-    for name in (".ready-cpu", ".ready-cuda"):
-        (folder / ".venv" / name).touch()
+STAND_IN = f"""# An environment that is there already.
+mkdir -p .venv/bin
+printf '#!/bin/sh\\nexec "%s" "$@"\\n' {sys.executable} > .venv/bin/python
+chmod +x .venv/bin/python
+echo "export PATH=$PWD/.venv/bin:$PATH" > .venv/bin/activate
+touch -d 2000-01-01 pyproject.toml constraints.txt
+touch .venv/.ready-cpu .venv/.ready-cuda
+"""
 
 
 @pytest.mark.slow
 def test_the_tutorial_runs(tmp_path):
-    template, work = tmp_path / "origin", tmp_path / "work"
+    template, work = make_template(tmp_path / "origin"), tmp_path / "work"
     work.mkdir()
-    hidden = ("ROOT_PATH", "LOG_DIR", "WEIGHT_DIR", "DATA_DIR", "PYTHONPATH", "CONDA_DEFAULT_ENV")
-    environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    for who in ("AUTHOR", "COMMITTER"):
-        environment |= {f"GIT_{who}_NAME": "me", f"GIT_{who}_EMAIL": "me@example.org"}
-    environment |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "OMP_NUM_THREADS": "1"}
-    quick = "EPOCHS=1 MODEL_CONFIG.n_recursions=1 MODEL_CONFIG.bulk_ch=8"
-    environment["ARGS"] = f"{quick} DATASET_CONFIG.train.crops_per_image=1"
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    list_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(list_files, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in (name for name in listed.splitlines() if (ROOT / name).is_file()):
-        (template / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, template / name)
-    for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "-m", "The template"]):
-        subprocess.run(["git", *command], cwd=template, env=environment, check=True)
-
-    page = DOCS / "tutorial.md"
-    [(_, script)] = blocks(page, "python")
+    [(_, script)] = blocks(DOCS / "tutorial.md", "python")
     (tmp_path / "make_data.py").write_text(script)
-    source = Path(__file__).read_text()
-    function = source[source.index("def make_stand_in") : source.index("@pytest.mark.slow\ndef test_the_tut")]
-    stand_in = f"import os, sys\nfrom pathlib import Path\n\n\n{function}make_stand_in(Path.cwd())\n"
-    (tmp_path / "stand_in.py").write_text(stand_in)
     shell = ["set -e"]
-    for line in (line for _, text in blocks(page, "bash") for line in text.splitlines()):
+    for line in (line for _, text in blocks(DOCS / "tutorial.md", "bash") for line in text.splitlines()):
         line = line.replace("clone TEMPLATE ", f"clone --quiet {shlex.quote(str(template))} ")
         line = line.replace("EPOCHS=10", "EPOCHS=1").replace("EPOCHS=12", "EPOCHS=2")
         if line == "python make_data.py":
             shell.append(f"cp {shlex.quote(str(tmp_path / 'make_data.py'))} .")
         if line in ("make train", "make env"):
-            shell.append(f"{shlex.quote(sys.executable)} {shlex.quote(str(tmp_path / 'stand_in.py'))}")
+            shell.append(STAND_IN)
         shell.append(line)
-    done = subprocess.run(
-        ["bash", "-c", "\n".join(shell)],
-        cwd=work,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "test set" in done.stdout and "identical" in done.stdout
+    quick = "EPOCHS=1 MODEL_CONFIG.n_recursions=1 MODEL_CONFIG.bulk_ch=8"
+    variables = {"ARGS": f"{quick} DATASET_CONFIG.train.crops_per_image=1"}
+    variables["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    printed = run(work, "bash", "-c", "\n".join(shell), **variables)
+    assert "test set" in printed and "identical" in printed
     project = work / "crop_yield"
     assert all((project / name / "scene_0.npy").exists() for name in ("predictions", "probabilities"))
     assert len(list((project / "weights").glob("*/best.pt"))) == 3  # two trainings, and one of them again
