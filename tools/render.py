@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .parts import PARTS, delete, files_of, matching, package_of, remove, routines_of
-from .template import RECORD, git, refuse, try_git
+from tools.parts import PARTS, delete, files_of, matching, package_of, remove, routines_of
+from tools.template import RECORD, git, refuse, try_git
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "dida_core"

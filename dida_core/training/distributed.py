@@ -58,7 +58,7 @@ def join_processes(
         yield
         return
     # Its functions keep the group that there is when they are imported, as their default arguments.
-    import torch.distributed.nn.functional
+    import torch.distributed.nn.functional  # pylint: disable=redefined-outer-name
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if (time := next(_times)) == 1:

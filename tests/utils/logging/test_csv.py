@@ -208,7 +208,7 @@ for number in range(40):
 """
 
 
-@pytest.mark.slow  # of killed ones, and of two at once, see tests_core/storage/test_kills.py
+@pytest.mark.slow
 def test_several_processes_lose_no_row(log: Path) -> None:
     commands = [[sys.executable, "-c", WRITER, str(log), str(number)] for number in range(8)]
     writers = [subprocess.Popen(command, cwd=ROOT) for command in commands]
