@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..config.project import find_project
 from ..data.contract import DataContract
-from ..data.images import DataError, ImageInfo, ImageReader, Source
+from ..data.images import DataError, ImageInfo, ImageReader
 from ..errors import ConfigError
 from ..storage.weights import WeightsError, load_weights, model_state
-from ..training.device import choose_context
+from ..training.device import DeviceContext
+from ..training.distributed import own_device
 from ..training.modules import fill_model
-from .windows import Tiling, predict_bands
+from .windows import ArrayImage, Tiling, predict_bands
 
 # Each is (rotations by a right angle, mirrored); the first one changes nothing.
 AUGMENTATIONS: dict[str, list[tuple[int, bool]]] = {
@@ -40,7 +41,9 @@ class Predictor:
         :param model: put into evaluation mode
         :param augment: "none", "flips" (4 times the time), "all" (8 times): the mean over so many views
         """
-        self.context = choose_context(find_project(type(model).__module__), device, precision)
+        choice = find_project(type(model).__module__).module(".config.device")
+        device = own_device(choice.get_device(device))
+        self.context = DeviceContext(device, choice.get_precision(device, precision))
         self.model, self.contract = model.to(self.context.device).eval(), contract
         self.views = AUGMENTATIONS[augment]
         self.num_pixels, self.num_changed = 0, 0  # predicted with augmentation; of another class by it
@@ -120,7 +123,7 @@ def predict_array(
     step, contract = 1 + max(image.shape[:2]) // 512, predictor.contract
     if problems := contract.problems(image) or contract.value_problems(image[::step, ::step]):
         raise DataError(problems)
-    source, tiling = Source(Path("array"), image), Tiling(tile, overlap, batch_size=4)
+    source, tiling = ArrayImage(image), Tiling(tile, overlap, batch_size=4)
     bands = predict_bands(predictor, source, contract, tiling)
     masked = [np.where(band.valid, band.probabilities, np.float32(np.nan)) for band in bands]
     return np.concatenate(masked, axis=1)

@@ -17,10 +17,27 @@ from torch import Tensor
 
 from ..data.contract import DataContract
 from ..data.facts import has_data
-from ..data.images import DataError, ImageReader, Source, Window
+from ..data.images import DataError, ImageReader, Window
 from ..training.signals import raise_if_stop_requested
 
-Image = ImageReader | Source
+
+class ArrayImage:
+    """An image in memory, (H, W, C) or (H, W), read by windows as a file is."""
+
+    nodata: float | None = None
+    block_rows = 1
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+        self.shape, self.dtype = self.pixels.shape, pixels.dtype.name
+
+    def read(self, window: Window) -> np.ndarray:
+        """Return a window (H, W, C)."""
+        top, left, height, width = window
+        return np.array(self.pixels[top : top + height, left : left + width])
+
+
+Image = ImageReader | ArrayImage
 Rows = tuple[np.ndarray, np.ndarray]  # (rows, W, C), and where there is data, (rows, W)
 PredictBatch = Callable[[Tensor], np.ndarray]  # (N, C, H, W) inputs to (N, K, H, W) probabilities
 

@@ -2,17 +2,16 @@
 
 import functools
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from dida_core.data.contract import DataContract
-from dida_core.data.images import DataError, Source, Window
+from dida_core.data.images import DataError, Window
 from dida_core.errors import ConfigError
 from dida_core.prediction import Predictor, predict_array
-from dida_core.prediction.windows import Tiling, blending_weights, predict_bands, window_starts
+from dida_core.prediction.windows import ArrayImage, Tiling, blending_weights, predict_bands, window_starts
 from torch import nn
 from torch.nn import functional
 
@@ -39,15 +38,14 @@ class Pixelwise(nn.Module):
 Surroundings = functools.partial(Pixelwise, 11)
 
 
-class Array(Source):
+class Array(ArrayImage):
     """An image in memory that records which rows are read."""
 
     def __init__(self, array: np.ndarray) -> None:
-        super().__init__(Path("array"), array)
+        super().__init__(array)
         self.rows: list[int] = []
 
-    def read(self, window: Window | None = None) -> np.ndarray:
-        assert window is not None
+    def read(self, window: Window) -> np.ndarray:
         self.rows += range(window.top, window.top + window.height)
         return super().read(window)
 
