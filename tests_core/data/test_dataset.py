@@ -215,7 +215,7 @@ def test_a_wrapped_dataset_is_normalized_in_training_and_not_augmented_in_evalua
     for split in ("validation", "test"):
         images = torch.cat([image.flatten(1) for image, _ in getattr(setup.data, split)], 1)
         assert images.std() > 0.1 and images.shape[1] % SIZE**2 == 0
-    assert setup.not_rerunnable and setup.config["DATASET"] is None
+    assert setup.experiment.not_rerunnable and setup.config["DATASET"] is None
     tensors = TensorDataset(torch.rand(6, 2, 8, 8), torch.randint(3, (6, 8, 8)))
     tensors = ConcatDataset([Subset(tensors, [5, 4, 3]), tensors])
     assert prepare(tensors, None, tiny_config | model, global_config, None, "dida_tools").contract.mean == ()
