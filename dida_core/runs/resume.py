@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..config.keys import defaults, upgrade
 from ..config.tree import difference
 from ..errors import ConfigError
 from ..report.console import say
@@ -137,6 +138,7 @@ def _restore_schedule(setup: Setup, scheduler: Any, stored: dict[str, Any]) -> N
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs between two captured configs; events hold more than that."""
-    keys = ("version", "config")
-    return difference({key: before[key] for key in keys}, {key: now[key] for key in keys})
+    """Return what differs between two captured configs. A key that is newer than a run had its default."""
+    newer = {key: value for key, value in defaults().items() if key in now["config"]}
+    old = {"version": before["version"], "config": newer | upgrade(before["config"])}
+    return difference(old, {key: now[key] for key in ("version", "config")})

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dida_core.config.keys import KEYS
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from dida_tools.config.config import global_config
@@ -183,12 +184,15 @@ def test_python_code_runs(page, tmp_path, pairs_dir, monkeypatch):
     (tmp_path / "my_data").symlink_to(pairs_dir)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    known = dict(KEYS)  # a page adds keys of its own
     for key, folder in {"LOG_DIR": "logs", "WEIGHT_DIR": "weights", "DATA_DIR": "data"}.items():
         monkeypatch.setitem(global_config, key, str(tmp_path / folder))
     try:
         module = importlib.import_module(name)
     finally:
         sys.modules.pop(name, None)
+        for key in KEYS.keys() - known.keys():
+            del KEYS[key]
     if "result = train(" in page.read_text():
         assert module.result.metrics and list((tmp_path / "weights").glob("*/best.pt"))
 

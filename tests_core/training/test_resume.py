@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from dida_core.config.check import check
+from dida_core.config.keys import KEYS
+from dida_core.config.kinds import NUMBER, Key
 from dida_core.config.project import project_of
 from dida_core.errors import ConfigError, UserError
 from dida_core.runs.resume import find_unfinished
@@ -234,7 +236,8 @@ def test_twice_in_one_epoch_and_with_other_workers(fit, interrupt, rich_config, 
     [
         pytest.param(FIRST, 2, 3, 0, id="second-validation-image"),
         pytest.param(FIRST, 3, 3, 1, id="pictures-after-the-epochs-results"),
-        *(pytest.param(name, 14, 9, 2, id=f"last-validation-{name}") for name in ROUTINES),
+        pytest.param(FIRST, 14, 9, 2, id=f"last-validation-{FIRST}"),
+        *(pytest.param(name, 14, 9, 2, marks=slow, id=f"last-validation-{name}") for name in OTHERS),
         pytest.param(FIRST, 20, 9, 3, id="second-test-image"),
     ],
     indirect=["fit"],
@@ -385,3 +388,11 @@ def test_another_config_is_refused_and_another_machine_or_data_reported(
     printed = capsys.readouterr().out
     assert "resumes with another CHANNELS_LAST" in printed
     assert "the training data is not what it was" in printed
+
+
+def test_a_key_that_is_newer_than_a_run_had_its_default(fit, interrupt, monkeypatch):
+    name = interrupt(9)
+    monkeypatch.setitem(KEYS, "MY_WEIGHT", Key(0.5, NUMBER, "weight of a second loss"))
+    with pytest.raises(ConfigError, match=r"MY_WEIGHT was 0\.5 and is now 0\.25"):
+        fit(RESUME=name, MY_WEIGHT=0.25)
+    assert fit(RESUME=name).name == name
