@@ -1,1 +1,1 @@
-"""Contains helpers: losses, names, paths, models, data, logging."""
+"""Losses, metrics, names, paths, model helpers, data, logging, mail."""
