@@ -13,6 +13,8 @@ from .kinds import ARGUMENTS, FLAG, FUNCTION, NUMBER, PATH, REQUIRED, TEXT, WHOL
 
 # What starts or watches a run, and is no part of it: in no record.
 UNRECORDED = ("RESUME", "AFTER_EPOCH")
+# What acts outside of a run: not taken from a record, which may be a stranger's, but from the user alone.
+NOT_RESTORED = (*UNRECORDED, "RERUN_OF", "NOTIFY", "LOGFILE")
 # Names of version 0.1, still understood in configs, overrides and records.
 RENAMED = {"NORMALISE": "NORMALIZE"}
 RENAMED_ARGUMENTS = {".utils.data.scenes.SceneDataset": {"part": "split"}}

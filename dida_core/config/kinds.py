@@ -9,6 +9,7 @@ from types import ModuleType, UnionType
 from typing import Any, NamedTuple
 
 REQUIRED = object()
+PLAIN_TYPES = (bool, int, float, complex, str, list, tuple, dict, set)
 
 
 class Kind(NamedTuple):
@@ -126,3 +127,19 @@ ADDRESSES = Kind(
     "an e-mail address or a list of them",
     lambda value: all(isinstance(one, str) and "@" in one for one in as_list(value) or [None]),
 )
+
+SAMPLER = _class_of("torch.utils.data", "Sampler")
+PLAIN_TYPE = Kind("a plain type", lambda value: value in PLAIN_TYPES)
+JUST_FUNCTION = Kind("a function", lambda value: callable(value) and not isinstance(value, type))
+
+# The objects that a record may name within the value of a key, in lists, arguments and partials, too; each is
+# called by whoever gets it. A key that is not listed holds what its own kind says, and as arguments these.
+ARGUMENT_OBJECTS = (MODEL, JUST_FUNCTION, PLAIN_TYPE)
+OBJECTS: dict[str, tuple[Kind, ...]] = {
+    "DATASET_CONFIG": (*ARGUMENT_OBJECTS, DATASET),
+    "DATA_LOADER_CONFIG": (JUST_FUNCTION, SAMPLER),
+    "LOSS": (JUST_FUNCTION, MODEL),
+    "METRICS": (JUST_FUNCTION, MODEL),
+    "OPTIMIZER_CONFIG": (OPTIMIZER,),
+    "SCHEDULER_CONFIG": (JUST_FUNCTION, SCHEDULER),
+}

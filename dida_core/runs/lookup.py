@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +126,12 @@ def _test_data(row: dict[str, Any]) -> dict[str, Any]:
 def read_run_config(
     run_dir: str | os.PathLike,
     project: Project,
-    roots: Iterable[str] = (),
     say: Callable[[str], None] = logger.warning,
     keys: Container[str] | None = None,
 ) -> dict[str, Any]:
     """
     Return the config of a run with its live objects.
 
-    :param roots: libraries that may be imported besides the project's ALLOWED_ROOTS
     :param say: receives a sentence where config.json is damaged, and the copy in the journal is used
     :param keys: only these, so that nothing is imported that only others name; None: all
     :raises ConfigError: if both are missing or damaged, or name what is not allowed
@@ -143,7 +141,7 @@ def read_run_config(
     record = read_record(run_dir, say)
     if keys is not None:
         record = record | {"config": {key: value for key, value in record["config"].items() if key in keys}}
-    return restore(record, project, roots)
+    return restore(record, project)
 
 
 def write_record(run_dir: str | os.PathLike, record: dict[str, Any]) -> None:
