@@ -88,6 +88,11 @@ def _is_device(value: Any) -> bool:
         return False
 
 
+def _is_file_name(value: Any) -> bool:
+    is_one = isinstance(value, str) and value.isprintable() and os.path.basename(value) == value
+    return is_one and 0 < len(value) <= 100 and value[0] != "." and not set(value) & set('/\\:*?"<>|')
+
+
 def _are_arguments(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
@@ -106,6 +111,7 @@ def _are_mask_values(value: Any) -> bool:
 TEXT, FLAG = Kind("a string", str), Kind("True or False", bool)
 WHOLE, NUMBER = Kind("a whole number", int), Kind("a number", float)
 PATH = Kind("a path", str | os.PathLike)
+FILE_NAME = Kind("the name of a file, such as experiments.csv, without a folder", _is_file_name)
 ROUTINE = Kind("a routine's module or name", str | ModuleType)
 MODEL, OPTIMIZER = _class_of("torch.nn", "Module"), _class_of("torch.optim", "Optimizer")
 SCHEDULER = _class_of("torch.optim.lr_scheduler", "LRScheduler")
