@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..errors import ConfigError, UserError
 from .modules import is_out_of_memory
+from .targets import known
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,6 +44,14 @@ def build_loss(config: dict[str, Any], device: torch.device) -> Loss:
     if isinstance(loss, type):
         return loss(**options).to(device)
     return functools.partial(loss, **options) if options else loss
+
+
+def of_known(loss: Loss) -> Loss:
+    """Return a loss that gets no target that is NaN."""
+    if isinstance(loss, nn.Module):
+        loss.register_forward_pre_hook(lambda _, pair: known(*pair))
+        return loss
+    return lambda pred, target: loss(*known(pred, target))
 
 
 @config_errors("OPTIMIZER")

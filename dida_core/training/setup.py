@@ -31,7 +31,7 @@ from .distributed import own_device
 from .evaluation import Evaluation
 from .first_sample import FirstSample, contract_of_values, dry_run, try_model
 from .loaders import Loaders, Splits, build_loaders
-from .optimization import Loss, build_ema, build_loss, build_optimizer, build_scheduler
+from .optimization import Loss, build_ema, build_loss, build_optimizer, build_scheduler, of_known
 
 
 @dataclass
@@ -127,6 +127,7 @@ def prepare(
     data, context, first = _check(experiment, data)
     data, contract = _fit_contract(experiment, data, first)
     loss_fn = build_loss(config, context.device)
+    loss_fn = of_known(loss_fn) if contract.task == "values" else loss_fn
     loaders = build_loaders(config, data, context.device, first.inputs.shape[1:])
     dry_run(first, config, loss_fn, contract, context)
     model = first.model.to(context.device)
