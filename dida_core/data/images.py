@@ -227,6 +227,14 @@ def elsewhere(place: Place | None, other: Place | None, shape: Sequence[int], na
     return f"it lies at {extent(place)}, {name} at {extent(other)}"
 
 
+def has_files_beside(picture: Path) -> bool:
+    """Return whether there are files that state more about a picture: where it lies, its mask."""
+    ending = picture.suffix
+    worlds = [f".{ending[1]}{ending[-1]}w", f"{ending}w", ".wld"]
+    names = [picture.with_suffix(one) for way in (str.lower, str.upper) for one in map(way, worlds)]
+    return any(file.exists() for file in (*names, *(Path(f"{picture}{one}") for one in (".aux.xml", ".msk"))))
+
+
 def list_images(folder: str | Path) -> list[Path]:
     """Return the image files of a folder, sorted by name, without hidden files."""
     files = Path(folder).iterdir()
@@ -394,11 +402,11 @@ def _load_picture(path: Path, is_mask: bool, stack: contextlib.ExitStack) -> tup
     with open(path, "rb") as stream:
         header = stream.read(26)
     is_deep = header.startswith(b"\x89PNG") and header[24:25] == b"\x10" and header[25:] != b"\x00"
-    ending, alpha = path.suffix, None
-    beside = [path.with_suffix(one) for one in (f".{ending[1]}{ending[-1]}w", f"{ending}w", ".wld")]
-    beside += [path.with_name(path.name + one) for one in (".aux.xml", ".msk")]
-    raster = _open_raster(path, stack) if is_deep or any(file.exists() for file in beside) else None
+    raster = _open_raster(path, stack) if is_deep or has_files_beside(path) else None
+    alpha = None
     with Image.open(path) as image:
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # the others of a photo are previews
+            raise ValueError(f"it holds {image.n_frames} images instead of one")
         if image.mode in ("CMYK", "LAB", "HSV", "YCbCr"):
             raise ValueError(f"its colors are {image.mode}: convert them to RGB")
         if image.getexif().get(_ORIENTATION, 1) != 1 and raster is not None:

@@ -13,14 +13,27 @@ from tqdm import tqdm
 
 from ..config.prediction_keys import as_list
 from ..data.contract import DataContract
-from ..data.images import ENDINGS, DataError, ImageReader, Place, Window, elsewhere, list_images, raise_if
+from ..data.images import (
+    ENDINGS,
+    DataError,
+    Grid,
+    ImageReader,
+    Place,
+    Window,
+    elsewhere,
+    has_files_beside,
+    list_images,
+    raise_if,
+)
 from ..data.pairs import map_values
 from ..errors import ConfigError
+from ..report.console import say
 from ..training.scores import Scores
 from .outputs import Output
 
 _NUM_CHECKED = 32  # images whose values are checked before the first one is predicted
 _ROWS = 256  # that are scored at once
+_RASTERS = (".tif", ".tiff")
 
 
 @dataclass
@@ -98,6 +111,8 @@ def plan(
     jobs = [Job(files) for files in inputs]
     for job in jobs:
         ending = job.inputs[0].suffix.lower()
+        if ending not in _RASTERS and any(map(_states_place, job.inputs)):
+            ending = ".tif"  # which keeps it
         ending = {".npz": ".npy", ".jpg": ".png", ".jpeg": ".png"}.get(ending, ending)
         for kind in kinds:
             end = form or (".npy" if ending == ".png" and not fits_picture[kind] else ending)
@@ -114,16 +129,27 @@ def plan(
     return jobs
 
 
+def _states_place(file: Path) -> bool:
+    """Return whether a file, or one beside it, states where it lies."""
+    ending = file.suffix.lower()
+    if ending in (".npy", ".npz") or (ending not in _RASTERS and not has_files_beside(file)):
+        return False
+    with ImageReader(file) as image:
+        return image.grid != Grid("", None)
+
+
 def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) -> None:
     """
-    Check what is known of the images before the first one is predicted, and set their sizes.
+    Check what is known of the images before the first one is predicted, and set their sizes and places.
 
     :raises DataError: with each that cannot be read, or is not as the contract says
     """
-    problems = []
+    problems, unplaced = [], set()
     for number, job in enumerate(tqdm(jobs, desc="check", unit=" images", disable=None, leave=False)):
         try:
             with ImageReader(*job.inputs) as image:
+                if image.grid not in (None, Grid("", None)):
+                    unplaced |= {file.suffix for file in job.outputs.values()} - set(_RASTERS)
                 job.size, job.corners, own = image.shape[:2], image.place, contract.for_nodata(image.nodata)
                 found = own.problems(np.zeros((1, 1, image.shape[2]), image.dtype))
                 if check_values and number < _NUM_CHECKED and not found:
@@ -132,8 +158,9 @@ def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) 
                 problems += [f"{job.place}: {problem}" for problem in found]
         except DataError as error:
             problems += error.problems
-    if problems:
-        raise DataError(problems)
+    raise_if(problems)
+    if unplaced:
+        say(f"FORMAT is {unplaced.pop()!r}, which cannot hold where the images lie: '.tif' keeps it.")
 
 
 def find_masks(jobs: Sequence[Job], folder: str | Path) -> list[Path]:
