@@ -207,6 +207,7 @@ def score_maps(maps: list[Path], masks: list[Path], contract: DataContract, conf
                 p = np.clip(values / 254 if is_uint8 else values.astype(np.float64), 1e-12, 1 - 1e-12)
                 logits = np.where(missing[..., None], 0, np.log(p) if multi_class else np.log(p / (1 - p)))
                 stored, valid = mask.read_masked(window)
+                stored[~valid] = 0  # NaN is no integer
                 targets = map_values(stored, config["MASK_VALUES"])
                 targets = targets.astype(np.int64 if multi_class else np.float32)
                 targets[missing | ~valid] = ignore_index

@@ -152,6 +152,7 @@ class NpyDataset(Dataset):
 
     def _read_mask(self, file: Path, window: Window) -> Tensor:
         stored, valid = read_masked(file, window, is_mask=self.task != "values")
+        stored[~valid] = 0  # NaN is no integer
         mask = map_values(stored, self.mask_values)
         if mask.shape[-1] != 1 and self.task == "multi-class":
             raise DataError([f"{file}: {several_channels(mask.shape[-1])}"])
