@@ -137,7 +137,7 @@ def _schedule_problems(config: dict[str, Any]) -> Iterable[str]:
 
 
 def _needs_closure(step: Callable) -> bool:
-    """Tell whether an optimizer's step computes the loss itself. Some have a default for it, but refuse it."""
+    """Tell whether an optimizer's step computes the loss itself, also where it refuses its default."""
     parameter = inspect.signature(step).parameters.get("closure")
     if parameter is None or parameter.default is parameter.empty:
         return parameter is not None

@@ -142,9 +142,10 @@ class Run(Position):
         state.batch, state.num_samples, state.loss_sum = 0, 0, 0.0
         self.history[state.epoch] = event
         self._publish(event, lambda listener, event: listener.epoch(self, event))
+        is_pruned = after_epoch is not None and on_main(lambda: after_epoch(self))
         if self._is_checkpoint_due() or not checkpoint_files(self.weight_dir):
-            self.save_checkpoint()
-        if after_epoch is not None and on_main(lambda: after_epoch(self)):
+            self.save_checkpoint()  # with what AFTER_EPOCH has done, such as layers that it has thawed
+        if is_pruned:
             raise Pruned(f"pruned after epoch {state.epoch}")
 
     def save_checkpoint(self) -> None:

@@ -180,9 +180,12 @@ def _build_schedule(
         if issubclass(schedule, ReduceLROnPlateau):
             filled["mode"] = config["MONITOR"].split()[0]
         options = {name: value for name, value in filled.items() if name in accepted} | options
+        if late := [end for end in options.get("milestones", ()) if end >= length]:
+            problem = f"SCHEDULER_CONFIG.milestones has {late}, and the training has {length} steps"
+            warnings.warn(f"{problem}: they are not reached.", stacklevel=6)
         if "schedulers" in options:  # some are one after the other, some all at once
             ends = [*options.get("milestones", ()), length]
-            spans = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+            spans = [max(1, end - start) for start, end in zip([0, *ends], ends, strict=False)]
             spans += [length] * len(options["schedulers"])
             parts = zip(options["schedulers"], spans, strict=False)
             options["schedulers"] = [build(part, {}, span) for part, span in parts]
