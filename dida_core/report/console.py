@@ -15,7 +15,7 @@ from .listener import Listener, Result, RunView
 
 def say(text: str) -> None:
     """
-    Print a line without tearing the bar, control characters as text. Of several processes the main one prints.
+    Print a line without tearing the bar, and controls as text. Of several processes the main one prints.
 
     A line that cannot be printed, as on a full disk, is left out.
     """
