@@ -12,6 +12,7 @@ import numpy as np
 from ..config.keys import copy_config, upgrade
 from ..config.project import Project
 from ..config.references import resolve
+from ..errors import UserError
 from .images import DataError, raise_if
 from .pairs import MaskReading, Pairs
 
@@ -31,7 +32,14 @@ def build_datasets(config: dict[str, Any]) -> tuple[Any, Any, Any]:
     if config.get("DATASET") is None or "train" not in (config.get("DATASET_CONFIG") or {}):
         remedy = 'set DATASET and DATASET_CONFIG["train"], or give a folder'
         raise DataError([f"the config names no training data: {remedy}"])
-    splits = {split: config["DATASET"](**arguments) for split, arguments in config["DATASET_CONFIG"].items()}
+    splits = {}
+    for split, arguments in config["DATASET_CONFIG"].items():
+        try:
+            splits[split] = config["DATASET"](**arguments)
+        except UserError:
+            raise
+        except (OSError, TypeError, ValueError) as error:
+            raise DataError([f"DATASET cannot be built with DATASET_CONFIG.{split}: {error}"]) from error
     return splits["train"], splits.get("test"), splits.get("validation")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.kinds import is_of
 from .images import ImageInfo, has_data
 
 TASKS = ("multi-class", "multi-label", "values")
@@ -22,6 +23,11 @@ PALETTE = [
     (240, 145, 50), (90, 200, 200), (230, 130, 180), (130, 130, 60), (100, 70, 50), (150, 150, 150),
 ]  # fmt: skip
 _MIN_PIXELS = 64
+_LARGEST_TILE = 2**16
+_PLURAL = ("mean", "std", "minimum", "maximum", "channel_names", "class_names")
+_KINDS: dict[str, Any] = dict.fromkeys(("channels", "outputs"), int) | {"tile_size": int | None}
+_KINDS |= dict.fromkeys(("scale", "temperature", "threshold", "mean", "std", "minimum", "maximum"), float)
+_KINDS |= dict.fromkeys(("dtype", "task", "channel_names", "class_names"), str)
 Values = np.ndarray  # one for each channel
 
 
@@ -81,6 +87,18 @@ class DataContract:
         """Read what to_dict wrote; ignore what a later version may have added."""
         known = {field.name for field in fields(cls)}
         return cls(**{key: _nested(tuple, value) for key, value in stored.items() if key in known})
+
+    def verified(self) -> Self:
+        """Return it; raise ValueError if it is none of ours, for a weights file may be somebody else's."""
+        for key, kind in _KINDS.items():
+            value = getattr(self, key)
+            is_plural = key in _PLURAL or (key == "threshold" and isinstance(value, tuple))
+            values = value if isinstance(value, tuple) and is_plural else (value,)
+            if is_plural != isinstance(value, tuple) or not all(is_of(one, kind) for one in values):
+                raise ValueError(f"{key} is {value!r:.80}")
+        if self.task not in TASKS or not 0 < (self.tile_size or 1) <= _LARGEST_TILE:
+            raise ValueError(f"task is {self.task!r:.80}, tile_size {self.tile_size}")
+        return self
 
     def problems(self, image: np.ndarray, valid: np.ndarray | bool = True) -> list[str]:
         """

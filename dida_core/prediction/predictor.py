@@ -16,6 +16,7 @@ from ..storage.weights import WeightsError, load_weights, model_state
 from ..training.device import DeviceContext
 from ..training.distributed import own_device
 from ..training.modules import fill_model
+from ..training.optimization import config_errors
 from .windows import ArrayImage, Tiling, predict_bands
 
 # Each is (rotations by a right angle, mirrored); the first one changes nothing.
@@ -96,10 +97,14 @@ def load_predictor(
     :raises WeightsError: if the file is damaged, of another model, or without a contract and an example
     """
     stored = load_weights(weights)
-    model = model_class(**(model_config or {}))
+    with config_errors("MODEL"):
+        model = model_class(**(model_config or {}))
     fill_model(model, model_state(stored), str(weights))
     if "contract" in stored:
-        contract = DataContract.from_dict(stored["contract"])
+        try:
+            contract = DataContract.from_dict(stored["contract"]).verified()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{weights}: its data contract is damaged ({error}).") from error
     elif not example:
         raise WeightsError(f"{weights}: holds no data contract, without which no image can be scaled.")
     else:

@@ -371,6 +371,8 @@ def _open_run(setup: Setup, listeners: list[Listener], stack: contextlib.ExitSta
 
 def _restore(setup: Setup, stored: dict[str, Any], name: str) -> tuple[State, dict[int, Event]]:
     try:
+        if not all(value is None or isinstance(value, int | float) for value in stored["state"].values()):
+            raise ValueError("its state holds no numbers")
         return restore(setup, stored, name)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         if isinstance(error, UserError):
