@@ -34,6 +34,8 @@ def main() -> int:
         warnings.simplefilter("ignore")
     if arguments.resume and arguments.rerun:
         parser.error("--resume and --rerun exclude each other: give one of them")
+    if "" in (arguments.resume, arguments.rerun):
+        parser.error("--resume and --rerun need the name of a run")
     if arguments.rerun and arguments.overrides:
         parser.error("--rerun trains as it was: leave KEY=VALUE out")
     recorded = arguments.rerun or (arguments.resume if arguments.resume != "auto" else None)

@@ -62,8 +62,8 @@ class Runs:
         """
         roots = [root for root in (self.weight_dir, self.log_dir) if root.is_dir()]
         folders = [root / name for root in roots if name in os.listdir(root)]
-        if links := [folder for folder in folders if folder.is_symlink()]:
-            raise UserError(f"{links[0]} is a link, which may lead anywhere: remove it.")
+        if odd := [folder for folder in folders if folder.is_symlink() or not folder.is_dir()]:
+            raise UserError(f"{odd[0]} is a link or no folder, which may lead anywhere: remove it.")
         is_run = name in run_names(self.log_dir)
         return [one for one in folders if is_run or (one.parent != self.log_dir and any(one.glob("*.pt")))]
 
@@ -158,7 +158,7 @@ def delete_runs(runs: Runs, arguments: Namespace) -> int:
                 locks.enter_context(locked(lock_file, 1, f"{name} is being trained: end it first."))
             files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
             size = sum(file.stat().st_size for file in files) / 1e6
-            print(f"{name}: {', '.join(map(str, folders)) or 'its row'} ({size:.1f} MB)")
+            print(printable(f"{name}: {', '.join(map(str, folders)) or 'its row'} ({size:.1f} MB)"))
         if not arguments.yes and not _is_confirmed():
             print("Nothing was removed.")
             return 1
