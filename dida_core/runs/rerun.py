@@ -29,19 +29,47 @@ def find_end(run_dir: Path) -> Event:
 def differences_from(run_dir: Path, environment: dict[str, Any]) -> list[str]:
     """Return what is not as it was when a run was trained, a sentence each."""
     try:
-        before = json.loads((run_dir / "environment.json").read_bytes())
+        segments = read_segments(run_dir)
     except (OSError, ValueError) as error:
         return [f"environment.json of {run_dir.name} cannot be read ({error}): what has changed is not known"]
-    reasons = [event["not_rerunnable"] for event in _events(run_dir) if event["event"] == "start"][-1:]
-    return [*(f"the run itself: {why}" for why in reasons if why), *find_differences(before, environment)]
+    (start,) = [event for event in _events(run_dir) if event["event"] == "start"][-1:] or [{}]
+    reasons = [start.get("not_rerunnable")]
+    if start.get("resumed_with"):
+        reasons.append(f"it was interrupted and resumed with another {start['resumed_with']}")
+    own = [f"the run itself: {why}" for why in reasons if why]
+    return [*own, *find_differences(segments[0], environment)]
 
 
-def compare_runs(run_dir: Path, events: list[Event], digest: str) -> tuple[bool, str]:
+def read_segments(run_dir: Path) -> list[dict[str, Any]]:
+    """
+    Return the environments in which a run has trained, that of its last start first.
+
+    :raises OSError, ValueError: if environment.json is missing or damaged
+    """
+    latest = json.loads((run_dir / "environment.json").read_bytes())
+    segments = [latest]
+    for changes in latest.pop("earlier", []):
+        segments.append(segments[-1] | changes)
+    return segments
+
+
+def with_segments(environment: dict[str, Any], segments: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the content of environment.json: of the earlier segments only what was another."""
+    later = [environment, *segments]
+    earlier = [
+        {key: value for key, value in before.items() if key not in after or after[key] != value}
+        for after, before in zip(later, segments, strict=False)
+    ]
+    return environment | ({"earlier": earlier} if earlier else {})
+
+
+def compare_runs(run_dir: Path, events: list[Event], digest: str, differences: list[str]) -> tuple[bool, str]:
     """
     Compare a finished run with one that repeats it.
 
     :param events: of the repeating run
     :param digest: of its last weights
+    :param differences: what was not as it was, by differences_from
     :return: whether the weights are identical, and a sentence
     """
     name = run_dir.name
@@ -56,7 +84,9 @@ def compare_runs(run_dir: Path, events: list[Event], digest: str) -> tuple[bool,
         if first.get(step, loss) != loss:
             where = f"the losses differ first in step {step}: loss {first[step]!r} then, {loss!r} now"
             break
-    return False, f"not identical: {name} had other weights; {where}"
+    known = "code, versions, data and machine are the same, as far as they are recorded"
+    why = f"what may explain it: {'; '.join(differences)}" if differences else known
+    return False, f"not identical: {name} had other weights; {where}; {why}"
 
 
 def _events(run_dir: Path) -> list[Event]:

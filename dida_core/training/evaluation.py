@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..data.contract import DataContract
 from .counts import CountMetric
+from .determinism import seed_step
 from .device import DeviceContext
 from .distributed import gather, num_processes
 from .modules import evaluation_mode
@@ -150,6 +151,9 @@ def evaluate_batch(
     """
     if stop_requested():
         return
+    seed_step(
+        0, 0, context.device
+    )  # Monte-Carlo dropout draws the same for a batch, wherever it is evaluated
     inputs, targets = context.move(batch[0]), batch[1].to(context.device)
     with context.autocast():
         predictions = model(inputs)
