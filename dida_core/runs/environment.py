@@ -59,7 +59,7 @@ def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     What an older version did not record is not known to differ.
     """
-    versions = before.get("packages", {}), now.get("packages", {})
+    versions = before.get("packages", now.get("packages", {})), now.get("packages", {})
     conditions = [(name, before[key], now.get(key)) for key, name in _CONDITIONS.items() if key in before]
     conditions += [(name, versions[0].get(name), versions[1].get(name)) for name in _COMPUTING]
     differences = []

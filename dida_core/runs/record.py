@@ -22,7 +22,7 @@ from ..training.setup import Setup
 from .environment import describe_environment
 from .lookup import run_names, write_record
 from .redaction import Redactor
-from .rerun import differences_from, read_segments, with_segments
+from .rerun import differences_from, read_segments
 from .resume import changes_on_the_way, compare_conditions, compare_configs, find_unfinished
 
 _LOCK_SECONDS = 2.0  # another process may just be looking whether the run is in training
@@ -50,35 +50,27 @@ class Record:
         if self.starts:
             self.started = self.starts[0].get("started", self.starts[0]["time"])
         self.environment: dict[str, Any] = {}
-        self.segments: list[dict[str, Any]] = []  # environments of earlier starts, the last one first
-        self.resumed_with: list[str] = []  # what was another then
+        self.segments: list[dict[str, Any]] = []  # environments before this one, the last one first
+        self.resumed_with: list[str] = []  # what was another there
         self.differences: list[str] = []  # from the run that it repeats
 
     def compare_conditions(self, setup: Setup) -> None:
         """
         Report what is not as it was when this run, or the one that it repeats, was trained.
 
-        :raises ConfigError: if a run is resumed with other data
+        :raises ConfigError: if a run resumes with other data
         """
-        context, experiment, redactor = setup.context, setup.experiment, Redactor(config=setup.config)
-        environment = describe_environment(experiment.project.root, context.device) | {
-            "data": setup.data.hashes
-        }
+        context, config, redactor = setup.context, setup.config, Redactor(config=setup.config)
+        environment = describe_environment(setup.experiment.project.root, context.device)
         environment |= {"device": str(context.device), "precision": context.precision}
+        environment |= {"data": setup.data.hashes}
         self.environment = redactor.data(environment) | {"arguments": redactor.arguments(sys.argv)}
         if self.is_resumed:
-            try:
-                self.segments = read_segments(self.log_dir)
-            except FileNotFoundError:
-                pass
-            except (OSError, ValueError) as error:
-                say(f"{self.log_dir / 'environment.json'} cannot be read ({error}): changes are not known.")
-        other_data = not setup.config["REQUIRE_RERUNNABLE"]
-        self.resumed_with = compare_conditions(self.name, self.segments, self.environment, other_data)
-        if setup.config["RERUN_OF"] is not None:
-            self.differences = differences_from(
-                self.log_dir.parent / setup.config["RERUN_OF"], self.environment
-            )
+            self.segments, other_data = read_segments(self.log_dir), not config["REQUIRE_RERUNNABLE"]
+            self.resumed_with = compare_conditions(self.name, self.segments, self.environment, other_data)
+        if config["RERUN_OF"] is not None:
+            repeated = self.log_dir.parent / config["RERUN_OF"]
+            self.differences = differences_from(repeated, self.environment)
             for change in self.differences:
                 say(f"Not as it was: {change}")
 
@@ -97,9 +89,9 @@ class Record:
         about = {"name": self.name, "started": self.started}
         about["not_rerunnable"] = "; ".join(dict.fromkeys(filter(None, reasons)))
         write_record(self.log_dir, self.captured | about)
-        environment = with_segments({"step": state.step} | self.environment, self.segments)
-        text = json.dumps(environment, indent=2).encode()
-        write_atomic(self.log_dir / "environment.json", lambda file: file.write(text))
+        if self.segments[:1] != [self.environment]:
+            text = json.dumps(self.environment | {"earlier": self.segments}, indent=2).encode()
+            write_atomic(self.log_dir / "environment.json", lambda file: file.write(text))
         process = {"host": socket.gethostname(), "pid": os.getpid()}
         start |= {"resumed_with": ", ".join(self.resumed_with)} if self.resumed_with else {}
         self.write({"event": "start"} | start | about | process | self.captured)
@@ -114,17 +106,9 @@ class Record:
         self.journal.write(event | {"time": time.time()})
         if self.journal.contradictions and not known:
             say(
-                f"{self.journal.contradictions[0]} has other results than before the interruption: code, "
-                "data, config or machine are not what they were, or a state is in no state_dict. Training "
-                "continues; it may end with other weights."
-            )
-
-    def report_contradictions(self) -> None:
-        """Report if a resumed run has come to other results than its journal held."""
-        if found := self.journal.contradictions:
-            say(
-                f"{len(found)} results differ from those before the interruption, first in {found[0]}: code, "
-                "data, config or machine are not what they were, or a state is in no state_dict."
+                f"{self.journal.contradictions[0]}: its results differ from those before the interruption. "
+                "Code, data, config or machine are not what they were, or a state is in no state_dict: the "
+                "run may end with other weights."
             )
 
     def close(self) -> None:

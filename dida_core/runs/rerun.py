@@ -27,40 +27,22 @@ def find_end(run_dir: Path) -> Event:
 
 
 def differences_from(run_dir: Path, environment: dict[str, Any]) -> list[str]:
-    """Return what is not as it was when a run was trained, a sentence each."""
-    try:
-        segments = read_segments(run_dir)
-    except (OSError, ValueError) as error:
-        return [f"environment.json of {run_dir.name} cannot be read ({error}): what has changed is not known"]
-    (start,) = [event for event in _events(run_dir) if event["event"] == "start"][-1:] or [{}]
-    reasons = [start.get("not_rerunnable")]
-    if start.get("resumed_with"):
-        reasons.append(f"it was interrupted and resumed with another {start['resumed_with']}")
-    own = [f"the run itself: {why}" for why in reasons if why]
-    return [*own, *find_differences(segments[0], environment)]
+    """Return what is not as it was when a run was trained, in one piece or several, a sentence each."""
+    segments = read_segments(run_dir)
+    changes = [change for one in segments for change in find_differences(one, environment)]
+    if not segments:
+        changes = [f"environment.json of {run_dir.name} cannot be read: what has changed is not known"]
+    reasons = [event["not_rerunnable"] for event in _events(run_dir) if event["event"] == "start"][-1:]
+    return [*(f"the run itself: {why}" for why in reasons if why), *dict.fromkeys(changes)]
 
 
 def read_segments(run_dir: Path) -> list[dict[str, Any]]:
-    """
-    Return the environments in which a run has trained, that of its last start first.
-
-    :raises OSError, ValueError: if environment.json is missing or damaged
-    """
-    latest = json.loads((run_dir / "environment.json").read_bytes())
-    segments = [latest]
-    for changes in latest.pop("earlier", []):
-        segments.append(segments[-1] | changes)
-    return segments
-
-
-def with_segments(environment: dict[str, Any], segments: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the content of environment.json: of the earlier segments only what was another."""
-    later = [environment, *segments]
-    earlier = [
-        {key: value for key, value in before.items() if key not in after or after[key] != value}
-        for after, before in zip(later, segments, strict=False)
-    ]
-    return environment | ({"earlier": earlier} if earlier else {})
+    """Return the environments that a run was trained in, the last one first; none where they are lost."""
+    try:
+        latest = json.loads((run_dir / "environment.json").read_bytes())
+        return [latest, *latest.pop("earlier", [])]
+    except (OSError, ValueError, AttributeError):
+        return []
 
 
 def compare_runs(run_dir: Path, events: list[Event], digest: str, differences: list[str]) -> tuple[bool, str]:

@@ -88,19 +88,17 @@ def compare_conditions(
     :return: what differs from any of the segments, such as "number of threads"
     :raises ConfigError: if files are not what they were, but for those of the test set
     """
-    if segments and (differences := find_differences(segments[0], environment)):
-        changed = changed_files(segments[0], environment)
-        if not other_data and (files := [file for file in changed if not file.startswith("test/")]):
-            raise ConfigError(
-                [
-                    f"{len(files)} files of the data are not what they were, such as {files[0]}: that would "
-                    "be another training. Put them back or start a new run; with REQUIRE_RERUNNABLE=False "
-                    f"{name} resumes all the same, and cannot be rerun."
-                ]
-            )
-        say(f"{name} resumes under other conditions: {'; '.join(differences)}.")
-    found = [one.partition(":")[0] for before in segments for one in find_differences(before, environment)]
-    return list(dict.fromkeys(found))
+    differences = [find_differences(before, environment) for before in segments]
+    if not segments:
+        say(f"environment.json of {name} cannot be read: what has changed is not known.")
+    elif differences[0]:
+        files = [one for one in changed_files(segments[0], environment) if not one.startswith("test/")]
+        if files and not other_data:
+            problem = f"{len(files)} files of the data are not what they were, such as {files[0]}"
+            remedy = "Put them back or start a new run; REQUIRE_RERUNNABLE=False resumes it all the same"
+            raise ConfigError([f"{problem}: that would be another training. {remedy}, never to be rerun."])
+        say(f"{name} resumes under other conditions: {'; '.join(differences[0])}.")
+    return list(dict.fromkeys(one.partition(":")[0] for some in differences for one in some))
 
 
 def check_checkpoint(

@@ -192,8 +192,6 @@ class Run(Position):
         identical, comparison = on_main(lambda: self._compare(digest))
         event = {"event": "test", "step": state.step, "digest": digest, "seconds": round(state.seconds, 1)}
         self._write(event | ({} if identical is None else {"identical": identical}) | metrics)
-        if self.record is not None:
-            self.record.report_contradictions()
         self._phase = "finished"
         result = Result(
             name=self.name,
