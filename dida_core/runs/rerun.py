@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..storage.files import read_plain
 from ..storage.journal import Event, read_journal
 from .environment import find_differences
+from .rows import is_start
 
 
 def find_end(run_dir: Path) -> Event:
@@ -19,7 +21,7 @@ def find_end(run_dir: Path) -> Event:
 
     :raises UserError: if it is not finished, so that there is nothing to compare with
     """
-    ends = [event for event in _events(run_dir) if event["event"] == "test"]
+    ends = [event for event in _events(run_dir) if event.get("event") == "test" and "digest" in event]
     if not ends:
         name = run_dir.name
         raise UserError(f"{name} was not trained to its end: finish it first, with --resume {name}.")
@@ -32,16 +34,17 @@ def differences_from(run_dir: Path, environment: dict[str, Any]) -> list[str]:
     changes = [change for one in segments for change in find_differences(one, environment)]
     if not segments:
         changes = [f"environment.json of {run_dir.name} cannot be read: what has changed is not known"]
-    reasons = [event["not_rerunnable"] for event in _events(run_dir) if event["event"] == "start"][-1:]
+    reasons = [event.get("not_rerunnable") for event in _events(run_dir) if is_start(event)][-1:]
     return [*(f"the run itself: {why}" for why in reasons if why), *dict.fromkeys(changes)]
 
 
 def read_segments(run_dir: Path) -> list[dict[str, Any]]:
     """Return the environments that a run was trained in, the last one first; none where they are lost."""
     try:
-        latest = json.loads((run_dir / "environment.json").read_bytes())
-        return [latest, *latest.pop("earlier", [])]
-    except (OSError, ValueError, AttributeError):
+        latest = json.loads(read_plain(run_dir / "environment.json"))
+        segments = [latest, *latest.pop("earlier", [])]
+        return segments if all(find_differences(one, one) == [] for one in segments) else []
+    except Exception:  # whatever a file of unknown origin leads to
         return []
 
 
@@ -58,7 +61,7 @@ def compare_runs(run_dir: Path, events: list[Event], digest: str, differences: l
     if find_end(run_dir)["digest"] == digest:
         return True, f"identical: the weights are those of {name}, bit for bit ({digest[:16]}...)"
     first, now = (
-        {event["step"]: event["loss"] for event in some if event["event"] == "step"}
+        {event["step"]: event["loss"] for event in some if event.keys() >= {"step", "loss"}}
         for some in (read_journal(run_dir / "journal.jsonl"), events)
     )
     where = "although the losses of all steps are the same"
