@@ -91,8 +91,9 @@ class Setup:
 
     def metrics(self, contract: DataContract | None = None) -> Evaluation:
         """Return an empty evaluation of the config's METRICS. See there for the contract."""
-        config, class_names = self.config, self.contract.class_names
-        return Evaluation(config["METRICS"], self.loss_fn, config["IGNORE_INDEX"], class_names, contract)
+        config, own = self.config, self.contract
+        about = (config["IGNORE_INDEX"], own.class_names, contract, own.task)
+        return Evaluation(config["METRICS"], self.loss_fn, *about)
 
     @property
     def loss_module(self) -> nn.Module | None:
