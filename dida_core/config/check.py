@@ -146,6 +146,15 @@ def _needs_closure(step: Callable) -> bool:
     return False
 
 
+def takes(target: Any, argument: str) -> bool:
+    """Tell whether a class or function has an argument of this name, or any."""
+    with contextlib.suppress(TypeError, ValueError):  # None, and some C functions, have none
+        for name, parameter in inspect.signature(target).parameters.items():
+            if name == argument or parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                return True
+    return False
+
+
 def _call_problems(target: Callable, arguments: dict[str, Any], path: str, name: str) -> Iterable[str]:
     """Yield why a class or function cannot be called with these arguments."""
     try:
