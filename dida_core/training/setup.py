@@ -38,6 +38,7 @@ from .optimization import (
     build_loss,
     build_optimizer,
     build_scheduler,
+    of_known,
     warm_up,
     watch_gradients,
 )
@@ -147,6 +148,7 @@ def prepare(
     data, contract = _fit_contract(experiment, data, first)
     set_seed(config["SEED"])  # of what a loss draws
     loss_fn = build_loss(config, context.device, first.predictions.ndim)
+    loss_fn = of_known(loss_fn) if contract.task == "values" else loss_fn
     loaders = build_loaders(config, data, context.device, first.inputs.shape[1:])
     dry_run(first, config, loss_fn, contract, context)
     model = first.model.to(context.device)
