@@ -90,12 +90,12 @@ def dry_run(
     :raises ConfigError: if loss or metrics do not take the model's outputs, or if MONITOR is no result
     """
     predictions, targets = first.predictions.float().to(context.device), first.targets.to(context.device)
+    require_gradient(predictions, targets, loss_fn, config)
     for fitted in (contract, None):  # as the test set will be evaluated, and the validation set
         about = (config["IGNORE_INDEX"], contract.class_names, fitted, contract.task)
         evaluation = Evaluation(config["METRICS"], loss_fn, *about)
         evaluation.update(predictions, targets)
         results = evaluation.results()
-    require_gradient(predictions, targets, loss_fn, config)
     goal = config["MONITOR"].split()[1]
     if goal not in results and f"{goal}_sample_mean" not in results:
         listed = ", ".join(results)
