@@ -107,7 +107,7 @@ def _parse(keys: list[str], text: str, project: Project, config: dict[str, Any])
         root, problems = place.partition(".")[0], list[ReferenceProblem]()
         for home in places:
             try:
-                return resolve(f"{home}:{name}", project, roots=[root] if root else [])
+                return resolve(f"{home}:{name}", project, trusted=True)
             except ReferenceProblem as problem:
                 problems.append(problem)
         if wants_object or root in ("", "torch", project.package):
