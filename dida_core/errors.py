@@ -1,8 +1,13 @@
 """Errors that a user can fix: scripts print their message without a traceback."""
 
+import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class UserError(ValueError):
@@ -38,6 +43,25 @@ class Preempted(BaseException):
     """A signal asked to end. No Exception, so that nobody who catches those continues as if nothing were."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: what is done is saved, start it again to continue
+
+
+def checked_call(function: F) -> F:
+    """Have a function refuse arguments that it does not have, such as those of 2021, by showing its call."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        try:
+            signature.bind(*arguments, **options)
+        except TypeError as error:
+            plain = [one.replace(annotation=one.empty) for one in signature.parameters.values()]
+            call = (
+                f"{function.__name__}{signature.replace(parameters=plain, return_annotation=signature.empty)}"
+            )
+            raise TypeError(f"{function.__name__}: {error}. The call is {call}.") from None
+        return function(*arguments, **options)
+
+    return checked  # type: ignore[return-value]
 
 
 def exit_code(main: Callable[[], int], of_each_process: bool = False) -> int:

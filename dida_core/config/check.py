@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .capture import capture, short
-from .keys import KEYS, UNRECORDED, defaults, upgrade
+from .keys import INSTEAD, KEYS, UNRECORDED, defaults, upgrade
 from .kinds import REQUIRED, Key, is_of
 from .project import Project
 
@@ -70,6 +70,7 @@ def unknown(key: Any, keys: Iterable[str] = KEYS) -> str:
     """Return the sentence about a key that is none."""
     near = difflib.get_close_matches(str(key).upper(), keys, n=1)
     hint = f"did you mean {near[0]}?" if near else "see dida_core/config/keys.py."
+    hint = f"it is {INSTEAD[key]} now." if key in INSTEAD else hint
     return f"{key} is no key of a config: {hint}"
 
 
