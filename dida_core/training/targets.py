@@ -16,6 +16,8 @@ ignore_index count nowhere. A masked target has one more channel, the first: a u
 
 from torch import Tensor
 
+from ..errors import UserError
+
 IGNORE_INDEX = 255
 
 
@@ -64,13 +66,13 @@ def wrong_values(target: Tensor, keep: Tensor, classes: int | None) -> Tensor:
 
 
 def refuse_values(target: Tensor, wrong: Tensor, classes: int | None, ignore_index: int) -> None:
-    """Raise ValueError with the first wrong value of a target, if there is one."""
+    """Raise UserError with the first wrong value of a target, if there is one."""
     if wrong.any():
         known = "a binary or multi-label target has 0 and 1"
         if classes is not None:
             known = f"the prediction has the classes 0 to {classes - 1}"
         value = f"{'the class number ' * (classes is not None)}{target[wrong][0]:g}"
-        raise ValueError(
+        raise UserError(
             f"the target holds {value}, {known}, and {ignore_index} is ignored: "
             "map the mask's values, or set IGNORE_INDEX."
         )

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from dida_core.errors import checked_call
+from dida_core.errors import UserError, checked_call
 from dida_core.training.targets import (
     IGNORE_INDEX,
     check_pixels,
@@ -164,7 +164,7 @@ def masked(loss: Loss, multi_class: bool = False) -> Loss:
         target, mask = unmask(pred, target, multi_class)
         wrong = ~((mask >= 0) & (mask <= 1))
         if mask.device.type == "cpu" and wrong.any():
-            raise ValueError(
+            raise UserError(
                 f"the usability mask holds {mask[wrong][0]:g}: it is 0 or 1, or a weight in between."
             )
         return loss(pred, target, *first, pixel_weights=mask.masked_fill(wrong, torch.nan), **options)
