@@ -39,7 +39,8 @@ def check(config: dict[str, Any], project: Project, more: Sequence[str] = ()) ->
     problems = [*more, *wrong.values(), *_argument_problems(defaults() | right, wrong)]
     recorded = {key: value for key, value in right.items() if key not in UNRECORDED}
     captured = capture(recorded, project, unrecordable)
-    problems += unrecordable if config.get("REQUIRE_RERUNNABLE", True) else []
+    if config.get("REQUIRE_RERUNNABLE", True):
+        problems += [f"{one} REQUIRE_RERUNNABLE=False trains all the same." for one in unrecordable]
     if problems:
         raise ConfigError(problems)
     return captured
