@@ -8,7 +8,7 @@ from dida_core.config.project import project_of
 from dida_core.errors import ConfigError, UserError
 from dida_core.search.space import Space, choice, integer, log_uniform, uniform, with_values
 from optuna.trial import FixedTrial
-from torch.nn import ELU, BatchNorm2d, GroupNorm
+from torch.nn import ELU, BatchNorm2d, GroupNorm, Module
 from torch.optim import SGD, AdamW
 
 from dida_tools.utils.loss import multi_class_dice_ce_sum
@@ -111,3 +111,21 @@ def test_values_take_their_places_and_the_config_stays_as_it_was(tiny_config):
     assert changed["MODEL_CONFIG"] == before | {"norm": BatchNorm2d}
     assert changed["SCHEDULER_CONFIG"] == {"pct_start": 0.3} and changed["EMA"] == 0.9
     assert tiny_config["MODEL_CONFIG"] == before and "EMA" not in tiny_config
+
+
+class OwnNet(Module):
+    def __init__(self, ch_in: int, width: int = 8) -> None:
+        super().__init__()
+
+
+def test_a_space_for_another_model_is_refused_with_advice_that_helps(tiny_config):
+    parts = {"MODEL_CONFIG.dropout": uniform(0, 0.4), "MODEL_CONFIG.n_recursions": integer(2, 4)}
+    config = tiny_config | {"MODEL": OwnNet, "MODEL_CONFIG": {"ch_in": 3}, "REQUIRE_RERUNNABLE": False}
+    with pytest.raises(ConfigError) as refused:
+        Space(parts, project_of(PACKAGE)).check(config, [])
+    expected = (
+        "{0} is no argument of OwnNet: it takes ch_in, width. Change or remove {0} in search_space, in "
+    )
+    expected += "hyperparameter.py."
+    assert sorted(refused.value.problems) == [expected.format(key) for key in parts]
+    Space({"MODEL_CONFIG.width": integer(4, 8)}, project_of(PACKAGE)).check(config, [])
