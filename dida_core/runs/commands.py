@@ -7,12 +7,14 @@ import logging
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..config.keys import KEYS
+from ..errors import UserError, printable
 from ..storage import table
+from ..storage.files import read_plain
 from ..storage.locks import locked
 from .lookup import NO_RUNS, find_rows, find_run, run_names
 
@@ -33,6 +35,8 @@ class Runs:
 
     def __init__(self, global_config: dict[str, str], logfile: str) -> None:
         self.log_dir, self.weight_dir = Path(global_config["LOG_DIR"]), Path(global_config["WEIGHT_DIR"])
+        if problem := KEYS["LOGFILE"].test(logfile):
+            raise UserError(f"--logfile {logfile}: it {problem}.")
         self.file = self.log_dir / logfile
         self.find = functools.partial(find_run, global_config, logfile=logfile)
 
@@ -54,9 +58,17 @@ class Runs:
         return next((row for row in self.rows if row[table.KEY] == name), {table.KEY: name})
 
     def folders(self, name: str) -> list[Path]:
-        """Return the folders that a run has; a name never leads out of those of logs and weights."""
+        """
+        Return the folders that a run has, and no others, whatever the name.
+
+        :raises UserError: if one is a link
+        """
         roots = [root for root in (self.weight_dir, self.log_dir) if root.is_dir()]
-        return [root / name for root in roots if name in os.listdir(root) and (root / name).is_dir()]
+        folders = [root / name for root in roots if name in os.listdir(root)]
+        if links := [folder for folder in folders if folder.is_symlink()]:
+            raise UserError(f"{links[0]} is a link, which may lead anywhere: remove it.")
+        is_run = name in run_names(self.log_dir)
+        return [one for one in folders if is_run or (one.parent != self.log_dir and any(one.glob("*.pt")))]
 
 
 def list_runs(runs: Runs, arguments: Namespace) -> None:
@@ -79,15 +91,16 @@ def list_runs(runs: Runs, arguments: Namespace) -> None:
         while others and _narrowest(table_of.values()) > _terminal_width():
             del table_of[others.pop()]
         columns = [key for key in ("ROW", *STATE, *wanted, *results) if key in table_of]
-        print_table(list(zip(*(table_of[key] for key in dict.fromkeys(columns)), strict=True)))
+        print_table(zip(*(table_of[key] for key in dict.fromkeys(columns)), strict=True))
 
 
 def show_run(runs: Runs, arguments: Namespace) -> None:
     """Show all about a run."""
     row = runs.row(arguments.name)
     log_dir, weight_dir = runs.log_dir / row["NAME"], runs.weight_dir / row["NAME"]
-    environment_file = log_dir / "environment.json"
-    environment = json.loads(environment_file.read_bytes()) if environment_file.is_file() else {}
+    environment: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # missing or damaged
+        environment = dict(json.loads(read_plain(log_dir / "environment.json")))
     places = {"log": log_dir, "picture": log_dir / "picture.png", "weights": weight_dir}
     found = {key: str(path) for key, path in places.items() if path.exists()}
     if arguments.json:
@@ -105,7 +118,8 @@ def show_run(runs: Runs, arguments: Namespace) -> None:
         print(title)
         for key, value in values.items():
             if value is not None:
-                print(f"  {key:<34} {' '.join(value) if isinstance(value, list) else _text(value)}")
+                text = " ".join(map(_text, value)) if isinstance(value, list) else _text(value)
+                print(f"  {printable(key):<34} {text}")
 
 
 def compare_runs(runs: Runs, arguments: Namespace) -> None:
@@ -120,7 +134,7 @@ def compare_runs(runs: Runs, arguments: Namespace) -> None:
     if arguments.json:
         print(json.dumps({"runs": names, "values": compared}, indent=2))
         return
-    print_table([["", *names], *([key, *map(_text, values)] for key, values in compared.items())])
+    print_table([["", *names], *([key, *values] for key, values in compared.items())])
     digests = {row.get("WEIGHTS_DIGEST") for row in rows}
     if len(digests) == 1 and None not in digests:
         print("The weights are identical, bit for bit.")
@@ -204,7 +218,7 @@ def _is_result(key: str) -> bool:
 def _text(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
+    return f"{value:.4g}" if isinstance(value, float) else printable(" ".join(str(value).split()))
 
 
 def _is_of_another(key: str, compared: dict[str, list[Any]]) -> bool:
@@ -223,8 +237,9 @@ def _narrowest(columns: Iterable[list[str]]) -> int:
     return sum(2 + min(_SHORTEST, max(map(len, column))) for column in columns) - 2
 
 
-def print_table(lines: Sequence[Sequence[str]]) -> None:
+def print_table(table: Iterable[Iterable[Any]]) -> None:
     """Print a table as wide as the terminal: long cells are cut in their middle, but not beyond reading."""
+    lines = [[_text(cell) for cell in line] for line in table]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     room = _terminal_width() - 2 * (len(widths) - 1)
     while sum(widths) > room and max(widths) > _SHORTEST:

@@ -6,6 +6,7 @@ Nothing is written yet.
 
 import contextlib
 import hashlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -92,8 +93,9 @@ class Setup:
 
     def metrics(self, contract: DataContract | None = None) -> Evaluation:
         """Return an empty evaluation of the config's METRICS. See there for the contract."""
-        config, class_names = self.config, self.contract.class_names
-        return Evaluation(config["METRICS"], self.loss_fn, config["IGNORE_INDEX"], class_names, contract)
+        config, own = self.config, self.contract
+        about = (config["IGNORE_INDEX"], own.class_names, contract, own.task)
+        return Evaluation(config["METRICS"], self.loss_fn, *about)
 
     @property
     def loss_module(self) -> nn.Module | None:
@@ -137,6 +139,7 @@ def prepare(
     :raises ConfigError: with all problems of the config, and of the data if there are both
     :raises DataError: with all problems of the data
     """
+    _check_folders(global_config)
     project, config = project_of(routine), complete(training_config)
     config["ROUTINE_NAME"] = None if routine == project.package else sys.modules.get(routine, routine)
     config["DATE"] = config["DATE"] or project.module(".utils.name").date_now()
@@ -162,6 +165,21 @@ def prepare(
     return Setup(
         experiment, context, contract, data, loaders, model, optimizer, scheduler, scaler, ema, loss_fn
     )
+
+
+def _check_folders(global_config: dict[str, str]) -> None:
+    """Raise ConfigError unless there are folders for logs and weights, or may be made."""
+    problems = []
+    for key in ("LOG_DIR", "WEIGHT_DIR"):
+        if not isinstance(global_config.get(key), str | os.PathLike):
+            problems.append(f"{key} is missing in global_config: see make_global_config in config/config.py.")
+            continue
+        path = Path(global_config[key]).absolute()
+        there = next(one for one in (path, *path.parents) if one.exists())
+        if not there.is_dir():
+            problems.append(f"{key} is {path}, but {there} is a file: take a folder.")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check(experiment: Experiment, data: Splits) -> tuple[Splits, DeviceContext, FirstSample]:
