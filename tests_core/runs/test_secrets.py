@@ -115,7 +115,7 @@ def test_secrets_are_found_in_other_forms(secret):
         ("https://me:s3cret@host/x", "https://me:[redacted]@host/x"),
         ("password = 'abc'", "password = '[redacted]'"),
         ('{"token": "abc", "lr": 3}', '{"token": "[redacted]", "lr": 3}'),
-        ("Authorization: Bearer abcdefghij", "Authorization: [redacted] [redacted]"),
+        ("Authorization: Bearer abcdefghij", "Authorization: [redacted]"),
         ("loss=0.5 num_tokens=512 f1: 0.3", "loss=0.5 num_tokens=512 f1: 0.3"),
         ("git@host:project.git http://host:8080/x", "git@host:project.git http://host:8080/x"),
     ],
