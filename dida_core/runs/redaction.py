@@ -2,9 +2,8 @@
 Redaction: secrets are kept out of what a run writes and sends.
 
 They are found by name, wherever a value has one, by their form, and by value, once a secret is known, wherever
-it turns up. Of texts they are cut out up to the end of the line; of code, the lines are dropped: rather lose a
-line than store a secret. What has an unsuspicious name and form, and is in no secret's place, cannot be known:
-keep secrets in the environment.
+it turns up. Texts lose them, up to the end of the line; code loses whole lines: rather lose a line than store a
+secret. What has an unsuspicious name and form cannot be known: keep secrets in the environment.
 """
 
 import base64
@@ -16,7 +15,7 @@ import re
 import shlex
 import sys
 from bisect import bisect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, quote_plus
@@ -55,13 +54,15 @@ _REFERENCE = re.compile(
 _RANDOM = re.compile(r"(?=\S*[^\W\d_])(?=\S*\d)[^\s\"'`()\[\]{},;]{8,}")
 # Between a name and its value: first what may have a type, then pairs, marked-up text, options, declarations.
 _BETWEEN = re.compile(
-    r"(?:\\*[\"'`])?[\])]?[ \t]*(?:(?::[ \t]*[\w.\[\], |\"']{1,60}?[ \t]*)?(?:=>|:=|[=!+?]?=(?!=)|==|%3D|<-)|:(?!:))"
+    r"(?:\\*[\"'`])?[\])]?[ \t]*"
+    r"(?:(?::[ \t]*[\w.\[\], |\"']{1,60}?[ \t]*)?(?:=>|:=|[=!+?]?=(?!=)|==|%3D|<-)|:(?!:))"
     r"|\\*[\"'`]?\s*,?\s*\\*[\"'`]?\bvalue\\*[\"'`]?\s*[:=]"
     r"|\\*[\"'`],\s*(?=[fFrRbBuU]{0,2}\\*[\"'`])"
 )
 _DECLARED = re.compile(r"(?:\b(?:ENV|ARG|SetEnv|setenv|set(?:\s+-\w+)*|(?:login|machine|user)\s+\S+)\s+|-)$")
 _SAID = re.compile(
-    r"(?:[ \t]+\w+){0,3}[ \t]+(?:(?:is|was)(?:[ \t]*[:=]|[ \t]+(?=\S*[A-Z\d\"']))|\w+[ \t]*[:=])|[ \t]+(?=[\"'])"
+    r"(?:[ \t]+\w+){0,3}[ \t]+(?:(?:is|was)(?:[ \t]*[:=]|[ \t]+(?=\S*[A-Z\d\"']))|\w+[ \t]*[:=])"
+    r"|[ \t]+(?=[\"'])"
 )
 _ALONE = re.compile(r"[ \t]+(?=\S+[ \t]*$)", re.MULTILINE)
 _SPACES, _BLANKS, _MARKED = (
@@ -119,9 +120,7 @@ def _suspicion(name: str) -> int:
     last, is_alone, is_constant = words[-1], len(words) == 1, name.isupper()
     if last.endswith("token") or last in _LIKELY_WORDS or (last in ("pass", "pat") and not is_alone):
         return _LIKELY
-    if is_constant and (
-        (last == "key" and not is_alone) or {"token", "pass", "pat"}.intersection(words)
-    ):
+    if is_constant and ((last == "key" and not is_alone) or {"token", "pass", "pat"}.intersection(words)):
         return _LIKELY
     if any(word in _MAYBE_WORDS or word.endswith("token") for word in words):
         return _MAYBE
