@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ..data.contract import DataContract
 from ..data.images import Grid
@@ -23,13 +24,16 @@ _STEPS = 254  # of uint8 from 0 to 1
 class Output:
     """One kind of output: its values, and what pictures and rasters say about them."""
 
-    def __init__(self, kind: str, contract: DataContract, dtype: str = "float32") -> None:
+    def __init__(
+        self, kind: str, contract: DataContract, dtype: str = "float32", origin: dict[str, str] | None = None
+    ) -> None:
         """
         :param kind: "classes": uint8 numbers of the classes, for multi-label a 0 or 1 for each;
             "probabilities": of each class; "confidence": the probability of what was decided; "entropy":
             from 0 (sure) to 1 (all alike). For multi-label the latter two are of each class. Values of a
             regression stay as they are.
         :param dtype: of all but classes: "float32", or "uint8" for 0 to 254 instead of 0 to 1
+        :param origin: tags that say what it was made with
         """
         self.kind, self.contract = "values" if contract.task == "values" else kind, contract
         self.is_classes = self.kind == "classes"
@@ -44,7 +48,7 @@ class Output:
         names = contract.class_names
         self.band_names = list(names) if not is_decision and len(names) == contract.outputs else []
         numbered = ", ".join(f"{number}: {name}" for number, name in enumerate(names))
-        self.tags = {"OUTPUT": self.kind} | ({"CLASSES": numbered} if names else {})
+        self.tags = (origin or {}) | {"OUTPUT": self.kind} | ({"CLASSES": numbered} if names else {})
 
     def values(self, band: Band) -> np.ndarray:
         """Return what is written of some rows: (rows, W, bands)."""
@@ -107,7 +111,10 @@ class Picture(OutputFile):
         if self.output.colors:
             colors = bytes(value for color in self.output.colors for value in color)
             picture.putpalette(colors.ljust(256 * 3, b"\0"))
-        picture.save(self.unfinished)
+        info = PngInfo()
+        for name, value in self.output.tags.items():
+            info.add_text(name, value)
+        picture.save(self.unfinished, pnginfo=info)
         return self.unfinished
 
 
