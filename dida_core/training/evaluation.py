@@ -14,7 +14,7 @@ from .distributed import gather, num_processes
 from .modules import evaluation_mode
 from .scores import Scores
 from .signals import Preempted, raise_if_stop_requested, stop_requested
-from .targets import check_shapes, is_multi_class, unmask
+from .targets import check_shapes, is_multi_class, known, unmask
 
 
 class Accumulator(Protocol):
@@ -76,11 +76,12 @@ class Evaluation:
             self.scores.update(predictions, unmasked, valid)
         for index in range(len(predictions)):
             prediction, target = predictions[index : index + 1], targets[index : index + 1]
-            if not target.is_floating_point() and bool((target == self.ignore_index).all()):
+            ignored = target.isnan() if target.is_floating_point() else target == self.ignore_index
+            if bool(ignored.all()):
                 self.sample_losses.append(math.nan)
                 continue  # no pixel counts, of which some losses are NaN
             for name, function in self.averaged.items():
-                self._values[name].append(float(function(prediction, target)))
+                self._values[name].append(float(function(*known(prediction, target))))
             self.sample_losses.append(self._values["loss"][-1])
 
     def results(self) -> dict[str, float]:

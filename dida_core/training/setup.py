@@ -31,7 +31,17 @@ from .distributed import own_device
 from .evaluation import Evaluation
 from .first_sample import FirstSample, contract_of_values, dry_run, try_model
 from .loaders import Loaders, Splits, build_loaders
-from .optimization import Loss, build_ema, build_loss, build_optimizer, build_scheduler
+from .modules import set_seed
+from .optimization import (
+    Loss,
+    build_ema,
+    build_loss,
+    build_optimizer,
+    build_scheduler,
+    of_known,
+    warm_up,
+    watch_gradients,
+)
 
 
 @dataclass
@@ -85,6 +95,15 @@ class Setup:
         config, class_names = self.config, self.contract.class_names
         return Evaluation(config["METRICS"], self.loss_fn, config["IGNORE_INDEX"], class_names, contract)
 
+    @property
+    def loss_module(self) -> nn.Module | None:
+        """The loss, if it may have parameters."""
+        return self.loss_fn if isinstance(self.loss_fn, nn.Module) else None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all parameters that are trained: the model's, and the loss's if it has some."""
+        return [*self.model.parameters(), *(self.loss_module.parameters() if self.loss_module else ())]
+
     def step_schedule(self, value: float | None) -> None:
         """
         Step a schedule that goes by epochs.
@@ -126,13 +145,17 @@ def prepare(
 
     data, context, first = _check(experiment, data)
     data, contract = _fit_contract(experiment, data, first)
-    loss_fn = build_loss(config, context.device)
+    set_seed(config["SEED"])  # of what a loss draws
+    loss_fn = build_loss(config, context.device, first.predictions.ndim)
+    loss_fn = of_known(loss_fn) if contract.task == "values" else loss_fn
     loaders = build_loaders(config, data, context.device, first.inputs.shape[1:])
     dry_run(first, config, loss_fn, contract, context)
     model = first.model.to(context.device)
     if context.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(config, model)
+    optimizer = build_optimizer(config, model, loss_fn)
+    watch_gradients(optimizer, model)
+    warm_up(config, optimizer, config["EPOCHS"] * loaders.steps_per_epoch)
     scheduler = build_scheduler(config, optimizer, loaders.steps_per_epoch)
     scaler = torch.amp.GradScaler(context.device.type, enabled=context.precision == "fp16")
     ema = build_ema(config, model)

@@ -10,10 +10,12 @@ multi-class    (N, C, H, W), float     (N, H, W), class numbers 0 to C - 1, of a
 =============  ======================  =======================================================
 
 Without H and W the same holds for classification: (N, C) with (N, C) or (N,). Target values equal to
-ignore_index count nowhere. A masked target has one more channel, the first: a usability mask of 0 and 1
-(weights in between work too). A masked multi-class target is (N, 2, H, W), the mask and the class numbers.
+ignore_index count nowhere; nor does NaN in the target of a regression. A masked target has one more channel,
+the first: a usability mask of 0 and 1 (weights in between work too). A masked multi-class target is
+(N, 2, H, W), the mask and the class numbers.
 """
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = 255
@@ -90,6 +92,16 @@ def counting(
         return keep
     check_pixels("valid", valid, pred)
     return keep & (valid > 0 if is_multi_class(pred, target) else (valid > 0).unsqueeze(1))
+
+
+def known(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a prediction and its target, or where some of the target is NaN, what is not, (n,) each."""
+    if not target.is_floating_point() or target.shape != pred.shape:
+        return pred, target
+    is_known = ~target.isnan()
+    if is_known.all():
+        return pred, target
+    return (pred[is_known], target[is_known]) if is_known.any() else (pred * 0, torch.zeros_like(target))
 
 
 def precise(logits: Tensor) -> Tensor:
