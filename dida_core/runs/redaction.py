@@ -1,9 +1,9 @@
 """
 Redaction: secrets are kept out of what a run writes and sends.
 
-They are found by name, wherever a value has one, by their form, and by value, once a secret is known, wherever
-it turns up. Texts lose them, up to the end of the line; code loses whole lines: rather lose a line than store a
-secret. What has an unsuspicious name and form cannot be known: keep secrets in the environment.
+They are found by name, wherever a value has one, by their form, and by value, once a secret is known,
+wherever it turns up. Texts lose them, up to the end of the line; code loses whole lines: rather lose a line
+than store a secret. What has an unsuspicious name and form cannot be known: keep secrets in the environment.
 """
 
 import base64
@@ -77,8 +77,8 @@ _FORMS = re.compile(
     r"|[?&;](?i:amp;)?(?i:sig|key|code|[\w-]*(?:signature|credential|token|secret|passw\w*|key|auth))"
     r"(?:=|%3D)([^\s&\"'<>]+)"
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{12,}"
-    r"|\b(?:gh[pousr]_|github_pat_|glpat-|xox[a-z]-|npm_|pypi-|dckr_pat_|[srp]k[-_]|SG\.|AIza|ya29\.|dop_v1_|shpat_|"
-    r"dapi|glsa_|whsec_|AGE-SECRET-)(?=[\w.-]*[\dA-Z])[\w.-]{10,}"
+    r"|\b(?:gh[pousr]_|github_pat_|glpat-|xox[a-z]-|npm_|pypi-|dckr_pat_|[srp]k[-_]|SG\.|AIza|ya29\.|"
+    r"dop_v1_|shpat_|dapi|glsa_|whsec_|AGE-SECRET-)(?=[\w.-]*[\dA-Z])[\w.-]{10,}"
     r"|\bhf_(?=\w*[\dA-Z])[A-Za-z0-9]{8,}"
     r"|\beyJ[\w-]{5,}\.[\w-]{5,}(?:\.[\w-]*)?"
     r"|hooks\.slack\.com/services/\S+|/api/webhooks/\S+|\b\d{8,10}:AA[\w-]{30,}"
