@@ -22,21 +22,15 @@ from tests.conftest import (
     datasets,
     faint_pairs_dir,
     global_config,
+    own_classes,
     pairs_dir,
     quick,
     tiny_config,
 )
 from tests.helpers import FIRST, load_routine
 
-__all__ = [
-    "_as_committed",
-    "datasets",
-    "faint_pairs_dir",
-    "global_config",
-    "pairs_dir",
-    "quick",
-    "tiny_config",
-]
+__all__ = ["_as_committed", "datasets", "faint_pairs_dir", "global_config", "own_classes", "pairs_dir"]
+__all__ += ["quick", "tiny_config"]
 
 
 @pytest.fixture(scope="session")
