@@ -62,10 +62,10 @@ class Record:
         :raises ConfigError: if a run resumes with other data
         """
         context, config, redactor = setup.context, setup.config, Redactor(config=setup.config)
-        environment = describe_environment(setup.experiment.project.root, context.device)
-        environment |= {"device": str(context.device), "precision": context.precision}
-        environment |= {"data": setup.data.hashes}
-        self.environment = redactor.data(environment) | {"arguments": redactor.arguments(sys.argv)}
+        ran_on = {"device": str(context.device), "precision": context.precision}
+        arguments = (setup.experiment.project.root, context.device, redactor, _known_files(setup))
+        self.environment = describe_environment(*arguments) | {"arguments": redactor.arguments(sys.argv)}
+        self.environment |= redactor.data({"data": setup.data.hashes} | ran_on)
         if self.is_resumed:
             self.segments, other_data = read_segments(self.log_dir), not config["REQUIRE_RERUNNABLE"]
             self.resumed_with = compare_conditions(self.name, self.segments, self.environment, other_data)
@@ -83,11 +83,14 @@ class Record:
         start |= {"device": str(context.device), "precision": context.precision, "processes": num_processes()}
         reasons = [experiment.not_rerunnable]
         reasons += [f"{key} holds a secret" for key in difference(self.captured, experiment.captured)]
+        if lost := self.environment.get("unrecorded_files"):
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            reasons.append(f"uncommitted files are not recorded: {', '.join(lost[:3])}{more}")
         reasons += changes_on_the_way(self.starts, start, self.captured)
         reasons += ["it was interrupted and resumed with other data"] if "data" in self.resumed_with else []
         if not self.starts:  # they are lost
             reasons.append(self.before.get("not_rerunnable"))
-        about = {"name": self.name, "started": self.started}
+        about = {"name": self.name, "started": self.started, "data_digest": setup.data.digest}
         about["not_rerunnable"] = "; ".join(dict.fromkeys(filter(None, reasons)))
         write_record(self.log_dir, self.captured | about)
         if self.segments[:1] != [self.environment]:
@@ -118,6 +121,19 @@ class Record:
             self.journal.close()
         except OSError as error:
             say(f"{self.log_dir}: the last lines may not be on the disk ({error}).")
+
+
+def _known_files(setup: Setup) -> Callable[[Path], bool]:
+    """Return what tells whether a file is one of the data, whose hashes are recorded, or of a run."""
+    known = {(name.partition("/")[2], facts["bytes"]) for name, facts in setup.data.hashes.items()}
+    folders = [os.path.realpath(setup.experiment.global_config[key]) for key in ("LOG_DIR", "WEIGHT_DIR")]
+
+    def is_known(path: Path) -> bool:
+        size = path.stat().st_size if path.is_file() else None
+        is_of_run = Path(os.path.realpath(path)).is_relative_to
+        return (f"{path.parent.name}/{path.name}", size) in known or any(map(is_of_run, folders))
+
+    return is_known
 
 
 def without_secrets(setup: Setup) -> tuple[dict[str, Any], Callable[[str], str]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config.tree import flatten
 from ..errors import ConfigError, Preempted, UserError, printable
-from ..report.console import say
+from ..report.console import next_steps, say
 from ..report.listener import Listener, Pending, Result, State
 from ..storage.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from ..storage.journal import Event, read_journal
@@ -197,6 +197,7 @@ class Run(Position):
         state.seconds = self._seconds()
         identical, comparison = on_main(lambda: self._compare(digest))
         event = {"event": "test", "step": state.step, "digest": digest, "seconds": round(state.seconds, 1)}
+        event["best_digest"] = weights_digest(setup.eval_model.state_dict())
         self._write(event | ({} if identical is None else {"identical": identical}) | metrics)
         self._phase = "finished"
         result = Result(
@@ -263,10 +264,10 @@ class Run(Position):
         state, weights = self.state, self.setup.eval_model.state_dict()
         before, state.best_digest = state.best_digest, weights_digest(weights)
         if self.record is not None:
+            content = {"model": weights, "contract": self.setup.contract.to_dict(), "run": self.name}
             with write_errors(f"the best weights at step {state.step}", self.weight_dir):
                 if state.best_digest != before:  # first, so that a file after the checkpoint is known as ours
                     self._write({"event": "best", "epoch": state.best_epoch, "digest": state.best_digest})
-                content = {"model": weights, "contract": self.setup.contract.to_dict()}
                 save_weights(self.weight_dir / "best.pt", content)
 
     def _load_best(self) -> dict[str, Tensor]:
@@ -289,7 +290,7 @@ class Run(Position):
 
     def end(self, error: BaseException) -> None:
         """Record an end without a result, and report how to resume."""
-        resume = f"Resume it with: python train.py --resume {self.name}"
+        resume = f"Resume it with: {next_steps(self)['resume']}"
         if isinstance(error, Preempted):
 
             def preempt() -> None:
@@ -313,7 +314,8 @@ class Run(Position):
     def _record_end(self, status: str, error: BaseException) -> None:
         """Record an end. A finished run stays finished, whatever happens to its pictures."""
         if self._phase != "finished":
-            text = printable(self.redact(" ".join(f"{type(error).__name__}: {error}".split())))[:500]
+            text = self.redact(f"{type(error).__name__}: {error}")
+            text = printable(" ".join(text.split()))[:500]
             event = {"event": "end", "status": status, "error": text, "seconds": round(self._seconds(), 1)}
             with contextlib.suppress(WriteError):  # of a full disk, which the run may have ended by
                 self._write(event)
