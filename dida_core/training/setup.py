@@ -24,7 +24,7 @@ from ..config.check import check
 from ..config.keys import complete
 from ..config.project import Project, project_of
 from ..data.contract import DataContract
-from ..data.dataset import Custom, as_dataset
+from ..data.dataset import Custom, View, as_dataset
 from ..data.images import DataError
 from ..errors import ConfigError, UserError
 from .device import DeviceContext
@@ -239,6 +239,7 @@ def _fit_contract(experiment: Experiment, given: Splits, first: FirstSample) -> 
         warnings.warn(f"{where}: {effect}.", stacklevel=4)
     data = data.map(lambda dataset: dataset.with_contract(contract))
     data.hashes = _hashes(config, given)
+    data.digest = _digest(data.hashes, given)
     return data, contract
 
 
@@ -294,9 +295,26 @@ def _hashes(config: dict[str, Any], data: Splits) -> dict[str, dict[str, Any]]:
         f"{split}/{file.parent.name}/{file.name}": {"bytes": file.stat().st_size, "sha256": facts["sha256"]}
         for split, dataset in data.items()
         for file, facts in dataset.scan().items()
+        if "sha256" in facts
     }
     if config["INIT_WEIGHTS"] is not None:
         with open(config["INIT_WEIGHTS"], "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             hashes["INIT_WEIGHTS"] = {"bytes": stream.tell(), "sha256": digest}
     return hashes
+
+
+def _digest(hashes: dict[str, dict[str, Any]], data: Splits) -> str:
+    """Return a SHA-256 of all data, or which split has none."""
+    unknown = [split for split, dataset in data.items() if not _is_hashed(dataset)]
+    if unknown:
+        return f"no: the {', '.join(unknown)} data has no hash, so a change would not be noticed"
+    files = [(name, facts["sha256"]) for name, facts in sorted(hashes.items()) if name != "INIT_WEIGHTS"]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def _is_hashed(dataset: Any) -> bool:
+    if isinstance(dataset, View):
+        return all(map(_is_hashed, dataset.datasets))
+    facts = dataset.scan()
+    return len(facts) > 0 and all("sha256" in one for one in facts.values())
