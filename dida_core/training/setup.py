@@ -29,9 +29,10 @@ from ..errors import ConfigError, UserError
 from .device import DeviceContext
 from .distributed import own_device
 from .evaluation import Evaluation
-from .first_sample import FirstSample, contract_of_values, dry_run, try_model
-from .loaders import Loaders, Splits, build_loaders
+from .first_sample import FirstSample, contract_of_values, dry_run, try_model, try_splits
+from .loaders import Loaders, Splits, Values, build_loaders, stream_problems
 from .optimization import Loss, build_ema, build_loss, build_optimizer, build_scheduler
+from .targets import OutputLoss
 
 
 @dataclass
@@ -126,8 +127,8 @@ def prepare(
 
     data, context, first = _check(experiment, data)
     data, contract = _fit_contract(experiment, data, first)
-    loss_fn = build_loss(config, context.device)
-    loaders = build_loaders(config, data, context.device, first.inputs.shape[1:])
+    loss_fn = OutputLoss(build_loss(config, context.device))
+    loaders = build_loaders(config, data, context.device, first.shape[1:], _values(config, contract))
     dry_run(first, config, loss_fn, contract, context)
     model = first.model.to(context.device)
     if context.channels_last:
@@ -136,9 +137,11 @@ def prepare(
     scheduler = build_scheduler(config, optimizer, loaders.steps_per_epoch)
     scaler = torch.amp.GradScaler(context.device.type, enabled=context.precision == "fp16")
     ema = build_ema(config, model)
-    return Setup(
+    setup = Setup(
         experiment, context, contract, data, loaders, model, optimizer, scheduler, scaler, ema, loss_fn
     )
+    try_splits(setup.model, first, loaders, lambda: setup.metrics(contract), context)
+    return setup
 
 
 def _check(experiment: Experiment, data: Splits) -> tuple[Splits, DeviceContext, FirstSample]:
@@ -150,6 +153,7 @@ def _check(experiment: Experiment, data: Splits) -> tuple[Splits, DeviceContext,
     with _collect(problems):
         if config["MASK_VALUES"]:
             data = data.map(lambda dataset: dataset.with_mask_values(config["MASK_VALUES"]))
+    problems += stream_problems(config, data)
     problems += _disagreements(config, data)
     reasons = _enter_data(config, data)
     with _collect(problems):
@@ -199,6 +203,14 @@ def _fit_contract(experiment: Experiment, given: Splits, first: FirstSample) -> 
     data = data.map(lambda dataset: dataset.with_contract(contract))
     data.hashes = _hashes(config, given)
     return data, contract
+
+
+def _values(config: dict[str, Any], contract: DataContract) -> Values:
+    """Return what batches may hold."""
+    is_masked = any(getattr(metric, "masked", False) for metric in config["METRICS"].values())
+    counts = contract.task == "multi-class" and not is_masked
+    ignored = {config["IGNORE_INDEX"], config["LOSS_CONFIG"].get("ignore_index", config["IGNORE_INDEX"])}
+    return Values(contract.outputs if counts else None, tuple(ignored))
 
 
 @contextlib.contextmanager

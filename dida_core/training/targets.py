@@ -14,7 +14,13 @@ ignore_index count nowhere. A masked target has one more channel, the first: a u
 (weights in between work too). A masked multi-class target is (N, 2, H, W), the mask and the class numbers.
 """
 
-from torch import Tensor
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .device import map_tensors, tensors_of
 
 IGNORE_INDEX = 255
 
@@ -90,6 +96,50 @@ def counting(
         return keep
     check_pixels("valid", valid, pred)
     return keep & (valid > 0 if is_multi_class(pred, target) else (valid > 0).unsqueeze(1))
+
+
+def main_output(outputs: Any, targets: Any = None) -> Any:
+    """
+    Return what counts in evaluation and prediction: of several outputs the first, where there is one target.
+
+    Where the targets are several, in a tuple or dict, they are for all of the outputs.
+    """
+    several = targets is not None and not isinstance(targets, Tensor)
+    return outputs if several or isinstance(outputs, Tensor) else next(iter(tensors_of(outputs)), outputs)
+
+
+class OutputLoss(nn.Module):
+    """
+    A loss of all that a model returns, in float32.
+
+    Of several outputs for one target (deep supervision, auxiliary heads), each is compared with the target
+    in its own size, and weighs half as much as the one before it. Several targets are the given loss's own.
+    """
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss of a batch."""
+        outputs = map_tensors(Tensor.float, outputs)
+        if isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+            return self.loss(outputs, targets)
+        levels = tensors_of(outputs)
+        losses = [self.loss(one, resize_nearest(targets, one.shape[2:])) for one in levels]
+        weights = [0.5**level for level in range(len(levels))]
+        return sum(weight / sum(weights) * one for weight, one in zip(weights, losses, strict=True))
+
+
+def resize_nearest(target: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a target (..., *size) of values that it has: class numbers, ignored pixels and masks as well."""
+    for axis, length in zip(range(-len(size), 0), size, strict=True):
+        if target.shape[axis] != length:
+            centers = (
+                (2 * torch.arange(length, device=target.device) + 1) * target.shape[axis] // (2 * length)
+            )
+            target = target.index_select(axis, centers)
+    return target
 
 
 def precise(logits: Tensor) -> Tensor:
