@@ -170,19 +170,22 @@ def try_splits(
         loader = getattr(loaders, split)
         if loader is None:
             continue
-        samples, dataset = loader.dataset, loader.dataset.dataset
+        samples, dataset, size = loader.dataset, loader.dataset.dataset, loaders.batches.batch_size
         number = min(len(dataset), 1 if dataset.scan() else _NUM_TRIED)
         last = number - 1 if isinstance(dataset, Stream) else len(dataset) - 1
+        keys = [(0, round(index)) for index in np.linspace(0, last, number).tolist()]
+        if len({dataset.sample_shape(index) for _, index in keys}) > 1:
+            size = 1
         try:
-            batches = [samples.batch([(0, round(index))]) for index in np.linspace(0, last, number).tolist()]
+            first_batch = samples.batch(keys[:1])
+            for start in range(1, number, size):
+                samples.batch(keys[start : start + size])
         except UserError as error:
-            raise DataError(
-                [f"the {split} data: {one}" for one in getattr(error, "problems", [error])]
-            ) from error
+            problems = getattr(error, "problems", [str(error)])
+            raise DataError([f"the {split} data: {problem}" for problem in problems]) from error
         if split != "train":
-            _try_evaluation(
-                model, batches[0], first, metrics(), context, f"{split} data: {dataset.sample_name(0)}"
-            )
+            name = f"the {split} data: {dataset.sample_name(0)}"
+            _try_evaluation(model, first_batch, first, metrics(), context, name)
 
 
 def _try_evaluation(

@@ -208,10 +208,15 @@ def build_loaders(
 
 def stream_problems(config: dict[str, Any], data: Splits) -> list[str]:
     """Enter the length of an epoch into streaming data, and return why it cannot be trained on."""
-    options, steps, problems = config["DATA_LOADER_CONFIG"], config["STEPS_PER_EPOCH"], []
+    options, steps, evaluated = config["DATA_LOADER_CONFIG"], config["STEPS_PER_EPOCH"], data.items()[1:]
+    problems = [
+        f"the {split} data is a stream: give a dataset of a known length, such as list(it)."
+        for split, dataset in evaluated
+        if isinstance(dataset, Stream)
+    ]
     if not isinstance(data.train, Stream):
         about = f"STEPS_PER_EPOCH is {steps}, but the training data is no stream (IterableDataset)"
-        return [] if steps is None else [f"{about}: leave it out."]
+        return problems if steps is None else [*problems, f"{about}: leave it out."]
     if steps is None:
         problems.append("STEPS_PER_EPOCH is missing: the training data is a stream, which has no length.")
     else:
