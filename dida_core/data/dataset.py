@@ -23,6 +23,9 @@ class TrainingData(Protocol):
 
     NpyDataset offers all of it. What your own dataset has is used, also inside of torch's ConcatDataset and
     Subset (which is what random_split gives).
+
+    For prediction, its class may have a staticmethod `read` of an image's file, which returns (C, H, W) as in
+    samples.
     """
 
     arguments: Any = None  # what it was built with, for the record

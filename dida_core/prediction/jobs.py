@@ -18,6 +18,7 @@ from ..data.pairs import map_values
 from ..errors import ConfigError
 from ..training.scores import Scores
 from .outputs import Output
+from .windows import open_image
 
 _NUM_CHECKED = 32  # images whose values are checked before the first one is predicted
 _ROWS = 256  # that are scored at once
@@ -113,7 +114,7 @@ def plan(
     return jobs
 
 
-def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) -> None:
+def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool, dataset: Any = None) -> None:
     """
     Check what is known of the images before the first one is predicted, and set their sizes.
 
@@ -122,7 +123,7 @@ def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) 
     problems = []
     for number, job in enumerate(tqdm(jobs, desc="check", unit=" images", disable=None, leave=False)):
         try:
-            with ImageReader(*job.inputs) as image:
+            with open_image(job.inputs, dataset) as image:
                 job.size, own = image.shape[:2], contract.for_nodata(image.nodata)
                 found = own.problems(np.zeros((1, 1, image.shape[2]), image.dtype))
                 if check_values and number < _NUM_CHECKED and not found:

@@ -78,7 +78,7 @@ def panels_of(run: RunView, samples: dict[int, str] | None = None) -> list[Panel
         samples = {index: str(name_of(index)) for index in spread}
     with evaluation_mode(model):
         for index, title in samples.items():
-            inputs, targets = setup.loaders.test.dataset.batch([(0, index)])
+            inputs, targets = setup.loaders.collate([dataset[index]], [title])
             if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
                 return []
             if inputs.ndim != 4 or targets.ndim < 3:

@@ -15,7 +15,7 @@ from ..data.images import DataError
 from ..errors import ConfigError, UserError
 from ..storage.weights import load_weights, model_state
 from .device import DeviceContext, map_tensors, tensors_of
-from .evaluation import Evaluation, evaluate_batch
+from .evaluation import Evaluation
 from .loaders import Collate, Loaders
 from .modules import call_model, fill_model, is_out_of_memory, set_seed
 from .optimization import Loss, config_errors
@@ -185,14 +185,16 @@ def try_splits(
             raise DataError([f"the {split} data: {problem}" for problem in problems]) from error
         if split != "train":
             name = f"the {split} data: {dataset.sample_name(0)}"
-            _try_evaluation(model, first_batch, first, metrics(), context, name)
+            evaluation = None if dataset.scan() else metrics()  # whose targets have been checked
+            _try_evaluation(model, first_batch, first, evaluation, context, name)
 
 
+@torch.no_grad()
 def _try_evaluation(
     model: nn.Module,
     batch: Any,
     first: FirstSample,
-    evaluation: Evaluation,
+    evaluation: Evaluation | None,
     context: DeviceContext,
     name: str,
 ) -> None:
@@ -203,7 +205,11 @@ def _try_evaluation(
         ]
         if num_channels[0] != num_channels[1]:
             raise ValueError("their targets have other channels")
-        evaluate_batch(model, batch, evaluation, context)
+        inputs, targets = context.move_pair(batch)
+        with context.autocast():
+            predictions = main_output(call_model(model, inputs), targets)
+        if evaluation is not None:
+            evaluation.update(map_tensors(Tensor.float, predictions), targets)
     except Exception as error:
         if is_out_of_memory(error):
             raise UserError(f"{name} is too large for the memory of {context.device}: {error}") from error

@@ -165,6 +165,7 @@ class Loaders:
     validation: Loader | None
     batches: TrainingBatches  # of the training set
     steps_per_epoch: int  # optimizer steps; the last one may have fewer batches
+    collate: Collate
 
 
 @config_errors("DATA_LOADER")
@@ -203,7 +204,7 @@ def build_loaders(
         for one in (data.test, data.validation)
     )
     steps_per_epoch = math.ceil(batches.num_batches / config["ACCUMULATE"])
-    return Loaders(load(data.train, batches), test, validation, batches, steps_per_epoch)
+    return Loaders(load(data.train, batches), test, validation, batches, steps_per_epoch, collate)
 
 
 def stream_problems(config: dict[str, Any], data: Splits) -> list[str]:
