@@ -131,6 +131,11 @@ class OnlyInEvaluation(Segmenter):
         return super().forward(image[:, :2] if self.training else image)
 
 
+class Paired(Segmenter):
+    def forward(self, image: Tensor, other: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(image, other)
+
+
 class Rising(Segmenter):
     def forward(self, image: Tensor, other: Tensor | None = None) -> Any:
         return [self.side(self.body(image)), self.head(self.body(image))]
@@ -374,3 +379,18 @@ def test_a_sampler_draws_by_seed_and_epoch_alone():
     for index in drawn:
         weights[index] += 1 / len(drawn)
     assert weights[30:].sum() == pytest.approx(50 / 53, abs=0.02)
+
+
+@pytest.mark.parametrize(("kind", "two"), [("dict", False), ("list", False), ("tensor", True)])
+def test_prediction_takes_the_first_output_of_an_image_alone(kind, two, tmp_path):
+    model = Paired() if two else Segmenter(kind)
+    predictor = Predictor(model, DataContract(3, outputs=3), device="cpu", precision="fp32")
+    image = torch.randn(1, 3, 8, 8)
+    if two:
+        with pytest.raises(
+            ConfigError, match=r"MODEL Paired takes more than an image \(.*missing 1 required"
+        ):
+            predictor(image)
+    else:
+        wanted = model.head(model.body(image)).softmax(1).detach().numpy()
+        assert predictor(image) == pytest.approx(wanted, abs=1e-6)
