@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .keys import KEYS, upgrade
-from .kinds import ARGUMENTS, METRICS
+from .kinds import ARGUMENTS, METRICS, SCHEDULER_ARGUMENTS
 from .project import Project
 from .references import ReferenceProblem, name_of, resolve
 from .tree import join
@@ -168,10 +168,10 @@ class _Reader:
 def _in_its_place(obj: Any, name: str, path: str) -> Any:
     """Refuse an object where its key holds none, or one of another kind, as a hostile record may name it."""
     key = path.partition(".")[0].partition("[")[0]
-    if key == path and key in KEYS:
+    if (key == path or key == "SCHEDULER") and key in KEYS:  # which may be a list
         problem = KEYS[key].test(obj)
         if problem:
             raise ReferenceProblem(f"{name} does not belong here: {key} {problem}")
-    elif key in KEYS and key != "LOSS" and KEYS[key].kind not in (ARGUMENTS, METRICS):
+    elif key in KEYS and key != "LOSS" and KEYS[key].kind not in (ARGUMENTS, METRICS, SCHEDULER_ARGUMENTS):
         raise ReferenceProblem(f"{name} does not belong here: {key} holds no objects")
     return obj

@@ -1,7 +1,9 @@
 """Check a config, all problems at once, before anything is made or written."""
 
+import contextlib
 import difflib
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType, SimpleNamespace, UnionType
@@ -10,7 +12,7 @@ from typing import Any
 from ..errors import ConfigError
 from .capture import capture, short
 from .keys import KEYS, UNRECORDED, defaults, upgrade
-from .kinds import FUNCTION, REQUIRED, Key, is_of
+from .kinds import FUNCTION, REQUIRED, Key, as_list, is_of
 from .project import Project
 
 # What the routines themselves pass to these objects, and a config therefore must not.
@@ -19,8 +21,10 @@ _FILLED_IN = {
     "SCHEDULER": ("optimizer",),
     "DATA_LOADER": ("dataset", "batch_sampler", "worker_init_fn", "generator"),
 }
-# What the routines fill in where it is missing: the length of the training, and the learning rate.
-_FILLED_IN_WHERE_MISSING = ("total_steps", "T_max", "max_lr")
+# How schedules call the step that they end at, and their length, which is filled in where it is missing.
+ENDS = ("T_max", "total_iters", "total_steps")
+LENGTHS = (*ENDS, "T_0")
+_FILLED_IN_WHERE_MISSING = (*LENGTHS, "max_lr")
 _SPLITS = ("train", "test", "validation")
 
 
@@ -75,13 +79,16 @@ def unknown(key: Any, keys: Iterable[str] = KEYS) -> str:
 
 def _argument_problems(config: dict[str, Any], wrong: Mapping[Any, str]) -> Iterable[str]:
     """Yield the problems between keys that are right by themselves; the wrong ones have their default."""
-    from torch.optim.lr_scheduler import ReduceLROnPlateau
     from torch.utils.data import DataLoader
 
-    for name in ("MODEL", "OPTIMIZER", "SCHEDULER", "LOSS", "DATA_LOADER"):
+    for name in ("MODEL", "OPTIMIZER", "LOSS", "DATA_LOADER"):
         target, path = DataLoader if name == "DATA_LOADER" else config.get(name), f"{name}_CONFIG"
         if target is not None and path not in wrong:
             yield from _call_problems(target, config[path], path, name)
+    yield from _schedule_problems(config) if "SCHEDULER_CONFIG" not in wrong else ()
+    if "OPTIMIZER" in config and _needs_closure(config["OPTIMIZER"].step):
+        name = config["OPTIMIZER"].__name__
+        yield f"OPTIMIZER is {name}, whose step needs a closure, which no routine gives: take AdamW or SGD."
     size = config["DATA_LOADER_CONFIG"].get("batch_size", 1)
     if size is None or (isinstance(size, int) and size < 1):
         yield f"DATA_LOADER_CONFIG.batch_size is {size!r}: it must be a whole number of at least 1."
@@ -95,12 +102,52 @@ def _argument_problems(config: dict[str, Any], wrong: Mapping[Any, str]) -> Iter
             yield f"{path} must be one of {', '.join(_SPLITS)}, and a dict of arguments."
         elif config["DATASET"] is not None:
             yield from _call_problems(config["DATASET"], arguments, path, "DATASET")
-    if issubclass(config["SCHEDULER"] or object, ReduceLROnPlateau) and config["SCHEDULER_STEP"] != "epoch":
-        yield "SCHEDULER is ReduceLROnPlateau, which follows results of epochs: set SCHEDULER_STEP=epoch."
     monitor, results = config["MONITOR"], ["loss", *config["METRICS"]]
     goal = monitor.split()[1]
     if "METRICS" not in wrong and goal.partition(".")[0].removesuffix("_sample_mean") not in results:
         yield f"MONITOR is {monitor!r}: {goal} is not among the results ({', '.join(results)})."
+
+
+def schedules(config: dict[str, Any]) -> list[tuple[str, type, dict[str, Any]]]:
+    """Return path, class and arguments of each schedule, one after the other."""
+    classes, arguments = as_list(config["SCHEDULER"] or []), config["SCHEDULER_CONFIG"]
+    if isinstance(arguments, dict):  # of the only one, or none for all
+        arguments = [arguments] * len(classes)
+        return [("SCHEDULER_CONFIG", *both) for both in zip(classes, arguments, strict=True)]
+    numbered = enumerate(zip(classes, arguments, strict=True))
+    return [(f"SCHEDULER_CONFIG.{number}", *both) for number, both in numbered]
+
+
+def _schedule_problems(config: dict[str, Any]) -> Iterable[str]:
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+    classes, arguments = as_list(config["SCHEDULER"] or []), config["SCHEDULER_CONFIG"]
+    is_list = isinstance(config["SCHEDULER"], list | tuple)
+    if (is_list and arguments and isinstance(arguments, dict)) or (
+        isinstance(arguments, list | tuple) and not (is_list and len(classes) == len(arguments))
+    ):
+        yield f"SCHEDULER_CONFIG is {short(arguments)}: it must have a dict for each SCHEDULER."
+        return
+    for path, schedule, options in schedules(config):
+        length = options.get("length", 1) if is_list else 1
+        if not (is_of(length, int) and length >= 1) and not (is_of(length, float) and 0 < length < 1):
+            yield f"{path}.length is {short(length)}: it must be steps, or a share of all below 1."
+        own = {key: value for key, value in options.items() if key != "length" or not is_list}
+        yield from _call_problems(schedule, own, path, "SCHEDULER")
+        if issubclass(schedule, ReduceLROnPlateau) and is_list:
+            yield "SCHEDULER has ReduceLROnPlateau in a list: it can only stand alone, with a WARMUP."
+        elif issubclass(schedule, ReduceLROnPlateau) and config["SCHEDULER_STEP"] != "epoch":
+            yield "SCHEDULER is ReduceLROnPlateau, which follows results of epochs: set SCHEDULER_STEP=epoch."
+
+
+def _needs_closure(step: Callable) -> bool:
+    """Tell whether an optimizer's step computes the loss itself, also where it refuses its default."""
+    parameter = inspect.signature(step).parameters.get("closure")
+    if parameter is None or parameter.default is parameter.empty:
+        return parameter is not None
+    with contextlib.suppress(OSError, TypeError):  # there is no source
+        return bool(re.search(r"assert closure|closure is None:\s+raise", inspect.getsource(step)))
+    return False
 
 
 def _call_problems(target: Callable, arguments: dict[str, Any], path: str, name: str) -> Iterable[str]:

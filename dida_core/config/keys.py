@@ -42,9 +42,12 @@ KEYS = {
     "LOSS_CONFIG": Key({}, ARGUMENTS, "its further arguments"),
     "OPTIMIZER": Key(REQUIRED, kinds.OPTIMIZER, "class of the optimizer"),
     "OPTIMIZER_CONFIG": Key({}, ARGUMENTS, "its arguments"),
-    "SCHEDULER": Key(None, kinds.SCHEDULER, "class of the schedule"),
-    "SCHEDULER_CONFIG": Key({}, ARGUMENTS, "its arguments; length and max_lr are filled in where missing"),
+    "SCHEDULER": Key(None, kinds.SCHEDULER, "class of the schedule, or a list: one after the other"),
+    "SCHEDULER_CONFIG": Key(
+        {}, kinds.SCHEDULER_ARGUMENTS, "its arguments, or a list; length and max_lr are filled in if missing"
+    ),
     "SCHEDULER_STEP": Key("step", one_of("step", "epoch"), "how often the schedule steps"),
+    "WARMUP": Key(0, kinds.WARMUP, "optimizer steps until the full rate; below 1: a share of all", 0),
     "ACCUMULATE": Key(1, WHOLE, "batches whose gradients make one optimizer step", 1),
     "CLIP_NORM": Key(None, NUMBER, "largest norm of the gradient", 0, above_low=True),
     "EMA": Key(None, NUMBER, "decay of a moving average of the weights, such as 0.999", 0, 1, above_low=True),

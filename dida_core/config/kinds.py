@@ -107,7 +107,10 @@ WHOLE, NUMBER = Kind("a whole number", int), Kind("a number", float)
 PATH = Kind("a path", str | os.PathLike)
 ROUTINE = Kind("a routine's module or name", str | ModuleType)
 MODEL, OPTIMIZER = _class_of("torch.nn", "Module"), _class_of("torch.optim", "Optimizer")
-SCHEDULER = _class_of("torch.optim.lr_scheduler", "LRScheduler")
+_SCHEDULE = _class_of("torch.optim.lr_scheduler", "LRScheduler")
+SCHEDULER = Kind(
+    f"{_SCHEDULE.name}, or a list of them", lambda value: all(map(_SCHEDULE.fits, as_list(value) or [None]))
+)
 DATASET = Kind(
     "the class of a dataset",
     lambda value: isinstance(value, type) and (hasattr(value, "__getitem__") or hasattr(value, "__iter__")),
@@ -115,6 +118,13 @@ DATASET = Kind(
 # An instance of a module can be called, too, but a config holds its class.
 FUNCTION = Kind("a function or a class", lambda value: callable(value) and not hasattr(value, "_parameters"))
 ARGUMENTS = Kind("a dict of keyword arguments, which has strings as keys", _are_arguments)
+SCHEDULER_ARGUMENTS = Kind(
+    "a dict of keyword arguments, or a list of them", lambda value: all(map(_are_arguments, as_list(value)))
+)
+WARMUP = Kind(
+    "a whole number, or one below 1",
+    lambda value: is_of(value, int) or (is_of(value, float) and value < 1),
+)
 METRICS = Kind("a dict of name: function, without 'loss', which is the mean of LOSS", _are_metrics)
 GOAL = Kind(
     "'min NAME' or 'max NAME', like 'max f1'",

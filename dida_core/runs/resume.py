@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..config.keys import defaults, upgrade
 from ..config.tree import difference
@@ -15,7 +15,7 @@ from ..report.listener import State
 from ..storage.files import relative_path
 from ..storage.journal import Event, read_journal
 from ..training.modules import fill_model
-from ..training.optimization import build_scheduler
+from ..training.optimization import catch_up, learning_rate, load_optimizer
 from ..training.setup import Setup
 from .lookup import read_record, run_names
 from .rows import is_in_training, row_of
@@ -83,7 +83,9 @@ def changes_on_the_way(starts: list[Event], start: Event, captured: dict[str, An
     }
     config = captured["config"]
     # A longer training has the same weights so far, unless its length is part of what it does.
-    by_length = ("EPOCHS", "PATIENCE") if config.get("SCHEDULER") or config.get("PATIENCE") else ("PATIENCE",)
+    by_length = (
+        ("EPOCHS", "PATIENCE") if any(map(config.get, ("SCHEDULER", "WARMUP", "PATIENCE"))) else ("PATIENCE",)
+    )
     ignored = tuple(key for key in RESUME_KEYS if key not in by_length)
     for event in starts:
         changed |= {key for key in _changes(event, captured) if not key.startswith(ignored)}
@@ -94,6 +96,8 @@ def training_state(setup: Setup, state: State, history: dict[int, Event]) -> dic
     """Return all that a training needs to continue, for a checkpoint."""
     return {
         "model": setup.model.state_dict(),
+        "loss": setup.loss_fn.state_dict(),
+        "trained": {name: one.requires_grad for name, one in setup.model.named_parameters()},
         "optimizer": setup.optimizer.state_dict(),
         "scheduler": None if setup.scheduler is None else setup.scheduler.state_dict(),
         "scaler": setup.scaler.state_dict(),
@@ -110,31 +114,33 @@ def restore(setup: Setup, stored: dict[str, Any], name: str) -> tuple[State, dic
     if stored["contract"] != setup.contract.to_dict():
         say(f"{name}: the training data is not what it was: its channels, scale or statistics have changed.")
     fill_model(setup.model, stored["model"], f"the checkpoint of {name}")
-    setup.optimizer.load_state_dict(stored["optimizer"])
-    if setup.scheduler is not None and stored["scheduler"] is not None:
-        _restore_schedule(setup, setup.scheduler, stored)
+    if stored.get("loss"):  # since version 0.3
+        fill_model(setup.loss_fn, stored["loss"], f"the loss in the checkpoint of {name}")
+    for parameter_name, parameter in setup.model.named_parameters():
+        parameter.requires_grad_(stored.get("trained", {}).get(parameter_name, parameter.requires_grad))
+    state, scheduler = State(**stored["state"]), setup.scheduler
+    is_prolonged = stored["epochs"] != setup.config["EPOCHS"]
+    if scheduler is not None and is_prolonged and not isinstance(scheduler, ReduceLROnPlateau):
+        by_step = setup.config["SCHEDULER_STEP"] == "step"
+        set_rates = catch_up(scheduler, setup.optimizer, state.step if by_step else state.epoch)
+        load_optimizer(setup.optimizer, stored["optimizer"])
+        set_rates()
+    else:
+        load_optimizer(setup.optimizer, stored["optimizer"])
+        if scheduler is not None and stored["scheduler"] is not None:
+            scheduler.load_state_dict(stored["scheduler"])
     setup.scaler.load_state_dict(stored["scaler"])
     if setup.ema is not None and stored["ema"] is not None:
         setup.ema.load_state_dict(stored["ema"])
-    state = State(**stored["state"])
     if setup.config["EPOCHS"] > stored["epochs"] and state.stopped:
         state.stopped, state.bad_epochs = False, 0
     say(f"{name} resumes after epoch {state.epoch}, step {state.step}.")
+    if is_prolonged:
+        rate = float(learning_rate(setup.optimizer.param_groups[0]))
+        before = float(learning_rate(stored["optimizer"]["param_groups"][0]))
+        schedule = f"by the schedule of {setup.config['EPOCHS']} epochs" if scheduler else "as it is"
+        say(f"The learning rate was {before:.3g}, and continues at {rate:.3g}, {schedule}.")
     return state, {event["epoch"]: event for event in stored["history"]}
-
-
-def _restore_schedule(setup: Setup, scheduler: Any, stored: dict[str, Any]) -> None:
-    """Fill a scheduler, also one of another length: learning rates stay as they are."""
-    config, state = setup.config, stored["scheduler"]
-    if stored["epochs"] != config["EPOCHS"]:
-        # What a fresh schedule of the old length knows follows from the config: only the rest is state.
-        dummy = config["OPTIMIZER"]([torch.zeros(1, requires_grad=True)], **config["OPTIMIZER_CONFIG"])
-        fresh = build_scheduler(config | {"EPOCHS": stored["epochs"]}, dummy, setup.loaders.steps_per_epoch)
-        assert fresh is not None
-        as_built = fresh.state_dict()
-        changed = {key: value for key, value in state.items() if value != as_built.get(key)}
-        state = scheduler.state_dict() | changed
-    scheduler.load_state_dict(state)
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

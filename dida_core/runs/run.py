@@ -26,6 +26,7 @@ from ..training.determinism import deterministic_algorithms
 from ..training.distributed import num_processes, on_main, parallel, refuse_disagreement, sum_up, sync_buffers
 from ..training.evaluation import evaluate
 from ..training.modules import fill_model, find_nonfinite
+from ..training.optimization import learning_rate
 from ..training.setup import Setup
 from ..training.signals import stop_on_signals, stop_requested
 from .failures import Pruned, WriteError, describe_batch, explain, non_finite, write_errors
@@ -97,7 +98,7 @@ class Run(Position):
         state.loss_sum += value * num_samples
         state.num_samples += num_samples
         self.pending.losses.append(value)
-        self.pending.learning_rate = self.setup.optimizer.param_groups[0]["lr"]
+        self.pending.learning_rate = learning_rate(self.setup.optimizer.param_groups[0])
 
     def end_step(self) -> None:
         """
@@ -141,9 +142,10 @@ class Run(Position):
         state.batch, state.num_samples, state.loss_sum = 0, 0, 0.0
         self.history[state.epoch] = event
         self._publish(event, lambda listener, event: listener.epoch(self, event))
+        is_pruned = after_epoch is not None and on_main(lambda: after_epoch(self))
         if self._is_checkpoint_due() or not checkpoint_files(self.weight_dir):
-            self.save_checkpoint()
-        if after_epoch is not None and on_main(lambda: after_epoch(self)):
+            self.save_checkpoint()  # with what AFTER_EPOCH has done, such as layers that it has thawed
+        if is_pruned:
             raise Pruned(f"pruned after epoch {state.epoch}")
 
     def save_checkpoint(self) -> None:
@@ -153,7 +155,10 @@ class Run(Position):
         :raises NonFiniteLoss: if a parameter is NaN or infinite; such a state is not saved
         :raises WriteError: if the disk does not take it; the previous checkpoint is intact
         """
-        step, problem = self.state.step, find_nonfinite(self.setup.model)
+        step, problem = (
+            self.state.step,
+            find_nonfinite(nn.ModuleList([self.setup.model, self.setup.loss_fn])),
+        )
         if problem is not None:
             raise non_finite(f"after step {step} a parameter is not finite ({problem})", self.weight_dir)
         self._last_checkpoint = time.monotonic()

@@ -26,12 +26,20 @@ from ..data.contract import DataContract
 from ..data.dataset import Custom, as_dataset
 from ..data.images import DataError
 from ..errors import ConfigError, UserError
-from .device import DeviceContext
+from .device import DeviceContext, tensors_of
 from .distributed import own_device
 from .evaluation import Evaluation
 from .first_sample import FirstSample, contract_of_values, dry_run, try_model, try_splits
 from .loaders import Loaders, Splits, Values, build_loaders, stream_problems
-from .optimization import Loss, build_ema, build_loss, build_optimizer, build_scheduler
+from .modules import set_seed
+from .optimization import (
+    build_ema,
+    build_loss,
+    build_optimizer,
+    build_scheduler,
+    warm_up,
+    watch_gradients,
+)
 from .targets import OutputLoss
 
 
@@ -65,7 +73,7 @@ class Setup:
     scheduler: LRScheduler | None
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None
-    loss_fn: Loss
+    loss_fn: OutputLoss
 
     @property
     def config(self) -> dict[str, Any]:
@@ -85,6 +93,10 @@ class Setup:
         """Return an empty evaluation of the config's METRICS. See there for the contract."""
         config, class_names = self.config, self.contract.class_names
         return Evaluation(config["METRICS"], self.loss_fn, config["IGNORE_INDEX"], class_names, contract)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all parameters that are trained: the model's, and the loss's if it has some."""
+        return [*self.model.parameters(), *self.loss_fn.parameters()]
 
     def step_schedule(self, value: float | None) -> None:
         """
@@ -127,13 +139,16 @@ def prepare(
 
     data, context, first = _check(experiment, data)
     data, contract = _fit_contract(experiment, data, first)
-    loss_fn = OutputLoss(build_loss(config, context.device))
+    set_seed(config["SEED"])  # of what a loss draws
+    loss_fn = OutputLoss(build_loss(config, context.device, tensors_of(first.predictions)[0].ndim))
     loaders = build_loaders(config, data, context.device, first.shape[1:], _values(config, contract))
     dry_run(first, config, loss_fn, contract, context)
     model = first.model.to(context.device)
     if context.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(config, model)
+    optimizer = build_optimizer(config, model, loss_fn)
+    watch_gradients(optimizer, model)
+    warm_up(config, optimizer, config["EPOCHS"] * loaders.steps_per_epoch)
     scheduler = build_scheduler(config, optimizer, loaders.steps_per_epoch)
     scaler = torch.amp.GradScaler(context.device.type, enabled=context.precision == "fp16")
     ema = build_ema(config, model)

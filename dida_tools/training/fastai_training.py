@@ -77,7 +77,7 @@ class Training(Callback):
         optimizer, scaler, clip_norm = self.setup.optimizer, self.setup.scaler, self.setup.config["CLIP_NORM"]
         scaler.unscale_(optimizer)
         if clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.setup.parameters(), clip_norm)
         scaler.step(optimizer)
         scaler.update()
         raise CancelStepException  # the step is done: not twice

@@ -58,7 +58,7 @@ def train(
                 return
             scaler.unscale_(optimizer)
             if config["CLIP_NORM"] is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config["CLIP_NORM"])
+                torch.nn.utils.clip_grad_norm_(setup.parameters(), config["CLIP_NORM"])
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()

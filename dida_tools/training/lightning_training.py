@@ -68,7 +68,7 @@ class Training(LightningModule):
             return
         scaler.unscale_(optimizer)
         if config["CLIP_NORM"] is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config["CLIP_NORM"])
+            torch.nn.utils.clip_grad_norm_(setup.parameters(), config["CLIP_NORM"])
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

@@ -115,7 +115,10 @@ WRONG_VALUES = {
     "MASK_VALUES": ("a dict of mask value: class number", [{255: "road"}, {"255": 1}, {255: True}, [255]]),
     "MODEL": ("a class derived from torch.nn.Module", [f1, torch.optim.SGD, "UNET"]),
     "OPTIMIZER": ("a class derived from torch.optim.Optimizer", [nn.Linear]),
-    "SCHEDULER": ("a class derived from torch.optim.lr_scheduler.LRScheduler or None", [torch.optim.SGD]),
+    "SCHEDULER": (
+        "a class derived from torch.optim.lr_scheduler.LRScheduler, or a list of them or None",
+        [torch.optim.SGD, [], [OneCycleLR, 3]],
+    ),
     "LOSS": ("a function or a class", ["dice"]),
     "DATASET": ("the class of a dataset or None", [nn.Linear, f1]),
     "MODEL_CONFIG": ("a dict of keyword arguments, which has strings as keys", [None, {1: 2}]),
