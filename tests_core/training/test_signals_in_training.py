@@ -104,7 +104,7 @@ class When:
 
 class SignaledUNET(UNET):
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             When.comes("training")
         return super().forward(x)
 
