@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .facts import has_data
-from .images import ImageInfo
+from .images import ImageInfo, has_data
 
 TASKS = ("multi-class", "multi-label", "values")
 
@@ -37,7 +36,7 @@ class DataContract:
     :param scale: factor of the values after reading
     :param mean: of each channel, scaled; () where images are not normalized
     :param std: of each channel, scaled
-    :param nodata: pixels with this value in all channels are no data
+    :param nodata: pixels with this value are no data, see has_data
     :param minimum: smallest value of each channel in the training files, as it stands there; () if unknown
     :param maximum: largest value of each channel
     :param tile_size: size of the images that the model was trained on, in pixels
@@ -83,8 +82,13 @@ class DataContract:
         known = {field.name for field in fields(cls)}
         return cls(**{key: _nested(tuple, value) for key, value in stored.items() if key in known})
 
-    def problems(self, image: np.ndarray) -> list[str]:
-        """Return in what an image (H, W, C), as read from its file, is not as the model knows it."""
+    def problems(self, image: np.ndarray, valid: np.ndarray | bool = True) -> list[str]:
+        """
+        Return in what an image is not as the model knows it.
+
+        :param image: (H, W, C) as read from its file
+        :param valid: which pixels hold data as the file states it, (H, W) bool
+        """
         found = []
         if image.shape[-1] != self.channels:
             names = f" ({', '.join(self.channel_names)})" if self.channel_names else ""
@@ -99,7 +103,7 @@ class DataContract:
                 "the class in DATASET a staticmethod `read` of a file, or predict such values in float32"
             )
         elif image.dtype.kind == "f":
-            bad = int((~np.isfinite(image) & has_data(image, self.nodata)[..., None]).sum())
+            bad = int((~np.isfinite(image) & (valid & has_data(image, self.nodata))[..., None]).sum())
             if bad:
                 found.append(f"it has {bad} NaN or infinite values: replace them, or name them as nodata")
         return found
@@ -169,14 +173,15 @@ class DataContract:
         given = [tuple(color) for color in self.class_colors]
         return given if len(given) >= number else [PALETTE[one % len(PALETTE)] for one in range(number)]
 
-    def prepare(self, image: np.ndarray) -> tuple[Tensor, Tensor]:
+    def prepare(self, image: np.ndarray, valid: np.ndarray | bool = True) -> tuple[Tensor, Tensor]:
         """
         Scale and normalize an image.
 
         :param image: (H, W, C) as read from its file
+        :param valid: which pixels hold data as the file states it, (H, W) bool
         :return: (C, H, W) in float32, 0 where there is no data; and where there is data, (H, W) bool
         """
-        valid = has_data(image, self.nodata)
+        valid = has_data(image, self.nodata) & valid
         kind = (
             np.float32 if image.dtype.itemsize <= 2 else np.float64
         )  # of a large mean, float32 loses the std

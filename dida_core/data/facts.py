@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from .images import DataError, ImageInfo, ImageReader
+from .images import DataError, ImageInfo, ImageReader, has_data
 
-_VERSION = 3  # of what is found; older caches are not used
+_VERSION = 4  # of what is found; older caches are not used
 _BAND_VALUES = 2**22  # an image is read in bands of at most so many values, so that memory stays small
 _MAX_VALUES = 4096  # a mask with more different values is none
 _MAX_PLACES = 16  # pixels that are noted of each value in each band
@@ -67,24 +67,23 @@ def scan_image(file: Path, nodata: float | None = None) -> Facts:
     """
     Read an image once.
 
-    :param nodata: pixels that have this value in every channel count in no statistics
+    :param nodata: pixels with this value hold no data, besides those of which the file states it
     :return: sha256, shape, dtype, nodata, damaged (number of NaN and infinite values), missing (pixels
         without data), zeros (pixels that are 0 in all channels), grid ({"crs": WKT, "corners": four [x, y]}
         or None); of each channel a digest of its values, min, max, count, mean, m2 (sum of squared
         differences from the mean)
     """
     with ImageReader(file) as image:
-        grid, channels = _place(image), image.shape[2]
-        nodata = image.nodata if nodata is None else nodata
+        channels, nodata = image.shape[2], image.nodata if nodata is None else nodata
         low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
         moments: Moments = (np.zeros(channels, np.int64), np.zeros(channels), np.zeros(channels))
         damaged, missing, zeros = 0, 0, 0
         digests = [hashlib.sha256() for _ in range(channels)]
-        for band in image.bands(_BAND_VALUES):
+        for band, valid in map(image.read_masked, image.windows(_BAND_VALUES)):
             for channel, digest in enumerate(digests):
                 digest.update(band[..., channel].tobytes())
             zeros += int(np.count_nonzero(~band.any(-1)))
-            valid = has_data(band, nodata)
+            valid = valid & has_data(band, nodata)
             missing += int(valid.size - np.count_nonzero(valid))
             pixels = band[valid]
             finite = np.isfinite(pixels)
@@ -96,10 +95,10 @@ def scan_image(file: Path, nodata: float | None = None) -> Facts:
     count, mean, m2 = moments
     return {
         **_about(file, image, damaged),
-        "nodata": nodata if nodata is None or np.isfinite(nodata) else str(nodata),
+        "nodata": _stored(nodata),
         "missing": missing,
         "zeros": zeros,
-        "grid": grid,
+        "grid": image.place,
         "digests": [digest.hexdigest()[:32] for digest in digests],
         "min": [float(value) for value in np.where(count > 0, low, 0)],
         "max": [float(value) for value in np.where(count > 0, high, 0)],
@@ -113,32 +112,39 @@ def scan_mask(file: Path) -> Facts:
     """
     Read a mask once.
 
-    :return: sha256, shape, dtype, nodata, damaged; values: [[value, number of pixels], ...] without nodata,
-        where the value of several channels is a list, and None where there are other numbers than whole ones,
-        or too many; places: of each value some pixels, as row * width + column
+    :return: sha256, shape, dtype, nodata, damaged, missing, grid as of an image; values: [[value, number of
+        pixels], ...] without nodata, where the value of several channels is a list, and None where there are
+        other numbers than whole ones, or too many; places: of each value some pixels, as row * width + column
     """
-    with ImageReader(file) as mask:
-        channels, damaged, first_pixel = mask.shape[2], 0, 0
+    with ImageReader(file, is_mask=True) as mask:
+        channels, damaged, missing, first_pixel = mask.shape[2], 0, 0, 0
         found: Counts | None = {}
-        for band in mask.bands(_BAND_VALUES):
-            pixels = band.reshape(-1, channels)
+        for band, valid in map(mask.read_masked, mask.windows(_BAND_VALUES)):
+            pixels, numbers = band[valid], first_pixel + np.flatnonzero(valid)
             finite = np.isfinite(pixels)
             damaged += int(pixels.size - finite.sum())
+            missing += int(valid.size - len(numbers))
             is_whole = pixels.dtype.kind != "f" or (finite.all() and (pixels == np.floor(pixels)).all())
-            found = _count(pixels, first_pixel, found) if is_whole and found is not None else None
-            first_pixel += len(pixels)
-    nodata = mask_nodata(mask)
-    in_order = [item for item in sorted((found or {}).items()) if any(value != nodata for value in item[0])]
+            if len(numbers) or not is_whole:
+                found = _count(pixels, numbers, found) if is_whole and found is not None else None
+            first_pixel += valid.size
+    in_order = sorted((found or {}).items())
     values = [[list(value) if channels > 1 else value[0], number] for value, (number, _) in in_order]
     return {
         **_about(file, mask, damaged),
-        "nodata": mask.nodata,
+        "nodata": _stored(mask.nodata),
+        "missing": missing,
+        "grid": mask.place,
         "values": None if found is None else values,
         "places": [places for _, (_, places) in in_order],
     }
 
 
-def _count(pixels: np.ndarray, first_pixel: int, found: Counts) -> Counts | None:
+def _stored(nodata: float | None) -> float | str | None:
+    return nodata if nodata is None or np.isfinite(nodata) else str(nodata)  # JSON has no NaN
+
+
+def _count(pixels: np.ndarray, numbers: np.ndarray, found: Counts) -> Counts | None:
     """Count the values of pixels (N, C) with those found above them; None if there are too many."""
     if pixels.dtype.kind == "f":  # class numbers may be stored as floats
         pixels = pixels.astype(np.int64)
@@ -151,7 +157,7 @@ def _count(pixels: np.ndarray, first_pixel: int, found: Counts) -> Counts | None
     for same in np.split(order, starts[1:]):
         value = tuple(pixels[same[0]].tolist())
         number, places = found.get(value, (0, []))
-        some = same[np.linspace(0, len(same) - 1, min(len(same), most)).astype(int)] + first_pixel
+        some = numbers[same[np.linspace(0, len(same) - 1, min(len(same), most)).astype(int)]]
         found[value] = number + len(same), places + some.tolist()
     return None if len(found) > _MAX_VALUES else found
 
@@ -165,30 +171,12 @@ def mask_nodata(info: ImageInfo | ImageReader) -> float | None:
     return info.nodata or None
 
 
-def has_data(pixels: np.ndarray, nodata: float | None) -> np.ndarray:
-    """Return which pixels (..., C) hold data: not those that are nodata in every channel."""
-    if nodata is None:
-        return np.ones(pixels.shape[:-1], bool)
-    missing = np.isnan(pixels) if np.isnan(nodata) else pixels == nodata
-    return ~missing.all(-1)
-
-
 def merge_moments(one: Moments, other: Moments) -> Moments:
     """Return count, mean and m2 of two sets of values together (Chan et al. 1979), exact for large means."""
     count = one[0] + other[0]
     delta = other[1] - one[1]
     fraction = other[0] / np.maximum(count, 1)
     return count, one[1] + delta * fraction, one[2] + other[2] + delta**2 * one[0] * fraction
-
-
-def _place(image: ImageReader) -> dict[str, Any] | None:
-    """Return where a GeoTIFF lies: its corners, in order round it."""
-    if image.grid is None or image.grid.transform is None:
-        return None
-    height, width, _ = image.shape
-    c, a, b, f, d, e = image.grid.transform
-    ends = ((0, 0), (width, 0), (width, height), (0, height))
-    return {"crs": image.grid.crs, "corners": [[a * x + b * y + c, d * x + e * y + f] for x, y in ends]}
 
 
 def _codes(pixels: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .contract import DataContract
 from .facts import Facts, Moments, merge_moments, scan_files, scan_image, scan_mask
-from .images import DataError, ImageInfo, image_info, list_images, raise_if
+from .images import DataError, ImageInfo, elsewhere, image_info, list_images, raise_if
 
 _MAP_THEM = "map them with MASK_VALUES, such as {255: 1}"
 
@@ -215,6 +215,12 @@ def find_problems(
             found = mask_problems(images[image], masks[mask], reading, num_classes)
             problems += [f"{mask}: {problem}" for problem in found]
     ignored = reading.ignore_index
+    if images and not any(any(fact["count"]) for fact in images.values()):
+        problems.append(f"{pairs.images[0].parent}: no pixel of the images holds data")
+    is_empty = [fact["missing"] == fact["shape"][0] * fact["shape"][1] for fact in masks.values()]
+    if masks and (all(is_empty) or (reading.task != "values" and classes == {ignored})):
+        alone = "the masks hold nothing but pixels that are ignored, or without data"
+        problems.append(f"{pairs.masks[0].parent}: {alone}: no pixel would count")
     if training and not problems and reading.task != "values" and classes == {0, ignored}:
         alone = f"the masks hold 0 and {ignored} alone, and {ignored} is ignored"
         problems.append(f"{pairs.masks[0].parent}: {alone}: map it with MASK_VALUES={{{ignored}: 1}}")
@@ -230,6 +236,8 @@ def mask_problems(
     if mask["shape"][:2] != image["shape"][:2]:
         sizes = "{} x {}".format(*mask["shape"]), "{} x {}".format(*image["shape"])
         problems.append(f"its size is {sizes[0]} pixels, that of its image {sizes[1]}")
+    elif away := elsewhere(mask["grid"], image["grid"], mask["shape"], "its image"):
+        problems.append(f"{away}: bring both onto one grid")
     if mask["damaged"]:
         problems.append(f"{mask['damaged']} values are NaN or infinite")
     if reading.task == "values":

@@ -71,7 +71,9 @@ class RawModel(nn.Module):
         if self.contract.nodata is not None:
             nodata = np.float32(self.contract.nodata)
             missing = image.isnan() if np.isnan(nodata) else image == float(nodata)
-            values = values.masked_fill(missing.all(1, keepdim=True), 0.0)
+            # As has_data.
+            missing = missing.all(1, True) if self.contract.dtype == "uint8" else missing.any(1, True)
+            values = values.masked_fill(missing, 0.0)
         return self.contract.probabilities(self.model(values))
 
 

@@ -13,15 +13,28 @@ from tqdm import tqdm
 
 from ..config.prediction_keys import as_list
 from ..data.contract import DataContract
-from ..data.images import ENDINGS, DataError, ImageReader, Window, list_images
+from ..data.images import (
+    ENDINGS,
+    DataError,
+    Grid,
+    ImageReader,
+    Place,
+    Window,
+    elsewhere,
+    has_files_beside,
+    list_images,
+    raise_if,
+)
 from ..data.pairs import map_values
 from ..errors import ConfigError
+from ..report.console import say
 from ..training.scores import Scores
 from .outputs import Output
 from .windows import open_image
 
 _NUM_CHECKED = 32  # images whose values are checked before the first one is predicted
 _ROWS = 256  # that are scored at once
+_RASTERS = (".tif", ".tiff")
 
 
 @dataclass
@@ -31,6 +44,7 @@ class Job:
     inputs: tuple[Path, ...]  # several: the channels of one image
     outputs: dict[str, Path] = field(default_factory=dict)  # by kind
     size: tuple[int, ...] = (0, 0)  # (H, W)
+    corners: Place | None = None  # where it lies
 
     @property
     def place(self) -> Path:
@@ -98,6 +112,8 @@ def plan(
     jobs = [Job(files) for files in inputs]
     for job in jobs:
         ending = job.inputs[0].suffix.lower()
+        if ending not in _RASTERS and any(map(_states_place, job.inputs)):
+            ending = ".tif"  # which keeps it
         ending = {".npz": ".npy", ".jpg": ".png", ".jpeg": ".png"}.get(ending, ending)
         for kind in kinds:
             end = form or (".npy" if ending == ".png" and not fits_picture[kind] else ending)
@@ -114,17 +130,28 @@ def plan(
     return jobs
 
 
+def _states_place(file: Path) -> bool:
+    """Return whether a file, or one beside it, states where it lies."""
+    ending = file.suffix.lower()
+    if ending in (".npy", ".npz") or (ending not in _RASTERS and not has_files_beside(file)):
+        return False
+    with ImageReader(file) as image:
+        return image.grid != Grid("", None)
+
+
 def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool, dataset: Any = None) -> None:
     """
-    Check what is known of the images before the first one is predicted, and set their sizes.
+    Check what is known of the images before the first one is predicted, and set their sizes and places.
 
     :raises DataError: with each that cannot be read, or is not as the contract says
     """
-    problems = []
+    problems, unplaced = [], set()
     for number, job in enumerate(tqdm(jobs, desc="check", unit=" images", disable=None, leave=False)):
         try:
             with open_image(job.inputs, dataset) as image:
-                job.size, own = image.shape[:2], contract.for_nodata(image.nodata)
+                if image.grid not in (None, Grid("", None)):
+                    unplaced |= {file.suffix for file in job.outputs.values()} - set(_RASTERS)
+                job.size, job.corners, own = image.shape[:2], image.place, contract.for_nodata(image.nodata)
                 found = own.problems(np.zeros((1, 1, image.shape[2]), image.dtype))
                 if check_values and number < _NUM_CHECKED and not found:
                     hint = "(CHECK_VALUES=False predicts it anyway)"
@@ -132,20 +159,27 @@ def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool, 
                 problems += [f"{job.place}: {problem}" for problem in found]
         except DataError as error:
             problems += error.problems
-    if problems:
-        raise DataError(problems)
+    raise_if(problems)
+    if unplaced:
+        say(f"FORMAT is {unplaced.pop()!r}, which cannot hold where the images lie: '.tif' keeps it.")
 
 
 def find_masks(jobs: Sequence[Job], folder: str | Path) -> list[Path]:
     """
     Find the mask of each image, by the name without ending.
 
-    :raises DataError: with each that is missing
+    :raises DataError: with each that is missing, or lies elsewhere than its image
     """
     masks = {file.stem: file for file in list_images(folder)}
-    missing = [f"{folder}: there is no mask called {job.stem}" for job in jobs if job.stem not in masks]
-    if missing:
-        raise DataError(missing)
+    raise_if(f"{folder}: there is no mask called {job.stem}" for job in jobs if job.stem not in masks)
+    problems = []
+    for job in jobs:
+        with ImageReader(masks[job.stem], is_mask=True) as mask:
+            if mask.shape[:2] == job.size and (
+                away := elsewhere(mask.place, job.corners, mask.shape, job.place.name)
+            ):
+                problems.append(f"{masks[job.stem]}: {away}: bring both onto one grid")
+    raise_if(problems)
     return [masks[job.stem] for job in jobs]
 
 
@@ -161,7 +195,7 @@ def score_maps(maps: list[Path], masks: list[Path], contract: DataContract, conf
     multi_class, ignore_index = contract.task == "multi-class", config["IGNORE_INDEX"]
     scores = Scores(contract.outputs, multi_class, ignore_index, contract.threshold)
     for map_file, mask_file in zip(maps, masks, strict=True):
-        with ImageReader(map_file) as predicted, ImageReader(mask_file) as mask:
+        with ImageReader(map_file) as predicted, ImageReader(mask_file, is_mask=True) as mask:
             height, width, _ = predicted.shape
             if mask.shape[:2] != (height, width):
                 size = f"{mask.shape[0]} x {mask.shape[1]} pixels, that of the map {height} x {width}"
@@ -173,9 +207,11 @@ def score_maps(maps: list[Path], masks: list[Path], contract: DataContract, conf
                 missing = (values == 255 if is_uint8 else np.isnan(values)).all(-1)
                 p = np.clip(values / 254 if is_uint8 else values.astype(np.float64), 1e-12, 1 - 1e-12)
                 logits = np.where(missing[..., None], 0, np.log(p) if multi_class else np.log(p / (1 - p)))
-                targets = map_values(mask.read(window), config["MASK_VALUES"])
+                stored, valid = mask.read_masked(window)
+                stored[~valid] = 0  # NaN is no integer
+                targets = map_values(stored, config["MASK_VALUES"])
                 targets = targets.astype(np.int64 if multi_class else np.float32)
-                targets[missing] = ignore_index
+                targets[missing | ~valid] = ignore_index
                 batch = [torch.from_numpy(array).movedim(-1, 0) for array in (logits, targets)]
                 try:
                     scores.update(batch[0][None].float(), batch[1] if multi_class else batch[1][None])

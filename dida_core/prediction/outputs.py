@@ -23,19 +23,23 @@ _STEPS = 254  # of uint8 from 0 to 1
 class Output:
     """One kind of output: its values, and what pictures and rasters say about them."""
 
-    def __init__(self, kind: str, contract: DataContract, dtype: str = "float32") -> None:
+    def __init__(
+        self, kind: str, contract: DataContract, dtype: str = "float32", lacks_data: bool = True
+    ) -> None:
         """
         :param kind: "classes": uint8 numbers of the classes, for multi-label a 0 or 1 for each;
             "probabilities": of each class; "confidence": the probability of what was decided; "entropy":
             from 0 (sure) to 1 (all alike). For multi-label the latter two are of each class. Values of a
             regression stay as they are.
         :param dtype: of all but classes: "float32", or "uint8" for 0 to 254 instead of 0 to 1
+        :param lacks_data: whether some pixels may hold no data
         """
         self.kind, self.contract = "values" if contract.task == "values" else kind, contract
         self.is_classes = self.kind == "classes"
         self.is_uint8 = self.is_classes or (dtype == "uint8" and self.kind != "values")
         self.dtype = np.dtype(np.uint8 if self.is_uint8 else np.float32)
         self.fill = 255 if self.is_uint8 else float("nan")  # where there is no data
+        self.lacks_data = lacks_data
         self.scale = 1 / _STEPS if self.is_uint8 and not self.is_classes else 1.0
         is_decision = contract.task == "multi-class" and kind != "probabilities"
         self.num_bands = 1 if is_decision else contract.outputs
@@ -124,8 +128,9 @@ class Raster(OutputFile):
         profile["photometric"] = "minisblack"  # three classes are no red, green and blue
         if grid.transform is not None:
             profile["transform"] = rasterio.Affine.from_gdal(*grid.transform)
-        if output.contract.nodata is not None:
+        if output.lacks_data:
             profile["nodata"] = output.fill
+        profile |= grid.points or {}
         raster = rasterio.open(self.unfinished, "w", "GTiff", width, height, output.num_bands, **profile)
         raster.update_tags(**output.tags)
         raster.scales = [output.scale] * output.num_bands

@@ -189,7 +189,9 @@ class _Work:
                 sample = image.sample(tile if max(size) <= tile else 64)
                 if problems := contract.value_problems(sample):
                     raise DataError(problems)
-            outputs = {kind: Output(kind, contract, self.config["OUTPUT_DTYPE"]) for kind in job.outputs}
+            lacks_data = image.lacks_data or contract.nodata is not None
+            about = contract, self.config["OUTPUT_DTYPE"], lacks_data
+            outputs = {kind: Output(kind, *about) for kind in job.outputs}
             opened = {
                 kind: open_output(job.outputs[kind], size, outputs[kind], image.grid) for kind in outputs
             }

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ..data.contract import DataContract
-from ..data.facts import has_data
-from ..data.images import DataError, ImageReader, Window
+from ..data.images import DataError, ImageReader, Window, has_data
 from ..training.signals import raise_if_stop_requested
 
 
@@ -37,6 +36,10 @@ class ArrayImage:
         top, left, height, width = window
         return np.array(self.pixels[top : top + height, left : left + width])
 
+    def read_masked(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """Return the same, and which pixels hold data, (H, W) bool: all."""
+        return self.read(window), np.ones(window[2:], bool)
+
 
 class OwnImage(ArrayImage):
     """An image as the `read` of a custom dataset gives it, which lies where its files say."""
@@ -50,7 +53,7 @@ class OwnImage(ArrayImage):
             wanted = "it must be a staticmethod of a file that returns (C, H, W), as in samples"
             raise DataError([f"{name} fails ({type(error).__name__}: {error}): {wanted}"]) from error
         with ImageReader(*files) as image:
-            self.grid = image.grid
+            self.grid, self.place = image.grid, image.place
             if image.shape[:2] != self.shape[:2]:
                 sizes = "{} x {} pixels, the file {} x {}".format(*self.shape[:2], *image.shape[:2])
                 raise DataError([f"{name} gives {sizes}: no map would fit"])
@@ -146,7 +149,7 @@ def predict_bands(
             pixels, valid = (np.concatenate(arrays) for arrays in zip(*strip, strict=True))
             windows = [slice(left, left + columns) for left in lefts]
             windows = [window for window in windows if valid[:rows, window].any()]
-            inputs = (contract.prepare(pixels[:rows, window])[0] for window in windows)
+            inputs = (contract.prepare(pixels[:rows, part], valid[:rows, part])[0] for part in windows)
             for window, result in zip(windows, _in_batches(predict_batch, inputs, batch_size), strict=True):
                 sums[:, :, window] += result * weights
                 norms[:, window] += weights
@@ -174,10 +177,10 @@ def _read_ahead(image: Image, contract: DataContract) -> Generator[Rows, None, N
 
     def read(top: int) -> Rows:
         bottom = min(top + step, height)
-        pixels = image.read(Window(top, 0, bottom - top, width))
-        if problems := contract.problems(pixels):
+        pixels, valid = image.read_masked(Window(top, 0, bottom - top, width))
+        if problems := contract.problems(pixels, valid):
             raise DataError([f"rows {top} to {bottom - 1}: {problem}" for problem in problems])
-        return pixels, has_data(pixels, contract.nodata)
+        return pixels, valid & has_data(pixels, contract.nodata)
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(read, 0)

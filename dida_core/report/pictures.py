@@ -120,8 +120,9 @@ def _compare(target: Tensor, logits: Tensor, contract: DataContract, ignore_inde
     """Return target, prediction and, of classes, errors as pictures."""
     outputs = contract.probabilities(logits)
     if contract.task == "values":
-        low, high = float(target[-1].min()), float(target[-1].max())
-        grays = [(one[-1].numpy() - low) / max(high - low, 1e-6) for one in (target, outputs[0])]
+        shown = target[-1].nan_to_num(float(target[-1].nanmean().nan_to_num()))  # NaN counts nowhere
+        low, high = float(shown.min()), float(shown.max())
+        grays = [(one.numpy() - low) / max(high - low, 1e-6) for one in (shown, outputs[0, -1])]
         return [np.repeat((one.clip(0, 1) * 255).astype(np.uint8)[..., None], 3, -1) for one in grays]
     predicted, truth = contract.classes(outputs)[0].numpy(), target.numpy()
     if contract.task == "multi-label":  # overlapping labels as one number: 0 for none, else 1 + the last one

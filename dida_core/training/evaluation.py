@@ -14,7 +14,7 @@ from .distributed import gather, num_processes
 from .modules import call_model, evaluation_mode
 from .scores import Scores
 from .signals import Preempted, raise_if_stop_requested, stop_requested
-from .targets import check_shapes, is_multi_class, main_output, unmask
+from .targets import check_shapes, is_multi_class, known, main_output, unmask
 
 
 class Accumulator(Protocol):
@@ -83,12 +83,13 @@ class Evaluation:
                 self.sample_losses.append(math.nan)
                 continue  # no pixel counts, of which some losses are NaN
             for name, function in self.averaged.items():
-                self._values[name].append(float(function(prediction, target)))
+                self._values[name].append(float(function(*known(prediction, target))))
             self.sample_losses.append(self._values["loss"][-1])
 
     def _is_ignored(self, target: Any) -> bool:
-        is_class = isinstance(target, Tensor) and not target.is_floating_point()
-        return is_class and bool((target == self.ignore_index).all())
+        if not isinstance(target, Tensor):
+            return False
+        return bool((target.isnan() if target.is_floating_point() else target == self.ignore_index).all())
 
     def results(self) -> dict[str, float]:
         """

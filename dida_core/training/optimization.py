@@ -19,6 +19,7 @@ from ..config.check import ENDS, LENGTHS, schedules
 from ..errors import ConfigError, UserError
 from .distributed import num_processes
 from .modules import is_out_of_memory
+from .targets import known
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -74,6 +75,14 @@ def _with_tensors(value: Any, device: torch.device, ndim: int) -> Any:
                 is_per_class = key == "pos_weight" and tensor.ndim == 1
                 options[key] = tensor.reshape(-1, *[1] * (ndim - 2)) if is_per_class else tensor
     return functools.partial(value.func, *map(again, value.args), **options)
+
+
+def of_known(loss: Loss) -> Loss:
+    """Return a loss that gets no target that is NaN."""
+    if isinstance(loss, nn.Module):
+        loss.register_forward_pre_hook(lambda _, pair: known(*pair))
+        return loss
+    return lambda pred, target: loss(*known(pred, target))
 
 
 @config_errors("OPTIMIZER")

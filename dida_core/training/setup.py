@@ -37,6 +37,7 @@ from .optimization import (
     build_loss,
     build_optimizer,
     build_scheduler,
+    of_known,
     warm_up,
     watch_gradients,
 )
@@ -140,7 +141,8 @@ def prepare(
     data, context, first = _check(experiment, data)
     data, contract = _fit_contract(experiment, data, first)
     set_seed(config["SEED"])  # of what a loss draws
-    loss_fn = OutputLoss(build_loss(config, context.device, tensors_of(first.predictions)[0].ndim))
+    loss = build_loss(config, context.device, tensors_of(first.predictions)[0].ndim)
+    loss_fn = OutputLoss(of_known(loss) if contract.task == "values" else loss)
     loaders = build_loaders(config, data, context.device, first.shape[1:], _values(config, contract))
     dry_run(first, config, loss_fn, contract, context)
     model = first.model.to(context.device)

@@ -10,8 +10,9 @@ multi-class    (N, C, H, W), float     (N, H, W), class numbers 0 to C - 1, of a
 =============  ======================  =======================================================
 
 Without H and W the same holds for classification: (N, C) with (N, C) or (N,). Target values equal to
-ignore_index count nowhere. A masked target has one more channel, the first: a usability mask of 0 and 1
-(weights in between work too). A masked multi-class target is (N, 2, H, W), the mask and the class numbers.
+ignore_index count nowhere; nor does NaN in the target of a regression. A masked target has one more channel,
+the first: a usability mask of 0 and 1 (weights in between work too). A masked multi-class target is
+(N, 2, H, W), the mask and the class numbers.
 """
 
 from collections.abc import Sequence
@@ -140,6 +141,16 @@ def resize_nearest(target: Tensor, size: Sequence[int]) -> Tensor:
             )
             target = target.index_select(axis, centers)
     return target
+
+
+def known(pred: Any, target: Any) -> tuple[Any, Any]:
+    """Return a prediction and its target, or where some of the target is NaN, what is not, (n,) each."""
+    if not isinstance(target, Tensor) or not target.is_floating_point() or target.shape != pred.shape:
+        return pred, target
+    is_known = ~target.isnan()
+    if is_known.all():
+        return pred, target
+    return (pred[is_known], target[is_known]) if is_known.any() else (pred * 0, torch.zeros_like(target))
 
 
 def precise(logits: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ WITHOUT_DATA[2:4] = np.nan
         (DataContract(3), WITH_NAN, ["it has 28 NaN or infinite values"]),
         (DataContract(3), np.where(np.isnan(WITH_NAN), np.float32(-np.inf), WITH_NAN), ["it has 28 NaN"]),
         (DataContract(3, nodata=NAN), WITHOUT_DATA, []),
-        (DataContract(3, nodata=NAN), WITH_NAN, ["it has 1 NaN"]),
+        (DataContract(3, nodata=NAN), WITH_NAN, []),
+        (DataContract(3, nodata=-1), WITH_NAN, ["it has 28 NaN"]),
         (FULL, invent("float64", 2), ["it has 2 channels", "it is float64"]),
     ],
 )  # fmt: skip

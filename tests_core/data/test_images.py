@@ -23,6 +23,7 @@ from dida_core.data.images import (
     image_info,
     list_images,
     read_image,
+    read_masked,
 )
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -74,6 +75,8 @@ def assert_reads(path: Path, image: np.ndarray) -> None:
 def test_every_format_is_read_as_it_was_written(tmp_path: Path, write: Any, ending: str) -> None:
     for number, (dtype, channels) in enumerate(LOSSLESS[ending]):
         image = invent(dtype, channels)
+        if (ending, channels) == (".png", 4):
+            image[..., 3] |= 1  # an alpha of 0 says that there is no data
         assert_reads(write(tmp_path / f"{number}{ending}", image if channels > 1 else image[..., 0]), image)
 
 
@@ -104,12 +107,14 @@ def test_byte_and_memory_order_make_no_difference(tmp_path: Path) -> None:
         assert np.array_equal(read_image(tmp_path / "image.npy", Window(1, 1, 2, 3)), image[1:3, 1:4])
 
 
-def test_palettes_give_their_numbers_and_black_and_white_0_and_1(tmp_path: Path) -> None:
+def test_palettes_give_colors_and_as_masks_numbers_and_black_and_white_0_and_1(tmp_path: Path) -> None:
     numbers = np.arange(12, dtype=np.uint8).reshape(3, 4) % 5
     image = Image.fromarray(numbers, mode="P")
     image.putpalette([value for number in range(5) for value in (number * 50, 0, 255 - number)])
     image.save(tmp_path / "palette.png")
-    assert np.array_equal(read_image(tmp_path / "palette.png")[..., 0], numbers)
+    assert np.array_equal(read_masked(tmp_path / "palette.png", is_mask=True)[0][..., 0], numbers)
+    colors = [number * np.array([50, 0, -1]) + (0, 0, 255) for number in numbers.ravel()]
+    assert read_image(tmp_path / "palette.png").reshape(-1, 3).tolist() == np.array(colors).tolist()
     Image.fromarray(numbers > 2).save(tmp_path / "bits.png")
     found = read_image(tmp_path / "bits.png")
     assert found.dtype == np.uint8 and np.array_equal(found[..., 0], numbers > 2)

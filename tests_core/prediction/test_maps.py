@@ -24,7 +24,10 @@ from dida_core.prediction.ledger import Ledger
 from dida_core.prediction.outputs import OutputFile, Raster
 from dida_core.storage.journal import Journal, read_journal
 from dida_core.storage.weights import save_weights
+from PIL import Image
+from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
+from rasterio.rpc import RPC
 
 from tests.helpers import Child, run_script, wait_until
 from tests_core.prediction.samples import (
@@ -78,6 +81,96 @@ def test_a_raster_that_lies_nowhere_stays_so_without_a_warning(tmp_path, config,
     assert not [warning for warning in recwarn if "georef" in str(warning.message)]
     with rasterio.open(written) as file:
         assert file.crs is None and file.transform.is_identity and file.nodata == 255
+
+
+POINTS = [GroundControlPoint(row, col, 10 + col / 100, 50 - row / 100) for row in (0, 20) for col in (0, 30)]
+NUMBERS = {f"{axis}_{kind}_coeff": [1.0] * 20 for axis in ("line", "samp") for kind in ("num", "den")}
+NUMBERS |= {
+    f"{name}_{kind}": 1.0 for name in ("height", "lat", "line", "long", "samp") for kind in ("off", "scale")
+}
+PLACES: dict[str, dict[str, Any]] = {
+    "rotated": GRID | {"transform": GRID["transform"] @ rasterio.Affine.rotation(20)},
+    "south up": GRID | {"transform": rasterio.Affine(10, 0, 399_960, 0, 10, 5_900_040)},
+    "points": {"gcps": POINTS, "crs": "EPSG:4326", "transform": None},
+    "coefficients": {"rpcs": RPC(**NUMBERS, err_bias=None, err_rand=None), "crs": None, "transform": None},
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_where_a_raster_lies_is_kept(tmp_path, config, capsys, name):
+    def place(file):
+        with rasterio.open(file) as raster:
+            points = [(point.row, point.col, point.x, point.y) for point in raster.gcps[0]]
+            coefficients = raster.rpcs and raster.rpcs.to_dict()
+            return raster.crs, raster.gcps[1], raster.transform, points, coefficients
+
+    scene = write_raster(tmp_path / "scene.tif", reflectance(20, 30), **PLACES[name])
+    (written,) = predict(config | {"FILES": scene})
+    assert place(written) == place(scene)
+    assert "cannot hold where" not in capsys.readouterr().out
+    predict(config | {"FILES": scene, "FORMAT": ".png"})
+    assert "FORMAT is '.png', which cannot hold where the images lie" in capsys.readouterr().out
+
+
+def test_a_picture_with_a_world_file_gives_a_raster(tmp_path):
+    config = make_config(tmp_path, Net(3), replace(CONTRACT, channels=3, dtype="uint8", mean=(), maximum=()))
+    config["MODEL_CONFIG"] = {"channels": 3}
+    pixels = np.random.default_rng(0).integers(1, 255, (20, 30, 3)).astype(np.uint8)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / "a.pgw").write_text("10\n0\n0\n-10\n500005\n4999995\n")
+    files = predict(config | {"FILES": [tmp_path / "a.png", tmp_path / "b.png"]})
+    assert [file.name for file in files] == ["a.tif", "b.png"]
+    with rasterio.open(files[0]) as raster:
+        assert raster.transform == rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)
+        assert np.array_equal(raster.read(1), np.asarray(Image.open(files[1])))
+
+
+@pytest.mark.parametrize("height", [30, 300])
+def test_masked_pixels_are_nodata_in_maps_and_move_no_other(tmp_path, height):
+    config = make_config(tmp_path, Net(), replace(CONTRACT, nodata=None))
+    image, missing = reflectance(height, 60), np.zeros((height, 60), bool)
+    missing[5:25, 10:40] = True
+    maps = []
+    for value in (9, 60000):
+        image[missing] = value
+        scene = write_raster(tmp_path / "scene.tif", image, nodata=None)
+        with rasterio.open(scene, "r+") as raster:
+            raster.write_mask(~missing)
+        (file,) = predict(config | {"FILES": scene, "OUTPUT": "probabilities"})
+        with rasterio.open(file) as raster:
+            assert np.isnan(raster.nodata)
+            maps.append(raster.read())
+    assert np.array_equal(*maps, equal_nan=True) and np.array_equal(np.isnan(maps[0]).all(0), missing)
+    image[missing] = 0  # as nodata, this is the same
+    again = expected(make_config(tmp_path, Net()), image)
+    assert np.array_equal(maps[0], again, equal_nan=True)
+
+
+def test_masks_are_scored_where_they_hold_data_and_lie_as_their_image(tmp_path, config):
+    (tmp_path / "masks").mkdir()
+    image, labels = reflectance(40, 50), np.random.default_rng(0).integers(0, 3, (40, 50, 1))
+    write_raster(tmp_path / "a.tif", image)
+    files = config | {"FILES": tmp_path / "a.tif", "MASKS": tmp_path / "masks"}
+
+    def scores(stored, **options):
+        file = write_raster(tmp_path / "masks" / "a.tif", stored, **options)
+        if "nodata" in options and options["nodata"] is None:
+            with rasterio.open(file, "r+") as raster:
+                raster.write_mask(hidden)
+        predict(files)
+        return json.loads((config["OUT_DIR"] / "scores.json").read_text())
+
+    hidden = np.zeros((40, 50), bool)
+    hidden[:, 8:] = True
+    ignored = np.where(hidden[..., None], labels, 255).astype(np.uint8)
+    plain = scores(ignored)
+    for value in (-9999, np.float32(-3.4028234663852886e38), np.nan):
+        assert scores(np.where(ignored == 255, np.float32(value), ignored), nodata=value) == plain
+    assert scores(np.where(ignored == 255, 2, ignored), nodata=None) == plain
+    moved = {"transform": GRID["transform"] @ rasterio.Affine.translation(0, 3)}
+    with pytest.raises(DataError, match=r"it lies at \(399960, 5900010\).* a\.tif at \(399960, 5900040"):
+        scores(ignored, **moved)
 
 
 def test_the_nodata_value_of_a_file_counts_more_than_that_of_training(tmp_path, config):

@@ -64,11 +64,13 @@ class Labeled(Dataset):
 
 
 class Values(TensorDataset):
-    """Eight numbers, and two that follow from them."""
+    """Eight numbers, and two that follow from them; some of these are not known."""
 
     def __init__(self, number: int, seed: int) -> None:
         inputs = torch.randn(number, 8, generator=torch.Generator().manual_seed(seed))
-        super().__init__(inputs, torch.stack([inputs[:, :4].sum(1), inputs[:, 4] * inputs[:, 5]], dim=1))
+        targets = torch.stack([inputs[:, :4].sum(1), inputs[:, 4] * inputs[:, 5]], dim=1)
+        targets[::7, 1] = targets[3] = torch.nan
+        super().__init__(inputs, targets)
 
 
 class Classifier(nn.Module):

@@ -42,6 +42,7 @@ from dida_tools.utils.loss import (
 from dida_tools.utils.torchutils import load_model, set_seed
 
 from tests.helpers import PACKAGE, events_of, rows_of
+from tests.utils.data.conftest import write_file as write
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -318,6 +319,27 @@ def test_a_regression_trains_and_plain_metrics_are_means_over_samples(fit, tiny_
         expected = (model(features[120:]) - values[120:]).abs().mean().item()
     assert result.metrics["test.error_sample_mean"] == pytest.approx(expected, rel=1e-5)
     assert expected < 0.2 and best_weights(result)["contract"]["task"] == "values"
+
+
+def test_heights_without_data_count_nowhere(fit, tiny_config, tmp_path):
+    tiny_config["MODEL_CONFIG"] |= {"ch_out": 1}
+    tiny_config |= {"LOSS": nn.MSELoss, "METRICS": {"error": absolute_error}, "MONITOR": "min error"}
+    results = []
+    for fill in (-9999, 7, np.nan):
+        for split, number in (("train", 6), ("test", 2)):
+            for index in range(number):
+                rng = np.random.default_rng([index, number])
+                image = rng.integers(1, 200, (16, 16, 3)).astype(np.uint8)
+                heights = (image.sum(-1) / 100).astype(np.float32)
+                heights[:, :5] = fill
+                image[:3] = 0
+                heights[:3] = rng.normal()  # of pixels without data
+                write(tmp_path / str(fill) / split / "x" / f"{index}.tif", image, nodata=0)
+                write(tmp_path / str(fill) / split / "y" / f"{index}.tif", heights, nodata=fill)
+        places = [tmp_path / str(fill) / split for split in ("train", "test")]
+        results.append(fit(*(NpyDataset(one / "x", one / "y", task="values") for one in places)))
+    assert len({result.digest for result in results}) == 1
+    assert results[0].metrics["test.error_sample_mean"] == results[2].metrics["test.error_sample_mean"] < 10
 
 
 def test_binary_masks_of_0_and_255_are_mapped_by_the_config(fit, pairs_dir, tmp_path, tiny_config):

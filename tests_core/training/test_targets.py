@@ -16,7 +16,10 @@ from dida_core.training.counts import (
     summarize,
     tp_fp_fn,
 )
+from dida_core.training.optimization import of_known
 from dida_core.training.targets import check_shapes, is_multi_class, unmask
+from torch import nn
+from torch.nn import functional
 
 SPATIAL = [(), (6,), (5, 7), (2, 3, 4)]
 
@@ -121,3 +124,24 @@ def test_counting_is_exact_beyond_the_integers_of_float32(multi_class):
     target[:, :5] = 1
     counts = count(pred, target if multi_class else target[:, None])
     assert counts.flatten().tolist() == ([pixels - 5, 0, 5, 0] if multi_class else [0, pixels - 5, 0, 5])
+
+
+@pytest.mark.parametrize(
+    "loss", [functional.mse_loss, functional.smooth_l1_loss, nn.L1Loss(), nn.HuberLoss()]
+)
+def test_targets_of_a_regression_that_are_nan_count_nowhere(loss):
+    generator = torch.Generator().manual_seed(0)
+    pred, target = (torch.randn(3, 2, 4, 5, generator=generator) for _ in range(2))
+    is_known = torch.rand(target.shape, generator=generator) < 0.6
+    pred.requires_grad_()
+    expected = loss(pred[is_known], target[is_known])
+    clean = loss(pred, target)
+    of_values = of_known(loss)
+    assert torch.equal(of_values(pred, target), clean)
+    value = of_values(pred, target.masked_fill(~is_known, torch.nan))
+    value.backward()
+    assert torch.equal(value, expected) and torch.equal(pred.grad != 0, is_known)
+    pred.grad = None
+    nothing = of_values(pred, torch.full_like(target, torch.nan))
+    nothing.backward()
+    assert nothing == 0 and (pred.grad == 0).all()

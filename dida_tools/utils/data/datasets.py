@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from dida_core.data.contract import TASKS, DataContract
 from dida_core.data.dataset import split_numbers
-from dida_core.data.facts import Facts, mask_nodata
-from dida_core.data.images import DataError, Window, image_info, raise_if, read_image
+from dida_core.data.facts import Facts
+from dida_core.data.images import DataError, Window, image_info, raise_if, read_masked
 from dida_core.data.pairs import (
     MaskReading,
     Pairs,
@@ -72,7 +72,7 @@ class NpyDataset(Dataset):
         :param channel_names: names of the channels of the images, in their order
         :param mask_values: class of values in the masks, such as {255: 1} or {(255, 0, 0): 1}; others stay
         :param ignore_index: class number of pixels that count nowhere
-        :param nodata: value of pixels without data, if the files do not state it; ignored but for "values"
+        :param nodata: value of pixels without data, besides what the files state; they count nowhere
         :param scale: factor of the images; None divides integers by the largest value of their type
         :param tile: largest size of a sample in evaluation, in pixels
         :param class_colors: a color of each class on maps, (red, green, blue) from 0 to 255
@@ -95,6 +95,7 @@ class NpyDataset(Dataset):
         self._windows: list[tuple[int, Window]] | None = None  # in evaluation: (image, window) of each sample
         self._is_part = False  # of a dataset that was split
 
+    _ignored = property(lambda self: np.nan if self.task == "values" else self.ignore_index)
     images = property(lambda self: self.pairs.images, doc="The images' files.")
     masks = property(lambda self: self.pairs.masks, doc="The masks' files, in the order of the images.")
 
@@ -110,10 +111,9 @@ class NpyDataset(Dataset):
             raise IndexError(f"sample {index} of {len(self)}")
         number, window = self._choose_window(index)
         contract = self._contract or self._plain_contract()
-        image, valid = contract.prepare(read_image(self.images[number], window))
+        image, valid = contract.prepare(*read_masked(self.images[number], window))
         mask = self._read_mask(self.masks[number], window)
-        if self.task != "values":
-            mask[..., ~valid] = self.ignore_index
+        mask[..., ~valid] = self._ignored
         if self._windows is None:
             for transform in self.augment:
                 image, mask = transform(image, mask)
@@ -151,16 +151,14 @@ class NpyDataset(Dataset):
         return places
 
     def _read_mask(self, file: Path, window: Window) -> Tensor:
-        stored = read_image(file, window)
+        stored, valid = read_masked(file, window, is_mask=self.task != "values")
+        stored[~valid] = 0  # NaN is no integer
         mask = map_values(stored, self.mask_values)
-        nodata = mask_nodata(self.pairs.info(file))
-        if nodata is not None and self.task != "values":
-            mask[(stored == nodata).all(-1)] = self.ignore_index
-        if self.task != "multi-class":
-            return torch.from_numpy(np.moveaxis(mask, -1, 0).astype(np.float32))
-        if mask.shape[-1] != 1:
+        if mask.shape[-1] != 1 and self.task == "multi-class":
             raise DataError([f"{file}: {several_channels(mask.shape[-1])}"])
-        return torch.from_numpy(mask[..., 0].astype(np.int64))
+        mask = mask[..., 0].astype(np.int64) if self.task == "multi-class" else mask.astype(np.float32)
+        mask[~valid] = self._ignored
+        return torch.from_numpy(mask if mask.ndim == 2 else np.moveaxis(mask, -1, 0))
 
     def scan(self, cache_file: Path | None = None) -> dict[Path, Facts]:
         """Read every file once, or take what an earlier scan found; see facts.py."""
@@ -258,9 +256,9 @@ class NpyPredictionDataset(Dataset):
 
         :raises DataError: if the image holds what the contract does not allow, such as NaN
         """
-        image = read_image(self.files[index])
-        raise_if(f"{self.files[index]}: {problem}" for problem in self.contract.problems(image))
-        return self.contract.prepare(image)[0], self.files[index].name
+        image = read_masked(self.files[index])
+        raise_if(f"{self.files[index]}: {problem}" for problem in self.contract.problems(*image))
+        return self.contract.prepare(*image)[0], self.files[index].name
 
 
 def _random_start(length: int, size: int, place: int | None) -> int:
