@@ -44,6 +44,8 @@ class ArrayImage:
 class OwnImage(ArrayImage):
     """An image as the `read` of a custom dataset gives it, which lies where its files say."""
 
+    lacks_data = False
+
     def __init__(self, dataset: Any, files: Sequence[Path]) -> None:
         """:raises DataError: if it cannot be read, or comes in another size than its files have"""
         name = f"{files[0]}: {dataset.__name__}.read"
