@@ -2,7 +2,9 @@
 
 import functools
 import os
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from dida_core.runs import record as record_module
 from hypothesis import settings
 from tqdm import tqdm
 
+from dida_tools.config import config as config_module
 from dida_tools.config.config import make_global_config
 from dida_tools.models import UNET
 from dida_tools.utils.data import NpyDataset
@@ -73,6 +76,15 @@ def write_pairs(
         np.save(folder / "x" / f"image_{number:02d}.npy", np.clip(image, 0, 255).astype(np.uint8))
         np.save(folder / "y" / f"image_{number:02d}.npy", mask)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_classes() -> Iterator[None]:
+    """Models and datasets of the tests may be restored from records, too."""
+    tests = [name for name in sys.modules if name.partition(".")[0] in ("tests", "tests_core")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_module, "ALLOWED_ROOTS", (*config_module.ALLOWED_ROOTS, *tests))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ def _parse(keys: list[str], text: str, project: Project) -> Any:
         # The caller's own command line is trusted, unlike a record: any library may be named.
         root = place.partition(".")[0]
         try:
-            return resolve(f"{place}:{name}", project, roots=[root] if root else [])
+            return resolve(f"{place}:{name}", project, trusted=True)
         except ReferenceProblem:
             if wants_object or root in ("", "torch", project.package):
                 raise

@@ -14,7 +14,7 @@ from ..config.tree import difference
 from ..errors import ConfigError
 from ..report.console import say
 from ..report.listener import State
-from ..storage.files import make_unique_dir, write_atomic
+from ..storage.files import make_unique_dir, refuse_links, write_atomic
 from ..storage.journal import Event, Journal
 from ..storage.locks import locked
 from ..training.distributed import num_processes
@@ -24,6 +24,7 @@ from .lookup import run_names, write_record
 from .redaction import Redactor
 from .rerun import differences_from
 from .resume import changes_on_the_way, compare_configs, find_unfinished
+from .rows import is_start
 
 _LOCK_SECONDS = 2.0  # another process may just be looking whether the run is in training
 
@@ -53,7 +54,7 @@ class Record:
                 say(f"Not as it was: {change}")
         start = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch} | ran_on
         start["processes"] = num_processes()
-        starts = [event for event in self.journal.events if event["event"] == "start"]
+        starts = [event for event in self.journal.events if is_start(event)]
         reasons = [experiment.not_rerunnable]
         reasons += [f"{key} holds a secret" for key in difference(self.captured, experiment.captured)]
         reasons += changes_on_the_way(starts, start, self.captured)
@@ -101,7 +102,7 @@ def open_record(setup: Setup, captured: dict[str, Any], stack: ExitStack) -> Rec
     :param captured: the config as plain data, without secrets
     :param stack: releases the lock and closes the record
     :raises ConfigError: if RESUME names no run, or one of another config
-    :raises UserError: if another process trains it
+    :raises UserError: if another process trains it, or if links lead out of its folders
     """
     log_root, weight_root = (Path(setup.experiment.global_config[key]) for key in ("LOG_DIR", "WEIGHT_DIR"))
     name = setup.config["RESUME"]
@@ -114,6 +115,7 @@ def open_record(setup: Setup, captured: dict[str, Any], stack: ExitStack) -> Rec
     elif name not in run_names(log_root):
         raise ConfigError([f"RESUME is {name!r}: there is no such run in {log_root}."])
     log_dir, weight_dir = log_root / name, weight_root / name
+    refuse_links(log_dir, weight_dir)
     busy = f"the run {name} is being trained by another process: wait, or end it."
     stack.enter_context(locked(log_dir / ".lock", _LOCK_SECONDS, busy))
     for file in (*log_dir.glob(".*.tmp"), *weight_dir.glob(".*.tmp")):  # left by a process that was killed
