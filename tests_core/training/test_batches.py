@@ -170,7 +170,7 @@ def with_empty_corners_more_often(dataset: Any) -> WeightedRandomSampler:
 
 LOADER = {"batch_size": 4, "shuffle": True}
 THIRTEEN = functools.partial(RandomSampler, replacement=True, num_samples=13)
-NO_NAME = {"VALIDATION_FRACTION": 0, "DATASET": None, "DATASET_CONFIG": None, "REQUIRE_RERUNNABLE": False}
+NO_NAME = {"VALIDATION_FRACTION": 0, "DATASET": None, "DATASET_CONFIG": None}
 BASE = {
     "SESSION_NAME": "batches",
     "DATE": "2021-01-01",
@@ -188,6 +188,7 @@ BASE = {
     "DEVICE": "cpu",
     "PRECISION": "fp32",
     "CHECKPOINT_SECONDS": 0,
+    "REQUIRE_RERUNNABLE": False,  # a record takes no functions from tests
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "dict": {"DATASET": Dicts, "UNPACK": of_dict},
@@ -220,7 +221,6 @@ def train(root: Any, case: dict[str, Any], routine: str = FIRST, sets: Any = Non
         test = Scenes if config["DATASET"] is Streamed else config["DATASET"]
         arguments = config["DATASET_CONFIG"]
         sets = config["DATASET"](**arguments["train"]), test(**arguments["test"])
-    config.setdefault("REQUIRE_RERUNNABLE", not isinstance(sets[0], Streamed))
     return load_routine(routine).train(*sets, config, global_config_of(root))
 
 
@@ -302,7 +302,7 @@ def test_what_some_samples_show_is_refused_at_the_start_by_split(kind, split, tm
 
 def refuse(root: Any, sets: Any = None, **changes: Any) -> None:
     """Train, and see that nothing is written."""
-    config = BASE | {"REQUIRE_RERUNNABLE": False} | changes
+    config = BASE | changes
     sets = sets or [config["DATASET"](**arguments) for arguments in config["DATASET_CONFIG"].values()]
     try:
         load_routine(FIRST).train(*sets[:2], config, global_config_of(root), *sets[2:])
