@@ -45,10 +45,9 @@ class Record:
         self.weight_dir.mkdir(parents=True, exist_ok=True)
         context, experiment, redactor = setup.context, setup.experiment, Redactor(config=setup.config)
         ran_on = {"device": str(context.device), "precision": context.precision}
-        environment = describe_environment(experiment.project.root, context.device) | {
-            "data": setup.data.hashes
-        }
-        environment = redactor.data(environment | ran_on) | {"arguments": redactor.arguments(sys.argv)}
+        arguments = (experiment.project.root, context.device, redactor, _known_files(setup))
+        environment = describe_environment(*arguments) | {"arguments": redactor.arguments(sys.argv)}
+        environment |= redactor.data({"data": setup.data.hashes} | ran_on)
         if setup.config["RERUN_OF"] is not None:
             for change in differences_from(self.log_dir.parent / setup.config["RERUN_OF"], environment):
                 say(f"Not as it was: {change}")
@@ -57,8 +56,12 @@ class Record:
         starts = [event for event in self.journal.events if is_start(event)]
         reasons = [experiment.not_rerunnable]
         reasons += [f"{key} holds a secret" for key in difference(self.captured, experiment.captured)]
+        if lost := environment.get("unrecorded_files"):
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            reasons.append(f"uncommitted files are not recorded: {', '.join(lost[:3])}{more}")
         reasons += changes_on_the_way(starts, start, self.captured)
         about = {"name": self.name, "not_rerunnable": "; ".join(filter(None, reasons))}
+        about["data_digest"] = setup.data.digest
         write_record(self.log_dir, self.captured | about)
         text = json.dumps(environment, indent=2).encode()
         write_atomic(self.log_dir / "environment.json", lambda file: file.write(text))
@@ -87,6 +90,19 @@ class Record:
             self.journal.close()
         except OSError as error:
             say(f"{self.log_dir}: the last lines may not be on the disk ({error}).")
+
+
+def _known_files(setup: Setup) -> Callable[[Path], bool]:
+    """Return what tells whether a file is one of the data, whose hashes are recorded, or of a run."""
+    known = {(name.partition("/")[2], facts["bytes"]) for name, facts in setup.data.hashes.items()}
+    folders = [os.path.realpath(setup.experiment.global_config[key]) for key in ("LOG_DIR", "WEIGHT_DIR")]
+
+    def is_known(path: Path) -> bool:
+        size = path.stat().st_size if path.is_file() else None
+        is_of_run = Path(os.path.realpath(path)).is_relative_to
+        return (f"{path.parent.name}/{path.name}", size) in known or any(map(is_of_run, folders))
+
+    return is_known
 
 
 def without_secrets(setup: Setup) -> tuple[dict[str, Any], Callable[[str], str]]:

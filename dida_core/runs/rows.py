@@ -15,7 +15,7 @@ from ..storage.journal import Event, from_line, read_journal, to_line
 from ..storage.locks import is_locked
 
 _CLOCK = "%Y-%m-%d %H:%M:%S"
-_FORMAT = 1  # another number where a row comes to follow from a journal in another way
+_FORMAT = 2  # another number where a row comes to follow from a journal in another way
 _SECONDS_TO_BELIEVE_OTHERS = 3600.0
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
             "RAN_ON": f"{event['device']} {event['precision']}",
             "RERUNNABLE": f"no: {event['not_rerunnable']}" if event["not_rerunnable"] else "yes",
         }
+        columns |= {"DATA_DIGEST": event["data_digest"]} if "data_digest" in event else {}
         # A run that is resumed may have fewer options than before.
         columns |= {key: None for key in row if key.partition(".")[0] in event["config"]}
         columns |= flatten(event["config"])
@@ -59,6 +60,7 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
             columns["BEST_EPOCH"] = event["epoch"]
     elif kind == "test":
         columns = {"STATUS": "finished", "SECONDS": event["seconds"], "WEIGHTS_DIGEST": event["digest"]}
+        columns |= {"BEST_DIGEST": event["best_digest"]} if "best_digest" in event else {}
         columns |= {key: value for key, value in event.items() if key.startswith(("validation.", "test."))}
         if "identical" in event:
             columns["RERUN_IDENTICAL"] = event["identical"]

@@ -196,6 +196,7 @@ class Run(Position):
         state.seconds = self._seconds()
         identical, comparison = on_main(lambda: self._compare(digest))
         event = {"event": "test", "step": state.step, "digest": digest, "seconds": round(state.seconds, 1)}
+        event["best_digest"] = weights_digest(setup.eval_model.state_dict())
         self._write(event | ({} if identical is None else {"identical": identical}) | metrics)
         if self.record is not None:
             self.record.report_contradictions()
@@ -263,6 +264,7 @@ class Run(Position):
         """Save the weights that are evaluated, with the data contract, as the best ones."""
         if self.record is not None:
             content = {"model": self.setup.eval_model.state_dict(), "contract": self.setup.contract.to_dict()}
+            content["run"] = self.name
             with write_errors(f"the best weights at step {self.state.step}", self.weight_dir):
                 save_weights(self.weight_dir / "best.pt", content)
 
@@ -299,7 +301,8 @@ class Run(Position):
     def _record_end(self, status: str, error: BaseException) -> None:
         """Record an end. A finished run stays finished, whatever happens to its pictures."""
         if self._phase != "finished":
-            text = printable(self.redact(" ".join(f"{type(error).__name__}: {error}".split())))[:500]
+            text = self.redact(f"{type(error).__name__}: {error}")
+            text = printable(" ".join(text.split()))[:500]
             event = {"event": "end", "status": status, "error": text, "seconds": round(self._seconds(), 1)}
             with contextlib.suppress(WriteError):  # of a full disk, which the run may have ended by
                 self._write(event)

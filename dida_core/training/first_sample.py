@@ -142,8 +142,9 @@ def dry_run(
     """
     both = (map_tensors(Tensor.float, first.predictions), first.targets)
     predictions, targets = map_tensors(lambda one: one.to(context.device), both)
+    require_gradient(predictions, targets, loss_fn, config)
     for fitted in (contract, None):  # as the test set will be evaluated, and the validation set
-        about = (config["IGNORE_INDEX"], contract.class_names, fitted)
+        about = (config["IGNORE_INDEX"], contract.class_names, fitted, contract.task)
         evaluation = Evaluation(config["METRICS"], loss_fn, *about)
         evaluation.update(predictions, targets)
         results = evaluation.results()
@@ -222,3 +223,21 @@ def _num_channels(target: Tensor, first: FirstSample) -> tuple[int, ...]:
     """Return the number of axes of a target, and of its channels where it has some."""
     has_channels = target.ndim == tensors_of(first.predictions)[0].ndim > 1
     return (target.ndim, target.shape[1]) if has_channels else (target.ndim,)
+
+
+@torch.enable_grad()
+def require_gradient(predictions: Any, targets: Any, loss_fn: Loss, config: dict[str, Any]) -> None:
+    """Raise ConfigError unless the loss is one number with a gradient, if any pixel counts."""
+    predictions = map_tensors(lambda one: one.clone().requires_grad_(), predictions)
+    name = getattr(config["LOSS"], "__name__", "")
+    loss = loss_fn(predictions, targets)
+    if loss.numel() != 1:
+        raise ConfigError([f"LOSS {name} returns {loss.numel()} numbers: it must be one, such as the mean."])
+    outputs = tensors_of(predictions)
+    is_learning = loss.requires_grad and any(
+        gradient is not None for gradient in torch.autograd.grad(loss, outputs, allow_unused=True)
+    )
+    if not is_learning and not all(
+        bool((one == config["IGNORE_INDEX"]).all()) for one in tensors_of(targets)
+    ):
+        raise ConfigError([f"LOSS {name} has no gradient, so nothing is learned: as a metric it may serve."])

@@ -34,6 +34,7 @@ from dida_tools.training.pytorch_training import train
 from dida_tools.utils.data import NpyDataset
 from dida_tools.utils.loss import (
     accuracy,
+    f1,
     masked_dice_bce_sum,
     masked_f1,
     masked_multi_class_dice_ce_sum,
@@ -499,6 +500,8 @@ def test_all_problems_are_reported_at_once_and_nothing_is_written(
         ({"MODEL_CONFIG": {"ch_in": 12, "ch_out": 3}}, "ch_in is 12, but the images have 3 channels"),
         ({"MODEL_CONFIG": {"ch_in": 3, "ch_out": 2}}, r"the values 2 are outside of the classes 0 to 1"),
         ({"LOSS": smooth_dice_loss}, "LOSS or METRICS do not fit"),
+        ({"LOSS": f1}, "LOSS f1 has no gradient"),
+        ({"LOSS": nn.CrossEntropyLoss, "LOSS_CONFIG": {"reduction": "none"}}, "returns 256 numbers"),
         ({"MONITOR": "max f1.nonsense"}, "f1.nonsense is not among the results"),
         ({"INIT_WEIGHTS": "nowhere.pt"}, "no such weights file"),
         ({"PRECISION": "fp16"}, "fp16"),
@@ -514,6 +517,17 @@ def test_what_does_not_fit_is_reported_before_training(fit, global_config, chang
     with pytest.raises(ValueError, match=message):
         fit(**changes)
     assert not list(Path(global_config["ROOT_PATH"]).rglob("journal.jsonl"))
+
+
+def test_folders_that_are_none_are_refused(datasets, tiny_config, global_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    for key, value, message in (
+        ("WEIGHT_DIR", None, "WEIGHT_DIR is missing in global_config"),
+        ("LOG_DIR", tmp_path / "file", "LOG_DIR is .*file: take a folder"),
+        ("LOG_DIR", tmp_path / "file" / "logs", "LOG_DIR is .*file is a file: take a folder"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(*datasets, tiny_config, global_config | {key: value})
 
 
 def test_splits_with_several_tasks_are_refused(fit, datasets, pairs_dir):
