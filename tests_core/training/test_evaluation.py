@@ -260,8 +260,11 @@ def test_metrics_of_torchmetrics_are_those_of_the_whole_set(task):
         run(data, {"built": score()}, task=kind)
 
 
-def test_an_object_that_accumulates_values_gets_them_as_they_are():
+def test_an_object_that_accumulates_values_gets_them_as_they_are(monkeypatch):
     torchmetrics = pytest.importorskip("torchmetrics")
     data = [(torch.tensor([number / 4]), torch.tensor([number / 2 - 1])) for number in range(6)]
     found = run(data, {"error": torchmetrics.MeanAbsoluteError}, 4, loss=functional.mse_loss, task="values")
     assert found["error"] == pytest.approx(sum(abs(1 - number / 4) for number in range(6)) / 6)
+    monkeypatch.setattr("dida_core.training.accumulated.num_processes", lambda: 2)
+    with pytest.raises(ConfigError, match="several processes cannot share it"):
+        run(data, {"error": torchmetrics.MeanAbsoluteError}, loss=functional.mse_loss, task="values")
