@@ -168,6 +168,8 @@ def test_masks_are_scored_where_they_hold_data_and_lie_as_their_image(tmp_path, 
     for value in (-9999, np.float32(-3.4028234663852886e38), np.nan):
         assert scores(np.where(ignored == 255, np.float32(value), ignored), nodata=value) == plain
     assert scores(np.where(ignored == 255, 2, ignored), nodata=None) == plain
+    with pytest.raises(DataError, match="masks: every pixel is ignored or without data"):
+        scores(np.full_like(ignored, 99), nodata=99)
     moved = {"transform": GRID["transform"] @ rasterio.Affine.translation(0, 3)}
     with pytest.raises(DataError, match=r"it lies at \(399960, 5900010\).* a\.tif at \(399960, 5900040"):
         scores(ignored, **moved)
