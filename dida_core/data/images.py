@@ -9,7 +9,6 @@ of 0), scale and offset, palette, orientation, place. What does not count is ref
 """
 
 import contextlib
-import functools
 import mmap
 import threading
 import warnings
@@ -100,23 +99,17 @@ class ImageReader:
                 for one in self._files
                 if (*one.shape[:2], one.dtype) != (*first.shape[:2], first.dtype)
             ]
-            placed = next((one for one in self._files if len(paths) > 1 and one.where[1]), first)
-            for one in self._files if len(paths) > 1 and not problems else ():
-                if away := elsewhere(one.where[1], placed.where[1], first.shape, placed.path.name):
+            placed = next((one for one in self._files if one.place), first)
+            for one in self._files if not problems else ():
+                if away := elsewhere(one.place, placed.place, first.shape, placed.path.name):
                     problems.append(f"{one.path}: {away}. {remedy}.")
             raise_if(problems)
             self._stack = stack.pop_all()
         self.shape = (*first.shape[:2], sum(one.shape[2] for one in self._files))
+        self.grid, self.place = placed.grid, placed.place  # None for what lies nowhere
         nodata = {str(value): value for one in self._files for value in one.nodata}
         self.dtype, self.nodata = first.dtype, nodata.popitem()[1] if len(nodata) == 1 else None
         self.lacks_data = any(one.lacks_data for one in self._files)  # some pixels, as the files state it
-
-    @functools.cached_property
-    def _where(self) -> tuple[Grid | None, Place | None]:
-        return next((file.where for file in self._files if file.where[1]), self._files[0].where)
-
-    grid = property(lambda self: self._where[0], doc="Where its pixels lie; None for what can lie nowhere.")
-    place = property(lambda self: self._where[1], doc="Its corners, if they are known.")
 
     @property
     def block_rows(self) -> int:
@@ -255,6 +248,8 @@ class _File:
         """:param stack: closes it"""
         self.path = path
         self.array, self.raster, self._alpha = _open(path, is_mask, stack)
+        self.grid: Grid | None = None
+        self.place: Place | None = None
         self._stated: Sequence[float | None] = [None]  # nodata of each channel, as it is stored
         self._mask_bands: list[int] = []  # those that have a mask of their own
         self._table: np.ndarray | None = None  # what stored numbers stand for, (N, C): a palette
@@ -285,6 +280,7 @@ class _File:
         from rasterio.enums import ColorInterp, MaskFlags
 
         raster, kinds = self.raster, list(self.raster.colorinterp)
+        self.grid, self.place = _grid(raster)
         self._stated = [value or None if is_mask else value for value in raster.nodatavals]
         of_values = {MaskFlags.all_valid, MaskFlags.nodata, MaskFlags.alpha}
         flags = raster.mask_flag_enums
@@ -308,11 +304,6 @@ class _File:
             colors = np.array([palette.get(one, (0, 0, 0))[:3] for one in range(max(palette) + 1)], np.uint8)
             if colors[:2].tolist() != [[0] * 3, [255] * 3]:  # as black and white pictures have it
                 self._table = colors
-
-    @functools.cached_property
-    def where(self) -> tuple[Grid | None, Place | None]:
-        """Where it lies, and its corners."""
-        return (None, None) if self.raster is None else _grid(self.raster)
 
     def read(self, rows: tuple[int, int], columns: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Return a window (H, W, C), and which of its pixels hold data, (H, W)."""
