@@ -227,12 +227,13 @@ def elsewhere(place: Place | None, other: Place | None, shape: Sequence[int], na
     return f"it lies at {extent(place)}, {name} at {extent(other)}"
 
 
-def has_files_beside(picture: Path) -> bool:
-    """Return whether there are files that state more about a picture: where it lies, its mask."""
-    ending = picture.suffix
+def files_beside(image: Path) -> list[Path]:
+    """Return the files that state more about an image: where it lies, its mask."""
+    ending = image.suffix
     worlds = [f".{ending[1]}{ending[-1]}w", f"{ending}w", ".wld"]
-    names = [picture.with_suffix(one) for way in (str.lower, str.upper) for one in map(way, worlds)]
-    return any(file.exists() for file in (*names, *(Path(f"{picture}{one}") for one in (".aux.xml", ".msk"))))
+    names = [image.with_suffix(one) for way in (str.lower, str.upper) for one in map(way, worlds)]
+    names += [Path(f"{image}{one}") for one in (".aux.xml", ".msk")]
+    return [name for name in names if name.exists()]
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -402,7 +403,7 @@ def _load_picture(path: Path, is_mask: bool, stack: contextlib.ExitStack) -> tup
     with open(path, "rb") as stream:
         header = stream.read(26)
     is_deep = header.startswith(b"\x89PNG") and header[24:25] == b"\x10" and header[25:] != b"\x00"
-    raster = _open_raster(path, stack) if is_deep or has_files_beside(path) else None
+    raster = _open_raster(path, stack) if is_deep or files_beside(path) else None
     alpha = None
     with Image.open(path) as image:
         number = getattr(image, "n_frames", 1)

@@ -21,7 +21,7 @@ from ..data.images import (
     Place,
     Window,
     elsewhere,
-    has_files_beside,
+    files_beside,
     list_images,
     raise_if,
 )
@@ -132,7 +132,7 @@ def plan(
 def _states_place(file: Path) -> bool:
     """Return whether a file, or one beside it, states where it lies."""
     ending = file.suffix.lower()
-    if ending in (".npy", ".npz") or (ending not in _RASTERS and not has_files_beside(file)):
+    if ending in (".npy", ".npz") or (ending not in _RASTERS and not files_beside(file)):
         return False
     with ImageReader(file) as image:
         return image.grid != Grid("", None)

@@ -116,14 +116,20 @@ def test_a_picture_with_a_world_file_gives_a_raster(tmp_path):
     config = make_config(tmp_path, Net(3), replace(CONTRACT, channels=3, dtype="uint8", mean=(), maximum=()))
     config["MODEL_CONFIG"] = {"channels": 3}
     pixels = np.random.default_rng(0).integers(1, 255, (20, 30, 3)).astype(np.uint8)
+    Net.calls = 0
     for name in ("a.png", "b.png"):
         Image.fromarray(pixels).save(tmp_path / name)
     (tmp_path / "a.pgw").write_text("10\n0\n0\n-10\n500005\n4999995\n")
     files = predict(config | {"FILES": [tmp_path / "a.png", tmp_path / "b.png"]})
-    assert [file.name for file in files] == ["a.tif", "b.png"]
+    assert [file.name for file in files] == ["a.tif", "b.png"] and Net.calls == 2
+    predict(config | {"FILES": [tmp_path / "a.png", tmp_path / "b.png"]})
+    assert Net.calls == 2
     with rasterio.open(files[0]) as raster:
         assert raster.transform == rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)
         assert np.array_equal(raster.read(1), np.asarray(Image.open(files[1])))
+    (tmp_path / "a.pgw").write_text("10\n0\n0\n-10\n0\n0\n")  # the map has to move, too
+    predict(config | {"FILES": [tmp_path / "a.png", tmp_path / "b.png"]})
+    assert Net.calls == 3
 
 
 @pytest.mark.parametrize("height", [30, 300])
