@@ -1,8 +1,17 @@
 """Errors that a user can fix: scripts print their message without a traceback."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+
+# What a terminal obeys, instead of showing it: all controls but tab and newline, and what turns text round.
+_CONTROLS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text, which may be a stranger's, as it can be shown: control characters as their escapes."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(ValueError):
@@ -54,5 +63,5 @@ def exit_code(main: Callable[[], int], of_each_process: bool = False) -> int:
         return 130
     except (UserError, OSError) as error:
         if of_each_process or os.environ.get("RANK", "0") == "0":
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            print(printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 1

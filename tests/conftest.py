@@ -2,7 +2,9 @@
 
 import functools
 import os
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from dida_core.runs import record as record_module
 from hypothesis import settings
 from tqdm import tqdm
 
+from dida_tools.config import config as config_module
 from dida_tools.config.config import make_global_config
 from dida_tools.models import UNET
 from dida_tools.utils.data import NpyDataset
@@ -75,6 +78,15 @@ def write_pairs(
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_classes() -> Iterator[None]:
+    """Models and datasets of the tests may be restored from records, too."""
+    tests = [name for name in sys.modules if name.partition(".")[0] in ("tests", "tests_core")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_module, "ALLOWED_ROOTS", (*config_module.ALLOWED_ROOTS, *tests))
+        yield
+
+
 @pytest.fixture(scope="session")
 def pairs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/{x,y} with 10 and test/{x,y} with 4 pairs, three classes, 32 x 32 pixels, 3 channels."""
@@ -109,15 +121,25 @@ def global_config(tmp_path: Path) -> dict[str, str]:
 
 
 @functools.cache
-def describe_environment_once(*arguments: object) -> dict:
-    return environment.describe_environment(*arguments)
+def describe_environment_once(root: Path, device: torch.device) -> dict:
+    return environment.describe_environment(root, device) | {"unrecorded_files": []}
+
+
+@pytest.fixture(autouse=True)
+def _as_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not committed while tests run decides no test."""
+    describe = environment.describe_environment
+    described = {"unrecorded_files": []}
+    monkeypatch.setattr(record_module, "describe_environment", lambda *about: describe(*about) | described)
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small trainings without what takes most of their time: picture and list of packages."""
     monkeypatch.setattr(pictures_module, "save_picture", lambda path, *_: path.write_bytes(b"picture"))
-    monkeypatch.setattr(record_module, "describe_environment", describe_environment_once)
+    monkeypatch.setattr(
+        record_module, "describe_environment", lambda *about: describe_environment_once(*about[:2])
+    )
 
 
 @pytest.fixture

@@ -17,10 +17,20 @@ from dida_tools.utils.data.transforms import GEOMETRY
 from dida_tools.utils.loss import f1, iou, multi_class_dice_ce_sum
 from dida_tools.utils.torchutils import load_model
 
-from tests.conftest import datasets, faint_pairs_dir, global_config, pairs_dir, quick, tiny_config
+from tests.conftest import (
+    _as_committed,
+    datasets,
+    faint_pairs_dir,
+    global_config,
+    own_classes,
+    pairs_dir,
+    quick,
+    tiny_config,
+)
 from tests.helpers import FIRST, load_routine
 
-__all__ = ["datasets", "faint_pairs_dir", "global_config", "pairs_dir", "quick", "tiny_config"]
+__all__ = ["_as_committed", "datasets", "faint_pairs_dir", "global_config", "own_classes", "pairs_dir"]
+__all__ += ["quick", "tiny_config"]
 
 
 @pytest.fixture(scope="session")

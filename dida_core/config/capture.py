@@ -6,15 +6,14 @@ the key wants such an object.
 """
 
 import math
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError
-from .keys import KEYS, upgrade
-from .kinds import ARGUMENTS, METRICS, SCHEDULER_ARGUMENTS
+from .keys import KEYS, NOT_RESTORED, upgrade
+from .kinds import ARGUMENT_OBJECTS, ARGUMENTS, OBJECTS
 from .project import Project
 from .references import ReferenceProblem, name_of, resolve
 from .tree import join
@@ -27,10 +26,10 @@ def capture(config: dict[str, Any], project: Project, problems: list[str] | None
     Write a config as plain data that json can hold: {"version": ..., "config": ...}.
 
     Objects become tagged values: {"@ref": "package.module:Name"}, "@module", and those of _plain. Each name
-    has been resolved again to this object. Another library's object is recorded, too: restoring it needs
-    ALLOWED_ROOTS.
+    has been resolved again to this object.
 
-    :param problems: takes what cannot be recorded, which stands as {"@unrecorded": reason} in the record
+    :param problems: takes what cannot be recorded, which stands as {"@unrecorded": reason} in the record, and
+        what can, but could not be restored, such as an object of a library that is not in ALLOWED_ROOTS
     :raises ConfigError: if something cannot be recorded and no such list is given
     """
     found: list[str] = []
@@ -42,11 +41,10 @@ def capture(config: dict[str, Any], project: Project, problems: list[str] | None
     return record
 
 
-def restore(record: dict[str, Any], project: Project, roots: Iterable[str] = ()) -> dict[str, Any]:
+def restore(record: dict[str, Any], project: Project) -> dict[str, Any]:
     """
-    Read a captured config back to the live objects.
+    Read a captured config back to the live objects, without the keys in NOT_RESTORED.
 
-    :param roots: libraries that may be named besides the project's ALLOWED_ROOTS
     :raises ConfigError: with everything that is damaged, not found, not allowed, or of another kind than its
         key wants
     """
@@ -55,9 +53,10 @@ def restore(record: dict[str, Any], project: Project, roots: Iterable[str] = ())
         raise ConfigError("the record is no captured config: it must be {'version': ..., 'config': {...}}.")
     if record.get("version") != VERSION:
         raise ConfigError(f"the record has version {record.get('version')!r}, this code reads {VERSION}.")
-    reader = _Reader(project, tuple(roots))
+    reader = _Reader(project)
+    taken = {key: value for key, value in captured.items() if key not in NOT_RESTORED}
     try:
-        config = reader.read(upgrade(captured), "")
+        config = reader.read(upgrade(taken), "")
     except RecursionError:
         raise ConfigError("the record is damaged: it is nested too deeply.") from None
     if reader.problems:
@@ -88,9 +87,9 @@ def _plain(value: Any, project: Project, problems: list[str], path: str, above: 
     if kind is dict and all(type(key) is str and not key.startswith("@") for key in value):
         return {key: inner(item, join(path, key)) for key, item in value.items()}
     if kind is dict:
-        return {"@dict": [[inner(part) for part in pair] for pair in value.items()]}
+        return {"@dict": inner([[*pair] for pair in value.items()])}
     if kind is tuple:
-        return {"@tuple": [inner(item) for item in value]}
+        return {"@tuple": inner([*value])}
     if kind is partial:
         parts = {"@partial": value.func, "args": [*value.args], "kwargs": value.keywords}
         return {tag: inner(part) for tag, part in parts.items()}
@@ -100,18 +99,21 @@ def _plain(value: Any, project: Project, problems: list[str], path: str, above: 
         return {"@path": str(value)}
     if kind.__module__ == "torch" and kind.__name__ in ("device", "dtype"):
         return {f"@{kind.__name__}": str(value).removeprefix("torch.")}
+    tag, content = "@module" if isinstance(value, ModuleType) else "@ref", ""
     try:
-        return {"@module" if isinstance(value, ModuleType) else "@ref": name_of(value, project)}
+        content = name_of(value, project)
+        _in_its_place(resolve(content, project), repr(content), path)
     except ReferenceProblem as problem:
         problems.append(f"{path} cannot be recorded: {problem}.")
-        return {"@unrecorded": str(problem)}
+        return {tag: content} if content else {"@unrecorded": str(problem)}
+    return {tag: content}
 
 
 class _Reader:
     """The way from plain data to live values. Problems has what cannot be read."""
 
-    def __init__(self, project: Project, roots: tuple[str, ...]) -> None:
-        self.project, self.roots, self.problems = project, roots, list[str]()
+    def __init__(self, project: Project) -> None:
+        self.project, self.problems = project, list[str]()
 
     def read(self, value: Any, path: str) -> Any:
         """Return the live value, or None where there is a problem."""
@@ -161,17 +163,21 @@ class _Reader:
             case {"@ref": str(name)} | {"@module": str(name)} if bool(name.partition(":")[2]) == (
                 tag == "@ref"
             ):
-                return _in_its_place(resolve(name, self.project, self.roots), repr(name), path)
+                return _in_its_place(resolve(name, self.project), repr(name), path)
         raise ValueError("there is no such tag, or it holds something else")
 
 
 def _in_its_place(obj: Any, name: str, path: str) -> Any:
     """Refuse an object where its key holds none, or one of another kind, as a hostile record may name it."""
     key = path.partition(".")[0].partition("[")[0]
-    if (key == path or key == "SCHEDULER") and key in KEYS:  # which may be a list
-        problem = KEYS[key].test(obj)
-        if problem:
-            raise ReferenceProblem(f"{name} does not belong here: {key} {problem}")
-    elif key in KEYS and key != "LOSS" and KEYS[key].kind not in (ARGUMENTS, METRICS, SCHEDULER_ARGUMENTS):
-        raise ReferenceProblem(f"{name} does not belong here: {key} holds no objects")
+    if key not in KEYS:
+        return obj  # check refuses the key
+    if key == path and (problem := KEYS[key].test(obj)):
+        raise ReferenceProblem(f"{name} does not belong here: {key} {problem}")
+    inside = ARGUMENT_OBJECTS if KEYS[key].kind is ARGUMENTS else ()
+    kinds = OBJECTS.get(key, (KEYS[key].kind,) if key == path else inside)
+    # A partial is made of what has been here before.
+    if not (kinds and isinstance(obj, partial)) and not any(kind.fits(obj) for kind in kinds):
+        wanted = " or ".join(kind.name for kind in kinds) or "no objects"
+        raise ReferenceProblem(f"{name} does not belong here: {key} holds {wanted}")
     return obj

@@ -13,6 +13,8 @@ from .kinds import ARGUMENTS, FLAG, FUNCTION, NUMBER, PATH, REQUIRED, TEXT, WHOL
 
 # What starts or watches a run, and is no part of it: in no record.
 UNRECORDED = ("RESUME", "AFTER_EPOCH")
+# What acts outside of a run: not taken from a record, which may be a stranger's, but from the user alone.
+NOT_RESTORED = (*UNRECORDED, "RERUN_OF", "NOTIFY", "LOGFILE")
 # Names of version 0.1, still understood in configs, overrides and records.
 RENAMED = {"NORMALISE": "NORMALIZE"}
 RENAMED_ARGUMENTS = {".utils.data.scenes.SceneDataset": {"part": "split"}}
@@ -59,7 +61,7 @@ KEYS = {
     "PRECISION": Key("auto", one_of("auto", "fp32", "bf16", "fp16"), "of the forward pass"),
     "CHANNELS_LAST": Key(True, FLAG, "memory format of images; faster with bf16 and on GPUs"),
     # the record
-    "LOGFILE": Key("experiments.csv", TEXT, "name of the tracker's file in LOG_DIR"),
+    "LOGFILE": Key("experiments.csv", kinds.FILE_NAME, "name of the tracker's file in LOG_DIR"),
     "CHECKPOINT_SECONDS": Key(300, NUMBER, "time between checkpoints; there is always one at the end", 0),
     "RESUME": Key(None, TEXT, "name of a run to resume (more EPOCHS prolong a finished one), or auto"),
     "NOTIFY": Key(None, kinds.ADDRESSES, "e-mail address, or a list, to notify of start and end"),

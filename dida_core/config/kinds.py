@@ -9,6 +9,7 @@ from types import ModuleType, UnionType
 from typing import Any, NamedTuple
 
 REQUIRED = object()
+PLAIN_TYPES = (bool, int, float, complex, str, list, tuple, dict, set)
 
 
 class Kind(NamedTuple):
@@ -40,7 +41,7 @@ class Key:
         wanted = self.kind.name
         if type(value).__module__ != "builtins" and self.kind.fits(type(value)):
             name = type(value).__name__
-            wanted = f"the class {name}, not an instance of it (its arguments go into the _CONFIG)"
+            wanted = f"the class {name}, not an instance of it"
         elif self.low is not None:
             wanted += f" {'above' if self.above_low else 'of at least'} {self.low:g}"
             wanted += f" and below {self.high:g}" if self.high < float("inf") else ""
@@ -87,6 +88,11 @@ def _is_device(value: Any) -> bool:
         return False
 
 
+def _is_file_name(value: Any) -> bool:
+    is_one = isinstance(value, str) and value.isprintable() and os.path.basename(value) == value
+    return is_one and 0 < len(value) <= 100 and value[0] != "." and not set(value) & set('/\\:*?"<>|')
+
+
 def _are_arguments(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
@@ -105,6 +111,7 @@ def _are_mask_values(value: Any) -> bool:
 TEXT, FLAG = Kind("a string", str), Kind("True or False", bool)
 WHOLE, NUMBER = Kind("a whole number", int), Kind("a number", float)
 PATH = Kind("a path", str | os.PathLike)
+FILE_NAME = Kind("the name of a file, such as experiments.csv, without a folder", _is_file_name)
 ROUTINE = Kind("a routine's module or name", str | ModuleType)
 MODEL, OPTIMIZER = _class_of("torch.nn", "Module"), _class_of("torch.optim", "Optimizer")
 _SCHEDULE = _class_of("torch.optim.lr_scheduler", "LRScheduler")
@@ -136,3 +143,20 @@ ADDRESSES = Kind(
     "an e-mail address or a list of them",
     lambda value: all(isinstance(one, str) and "@" in one for one in as_list(value) or [None]),
 )
+
+SAMPLER = _class_of("torch.utils.data", "Sampler")
+PLAIN_TYPE = Kind("a plain type", lambda value: value in PLAIN_TYPES)
+JUST_FUNCTION = Kind("a function", lambda value: callable(value) and not isinstance(value, type))
+
+# The objects that a record may name within the value of a key, in lists, arguments and partials, too; each is
+# called by whoever gets it. A key that is not listed holds what its own kind says, and as arguments these.
+ARGUMENT_OBJECTS = (MODEL, JUST_FUNCTION, PLAIN_TYPE)
+OBJECTS: dict[str, tuple[Kind, ...]] = {
+    "DATASET_CONFIG": (*ARGUMENT_OBJECTS, DATASET),
+    "DATA_LOADER_CONFIG": (JUST_FUNCTION, SAMPLER),
+    "LOSS": (JUST_FUNCTION, MODEL),
+    "METRICS": (JUST_FUNCTION, MODEL),
+    "OPTIMIZER_CONFIG": (OPTIMIZER,),
+    "SCHEDULER": (_SCHEDULE,),
+    "SCHEDULER_CONFIG": (JUST_FUNCTION, _SCHEDULE),
+}

@@ -3,7 +3,8 @@ The names of live objects: "module:qualified.name", written from an object and r
 
 The project's own package is written relative (".models.unet:UNET"), so that records survive its renaming.
 Resolving imports code, and a record may call what it names with arguments of its own. So a record is not
-trusted: it may name what is in the lists below and in the project's ALLOWED_ROOTS, and all else is refused.
+trusted: it may name what is in the lists below and in the project's ALLOWED_ROOTS, where an object of its
+kind belongs (OBJECTS in kinds.py), and all else is refused.
 """
 
 import importlib
@@ -12,18 +13,22 @@ from collections.abc import Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+from .kinds import PLAIN_TYPES
 from .project import Project, script_name
 
-# What a record may name, by the module in which it is defined, or one above it. Of the project:
+# What a record may name, by the module in which it is defined, or one above it. Of the project classes of
 OWN = (".layers", ".models", ".training", ".utils")
-# but not what imports, writes files or sends mail, and no loop or script;
+# but not of what imports, writes files or sends mail; and functions of
 OWN_REFUSED = (".training.routines", ".utils.logging", ".utils.name", ".utils.notify", ".utils.path")
-REFUSED_NAMES = ("load_model", "main", "make_scenes", "train")
+OWN_FUNCTIONS = (
+    *(".layers", ".models", ".training.config", ".utils.loss", ".utils.metrics"),
+    *(".utils.data.datasets", ".utils.data.transforms"),
+)
+REFUSED_NAMES = ("load_model", "main", "train")
 # of torch, besides the functions in C that compute with tensors (see _computes):
 TORCH_CLASSES = ("torch.nn", "torch.optim", "torch.utils.data.dataset", "torch.utils.data.sampler")
 TORCH_FUNCTIONS = ("torch.nn.functional",)
-# and these types. A library in ALLOWED_ROOTS gives its classes and functions, and never a method.
-BUILTINS = (bool, int, float, complex, str, list, tuple, dict, set)
+# and of a module in ALLOWED_ROOTS the classes that it defines, and if it is the project's own, the functions.
 
 # Torch's objects are named by its public modules, which outlive its private ones.
 _OPTIM, _DATA = ("torch.optim", "torch.optim.lr_scheduler"), "torch.utils.data"
@@ -34,45 +39,49 @@ class ReferenceProblem(ValueError):
     """An object that has no name, or a name that must not or cannot be resolved."""
 
 
-def resolve(name: str, project: Project, roots: Iterable[str] = ()) -> Any:
+def resolve(name: str, project: Project, trusted: bool = False) -> Any:
     """
     Return the object of a name, or the module, which must be the project's own.
 
-    :param roots: libraries, or parts of them, that are allowed besides the project's ALLOWED_ROOTS
+    :param trusted: whether it may name any class or function of another library: the user's own command does
     :raises ReferenceProblem: if the name must not be resolved, or if there is no such object
     """
     place, _, qualname = project.aliases.get(name, name).partition(":")
     place = _absolute(place, project)
-    own = [_absolute(home, project) for home in OWN]
-    added = [_absolute(root, project) for root in (*project.allowed, *roots)]
+    own, root = [_absolute(home, project) for home in OWN], place.partition(".")[0]
+    libraries = [root] if trusted and not _is_known(root, project) else []
     if any(part.startswith("_") for part in qualname.split(".")):
         raise _refused(name, "it is private, so give it another name")
     if not qualname and not _within(place, own):
         raise _refused(name, "only the project's own modules may, such as its routines")
     # What is refused is not even imported. Where an object was found says nothing, but where it is defined.
-    if place not in ("builtins", *PUBLIC) and not _within(place, [*own, *added, *TORCH_CLASSES]):
+    is_listed = place in ("builtins", *PUBLIC) or _relative(place, project) in project.allowed
+    if not is_listed and not _within(place, [*own, *TORCH_CLASSES, *libraries]):
         raise _refused(name, _remedy(place, project))
     try:
         obj = _find(place, qualname)
     except (Exception, SystemExit) as error:  # importing runs code, which may fail in any way
         reason = f"({error or type(error).__name__}): install or restore it, or add it to ALIASES"
         raise ReferenceProblem(f"{name!r} is not found {reason}") from error
-    if qualname and not _is_allowed(obj, project, [*own, *added]):
-        raise _refused(name, _remedy((_home(obj) or [place])[0], project))
+    if qualname and not _is_allowed(obj, project, libraries):
+        raise _refused(name, _remedy((_home(obj) or [place])[0], project, isinstance(obj, type)))
     return obj
 
 
-def _is_allowed(obj: Any, project: Project, homes: list[str]) -> bool:
+def _is_allowed(obj: Any, project: Project, libraries: list[str]) -> bool:
     place, qualname = _home(obj) or ("", "")
-    if _within(place, homes):
-        refused = _within(place, [_absolute(home, project) for home in OWN_REFUSED])
-        is_method = "." in qualname and not isinstance(obj, type)  # it may import, load or write
-        return not refused and not is_method and qualname not in REFUSED_NAMES
-    if isinstance(obj, type):
-        return obj in BUILTINS or _within(place, TORCH_CLASSES)
-    if isinstance(obj, FunctionType):
-        return place in TORCH_FUNCTIONS
-    return isinstance(obj, BuiltinFunctionType) and place in ("torch", "torch._C._nn") and _computes(obj)
+    module, is_class = _relative(place, project), isinstance(obj, type)
+    if _within(module, ["torch"]):
+        if isinstance(obj, BuiltinFunctionType):
+            return module in ("torch", "torch._C._nn") and _computes(obj)
+        is_function = isinstance(obj, FunctionType) and module in TORCH_FUNCTIONS
+        return is_function or (is_class and _within(module, TORCH_CLASSES))
+    if not is_class and ("." in qualname or qualname in REFUSED_NAMES):
+        return False  # a method may import, load or write
+    if module.startswith("."):
+        is_home = _within(module, OWN if is_class else OWN_FUNCTIONS) and not _within(module, OWN_REFUSED)
+        return is_home or module in project.allowed
+    return _within(place, libraries) or (is_class and (place in project.allowed or obj in PLAIN_TYPES))
 
 
 def _computes(function: BuiltinFunctionType) -> bool:
@@ -87,13 +96,15 @@ def _refused(name: str, reason: str) -> ReferenceProblem:
     return ReferenceProblem(f"{name!r} is outside of what may be restored: {reason}")
 
 
-def _remedy(place: str, project: Project) -> str:
-    root = place.partition(".")[0]
-    if root == project.package:
+def _remedy(place: str, project: Project, is_class: bool = True) -> str:
+    root, module = place.partition(".")[0], _relative(place, project)
+    if root == project.package and (not _within(module, OWN) or _within(module, OWN_REFUSED)):
         return "it belongs to what runs the project, so define what a config names in models, utils, ..."
-    if _is_known(root, project):
+    if root != project.package and _is_known(root, project):
         return "records name models, losses, metrics, datasets, optimizers and tensor functions only"
-    return f"if you trust '{root}', add it to ALLOWED_ROOTS in {project.package}/config/config.py"
+    if root != project.package and not is_class:
+        return "a library gives its classes alone, so call it in a function of your own, as in utils/loss.py"
+    return f"if you trust '{module}', add it to ALLOWED_ROOTS in {project.package}/config/config.py"
 
 
 def _is_known(root: str, project: Project) -> bool:
@@ -126,14 +137,10 @@ def name_of(obj: Any, project: Project) -> str:
             "and its arguments in the _CONFIG"
         )
     for place, qualname in (*_public_places(obj), home):
-        name, root = (
-            f"{_relative(place, project)}{':' if qualname else ''}{qualname}",
-            place.partition(".")[0],
-        )
+        name = f"{_relative(place, project)}{':' if qualname else ''}{qualname}"
         try:
             # A library can still be added to ALLOWED_ROOTS; what is refused for good is refused here.
-            roots = () if _is_known(root, project) else (root,)
-            if _find(place, qualname) is obj and resolve(name, project, roots) is obj:
+            if _find(place, qualname) is obj and resolve(name, project, trusted=True) is obj:
                 return name
         except ReferenceProblem as problem:
             refusal = problem

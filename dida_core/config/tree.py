@@ -44,6 +44,13 @@ def _leaves(captured: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_text(value: Any) -> Any:
+    try:
+        return _text_of(value)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):  # nothing that we have written
+        return str(value)
+
+
+def _text_of(value: Any) -> Any:
     if isinstance(value, list):
         return f"[{_listed(value)}]"
     if not isinstance(value, dict):

@@ -24,8 +24,12 @@ def of_this_process(name: str) -> str:
 class Ledger:
     """The predictions in a folder: all of them are read, those of this process are written."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """:param settings: all that outputs depend on besides their images, as plain data"""
+    def __init__(self, folder: Path, settings: dict[str, Any], about: dict[str, Any]) -> None:
+        """
+        :param settings: all that outputs depend on besides their images, as plain data
+        :param about: what else is recorded with each output
+        """
+        self._about = about
         files = folder.glob(LEDGER.replace(".", "*."))
         events = [event for file in files for event in read_journal(file) if event["event"] == "prediction"]
         # The last event of each output, whichever process wrote it.
@@ -46,7 +50,7 @@ class Ledger:
     def add(self, origin: dict[str, Any], output: Path, kind: str) -> None:
         """Record an output that is complete."""
         event = {"event": "prediction", "output": output.name, "time": time.time(), "kind": kind}
-        self._journal.write(event | _state(output) | origin)
+        self._journal.write(event | _state(output) | origin | self._about)
 
     def is_done(self, job: Job) -> bool:
         """Return whether the outputs of an image are those that would be made of it now."""

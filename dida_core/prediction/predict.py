@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .. import __version__
 from ..config.capture import capture
 from ..config.check import check_keys
 from ..config.keys import complete
@@ -145,7 +146,13 @@ class _Work:
         settings = capture(settings, find_project(config["MODEL"].__module__), [])["config"]
         settings["WEIGHTS"] = weights_digest(predictor.model.state_dict())
         settings["CONTRACT"] = self.contract.to_dict()
-        self.ledger = Ledger(Path(config["OUT_DIR"]), settings)
+        versions = {"dida_core": __version__, "torch": torch.__version__}
+        about = {"run": predictor.run, "model_digest": settings["WEIGHTS"], "versions": versions}
+        about |= {"classes": list(self.contract.class_names), "weights_file": str(config["WEIGHTS"])}
+        self.ledger = Ledger(Path(config["OUT_DIR"]), settings, about)
+        self.tags = {"RUN": predictor.run} if predictor.run else {}
+        self.tags |= {"MODEL_DIGEST": settings["WEIGHTS"]}
+        self.tags |= {"VERSIONS": ", ".join(f"{name} {version}" for name, version in versions.items())}
 
     def predict_all(self, jobs: list[Job]) -> None:
         """Predict images, and report the speed; raise DataError with those that could not be predicted."""
@@ -186,6 +193,8 @@ class _Work:
             lacks_data = image.lacks_data or contract.nodata is not None
             about = contract, self.config["OUTPUT_DTYPE"], lacks_data
             outputs = {kind: Output(kind, *about) for kind in job.outputs}
+            for output in outputs.values():
+                output.tags |= self.tags
             opened = {
                 kind: open_output(job.outputs[kind], size, outputs[kind], image.grid) for kind in outputs
             }

@@ -45,6 +45,7 @@ class Predictor:
         device = own_device(choice.get_device(device))
         self.context = DeviceContext(device, choice.get_precision(device, precision))
         self.model, self.contract = model.to(self.context.device).eval(), contract
+        self.run: str | None = None  # the one that trained the model, where known
         self.views = AUGMENTATIONS[augment]
         self.num_pixels, self.num_changed = 0, 0  # predicted with augmentation; of another class by it
 
@@ -107,7 +108,9 @@ def load_predictor(
             outputs = model.eval()(torch.zeros(1, image.shape[2], 256, 256)).shape[1]
             info = ImageInfo(image.shape, image.dtype, image.nodata)
         contract = DataContract.of(info, outputs=outputs)
-    return Predictor(model, contract, **options)
+    predictor, run = Predictor(model, contract, **options), stored.get("run")
+    predictor.run = run if isinstance(run, str) and run.isprintable() else None
+    return predictor
 
 
 def predict_array(

@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..errors import printable
 from ..storage.files import relative_path
 from ..storage.journal import Event
 from ..training.distributed import is_main
@@ -14,13 +15,13 @@ from .listener import Listener, Result, RunView
 
 def say(text: str) -> None:
     """
-    Print a line without tearing the bar. Of several processes the main one prints.
+    Print a line without tearing the bar, and controls as text. Of several processes the main one prints.
 
     A line that cannot be printed, as on a full disk, is left out.
     """
     if is_main():
         with contextlib.suppress(OSError):
-            tqdm.write(text)
+            tqdm.write(printable(text))
 
 
 class ProgressBar(Listener):

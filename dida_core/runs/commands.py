@@ -10,8 +10,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..config.keys import KEYS
+from ..errors import UserError, printable
 from ..storage import table
+from ..storage.files import read_plain
 from ..storage.locks import locked
 from .lookup import NO_RUNS, find_rows, find_run, run_names
 
@@ -30,6 +32,8 @@ class Runs:
 
     def __init__(self, global_config: dict[str, str], logfile: str) -> None:
         self.log_dir, self.weight_dir = Path(global_config["LOG_DIR"]), Path(global_config["WEIGHT_DIR"])
+        if problem := KEYS["LOGFILE"].test(logfile):
+            raise UserError(f"--logfile {logfile}: it {problem}.")
         self.file = self.log_dir / logfile
         self.find = functools.partial(find_run, global_config, logfile=logfile)
 
@@ -51,9 +55,17 @@ class Runs:
         return next((row for row in self.rows if row[table.KEY] == name), {table.KEY: name})
 
     def folders(self, name: str) -> list[Path]:
-        """Return the folders that a run has; a name never leads out of those of logs and weights."""
+        """
+        Return the folders that a run has, and no others, whatever the name.
+
+        :raises UserError: if one is a link
+        """
         roots = [root for root in (self.weight_dir, self.log_dir) if root.is_dir()]
-        return [root / name for root in roots if name in os.listdir(root) and (root / name).is_dir()]
+        folders = [root / name for root in roots if name in os.listdir(root)]
+        if links := [folder for folder in folders if folder.is_symlink()]:
+            raise UserError(f"{links[0]} is a link, which may lead anywhere: remove it.")
+        is_run = name in run_names(self.log_dir)
+        return [one for one in folders if is_run or (one.parent != self.log_dir and any(one.glob("*.pt")))]
 
 
 def list_runs(runs: Runs, arguments: Namespace) -> None:
@@ -71,15 +83,16 @@ def list_runs(runs: Runs, arguments: Namespace) -> None:
         goals = dict.fromkeys(filter(None, map(_monitored, rows)))
         results = [f"{split}.{goal}" for goal in goals for split in ("validation", "test")]
         columns = list(dict.fromkeys(["ROW", *STATE, *wanted, *results]))
-        print_table([columns, *([_text(row.get(key)) for key in columns] for row in rows)])
+        print_table([columns, *([row.get(key) for key in columns] for row in rows)])
 
 
 def show_run(runs: Runs, arguments: Namespace) -> None:
     """Show all about a run."""
     row = runs.row(arguments.name)
     log_dir, weight_dir = runs.log_dir / row["NAME"], runs.weight_dir / row["NAME"]
-    environment_file = log_dir / "environment.json"
-    environment = json.loads(environment_file.read_bytes()) if environment_file.is_file() else {}
+    environment: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # missing or damaged
+        environment = dict(json.loads(read_plain(log_dir / "environment.json")))
     places = {"log": log_dir, "picture": log_dir / "picture.png", "weights": weight_dir}
     found = {key: str(path) for key, path in places.items() if path.exists()}
     if arguments.json:
@@ -97,7 +110,8 @@ def show_run(runs: Runs, arguments: Namespace) -> None:
         print(title)
         for key, value in values.items():
             if value is not None:
-                print(f"  {key:<34} {' '.join(value) if isinstance(value, list) else _text(value)}")
+                text = " ".join(map(_text, value)) if isinstance(value, list) else _text(value)
+                print(f"  {printable(key):<34} {text}")
 
 
 def compare_runs(runs: Runs, arguments: Namespace) -> None:
@@ -111,7 +125,7 @@ def compare_runs(runs: Runs, arguments: Namespace) -> None:
     if arguments.json:
         print(json.dumps({"runs": names, "values": compared}, indent=2))
         return
-    print_table([["", *names], *([key, *map(_text, values)] for key, values in compared.items())])
+    print_table([["", *names], *([key, *values] for key, values in compared.items())])
     digests = {row.get("WEIGHTS_DIGEST") for row in rows}
     if len(digests) == 1 and None not in digests:
         print("The weights are identical, bit for bit.")
@@ -195,11 +209,12 @@ def _is_result(key: str) -> bool:
 def _text(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
+    return f"{value:.4g}" if isinstance(value, float) else printable(" ".join(str(value).split()))
 
 
-def print_table(lines: list[list[str]]) -> None:
+def print_table(lines: list[list[Any]]) -> None:
     """Print a table that is as wide as the terminal at most: long cells are cut in their middle."""
+    lines = [[_text(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     room = shutil.get_terminal_size((120, 24)).columns - 2 * (len(widths) - 1)
     while sum(widths) > room and max(widths) > 6:

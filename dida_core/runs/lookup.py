@@ -6,15 +6,17 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
+from ..config.keys import NOT_RESTORED, defaults
+from ..config.kinds import GOAL
 from ..config.project import Project
 from ..errors import ConfigError, UserError
-from ..storage.files import write_atomic
+from ..storage.files import is_plain, read_plain, write_atomic
 from ..storage.journal import read_journal
-from .rows import current_row
+from .rows import current_row, is_start
 
 LOGFILE = "experiments.csv"
 NO_RUNS = "there are no runs yet; train one with: python train.py"
@@ -24,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 def run_names(log_dir: str | os.PathLike) -> list[str]:
     """Return the names of all runs, also of one whose config.json was lost."""
-    names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
-    return sorted(name for name in names if name[0] != "." and _has_begun(os.path.join(log_dir, name)))
+    found = os.scandir(log_dir) if os.path.isdir(log_dir) else []
+    folders = [entry for entry in found if entry.is_dir(follow_symlinks=False)]  # a link leads elsewhere
+    names = [entry.name for entry in folders if entry.name[0] != "." and entry.name.isprintable()]
+    return sorted(name for name in names if _has_begun(os.path.join(log_dir, name)))
 
 
 def _has_begun(folder: str) -> bool:
-    try:
-        return os.path.isfile(f"{folder}/config.json") or os.path.getsize(f"{folder}/journal.jsonl") > 0
-    except OSError:
-        return False
+    files = f"{folder}/config.json", f"{folder}/journal.jsonl"
+    return is_plain(files[0]) or (is_plain(files[1]) and os.path.getsize(files[1]) > 0)
 
 
 def remove_unbegun(run_dir: str | os.PathLike) -> None:
@@ -56,7 +58,7 @@ def find_rows(log_dir: str | os.PathLike, logfile: str = LOGFILE) -> list[dict[s
     """
     rows = [current_row(Path(log_dir) / name) for name in run_names(log_dir)]
     rows = [row for row in rows if row.get("LOGFILE") == logfile]
-    return sorted(rows, key=lambda row: (row["STARTED"], row["NAME"]))
+    return sorted(rows, key=lambda row: (str(row["STARTED"]), row["NAME"]))
 
 
 def find_run(
@@ -102,7 +104,7 @@ def _last_written(run_dir: Path) -> float:
 
 
 def _best_run(rows: list[dict[str, Any]], metric: str) -> str:
-    rows = [row for row in rows if row["STATUS"] == "finished" and row.get("MONITOR")]
+    rows = [row for row in rows if row["STATUS"] == "finished" and GOAL.fits(row.get("MONITOR"))]
     if not rows:
         raise UserError("no run is finished yet, so there is no best one.")
     monitor, test_data = rows[-1]["MONITOR"], _test_data(rows[-1])  # results on other data cannot be compared
@@ -126,15 +128,13 @@ def _test_data(row: dict[str, Any]) -> dict[str, Any]:
 def read_run_config(
     run_dir: str | os.PathLike,
     project: Project,
-    roots: Iterable[str] = (),
     say: Callable[[str], None] = logger.warning,
     keys: Container[str] | None = None,
 ) -> dict[str, Any]:
     """
-    Return the config of a run with its live objects.
+    Return the config of a run with its live objects, without what acts outside of it; see NOT_RESTORED.
 
-    :param roots: libraries that may be imported besides the project's ALLOWED_ROOTS
-    :param say: receives a sentence where config.json is damaged, and the copy in the journal is used
+    :param say: receives a sentence where the copy in the journal is used, or something is not taken
     :param keys: only these, so that nothing is imported that only others name; None: all
     :raises ConfigError: if both are missing or damaged, or name what is not allowed
     """
@@ -143,7 +143,11 @@ def read_run_config(
     record = read_record(run_dir, say)
     if keys is not None:
         record = record | {"config": {key: value for key, value in record["config"].items() if key in keys}}
-    return restore(record, project, roots)
+    config, usual = restore(record, project), defaults()
+    left_out = [key for key in NOT_RESTORED if record["config"].get(key, usual[key]) != usual[key]]
+    if left_out:
+        say(f"{Path(run_dir).name}: {', '.join(left_out)} of its record: not taken, give it anew if wanted.")
+    return config
 
 
 def write_record(run_dir: str | os.PathLike, record: dict[str, Any]) -> None:
@@ -161,14 +165,14 @@ def read_record(run_dir: str | os.PathLike, say: Callable[[str], None] = logger.
     """
     file = Path(run_dir) / "config.json"
     try:
-        stored = json.loads(file.read_bytes())
-        if stored.pop("sha256") == _digest(stored):
+        stored = json.loads(read_plain(file))
+        if stored.pop("sha256") == _digest(stored) and isinstance(stored["config"], dict):
             return stored
         problem = "its content does not have the digest it was written with"
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
     events = read_journal(Path(run_dir) / "journal.jsonl", without="step")
-    starts = [event for event in events if event["event"] == "start"]
+    starts = [event for event in events if is_start(event)]
     if not starts:
         raise ConfigError([f"{file} is damaged or missing ({problem}), and the journal holds no copy of it."])
     say(f"{file} is damaged or missing ({problem}): the copy in the journal is used.")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ..report.listener import State
-from ..training.counts import CountMetric
+from ..training.accumulated import is_averaged
 from ..training.determinism import seed_step
 from ..training.distributed import rank
 from ..training.setup import Setup
@@ -43,7 +43,7 @@ class Position:
         """Name of the result that selects the best weights."""
         goal = self.config["MONITOR"].split()[1]
         metric = self.config["METRICS"].get(goal)
-        return goal if metric is None or isinstance(metric, CountMetric) else f"{goal}_sample_mean"
+        return goal if metric is None or not is_averaged(metric) else f"{goal}_sample_mean"
 
     @property
     def epochs_left(self) -> int:

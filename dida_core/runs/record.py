@@ -14,7 +14,7 @@ from ..config.tree import difference
 from ..errors import ConfigError
 from ..report.console import say
 from ..report.listener import State
-from ..storage.files import make_unique_dir, write_atomic
+from ..storage.files import make_unique_dir, refuse_links, write_atomic
 from ..storage.journal import Event, Journal
 from ..storage.locks import locked
 from ..training.distributed import num_processes
@@ -24,6 +24,7 @@ from .lookup import run_names, write_record
 from .redaction import Redactor
 from .rerun import differences_from
 from .resume import changes_on_the_way, compare_configs, find_unfinished
+from .rows import is_start
 
 _LOCK_SECONDS = 2.0  # another process may just be looking whether the run is in training
 
@@ -44,20 +45,23 @@ class Record:
         self.weight_dir.mkdir(parents=True, exist_ok=True)
         context, experiment, redactor = setup.context, setup.experiment, Redactor(config=setup.config)
         ran_on = {"device": str(context.device), "precision": context.precision}
-        environment = describe_environment(experiment.project.root, context.device) | {
-            "data": setup.data.hashes
-        }
-        environment = redactor.data(environment | ran_on) | {"arguments": redactor.arguments(sys.argv)}
+        arguments = (experiment.project.root, context.device, redactor, _known_files(setup))
+        environment = describe_environment(*arguments) | {"arguments": redactor.arguments(sys.argv)}
+        environment |= redactor.data({"data": setup.data.hashes} | ran_on)
         if setup.config["RERUN_OF"] is not None:
             for change in differences_from(self.log_dir.parent / setup.config["RERUN_OF"], environment):
                 say(f"Not as it was: {change}")
         start = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch} | ran_on
         start["processes"] = num_processes()
-        starts = [event for event in self.journal.events if event["event"] == "start"]
+        starts = [event for event in self.journal.events if is_start(event)]
         reasons = [experiment.not_rerunnable]
         reasons += [f"{key} holds a secret" for key in difference(self.captured, experiment.captured)]
+        if lost := environment.get("unrecorded_files"):
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            reasons.append(f"uncommitted files are not recorded: {', '.join(lost[:3])}{more}")
         reasons += changes_on_the_way(starts, start, self.captured)
         about = {"name": self.name, "not_rerunnable": "; ".join(filter(None, reasons))}
+        about["data_digest"] = setup.data.digest
         write_record(self.log_dir, self.captured | about)
         text = json.dumps(environment, indent=2).encode()
         write_atomic(self.log_dir / "environment.json", lambda file: file.write(text))
@@ -88,6 +92,19 @@ class Record:
             say(f"{self.log_dir}: the last lines may not be on the disk ({error}).")
 
 
+def _known_files(setup: Setup) -> Callable[[Path], bool]:
+    """Return what tells whether a file is one of the data, whose hashes are recorded, or of a run."""
+    known = {(name.partition("/")[2], facts["bytes"]) for name, facts in setup.data.hashes.items()}
+    folders = [os.path.realpath(setup.experiment.global_config[key]) for key in ("LOG_DIR", "WEIGHT_DIR")]
+
+    def is_known(path: Path) -> bool:
+        size = path.stat().st_size if path.is_file() else None
+        is_of_run = Path(os.path.realpath(path)).is_relative_to
+        return (f"{path.parent.name}/{path.name}", size) in known or any(map(is_of_run, folders))
+
+    return is_known
+
+
 def without_secrets(setup: Setup) -> tuple[dict[str, Any], Callable[[str], str]]:
     """Return the captured config without the secrets in it, and what takes them out of any text."""
     redactor, captured = Redactor(config=setup.config), setup.experiment.captured
@@ -101,7 +118,7 @@ def open_record(setup: Setup, captured: dict[str, Any], stack: ExitStack) -> Rec
     :param captured: the config as plain data, without secrets
     :param stack: releases the lock and closes the record
     :raises ConfigError: if RESUME names no run, or one of another config
-    :raises UserError: if another process trains it
+    :raises UserError: if another process trains it, or if links lead out of its folders
     """
     log_root, weight_root = (Path(setup.experiment.global_config[key]) for key in ("LOG_DIR", "WEIGHT_DIR"))
     name = setup.config["RESUME"]
@@ -114,6 +131,7 @@ def open_record(setup: Setup, captured: dict[str, Any], stack: ExitStack) -> Rec
     elif name not in run_names(log_root):
         raise ConfigError([f"RESUME is {name!r}: there is no such run in {log_root}."])
     log_dir, weight_dir = log_root / name, weight_root / name
+    refuse_links(log_dir, weight_dir)
     busy = f"the run {name} is being trained by another process: wait, or end it."
     stack.enter_context(locked(log_dir / ".lock", _LOCK_SECONDS, busy))
     for file in (*log_dir.glob(".*.tmp"), *weight_dir.glob(".*.tmp")):  # left by a process that was killed

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..storage.files import read_plain
 from ..storage.journal import Event, read_journal
 from .environment import find_differences
+from .rows import is_start
 
 
 def find_end(run_dir: Path) -> Event:
@@ -19,7 +21,7 @@ def find_end(run_dir: Path) -> Event:
 
     :raises UserError: if it is not finished, so that there is nothing to compare with
     """
-    ends = [event for event in _events(run_dir) if event["event"] == "test"]
+    ends = [event for event in _events(run_dir) if event.get("event") == "test" and "digest" in event]
     if not ends:
         name = run_dir.name
         raise UserError(f"{name} was not trained to its end: finish it first, with --resume {name}.")
@@ -29,11 +31,11 @@ def find_end(run_dir: Path) -> Event:
 def differences_from(run_dir: Path, environment: dict[str, Any]) -> list[str]:
     """Return what is not as it was when a run was trained, a sentence each."""
     try:
-        before = json.loads((run_dir / "environment.json").read_bytes())
-    except (OSError, ValueError) as error:
+        found = find_differences(json.loads(read_plain(run_dir / "environment.json")), environment)
+    except Exception as error:  # whatever a file of unknown origin leads to
         return [f"environment.json of {run_dir.name} cannot be read ({error}): what has changed is not known"]
-    reasons = [event["not_rerunnable"] for event in _events(run_dir) if event["event"] == "start"][-1:]
-    return [*(f"the run itself: {why}" for why in reasons if why), *find_differences(before, environment)]
+    reasons = [event.get("not_rerunnable") for event in _events(run_dir) if is_start(event)][-1:]
+    return [*(f"the run itself: {why}" for why in reasons if why), *found]
 
 
 def compare_runs(run_dir: Path, events: list[Event], digest: str) -> tuple[bool, str]:
@@ -48,7 +50,7 @@ def compare_runs(run_dir: Path, events: list[Event], digest: str) -> tuple[bool,
     if find_end(run_dir)["digest"] == digest:
         return True, f"identical: the weights are those of {name}, bit for bit ({digest[:16]}...)"
     first, now = (
-        {event["step"]: event["loss"] for event in some if event["event"] == "step"}
+        {event["step"]: event["loss"] for event in some if event.keys() >= {"step", "loss"}}
         for some in (read_journal(run_dir / "journal.jsonl"), events)
     )
     where = "although the losses of all steps are the same"

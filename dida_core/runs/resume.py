@@ -13,12 +13,12 @@ from ..errors import ConfigError
 from ..report.console import say
 from ..report.listener import State
 from ..storage.files import relative_path
-from ..storage.journal import Event, read_journal
+from ..storage.journal import Event
 from ..training.modules import fill_model
 from ..training.optimization import catch_up, learning_rate, load_optimizer
 from ..training.setup import Setup
 from .lookup import read_record, run_names
-from .rows import is_in_training, row_of
+from .rows import current_row, is_in_training
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +34,12 @@ WARN_ON_CHANGE = ("DATASET", "DEVICE", "PRECISION", "CHANNELS_LAST", "METRICS", 
 
 def find_unfinished(log_root: Path, captured: dict[str, Any]) -> str | None:
     """Return the newest run of this config that is neither finished nor in training, or None."""
-    found: dict[str, float] = {}
+    found: dict[str, str] = {}
     identity = ("SESSION_NAME", "EPOCHS", "DATASET")  # by these, too, one run is told from another
     free = tuple(key for key in (*RESUME_KEYS, *WARN_ON_CHANGE) if key not in identity)
     for name in run_names(log_root):
-        events = read_journal(log_root / name / "journal.jsonl")
-        if row_of(events).get("STATUS") == "finished":
+        row = current_row(log_root / name)
+        if row.get("STATUS") == "finished":
             continue
         try:
             changes = _changes(read_record(log_root / name, logger.debug), captured)
@@ -50,8 +50,8 @@ def find_unfinished(log_root: Path, captured: dict[str, Any]) -> str | None:
         if is_in_training(log_root / name):
             say(f"{name}, of the same config, is being trained by another process.")
         else:
-            found[name] = events[0]["time"] if events else 0.0
-    return max(found, key=lambda name: found[name], default=None)
+            found[name] = str(row.get("STARTED", ""))
+    return max(found, key=lambda name: (found[name], name), default=None)
 
 
 def compare_configs(log_dir: Path, weight_dir: Path, captured: dict[str, Any]) -> None:
@@ -79,7 +79,10 @@ def changes_on_the_way(starts: list[Event], start: Event, captured: dict[str, An
     :param start: the event of this one
     """
     changed = {
-        key for event in starts for key in ("device", "precision", "processes") if event[key] != start[key]
+        key
+        for event in starts
+        for key in ("device", "precision", "processes")
+        if event.get(key) != start[key]
     }
     config = captured["config"]
     # A longer training has the same weights so far, unless its length is part of what it does.

@@ -1,6 +1,7 @@
 """How a run's row in the tracker follows from the events of its journal."""
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -8,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ..config.tree import flatten
+from ..errors import printable
+from ..storage.files import is_plain, plain, read_plain
 from ..storage.journal import Event, from_line, read_journal, to_line
 from ..storage.locks import is_locked
 
 _CLOCK = "%Y-%m-%d %H:%M:%S"
-_FORMAT = 1  # another number where a row comes to follow from a journal in another way
+_FORMAT = 2  # another number where a row comes to follow from a journal in another way
 _SECONDS_TO_BELIEVE_OTHERS = 3600.0
+
+logger = logging.getLogger(__name__)
 
 
 def row_of(events: list[Event]) -> dict[str, Any]:
@@ -45,6 +50,7 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
             "RAN_ON": f"{event['device']} {event['precision']}",
             "RERUNNABLE": f"no: {event['not_rerunnable']}" if event["not_rerunnable"] else "yes",
         }
+        columns |= {"DATA_DIGEST": event["data_digest"]} if "data_digest" in event else {}
         # A run that is resumed may have fewer options than before.
         columns |= {key: None for key in row if key.partition(".")[0] in event["config"]}
         columns |= flatten(event["config"])
@@ -54,12 +60,18 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
             columns["BEST_EPOCH"] = event["epoch"]
     elif kind == "test":
         columns = {"STATUS": "finished", "SECONDS": event["seconds"], "WEIGHTS_DIGEST": event["digest"]}
+        columns |= {"BEST_DIGEST": event["best_digest"]} if "best_digest" in event else {}
         columns |= {key: value for key, value in event.items() if key.startswith(("validation.", "test."))}
         if "identical" in event:
             columns["RERUN_IDENTICAL"] = event["identical"]
     elif kind == "end":
         columns = {"STATUS": event["status"], "ERROR": event["error"], "SECONDS": event["seconds"]}
     return row | columns | {"HEARTBEAT": clock(event["time"])}
+
+
+def is_start(event: Event) -> bool:
+    """Tell whether an event is a start of a run, with its config."""
+    return event.get("event") == "start" and isinstance(event.get("config"), dict) and "version" in event
 
 
 def clock(seconds: float) -> str:
@@ -73,7 +85,24 @@ def is_in_training(run_dir: str | os.PathLike) -> bool:
 
 
 def current_row(run_dir: str | os.PathLike) -> dict[str, Any]:
-    """Return a run's row by its journal; one that is running, but is not being trained, was killed."""
+    """
+    Return a run's row by its journal; one that is running, but is not being trained, was killed.
+
+    Of a journal that holds what none of ours does it is empty.
+    """
+    try:
+        row = _current_row(run_dir)
+    except Exception as error:  # whatever a journal of unknown origin leads to
+        logger.warning("%s is left out: its journal is damaged (%r).", run_dir, error)
+        return {}
+    return {printable(key): _cell(value) for key, value in row.items()}
+
+
+def _cell(value: Any) -> Any:
+    return value if value is None or isinstance(value, int | float) else printable(str(value))
+
+
+def _current_row(run_dir: str | os.PathLike) -> dict[str, Any]:
     row = _row_by_journal(Path(run_dir))
     if row.get("STATUS") == "running" and not is_in_training(run_dir):
         row = _row_by_journal(Path(run_dir))  # it may have ended between the two looks
@@ -91,17 +120,17 @@ def _is_believed(row: dict[str, Any]) -> bool:
 def _row_by_journal(run_dir: Path) -> dict[str, Any]:
     """Return the row, from a cache beside the journal unless that has changed since."""
     journal, cache = run_dir / "journal.jsonl", run_dir / ".row.json"
+    if not is_plain(journal):
+        return {}
+    about, named = journal.stat(), {"NAME": run_dir.name}  # whatever its files say
+    state = [_FORMAT, about.st_size, about.st_mtime_ns]
     with contextlib.suppress(OSError):
-        about = journal.stat()
-        state = [_FORMAT, about.st_size, about.st_mtime_ns]
-        with contextlib.suppress(OSError):
-            row = from_line(cache.read_bytes()) or {}
-            if row.pop("journal", None) == state:
-                return row
-        row = row_of(read_journal(journal, without="step"))
-        if row:
-            row["NAME"] = run_dir.name  # whatever its journal says
-            with contextlib.suppress(OSError):  # such as in a folder of somebody else's
-                cache.write_bytes(to_line({"journal": state} | row))
-        return row
-    return {}
+        row = from_line(read_plain(cache)) or {}
+        if row.pop("journal", None) == state:
+            return row | named
+    row = row_of(read_journal(journal, without="step"))
+    if row:
+        row |= named
+        with contextlib.suppress(OSError), open(cache, "wb", opener=plain) as file:  # may be read-only
+            file.write(to_line({"journal": state} | row))
+    return row

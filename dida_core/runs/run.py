@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config.tree import flatten
-from ..errors import Preempted, UserError
+from ..errors import ConfigError, Preempted, UserError, printable
 from ..report.console import say
 from ..report.listener import Listener, Pending, Result, State
 from ..storage.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from ..storage.journal import Event, read_journal
-from ..storage.weights import load_weights, save_weights, weights_digest
+from ..storage.weights import WeightsError, load_weights, save_weights, weights_digest
 from ..training.calibration import calibrate, describe_fit
 from ..training.determinism import deterministic_algorithms
 from ..training.distributed import num_processes, on_main, parallel, refuse_disagreement, sum_up, sync_buffers
@@ -30,6 +30,7 @@ from ..training.optimization import learning_rate
 from ..training.setup import Setup
 from ..training.signals import stop_on_signals, stop_requested
 from .failures import Pruned, WriteError, describe_batch, explain, non_finite, write_errors
+from .lookup import run_names
 from .position import Batches, Position
 from .record import Record, open_record, without_secrets
 from .rerun import compare_runs, find_end
@@ -195,6 +196,7 @@ class Run(Position):
         state.seconds = self._seconds()
         identical, comparison = on_main(lambda: self._compare(digest))
         event = {"event": "test", "step": state.step, "digest": digest, "seconds": round(state.seconds, 1)}
+        event["best_digest"] = weights_digest(setup.eval_model.state_dict())
         self._write(event | ({} if identical is None else {"identical": identical}) | metrics)
         if self.record is not None:
             self.record.report_contradictions()
@@ -262,6 +264,7 @@ class Run(Position):
         """Save the weights that are evaluated, with the data contract, as the best ones."""
         if self.record is not None:
             content = {"model": self.setup.eval_model.state_dict(), "contract": self.setup.contract.to_dict()}
+            content["run"] = self.name
             with write_errors(f"the best weights at step {self.state.step}", self.weight_dir):
                 save_weights(self.weight_dir / "best.pt", content)
 
@@ -298,7 +301,8 @@ class Run(Position):
     def _record_end(self, status: str, error: BaseException) -> None:
         """Record an end. A finished run stays finished, whatever happens to its pictures."""
         if self._phase != "finished":
-            text = self.redact(" ".join(f"{type(error).__name__}: {error}".split()))[:500]
+            text = self.redact(f"{type(error).__name__}: {error}")
+            text = printable(" ".join(text.split()))[:500]
             event = {"event": "end", "status": status, "error": text, "seconds": round(self._seconds(), 1)}
             with contextlib.suppress(WriteError):  # of a full disk, which the run may have ended by
                 self._write(event)
@@ -340,8 +344,11 @@ def _open_run(setup: Setup, listeners: list[Listener], stack: contextlib.ExitSta
     def open_files() -> tuple[str, dict[str, Any] | None]:
         for listener in listeners:
             listener.check(setup)
-        if setup.config["RERUN_OF"] is not None:
-            find_end(Path(setup.experiment.global_config["LOG_DIR"]) / setup.config["RERUN_OF"])
+        if (repeated := setup.config["RERUN_OF"]) is not None:
+            log_root = Path(setup.experiment.global_config["LOG_DIR"])
+            if repeated not in run_names(log_root):
+                raise ConfigError([f"RERUN_OF is {repeated!r}: there is no such run in {log_root}."])
+            find_end(log_root / repeated)
         record = open_record(setup, captured, stack)
         records.append(record)
         if not record.is_resumed:
@@ -359,10 +366,19 @@ def _open_run(setup: Setup, listeners: list[Listener], stack: contextlib.ExitSta
                 records[0].write(event)  # is there already, unless the journal was damaged
 
     name, stored = on_main(open_files)
-    state, history = (State(), {}) if stored is None else restore(setup, stored, name)
+    state, history = (State(), {}) if stored is None else _restore(setup, stored, name)
     run = Run(setup, name, state, history)
     on_main(begin)
     return run
+
+
+def _restore(setup: Setup, stored: dict[str, Any], name: str) -> tuple[State, dict[int, Event]]:
+    try:
+        return restore(setup, stored, name)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise WeightsError(f"the checkpoint of {name} is none of this training ({error!r}).") from error
 
 
 def _shared_facts(setup: Setup, captured: dict[str, Any]) -> dict[str, Any]:

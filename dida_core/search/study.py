@@ -150,7 +150,8 @@ class Search:
             raise UserError(f"the study {self.name} had another search space: {json.dumps(known['space'])}.")
         values = capture(self.space.values(best[0].params), self.project)["config"]
         about = {"STUDY": self.name, "TRIAL": best[0].number, "DATE": None}
-        config = with_values(known["config"]["config"], values) | about
+        left_out = self.space.left_out(best[0].params)
+        config = with_values(known["config"]["config"], values, left_out) | about
         result = {"study": self.name, "trial": best[0].number, "value": best[0].value}
         return result | {"run": best[0].user_attrs["run"]} | known["config"] | {"config": config}
 

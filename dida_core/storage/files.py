@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from ..errors import UserError
+
 # Windows keeps these names for devices, with any ending.
 _DEVICE = re.compile(r"(con|prn|aux|nul|(com|lpt)[1-9])(\.|$)", re.IGNORECASE)
 
@@ -33,6 +35,36 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -
         temporary.unlink(missing_ok=True)
         raise
     sync_dir(path.parent)
+
+
+def plain(path: str, flags: int) -> int:
+    """Open a file itself, not what a link leads to, and wait for nobody: an opener for open."""
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags, 0o666)
+
+
+def read_plain(path: str | os.PathLike) -> bytes:
+    """Return what is in a file, which is no link."""
+    with open(path, "rb", opener=plain) as file:
+        return file.read()
+
+
+def is_plain(path: str | os.PathLike) -> bool:
+    """Tell whether a file is there, and neither a link to one elsewhere nor a pipe or device."""
+    return os.path.isfile(path) and not os.path.islink(path)
+
+
+def refuse_links(*places: str | os.PathLike) -> None:
+    """
+    Refuse to work where a link leads elsewhere, as in a folder that somebody else has made.
+
+    :param places: files and folders, which need not be there; folders with all that they hold
+    :raises UserError: if one is neither a file nor a folder of its own
+    """
+    for place in map(Path, places):
+        for path in (place, *(place.rglob("*") if place.is_dir() and not place.is_symlink() else ())):
+            if path.is_symlink() or (path.exists() and not path.is_dir() and not path.is_file()):
+                raise UserError(f"{path} is a link or no ordinary file, which may lead anywhere: remove it.")
 
 
 def sync_dir(path: str | os.PathLike) -> None:

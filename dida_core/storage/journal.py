@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from .files import sync_dir
+from .files import is_plain, refuse_links, sync_dir
 
 Event = dict[str, Any]
 
@@ -24,6 +24,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike) -> None:
         """Open a journal. What a crash has left of a last line is removed."""
         self.path = Path(path)
+        refuse_links(self.path)
         content = self.path.read_bytes() if self.path.is_file() else b""
         events = [from_line(line) for line in content.splitlines(keepends=True)]
         self.num_damaged = events.count(None)
@@ -72,7 +73,7 @@ def read_journal(path: str | os.PathLike, without: str = "") -> list[Event]:
     :param without: a kind of events that is left out, but for the last line: most lines are steps
     """
     path, left_out = Path(path), f'{{"event": "{without}"'.encode()
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_bytes().splitlines(keepends=True) if is_plain(path) else []
     wanted = [line for line in lines[:-1] if not line.startswith(left_out)] if without else lines[:-1]
     events = [from_line(line) for line in [*wanted, *lines[-1:]]]
     return [event for event in events if event is not None]
@@ -89,10 +90,13 @@ def from_line(line: bytes) -> Event | None:
     head, separator, tail = line.rpartition(b', "crc": "')
     if not separator or not line.endswith(b'"}\n') or tail[:-3] != f"{zlib.crc32(head + b'}'):08x}".encode():
         return None
-    return {
-        key: float(value["@float"]) if isinstance(value, dict) and value.keys() == {"@float"} else value
-        for key, value in json.loads(head + b"}").items()
-    }
+    try:  # whoever has made it can give anything a checksum
+        return {
+            key: float(value["@float"]) if isinstance(value, dict) and value.keys() == {"@float"} else value
+            for key, value in json.loads(head + b"}").items()
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _text(event: Event) -> str:
@@ -105,7 +109,7 @@ def _text(event: Event) -> str:
 
 def _identity(event: Event) -> tuple[str, int] | None:
     kind = event.get("event")
-    return (kind, event[kind]) if kind in ("step", "epoch") else None
+    return (kind, event[kind]) if kind in ("step", "epoch") and isinstance(event.get(kind), int) else None
 
 
 def _content(event: Event) -> str:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from filelock import FileLock, Timeout
 
 from ..errors import UserError
+from .files import plain, refuse_links
 
 try:
     import fcntl
@@ -27,7 +28,9 @@ def locked(path: str | os.PathLike, seconds: float = -1, busy: str = "") -> Iter
     :param seconds: how long to wait for it; negative: forever
     :param busy: message of the error
     :raises Busy: if another process holds it for longer
+    :raises UserError: if the file is a link
     """
+    refuse_links(path)
     lock = FileLock(path, timeout=seconds)
     try:
         lock.acquire()
@@ -45,7 +48,7 @@ def is_locked(path: str | os.PathLike) -> bool:
         if fcntl is None:
             with locked(path, 0):
                 return False
-        with suppress(FileNotFoundError), open(path, "rb") as file:
+        with suppress(FileNotFoundError), open(path, "rb", opener=plain) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (Busy, BlockingIOError):
         return True

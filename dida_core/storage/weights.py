@@ -10,6 +10,8 @@ import errno
 import hashlib
 import os
 import pickle
+import pickletools
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +27,12 @@ _DIGEST_BYTES = 64
 _COMMENT_BYTES = len(_PREFIX) + _DIGEST_BYTES
 _END, _END_BYTES = b"PK\5\6", 22  # the end of an archive without a comment, as torch.save writes it
 _IS_FOLDER = 0x10
+# What torch.save names for tensors and plain data. Of what else torch.load takes, some allocates at will.
+_NAMES = re.compile(
+    r"collections (OrderedDict|Counter)|torch ([a-z]\w*|\w+Storage|Size)|torch.storage UntypedStorage|"
+    r"torch._utils _rebuild_(tensor|parameter)\w*|(__builtin__|builtins) (set|complex)|_codecs encode"
+)
+_MOST_TIMES = 64  # as many bytes as a file has may its tensors and lists have when each is copied
 
 
 class WeightsError(UserError):
@@ -76,7 +84,8 @@ def load_weights(path: str | os.PathLike, device: str | torch.device = "cpu") ->
         raise UnreadableWeights(f"{path}: cannot be read ({error.strerror or error}).") from error
     if problem:
         raise WeightsError(f"{path}: {problem}.")
-    return _load(path, str(path), device)
+    with open(path, "rb") as file:
+        return _load(file, str(path), device)
 
 
 def find_damage(path: str | os.PathLike) -> str | None:
@@ -96,6 +105,7 @@ def find_damage(path: str | os.PathLike) -> str | None:
         if not (end[-_END_BYTES:].startswith(_END) and end.endswith(b"\0\0")):
             return "the file is damaged or no weights file: it does not end as one"
         try:
+            _refuse_bombs(file, size)
             with zipfile.ZipFile(file) as archive:
                 # PyTorch reads nothing of what is marked as a folder, and takes what lies in the memory.
                 folders = (part.filename for part in archive.filelist if part.external_attr & _IS_FOLDER)
@@ -120,9 +130,14 @@ def _digest(file: BinaryIO, size: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def _load(file: Path | BinaryIO, name: str, device: str | torch.device) -> dict[str, Any]:
+def _load(file: BinaryIO, name: str, device: str | torch.device) -> dict[str, Any]:
     try:
+        size = file.seek(0, os.SEEK_END)
+        _refuse_bombs(file, size)
+        file.seek(0)
         state = torch.load(file, map_location=device, weights_only=True)
+        if _bytes_of(state, {}) > _MOST_TIMES * size:
+            raise ValueError("its tensors or lists repeat the same bytes over and over")
     except Exception as error:  # whatever a file of unknown origin leads to
         lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
         refused = next((line for line in lines if line.startswith("WeightsUnpickler error")), lines[0])
@@ -131,6 +146,41 @@ def _load(file: Path | BinaryIO, name: str, device: str | torch.device) -> dict[
     if not isinstance(state, dict):
         raise WeightsError(f"{name}: holds a {type(state).__name__}, weights files hold a dict.")
     return state
+
+
+def _refuse_bombs(file: BinaryIO, size: int) -> None:
+    """Raise ValueError if reading an archive would take more memory than it has bytes."""
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        names, more = {part.filename.lower() for part in parts}, sum(part.file_size for part in parts) > size
+        if more or len(names) < len(parts) or any(part.compress_type or part.flag_bits & 1 for part in parts):
+            raise ValueError("it is compressed, or has parts that overlap, as torch.save writes none")
+        if min(part.header_offset for part in parts):
+            raise ValueError("something lies before it")
+        for part in parts:
+            for operation, named, _ in pickletools.genops(archive.read(part)) if _is_pickle(part) else ():
+                if operation.name == "GLOBAL" and not _NAMES.fullmatch(str(named)):
+                    name = str(named).replace(" ", ".")
+                    raise ValueError(f"it names {name}, and weights files hold tensors and plain data")
+
+
+def _is_pickle(part: zipfile.ZipInfo) -> bool:
+    return part.filename.lower().endswith(".pkl")
+
+
+def _bytes_of(value: Any, known: dict[Any, int]) -> int:
+    """Return the bytes of a value in which nothing is shared but equal views, such as of tied weights."""
+    if isinstance(value, Tensor):
+        view = (value.data_ptr(), value.shape, value.stride())
+        is_new, known[view] = view not in known, 0
+        return value.numel() * value.element_size() if is_new else 0
+    if not isinstance(value, dict | list | tuple | set):
+        return value.nbytes() if isinstance(value, torch.UntypedStorage) else 8
+    if id(value) not in known:
+        known[id(value)] = 2**63  # contains itself, unless it is found to end
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 8 + sum(_bytes_of(item, known) for item in items)
+    return known[id(value)]
 
 
 def model_state(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.contract import DataContract
+from .accumulated import Accumulated, is_accumulated, is_averaged
 from .counts import CountMetric
 from .device import DeviceContext
 from .distributed import gather, num_processes
@@ -32,8 +33,9 @@ class Evaluation:
     """
     Loss and metrics of a dataset.
 
-    A CountMetric (those of metrics.py) is computed once, from the counts of all pixels. The loss and any
-    other function is averaged over samples; the name of such a metric ends in _sample_mean.
+    A CountMetric (those of metrics.py) is computed once, from the counts of all pixels, and one with update
+    and compute (those of torchmetrics) is accumulated. The loss and any other function is averaged over
+    samples; the name of such a metric ends in _sample_mean.
     """
 
     def __init__(
@@ -43,13 +45,19 @@ class Evaluation:
         ignore_index: int = 255,
         class_names: Sequence[str] = (),
         contract: DataContract | None = None,
+        task: str = "",
     ) -> None:
         """
         :param contract: adds how reliable probabilities are and what is ignored; all is counted with its
             threshold and temperature then, as in prediction. None: with 0.5 and 1
+        :param task: see TASKS; that of the contract, if there is one
         """
+        task = contract.task if contract else task
+        self.accumulated = [
+            Accumulated(name, one, task, ignore_index) for name, one in metrics.items() if is_accumulated(one)
+        ]
         self.counted = {key: one for key, one in metrics.items() if isinstance(one, CountMetric)}
-        others = {f"{key}_sample_mean": one for key, one in metrics.items() if key not in self.counted}
+        others = {f"{key}_sample_mean": one for key, one in metrics.items() if is_averaged(one)}
         self.averaged = {"loss": loss_function} | others
         self.ignore_index, self.class_names = ignore_index, class_names
         self.is_masked = any(metric.masked for metric in self.counted.values())
@@ -65,6 +73,8 @@ class Evaluation:
         :param predictions: (N, C, ...) logits in float32
         :param targets: by the conventions of targets.py
         """
+        for metric in self.accumulated:
+            metric.update(predictions, targets)
         contract = self._contract
         counts_classes = contract is not None and contract.task != "values"
         if self.counted or (counts_classes and holds_classes(predictions, targets)):
@@ -97,6 +107,8 @@ class Evaluation:
         self.scores = sum(scores[1:], scores[0]) if scores else None
         self.sample_losses = [loss for part in parts for loss in part[2]]
         results = {name: _mean(values) for name, values in self._values.items()}
+        for metric in self.accumulated:
+            results |= metric.results(self.class_names)
         return results if self.scores is None else results | self._counted_results(self.scores)
 
     def _counted_results(self, scores: Scores) -> dict[str, float]:

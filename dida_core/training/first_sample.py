@@ -90,8 +90,9 @@ def dry_run(
     :raises ConfigError: if loss or metrics do not take the model's outputs, or if MONITOR is no result
     """
     predictions, targets = first.predictions.float().to(context.device), first.targets.to(context.device)
+    require_gradient(predictions, targets, loss_fn, config)
     for fitted in (contract, None):  # as the test set will be evaluated, and the validation set
-        about = (config["IGNORE_INDEX"], contract.class_names, fitted)
+        about = (config["IGNORE_INDEX"], contract.class_names, fitted, contract.task)
         evaluation = Evaluation(config["METRICS"], loss_fn, *about)
         evaluation.update(predictions, targets)
         results = evaluation.results()
@@ -99,3 +100,17 @@ def dry_run(
     if goal not in results and f"{goal}_sample_mean" not in results:
         listed = ", ".join(results)
         raise ConfigError([f"MONITOR is {config['MONITOR']!r}: {goal} is not among the results ({listed})."])
+
+
+@torch.enable_grad()
+def require_gradient(predictions: Tensor, targets: Tensor, loss_fn: Loss, config: dict[str, Any]) -> None:
+    """Raise ConfigError unless the loss is one number with a gradient, if any pixel counts."""
+    predictions, name = predictions.clone().requires_grad_(), getattr(config["LOSS"], "__name__", "")
+    loss = loss_fn(predictions, targets)
+    if loss.numel() != 1:
+        raise ConfigError([f"LOSS {name} returns {loss.numel()} numbers: it must be one, such as the mean."])
+    is_learning = (
+        loss.requires_grad and torch.autograd.grad(loss, predictions, allow_unused=True)[0] is not None
+    )
+    if not is_learning and not bool((targets == config["IGNORE_INDEX"]).all()):
+        raise ConfigError([f"LOSS {name} has no gradient, so nothing is learned: as a metric it may serve."])

@@ -22,6 +22,7 @@ class Splits:
     test: TrainingData | None = None
     validation: TrainingData | None = None
     hashes: dict[str, dict[str, Any]] = field(default_factory=dict)  # size and SHA-256 of files, where known
+    digest: str = ""  # of all of them, or which data has none
 
     def items(self) -> list[tuple[str, TrainingData]]:
         """Return name and dataset of each split that there is."""

@@ -25,6 +25,8 @@ def fill_model(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
     :param origin: where they come from, for the message
     :raises WeightsError: if they are not those of this model, with what differs
     """
+    if not all(isinstance(value, Tensor) and isinstance(name, str) for name, value in state.items()):
+        raise WeightsError(f"{origin}: holds something else than the tensors of a model.")
     own = model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     other = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)

@@ -6,6 +6,7 @@ Nothing is written yet.
 
 import contextlib
 import hashlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from ..config.check import check
 from ..config.keys import complete
 from ..config.project import Project, project_of
 from ..data.contract import DataContract
-from ..data.dataset import Custom, as_dataset
+from ..data.dataset import Custom, View, as_dataset
 from ..data.images import DataError
 from ..errors import ConfigError, UserError
 from .device import DeviceContext
@@ -92,8 +93,9 @@ class Setup:
 
     def metrics(self, contract: DataContract | None = None) -> Evaluation:
         """Return an empty evaluation of the config's METRICS. See there for the contract."""
-        config, class_names = self.config, self.contract.class_names
-        return Evaluation(config["METRICS"], self.loss_fn, config["IGNORE_INDEX"], class_names, contract)
+        config, own = self.config, self.contract
+        about = (config["IGNORE_INDEX"], own.class_names, contract, own.task)
+        return Evaluation(config["METRICS"], self.loss_fn, *about)
 
     @property
     def loss_module(self) -> nn.Module | None:
@@ -137,6 +139,7 @@ def prepare(
     :raises ConfigError: with all problems of the config, and of the data if there are both
     :raises DataError: with all problems of the data
     """
+    _check_folders(global_config)
     project, config = project_of(routine), complete(training_config)
     config["ROUTINE_NAME"] = None if routine == project.package else sys.modules.get(routine, routine)
     config["DATE"] = config["DATE"] or project.module(".utils.name").date_now()
@@ -162,6 +165,21 @@ def prepare(
     return Setup(
         experiment, context, contract, data, loaders, model, optimizer, scheduler, scaler, ema, loss_fn
     )
+
+
+def _check_folders(global_config: dict[str, str]) -> None:
+    """Raise ConfigError unless there are folders for logs and weights, or may be made."""
+    problems = []
+    for key in ("LOG_DIR", "WEIGHT_DIR"):
+        if not isinstance(global_config.get(key), str | os.PathLike):
+            problems.append(f"{key} is missing in global_config: see make_global_config in config/config.py.")
+            continue
+        path = Path(global_config[key]).absolute()
+        there = next(one for one in (path, *path.parents) if one.exists())
+        if not there.is_dir():
+            problems.append(f"{key} is {path}, but {there} is a file: take a folder.")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check(experiment: Experiment, data: Splits) -> tuple[Splits, DeviceContext, FirstSample]:
@@ -221,6 +239,7 @@ def _fit_contract(experiment: Experiment, given: Splits, first: FirstSample) -> 
         warnings.warn(f"{where}: {effect}.", stacklevel=4)
     data = data.map(lambda dataset: dataset.with_contract(contract))
     data.hashes = _hashes(config, given)
+    data.digest = _digest(data.hashes, given)
     return data, contract
 
 
@@ -276,9 +295,26 @@ def _hashes(config: dict[str, Any], data: Splits) -> dict[str, dict[str, Any]]:
         f"{split}/{file.parent.name}/{file.name}": {"bytes": file.stat().st_size, "sha256": facts["sha256"]}
         for split, dataset in data.items()
         for file, facts in dataset.scan().items()
+        if "sha256" in facts
     }
     if config["INIT_WEIGHTS"] is not None:
         with open(config["INIT_WEIGHTS"], "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             hashes["INIT_WEIGHTS"] = {"bytes": stream.tell(), "sha256": digest}
     return hashes
+
+
+def _digest(hashes: dict[str, dict[str, Any]], data: Splits) -> str:
+    """Return a SHA-256 of all data, or which split has none."""
+    unknown = [split for split, dataset in data.items() if not _is_hashed(dataset)]
+    if unknown:
+        return f"no: the {', '.join(unknown)} data has no hash, so a change would not be noticed"
+    files = [(name, facts["sha256"]) for name, facts in sorted(hashes.items()) if name != "INIT_WEIGHTS"]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def _is_hashed(dataset: Any) -> bool:
+    if isinstance(dataset, View):
+        return all(map(_is_hashed, dataset.datasets))
+    facts = dataset.scan()
+    return len(facts) > 0 and all("sha256" in one for one in facts.values())

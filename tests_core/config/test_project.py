@@ -6,8 +6,8 @@ from dida_core.config.project import Project, find_project, project_of
 from dida_core.errors import ConfigError, Preempted, Problems, UserError, exit_code
 
 import dida_tools
-from dida_tools.config import device
-from dida_tools.config.config import ALIASES, ALLOWED_ROOTS
+from dida_tools.config import config, device
+from dida_tools.config.config import ALIASES
 
 CHECKOUT = Path(dida_tools.__file__).parents[1]
 
@@ -15,7 +15,7 @@ CHECKOUT = Path(dida_tools.__file__).parents[1]
 def test_a_module_tells_its_project():
     for name in ("dida_tools", "dida_tools.training.pytorch_training"):
         project = project_of(name)
-        assert project == Project("dida_tools", CHECKOUT, ALLOWED_ROOTS, ALIASES)
+        assert project == Project("dida_tools", CHECKOUT, config.ALLOWED_ROOTS, ALIASES)
         assert hash(project) == hash(project_of(name))
         assert project.module(".config.device") is device
     for name in ("json", "my_train", "torch.nn", "tests_core.config.test_project"):

@@ -79,12 +79,13 @@ def name_of(obj, project=PROJECT):
     return references.name_of(obj, project)
 
 
-def resolve(name, roots=(), project=PROJECT):
-    return references.resolve(name, project, roots)
+def resolve(name, trusted=False, project=PROJECT):
+    return references.resolve(name, project, trusted)
 
 
-def restored(value, roots=(), project=PROJECT):
-    return restore(record(MODEL_CONFIG={"x": value}), roots, project)["MODEL_CONFIG"]["x"]
+def restored(value, *allowed, key="MODEL_CONFIG"):
+    project = dataclasses.replace(PROJECT, allowed=allowed)
+    return restore(record(**{key: {"x": value}}), project)[key]["x"]
 
 
 def write(path, text):
@@ -198,7 +199,7 @@ def test_of_the_project_a_record_may_name_these_modules_alone():
                 with contextlib.suppress(ReferenceProblem):
                     found.add(resolve(f"{module.name}:{name}").__module__)
     assert {name.partition(".")[2] for name in found if name.startswith("dida_tools.")} == {
-        *("layers.conv", "models.unet", "training.config", "utils.loss", "utils.metrics", "utils.torchutils"),
+        *("layers.conv", "models.unet", "training.config", "utils.loss", "utils.metrics"),
         *("utils.data.datasets", "utils.data.scenes", "utils.data.transforms"),
     }
 
@@ -232,50 +233,74 @@ def test_a_file_beside_the_package_is_a_library_like_any_other(library, monkeypa
         with pytest.raises(ReferenceProblem, match=OUTSIDE):
             resolve(name, project=project)
     allowed = dataclasses.replace(project, allowed=("my_losses",))
-    loss = resolve("my_losses:loss", project=allowed)
-    assert name_of(loss) == "my_losses:loss"  # so a run trains, and its row says what restoring it needs
-    for name in ("system", "net", "loss.__globals__", "Net.mro"):
+    net = resolve("my_losses:Net", project=allowed)
+    assert name_of(net) == "my_losses:Net"
+    for name in ("system", "net", "loss", "loss.__globals__", "Net.mro"):
         with pytest.raises(ReferenceProblem, match=OUTSIDE):
             resolve(f"my_losses:{name}", project=allowed)
-    renamed = dataclasses.replace(allowed, aliases={"my_losses:loss": ".utils.loss:f1"})
+    renamed = dataclasses.replace(allowed, aliases={"my_losses:Net": ".utils.loss:f1"})
     with pytest.raises(ReferenceProblem, match="is not found under its own name"):
-        name_of(loss, renamed)
+        name_of(net, renamed)
 
 
 # -------------------------------------------------------------------------------------------------- libraries
 
 NETS = """
-class Net:
-    class Inner: ...
+from torch import nn
+class Net(nn.Module):
+    class Inner(nn.Module): ...
     @classmethod
     def register(cls, path): ...
+class Importer:
+    def __init__(self, path): ...
+register = Net.register
 def loss(a, b): ...
 """
 
 
-def test_an_added_library_gives_the_functions_and_classes_that_it_defines_and_no_methods(library):
+def test_an_added_module_gives_the_classes_of_the_wanted_kind_that_it_defines_and_nothing_else(library):
     write(library / "somelib" / "__init__.py", "from os import system\nimport subprocess\n")
     write(library / "somelib" / "nets.py", NETS)
-    write(library / "somelib" / "bundle.py", "def run(): ...\n")
+    write(
+        library / "somelib" / "bundle.py", "from .nets import Net\ndef run(): ...\nclass Runner(Net): ...\n"
+    )
     write(library / "somelib_evil.py", "def run(): ...\n")
-    wanted = "if you trust 'somelib', add it to ALLOWED_ROOTS in dida_tools/config/config.py"
-    with pytest.raises(ConfigError, match=f"MODEL_CONFIG.x: .*{wanted}"):
-        restored({"@ref": "somelib.nets:loss"})
+    wanted = "if you trust 'somelib.nets', add it to ALLOWED_ROOTS in dida_tools/config/config.py"
+    for name in ("Net", "loss"):
+        with pytest.raises(ConfigError, match=f"MODEL_CONFIG.x: .*{wanted}"):
+            restored({"@ref": f"somelib.nets:{name}"})
     assert "somelib" not in sys.modules
-    allowed = dataclasses.replace(PROJECT, allowed=("somelib.nets",))
-    for name in ("somelib.nets:Net", "somelib.nets:loss", "somelib.nets:Net.Inner"):
-        obj = resolve(name, roots=["somelib"])
-        assert name_of(obj) == name
-        assert restored({"@ref": name}, ["somelib"]) is restored({"@ref": name}, project=allowed) is obj
-    with pytest.raises(ReferenceProblem, match="if you trust 'somelib'"):
-        resolve("somelib.bundle:run", project=allowed)
+    for name in ("somelib.nets:Net", "somelib.nets:Net.Inner"):
+        obj = resolve(name, trusted=True)
+        assert name_of(obj) == name and restored({"@ref": name}, "somelib.nets") is obj
+        with pytest.raises(ConfigError, match=f"MODEL_CONFIG.x cannot be recorded: .*{wanted}"):
+            capture({"MODEL_CONFIG": {"x": obj}})
+        noted = []
+        assert capture({"MODEL_CONFIG": {"x": obj}}, noted)["config"]["MODEL_CONFIG"]["x"] == {"@ref": name}
+        assert len(noted) == 1
+    partial = {"@partial": {"@ref": "somelib.nets:Net"}, "args": [1], "kwargs": {}}
+    assert restored(partial, "somelib.nets").func is resolve("somelib.nets:Net", trusted=True)
+    for name in ("loss", "register", "Net.register", "Importer", "nn"):
+        with pytest.raises(ConfigError):
+            restored({"@ref": f"somelib.nets:{name}"}, "somelib.nets")
+        with pytest.raises(ConfigError):
+            restored({"@ref": f"somelib.nets:{name}"}, "somelib.nets", key="METRICS")
+    # Neither what lies below or above an added module, nor what it has from elsewhere.
+    for name in ("somelib.bundle:Runner", "somelib.bundle:Net", "somelib.nets:nn.Module", "somelib:nets.Net"):
+        for allowed in ("somelib.nets", "somelib"):
+            with pytest.raises(ConfigError):
+                restored({"@ref": name}, allowed)
     for name in ("system", "subprocess.Popen", "subprocess", "Net.register", "run"):
-        for module in ("somelib", "somelib.nets", "somelib_evil"):
+        for module in ("somelib", "somelib.nets"):
             with pytest.raises(ReferenceProblem):
-                resolve(f"{module}:{name}", roots=["somelib"])
-    assert resolve(name_of(np.mean), roots=["numpy"]) is np.mean
-    allowed = dataclasses.replace(PROJECT, allowed=(".config",))
-    assert callable(resolve(".config.config:make_global_config", project=allowed))
+                resolve(f"{module}:{name}", trusted=True)
+    assert resolve(name_of(np.mean), trusted=True) is np.mean
+    with pytest.raises(ConfigError, match="a library gives its classes alone"):
+        restored({"@ref": name_of(np.mean)}, np.mean.__module__)
+    own = "dida_tools.utils.torchutils:forward"
+    assert callable(restored({"@ref": own.removeprefix("dida_tools")}, ".utils.torchutils"))
+    with pytest.raises(ConfigError, match=r"if you trust '\.utils\.torchutils', add it to ALLOWED_ROOTS"):
+        restored({"@ref": own})
 
 
 def test_a_library_that_fails_to_import_is_reported_by_name(library):
@@ -283,9 +308,9 @@ def test_a_library_that_fails_to_import_is_reported_by_name(library):
     for number, code in enumerate(codes):
         write(library / f"brittle{number}.py", code)
         with pytest.raises(ConfigError, match=rf"MODEL_CONFIG.x: 'brittle{number}:Net' is not found"):
-            restored({"@ref": f"brittle{number}:Net"}, roots=[f"brittle{number}"])
+            restored({"@ref": f"brittle{number}:Net"}, f"brittle{number}")
     with pytest.raises(ReferenceProblem, match=r"is not found \(No module named 'not_installed'\): install"):
-        resolve("not_installed:Net", roots=["not_installed"])
+        resolve("not_installed:Net", trusted=True)
 
 
 def test_an_alias_gives_the_object_under_its_new_name_and_is_no_way_around_the_rules():
@@ -307,7 +332,7 @@ def test_a_record_survives_a_renamed_package(library):
     )
     captured = capture({"MODEL": UNET, "ROUTINE_NAME": dida_tools.models.unet})
     renamed = dataclasses.replace(PROJECT, package="renamed_project")
-    config = restore(captured, project=renamed)
+    config = restore(captured, renamed)
     assert config["MODEL"].__module__ == config["ROUTINE_NAME"].__name__ == "renamed_project.models.unet"
     assert name_of(config["MODEL"], renamed) == ".models.unet:UNET"
 
@@ -324,9 +349,9 @@ def test_an_object_of_the_running_script_is_recorded_under_the_scripts_name(monk
     spec = ModuleSpec("my_train", None)
     for attributes in ({"__file__": "/somewhere/my_train.py"}, {"__file__": "", "__spec__": spec}):
         net = main_module(monkeypatch, **attributes)
-        captured = capture({"MODEL": net})
+        captured = capture({"MODEL": net}, [])
         assert captured["config"]["MODEL"] == {"@ref": "my_train:Net"}
-        assert restore(captured, ["my_train"])["MODEL"] is net
+        assert restore(captured, dataclasses.replace(PROJECT, allowed=("my_train",)))["MODEL"] is net
         with pytest.raises(ConfigError, match="if you trust 'my_train', add it to ALLOWED_ROOTS"):
             restore(captured)
     with pytest.raises(

@@ -12,18 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dida_core
 import numpy as np
 import pytest
 import rasterio
+import torch
 from dida_core.config.prediction_keys import OUTPUTS
 from dida_core.data.contract import PALETTE
 from dida_core.data.images import DataError
 from dida_core.errors import Preempted, UserError
-from dida_core.prediction import predict
+from dida_core.prediction import predict, predict_run
 from dida_core.prediction.ledger import Ledger
 from dida_core.prediction.outputs import OutputFile, Raster
+from dida_core.runs.rows import current_row
 from dida_core.storage.journal import Journal, read_journal
-from dida_core.storage.weights import save_weights
+from dida_core.storage.weights import load_weights, save_weights, weights_digest
 from PIL import Image
 from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
@@ -491,3 +494,28 @@ def test_a_run_predicts_by_its_name(tmp_path, small_run):
     assert refused.returncode == 1 and "no run is called 'nonsense'" in refused.stderr
     refused = run_script("predict.py", *options, "--augment", "some", "--weights", tmp_path / "nowhere.pt")
     assert refused.returncode == 1 and "AUGMENT is 'some': it must be one of" in refused.stderr
+
+
+def test_a_map_is_traced_to_its_model_and_the_row_of_its_run(tmp_path, small_run):
+    image = np.random.default_rng(0).integers(1, 256, (40, 60, 3), dtype=np.uint8)
+    scene, out = write_raster(tmp_path / "scene.tif", image), tmp_path / "maps"
+    options = {"CHECK_VALUES": False, "TILE": 32}
+    np.save(tmp_path / "other.npy", image)
+    predict_run(
+        small_run.name, tmp_path / "other.npy", out, small_run.global_config, **options, FORMAT=".png"
+    )
+    predict_run(small_run.name, scene, out, small_run.global_config, **options)
+    row = current_row(Path(small_run.global_config["LOG_DIR"]) / small_run.name)
+    assert row["BEST_DIGEST"] == weights_digest(load_weights(small_run.weights)["model"])
+    with Image.open(out / "other.png") as picture, rasterio.open(out / "scene.tif") as raster:
+        for tags in (picture.text, raster.tags()):
+            assert (tags["RUN"], tags["MODEL_DIGEST"]) == (row["NAME"], row["BEST_DIGEST"])
+            assert tags["VERSIONS"] == f"dida_core {dida_core.__version__}, torch {torch.__version__}"
+            assert tags["CLASSES"] == "0: ground, 1: left, 2: right"
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    made = [line for line in lines if line["event"] == "prediction"]
+    assert [line["output"] for line in made] == ["other.png", "scene.tif"]
+    for line in made:
+        assert (line["run"], line["model_digest"]) == (row["NAME"], row["BEST_DIGEST"])
+        assert line["versions"]["torch"] == torch.__version__
+        assert line["classes"] == ["ground", "left", "right"]

@@ -1,9 +1,12 @@
 """Weights files are read back bit for bit, and every damage is noticed."""
 
 import hashlib
+import io
 import pickle
 import random
+import tracemalloc
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from dida_core.storage.weights import (
     save_weights,
     weights_digest,
 )
+from torch import nn
 
 from tests.helpers import leaves
 
@@ -145,8 +149,7 @@ def test_hostile_objects_are_refused_and_not_run(tmp_path: Path, file: Path, sea
     victim = tmp_path / "victim"
     torch.save({"weight": torch.ones(2), "more": Hostile(victim)}, file)
     if sealed:
-        content = file.read_bytes()[:-2] + (71).to_bytes(2, "little") + b"sha256:"
-        file.write_bytes(content + hashlib.sha256(content).hexdigest().encode())
+        seal(file)
         assert find_damage(file) is None
     with pytest.raises(WeightsError, match=r"io\.open") as refusal:
         load_weights(file)
@@ -154,6 +157,89 @@ def test_hostile_objects_are_refused_and_not_run(tmp_path: Path, file: Path, sea
     assert "weights_only" not in str(refusal.value) and "safe_globals" not in str(refusal.value)
     torch.load(file, weights_only=False)["more"].close()
     assert victim.exists()
+
+
+class Called:
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+class StoragePickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        return value if isinstance(value, tuple) and value[:1] == ("storage",) else None
+
+
+def view(numel: int, shape: tuple, stride: tuple) -> Called:
+    """A tensor in a file, as it describes itself."""
+    storage = ("storage", torch.FloatStorage, "0", "cpu", numel)
+    return Called(torch._utils._rebuild_tensor_v2, storage, 0, shape, stride, False, Called(OrderedDict))
+
+
+def nested(depth: int, width: int) -> Any:
+    value: Any = [1]
+    for _ in range(depth):
+        value = [value] * width
+    return value
+
+
+ITSELF: list = []
+ITSELF.append(ITSELF)
+DEFLATED = zipfile.ZIP_DEFLATED
+BOMBS = {
+    "a compressed tensor": ([view(10**6, (10**6,), (1,))], {"data/0": bytes(4 * 10**6)}, DEFLATED),
+    "a compressed pickle": (["a" * 10**7], {}, DEFLATED),
+    "stride 0": ([view(1, (10**9,), (0,))], {"data/0": bytes(4)}, 0),
+    "strides that overlap": ([view(10**3, (10**9, 1000), (0, 1))], {"data/0": bytes(4000)}, 0),
+    "many views": ([view(10**4, (9999 - n,), (1,)) for n in range(900)], {"data/0": bytes(40000)}, 0),
+    "a storage that is longer than it": ([view(10**9, (10**9,), (1,))], {"data/0": bytes(4)}, 0),
+    "bytearray": ([Called(bytearray, 2 * 10**9)], {}, 0),
+    "an empty tensor": ([Called(torch.FloatTensor, 10**9)], {}, 0),
+    "an empty storage": ([Called(torch.UntypedStorage, 10**10)], {}, 0),
+    "lists of lists": ([nested(30, 2)], {}, 0),
+    "itself": ([ITSELF], {}, 0),
+    "a second pickle": ([1], {"DATA.pkl": b"cposix\nsystem\n."}, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_that_takes_much_memory_is_refused_before_it_does(file: Path, name: str) -> None:
+    state, parts, compression = BOMBS[name]
+    stream = io.BytesIO()
+    StoragePickler(stream, 2).dump({"model": state})
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for part, content in {"data.pkl": stream.getvalue(), "version": b"3\n", **parts}.items():
+            archive.writestr(f"archive/{part}", content)
+    assert file.stat().st_size < 10**5
+    for _ in range(2):
+        tracemalloc.start()
+        with pytest.raises(WeightsError) as refusal:
+            load_weights(file)
+        assert tracemalloc.get_traced_memory()[1] < 10**7 and len(str(refusal.value)) < 400
+        tracemalloc.stop()
+        seal(file)
+
+
+def seal(file: Path) -> None:
+    """End a file as ours do, with a digest: whoever writes it can."""
+    content = file.read_bytes()[:-2] + (71).to_bytes(2, "little") + b"sha256:"
+    file.write_bytes(content + hashlib.sha256(content).hexdigest().encode())
+
+
+def test_tied_weights_and_all_that_checkpoints_hold_are_read(file: Path) -> None:
+    tied = torch.ones(1000)
+    state = {str(number): tied for number in range(200)} | {"milestones": Counter([3]), "set": {1}, "z": 1j}
+    state |= {
+        "dtype": torch.float16,
+        "shape": torch.Size([2]),
+        "bytes": b"abc",
+        "uint16": torch.ones(2).to(torch.uint16),
+    }
+    state["parameter"] = nn.Parameter(torch.ones(3))
+    save_weights(file, state)
+    assert leaves(load_weights(file)) == leaves(state)
 
 
 def test_other_and_missing_files_are_refused(tmp_path: Path, file: Path) -> None:

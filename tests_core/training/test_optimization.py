@@ -12,6 +12,7 @@ from dida_core.runs.failures import Pruned
 from dida_core.storage.checkpoint import load_checkpoint, save_checkpoint
 from dida_core.training.modules import set_seed
 from dida_core.training.optimization import (
+    build_loss,
     build_optimizer,
     build_scheduler,
     catch_up,
@@ -20,6 +21,7 @@ from dida_core.training.optimization import (
     warm_up,
 )
 from torch import nn
+from torch.nn import functional
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
     ConstantLR,
@@ -300,3 +302,37 @@ def test_a_parameter_that_no_optimizer_has_is_reported_once(fit):
     with pytest.warns(UserWarning, match=r"1 parameters, such as 2\.bias, have a gradient") as caught:
         fit(OPTIMIZER=Forgetful)
     assert sum("have a gradient" in str(one.message) for one in caught) == 1
+
+
+# ---------------------------------------------------------------------------------------- weights of classes
+
+
+class Summed(nn.Module):
+    """Several losses in one."""
+
+    def __init__(self, losses: list[Any]) -> None:
+        super().__init__()
+        self.losses = nn.ModuleList([loss() for loss in losses])
+
+    def forward(self, prediction, target):
+        return sum(loss(prediction, target) for loss in self.losses)
+
+
+def test_weights_of_classes_may_be_lists_in_any_loss_of_torch():
+    prediction, weight = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)), [1, 2, 5.0]
+    classes, tensor = torch.arange(40).reshape(2, 4, 5) % 3, torch.tensor(weight)
+    several = functional.one_hot(classes, 3).movedim(-1, 1).float()
+    cross_entropy = functional.cross_entropy(prediction, classes, tensor)
+    binary = functional.binary_cross_entropy_with_logits
+    per_class = binary(prediction, several, pos_weight=tensor[:, None, None])
+    for loss, options, target, expected in (
+        (nn.CrossEntropyLoss, {"weight": weight}, classes, cross_entropy),
+        (functional.cross_entropy, {"weight": weight}, classes, cross_entropy),
+        (partial(functional.cross_entropy, weight=(1, 2, 5)), {}, classes, cross_entropy),
+        (partial(nn.CrossEntropyLoss, weight=weight), {}, classes, cross_entropy),
+        (Summed, {"losses": [partial(nn.CrossEntropyLoss, weight=weight)] * 2}, classes, 2 * cross_entropy),
+        (nn.BCEWithLogitsLoss, {"pos_weight": weight}, several, per_class),
+        (partial(binary, pos_weight=weight), {}, several, per_class),
+    ):
+        config = {"LOSS": loss, "LOSS_CONFIG": options, "IGNORE_INDEX": 255}
+        assert build_loss(config, torch.device("cpu"))(prediction, target).item() == expected.item()

@@ -54,7 +54,7 @@ Scene = tuple[np.ndarray, np.ndarray]
 
 
 class SceneDataset(NpyDataset):
-    """The built-in scenes as an NpyDataset; they are made on first use."""
+    """The built-in scenes as an NpyDataset."""
 
     def __init__(
         self,
@@ -68,11 +68,13 @@ class SceneDataset(NpyDataset):
     ) -> None:
         """
         :param split: "train" or "test"
-        :param data_dir: where the scenes are kept; None: DATA_DIR of the global config
+        :param data_dir: where make_scenes has written them; None: DATA_DIR of the global config, on first use
         """
         if split not in NUM_SCENES:
             raise ValueError(f"split is {split!r}: choose one of {', '.join(NUM_SCENES)}.")
-        folder = make_scenes(data_dir or global_config["DATA_DIR"]) / split
+        # A record may name any folder: nothing is written there.
+        home = make_scenes(global_config["DATA_DIR"]).parent if data_dir is None else Path(data_dir)
+        folder = home / f"scenes-{VERSION}" / split
         options: dict[str, Any] = {"crop": crop, "crops_per_image": crops_per_image, "foreground": foreground}
         options |= {"augment": augment, "mask_values": mask_values}
         about: dict[str, Any] = {"class_names": CLASS_NAMES, "channel_names": CHANNEL_NAMES, "nodata": NODATA}

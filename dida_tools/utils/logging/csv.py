@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dida_core.errors import UserError
 from dida_core.report.listener import Listener
 from dida_core.runs.lookup import current_row, find_rows
 from dida_core.storage.journal import Event
@@ -19,7 +18,6 @@ from ..path import create_dirs
 
 if TYPE_CHECKING:  # runs.py does without torch
     from dida_core.report.listener import Result, RunView
-    from dida_core.training.setup import Setup
 
 
 class CsvTracker(Listener):
@@ -28,12 +26,6 @@ class CsvTracker(Listener):
     def __init__(self, seconds: float = 60.0) -> None:
         """:param seconds: between two rows within an epoch"""
         self._seconds, self._written = seconds, 0.0
-
-    def check(self, setup: "Setup") -> None:
-        """Refuse a LOGFILE that would lie elsewhere."""
-        logfile = setup.config["LOGFILE"]
-        if Path(logfile).name != logfile:
-            raise UserError(f"LOGFILE is {logfile!r}: give the name of a file, such as experiments.csv.")
 
     def started(self, run: "RunView") -> None:
         """Write the rows of all runs: one that was killed could not do it itself."""

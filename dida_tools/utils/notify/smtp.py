@@ -32,7 +32,7 @@ from email.message import EmailMessage
 from email.utils import localtime, make_msgid
 from typing import Any
 
-from dida_core.errors import Problems
+from dida_core.errors import Problems, printable
 from dida_core.report.listener import Listener, Result, RunView
 from dida_core.training.setup import Setup
 
@@ -115,7 +115,8 @@ class SMTPNotifier:
         mail["Date"] = localtime()
         mail["Message-ID"] = make_msgid(domain=self._sender.rpartition("@")[2])  # the same for both tries
         mail["Auto-Submitted"] = "auto-generated"  # no out-of-office replies
-        mail.set_content(self._clean(message)[:MAX_CHARACTERS])
+        text = printable("\n".join(self._clean(message).splitlines()))
+        mail.set_content(text[:MAX_CHARACTERS])
         if picture:
             mail.add_attachment(picture, "image", "png", filename="picture.png")
         return mail
