@@ -78,11 +78,16 @@ def _with_tensors(value: Any, device: torch.device, ndim: int) -> Any:
 
 
 def of_known(loss: Loss) -> Loss:
-    """Return a loss that gets no target that is NaN."""
+    """Return a loss that gets no target that is NaN, and is 0 where there is no other."""
+
+    def some(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        some_pred, some_target = known(pred, target)
+        return (some_pred, some_target) if some_target.numel() else (pred * 0, torch.zeros_like(pred))
+
     if isinstance(loss, nn.Module):
-        loss.register_forward_pre_hook(lambda _, pair: known(*pair))
+        loss.register_forward_pre_hook(lambda _, pair: some(*pair))
         return loss
-    return lambda pred, target: loss(*known(pred, target))
+    return lambda pred, target: loss(*some(pred, target))
 
 
 @config_errors("OPTIMIZER")

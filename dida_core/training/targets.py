@@ -15,7 +15,6 @@ the first: a usability mask of 0 and 1 (weights in between work too). A masked m
 (N, 2, H, W), the mask and the class numbers.
 """
 
-import torch
 from torch import Tensor
 
 IGNORE_INDEX = 255
@@ -99,9 +98,7 @@ def known(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if not target.is_floating_point() or target.shape != pred.shape:
         return pred, target
     is_known = ~target.isnan()
-    if is_known.all():
-        return pred, target
-    return (pred[is_known], target[is_known]) if is_known.any() else (pred * 0, torch.zeros_like(target))
+    return (pred, target) if is_known.all() else (pred[is_known], target[is_known])
 
 
 def precise(logits: Tensor) -> Tensor:
