@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .capture import capture, short
-from .keys import KEYS, UNRECORDED, defaults, upgrade
+from .keys import INSTEAD, KEYS, UNRECORDED, defaults, upgrade
 from .kinds import REQUIRED, Key, as_list, is_of
 from .project import Project
 
@@ -46,7 +46,8 @@ def check(config: dict[str, Any], project: Project, more: Sequence[str] = ()) ->
     problems = [*more, *filter(None, wrong.values()), *_argument_problems(defaults() | right, wrong)]
     recorded = {key: value for key, value in right.items() if key not in UNRECORDED}
     captured = capture(recorded, project, unrecordable)
-    problems += unrecordable if config.get("REQUIRE_RERUNNABLE", True) else []
+    if config.get("REQUIRE_RERUNNABLE", True):
+        problems += [f"{one} REQUIRE_RERUNNABLE=False trains all the same." for one in unrecordable]
     if problems:
         raise ConfigError(problems)
     return captured
@@ -89,6 +90,7 @@ def unknown(key: Any, keys: Iterable[str] = KEYS, config: Mapping[str, Any] = Ma
         if f"{name}_CONFIG" in keys and any(takes(one, str(key), by_name=True) for one in several)
     ]
     hint = f"did you mean {' or '.join(near)}?" if near else "see dida_core/config/keys.py."
+    hint = f"it is {INSTEAD[key]} now." if key in INSTEAD else hint
     return f"{key} is no key of a config: {hint}"
 
 

@@ -17,6 +17,13 @@ UNRECORDED = ("RESUME", "AFTER_EPOCH")
 NOT_RESTORED = (*UNRECORDED, "RERUN_OF", "NOTIFY", "LOGFILE")
 # Names of version 0.1, still understood in configs, overrides and records.
 RENAMED = {"NORMALISE": "NORMALIZE"}
+# Keys of 2021 whose values have another form now.
+INSTEAD = {
+    "LR": "OPTIMIZER_CONFIG.lr",
+    "MIXED_PRECISION": "PRECISION, such as fp16",
+    "ONE_CYCLE": "SCHEDULER=OneCycleLR",
+    "WEIGHTS": "INIT_WEIGHTS",
+}
 RENAMED_ARGUMENTS = {".utils.data.scenes.SceneDataset": {"part": "split"}}
 
 KEYS = {

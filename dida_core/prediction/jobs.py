@@ -27,7 +27,7 @@ from ..data.images import (
 )
 from ..data.pairs import map_values
 from ..errors import ConfigError
-from ..report.console import say
+from ..report.console import hides_bar, say
 from ..training.scores import Scores
 from .outputs import Output
 
@@ -118,6 +118,9 @@ def plan(
             end = form or (".npy" if ending == ".png" and not fits_picture[kind] else ending)
             name = f"{config['PREFIX']}{job.stem}{config['SUFFIX']}{f'_{kind}' * (len(kinds) > 1)}{end}"
             job.outputs[kind] = Path(config["OUT_DIR"]) / name
+        if config["MASKS"] is not None and "probabilities" not in kinds:  # to be scored, not kept
+            name = f".{job.stem}_scored{ending if ending in _RASTERS else '.npy'}"
+            job.outputs["probabilities"] = Path(config["OUT_DIR"]) / name
     images = {file.resolve() for files in inputs for file in files}
     for path, number in Counter(path for job in jobs for path in job.outputs.values()).items():
         if path.resolve() in images:
@@ -145,7 +148,7 @@ def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) 
     :raises DataError: with each that cannot be read, or is not as the contract says
     """
     problems, unplaced = [], set()
-    for number, job in enumerate(tqdm(jobs, desc="check", unit=" images", disable=None, leave=False)):
+    for number, job in enumerate(tqdm(jobs, desc="check", unit=" images", disable=hides_bar(), leave=False)):
         try:
             with ImageReader(*job.inputs) as image:
                 if image.grid not in (None, Grid("", None)):

@@ -21,7 +21,7 @@ from ..config.prediction_keys import PREDICT_KEYS, as_list
 from ..config.project import find_project
 from ..data.images import DataError, ImageReader
 from ..errors import ConfigError, Preempted
-from ..report.console import say
+from ..report.console import hides_bar, say, signs_of_life
 from ..runs.lookup import find_run, read_run_config
 from ..storage.files import write_atomic
 from ..storage.weights import weights_digest
@@ -57,8 +57,6 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
         raise ConfigError(list(problems.values()))
     config = complete(predict_config, PREDICT_KEYS)
     kinds, out_dir, masks = as_list(config["OUTPUT"]), Path(config["OUT_DIR"]), config["MASKS"]
-    if masks is not None and "probabilities" not in kinds:
-        kinds.append("probabilities")  # scoring needs them
     inputs = find_inputs(config["FILES"], config["BANDS"])
     options = {key.lower(): config[key] for key in ("DEVICE", "PRECISION", "AUGMENT")}
     if "LOCAL_RANK" in os.environ and config["DEVICE"] == "auto" and torch.cuda.is_available():
@@ -87,6 +85,8 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
             write_atomic(file, lambda stream: stream.write(json.dumps(results, indent=2).encode()))
             names = ("f1", "iou", "accuracy", "average_precision", "ece")
             say(f"{', '.join(f'{name} {results[name]:.4f}' for name in names)}; all scores: {file}")
+            for job in jobs if "probabilities" not in kinds else ():
+                job.outputs.pop("probabilities").unlink()
     outputs = [output for job in jobs for output in job.outputs.values()]
     say(f"{len(outputs)} prediction{'s' * (len(outputs) != 1)} in {out_dir}")
     return outputs
@@ -146,6 +146,7 @@ class _Work:
         settings = capture(settings, find_project(config["MODEL"].__module__), [])["config"]
         settings["WEIGHTS"] = weights_digest(predictor.model.state_dict())
         settings["CONTRACT"] = self.contract.to_dict()
+        self.num_done = 0  # pixels
         versions = {"dida_core": __version__, "torch": torch.__version__}
         about = {"run": predictor.run, "model_digest": settings["WEIGHTS"], "versions": versions}
         about |= {"classes": list(self.contract.class_names), "weights_file": str(config["WEIGHTS"])}
@@ -162,7 +163,8 @@ class _Work:
         form = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]"
         total = sum(job.size[0] * job.size[1] for job in to_do) / 1e6
         started, problems = time.monotonic(), []
-        with tqdm(total=total, unit=" MP", bar_format=form, disable=None, leave=False) as progress:
+        bar = tqdm(total=total, unit=" MP", bar_format=form, disable=hides_bar(), leave=False)
+        with bar as progress, signs_of_life(lambda: f"{self.num_done / 1e6:.1f} of {total:.1f} MP"):
             for job in to_do:
                 raise_if_stop_requested()
                 try:
@@ -210,6 +212,7 @@ class _Work:
             for band in bands:  # each is written while the next one is computed
                 written.result()
                 written = pool.submit(write, band)
+                self.num_done += band.valid.size
                 progress.update(band.valid.size / 1e6)
             written.result()
             for kind, file in files.items():

@@ -118,9 +118,17 @@ class Space:
                 tried = self._fitting(first_values | {one: values[0], other: values[1]})
                 found = [(key, assign(candidate, key, value)) for key, value in tried.items()]
                 refused = [f"{key} cannot be searched: {problem}." for key, problem in found if problem]
-                problems += refused or find_problems(candidate, self._project)
+                problems += refused or map(self._advised, find_problems(candidate, self._project))
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
+
+    def _advised(self, problem: str) -> str:
+        """Return a problem with advice that helps where the space itself is its cause."""
+        key = problem.partition(" ")[0]
+        if key not in self._parts:
+            return problem
+        text = problem.removesuffix(f" {key.partition('.')[0]}={{}} clears old ones.")
+        return f"{text} Change or remove {key} in search_space, in hyperparameter.py."
 
     def first_values(self) -> dict[str, Any]:
         """Return the lowest number and the first option of each."""

@@ -176,7 +176,10 @@ class Search:
         write_atomic(files[0], lambda stream: stream.write(text.encode()))
         axes: dict[str, Any] = {"history": visualization.plot_optimization_history(self.study)}
         axes["slices"] = visualization.plot_slice(self.study)
-        if len({trial.value for trial in self.best_trials()}) >= 4:  # fewer tell nothing about importance
+        if (number := len({trial.value for trial in self.best_trials()})) < 4:
+            reason = f"it takes 4 finished trials of different results, not {number}"
+            say(f"  importance.png is left out: {reason}.")
+        else:
             # PED-ANOVA (https://arxiv.org/abs/2304.10255) needs no further library.
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
             axes["importance"] = visualization.plot_param_importances(self.study, evaluator=evaluator)

@@ -17,6 +17,8 @@ the first: a usability mask of 0 and 1 (weights in between work too). A masked m
 
 from torch import Tensor
 
+from ..errors import UserError
+
 IGNORE_INDEX = 255
 
 
@@ -55,6 +57,26 @@ def check_pixels(name: str, pixels: Tensor, pred: Tensor) -> None:
     wanted = (pred.shape[0], *pred.shape[2:])
     if pixels.shape != wanted:
         raise ValueError(f"{name} has the shape {tuple(pixels.shape)}, it needs {wanted}.")
+
+
+def wrong_values(target: Tensor, keep: Tensor, classes: int | None) -> Tensor:
+    """Return where a target that counts is none of the class numbers, or without classes neither 0 nor 1."""
+    if classes is None:
+        return keep & (target != 0) & (target != 1)
+    return keep & ((target < 0) | (target >= classes))
+
+
+def refuse_values(target: Tensor, wrong: Tensor, classes: int | None, ignore_index: int) -> None:
+    """Raise UserError with the first wrong value of a target, if there is one."""
+    if wrong.any():
+        known = "a binary or multi-label target has 0 and 1"
+        if classes is not None:
+            known = f"the prediction has the classes 0 to {classes - 1}"
+        value = f"{'the class number ' * (classes is not None)}{target[wrong][0]:g}"
+        raise UserError(
+            f"the target holds {value}, {known}, and {ignore_index} is ignored: "
+            "map the mask's values, or set IGNORE_INDEX."
+        )
 
 
 def unmask(pred: Tensor, target: Tensor, multi_class: bool | None = None) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ VALID = [
     {"DATASET": SceneDataset, "DATASET_CONFIG": {"train": {"part": "train"}, "test": {"split": "test"}}},
     {"DEVICE": "cuda:3", "NORMALISE": False, "NOTIFY": ["a@b.org", "c@d.org"]},
     {"DEVICE": "auto", "INIT_WEIGHTS": Path("a.pt"), "EMA": 0.999, "CLIP_NORM": 1, "VALIDATION_FRACTION": 0},
-    {"MODEL_CONFIG": {"ch_in": 3, "ch_out": 1, "dropout": 0, "norm": None}},
+    {"MODEL_CONFIG": {"ch_in": 3, "ch_out": 1, "dropout": None, "norm": None}},
     {"DATE": None, "ROUTINE_NAME": "pytorch"},
 ]
 
@@ -135,7 +135,7 @@ WRONG_ARGUMENTS = [
     ({"MODEL_CONFIG": {"ch_in": 1, "ch_out": 1, "args": []}}, "MODEL_CONFIG.args is no argument of UNET"),
     ({"MODEL_CONFIG": {"ch_in": True, "ch_out": 1}}, "MODEL_CONFIG.ch_in is True: it must be int"),
     ({"MODEL_CONFIG": {"ch_in": 1.0, "ch_out": 1}}, "MODEL_CONFIG.ch_in is 1.0: it must be int"),
-    ({"MODEL_CONFIG": {"ch_in": 1, "ch_out": 1, "dropout": None}}, "MODEL_CONFIG.dropout is None", "float"),
+    ({"MODEL_CONFIG": {"ch_in": 1, "ch_out": None}}, "MODEL_CONFIG.ch_out is None", "int"),
     ({"MODEL_CONFIG": {"ch_in": 1}}, "MODEL_CONFIG.ch_out is missing: UNET needs it"),
     ({"MODEL": nn.Sequential, "MODEL_CONFIG": {"args": [nn.ReLU]}}, "args is no argument of Sequential"),
     ({"OPTIMIZER_CONFIG": {"learning_rate": 1}}, "learning_rate is no argument of SGD: it takes lr"),

@@ -8,7 +8,7 @@ from dida_core.config.project import project_of
 from dida_core.errors import ConfigError, UserError
 from dida_core.search.space import Space, choice, integer, log_uniform, uniform, with_values
 from optuna.trial import FixedTrial
-from torch.nn import ELU, BatchNorm2d, GroupNorm
+from torch.nn import ELU, BatchNorm2d, GroupNorm, Module
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -131,3 +131,21 @@ def test_an_argument_is_searched_only_with_the_options_that_take_it(tiny_config)
         space.suggest(trial)
         changed = with_values(config, space.values(trial.params), space.left_out(trial.params))
         assert changed["OPTIMIZER_CONFIG"] == expected and "SCHEDULER_CONFIG" not in changed
+
+
+class OwnNet(Module):
+    def __init__(self, ch_in: int, width: int = 8) -> None:
+        super().__init__()
+
+
+def test_a_space_for_another_model_is_refused_with_advice_that_helps(tiny_config):
+    parts = {"MODEL_CONFIG.dropout": uniform(0, 0.4), "MODEL_CONFIG.n_recursions": integer(2, 4)}
+    config = tiny_config | {"MODEL": OwnNet, "MODEL_CONFIG": {"ch_in": 3}, "REQUIRE_RERUNNABLE": False}
+    with pytest.raises(ConfigError) as refused:
+        Space(parts, project_of(PACKAGE)).check(config, [])
+    expected = (
+        "{0} is no argument of OwnNet: it takes ch_in, width. Change or remove {0} in search_space, in "
+    )
+    expected += "hyperparameter.py."
+    assert sorted(refused.value.problems) == [expected.format(key) for key in parts]
+    Space({"MODEL_CONFIG.width": integer(4, 8)}, project_of(PACKAGE)).check(config, [])

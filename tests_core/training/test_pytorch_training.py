@@ -448,7 +448,7 @@ def test_config_files_row_and_result_agree(
     assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert len(environment["data"]) == 28
     printed = capsys.readouterr().out
-    for text in (result.name, "best.pt", "experiments.csv", "picture.png", "run_prediction.py"):
+    for text in (result.name, "best.pt", "experiments.csv", "picture.png", "predict_run("):
         assert text in printed
     assert result.picture.read_bytes().startswith(b"\x89PNG")
     assert [event["step"] for event in events_of(result.log_dir, "step")] == list(range(1, 9))
