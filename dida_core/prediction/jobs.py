@@ -30,6 +30,7 @@ from ..errors import ConfigError
 from ..report.console import hides_bar, say
 from ..training.scores import Scores
 from .outputs import Output
+from .windows import open_image
 
 _NUM_CHECKED = 32  # images whose values are checked before the first one is predicted
 _ROWS = 256  # that are scored at once
@@ -141,7 +142,7 @@ def _states_place(file: Path) -> bool:
         return image.grid != Grid("", None)
 
 
-def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) -> None:
+def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool, dataset: Any = None) -> None:
     """
     Check what is known of the images before the first one is predicted, and set their sizes and places.
 
@@ -150,7 +151,7 @@ def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) 
     problems, unplaced = [], set()
     for number, job in enumerate(tqdm(jobs, desc="check", unit=" images", disable=hides_bar(), leave=False)):
         try:
-            with ImageReader(*job.inputs) as image:
+            with open_image(job.inputs, dataset) as image:
                 if image.grid not in (None, Grid("", None)):
                     unplaced |= {file.suffix for file in job.outputs.values()} - set(_RASTERS)
                 job.size, job.corners, own = image.shape[:2], image.place, contract.for_nodata(image.nodata)

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from ..data.contract import PALETTE as _PALETTE
 from ..data.contract import DataContract
 from ..storage.files import safe_name
 from ..storage.journal import Event
-from ..training.modules import evaluation_mode
+from ..training.modules import call_model, evaluation_mode
+from ..training.targets import main_output
 from .curves import draw_history
 from .listener import Listener, Result, RunView
 
@@ -80,11 +80,13 @@ def panels_of(run: RunView, dataset: Any, samples: dict[int, str] | None = None)
         samples = {index: str(name_of(index)) for index in spread}
     with evaluation_mode(model):
         for index, title in samples.items():
-            inputs, targets = default_collate([dataset[index]])
+            inputs, targets = setup.loaders.collate([dataset[index]], [title])
+            if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
+                return []
             if inputs.ndim != 4 or targets.ndim < 3:
                 return []
             with setup.autocast():
-                logits = model(setup.context.move(inputs)).float().cpu()
+                logits = main_output(call_model(model, setup.context.move(inputs))).float().cpu()
             if not inputs.shape[-2:] == targets.shape[-2:] == logits.shape[-2:]:
                 return []
             image = inputs[0].numpy()

@@ -158,7 +158,7 @@ class Run(Position):
         """
         step, problem = (
             self.state.step,
-            find_nonfinite(nn.ModuleList([self.setup.model, self.setup.loss_module])),
+            find_nonfinite(nn.ModuleList([self.setup.model, self.setup.loss_fn])),
         )
         if problem is not None:
             raise non_finite(f"after step {step} a parameter is not finite ({problem})", self.weight_dir)

@@ -30,10 +30,12 @@ class Accumulated:
     """
     A metric of a whole dataset. It gets probabilities where the task is classes, and else the predictions.
 
-    :raises ConfigError: if the metric cannot be that of several processes
+    :raises ConfigError: if several processes train
     """
 
     def __init__(self, name: str, metric: Any, task: str, ignore_index: int) -> None:
+        if num_processes() > 1:  # some of theirs hang where one process has no sample
+            raise ConfigError([f"METRICS.{name} is an object: several processes cannot share it."])
         self.name, self.task, self.ignore_index = name, task, ignore_index
         if isinstance(metric, type | functools.partial):
             given = metric.keywords if isinstance(metric, functools.partial) else {}
@@ -42,10 +44,6 @@ class Accumulated:
         else:
             self.metric = copy.deepcopy(metric)
             self.metric.reset()
-        if num_processes() > 1 and not any(
-            "torchmetrics" in base.__module__ for base in type(metric).__mro__
-        ):
-            raise ConfigError([f"METRICS.{name} is not of torchmetrics: several processes cannot share it."])
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """Add a batch."""
