@@ -79,7 +79,7 @@ class Record:
         """Write what is known at the start; state is where the training starts."""
         self.weight_dir.mkdir(parents=True, exist_ok=True)
         experiment, context = setup.experiment, setup.context
-        start = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch}
+        start: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch}
         start |= {"device": str(context.device), "precision": context.precision, "processes": num_processes()}
         reasons = [experiment.not_rerunnable]
         reasons += [f"{key} holds a secret" for key in difference(self.captured, experiment.captured)]
@@ -89,7 +89,7 @@ class Record:
         reasons += changes_on_the_way(self.starts, start, self.captured)
         reasons += ["it was interrupted and resumed with other data"] if "data" in self.resumed_with else []
         if not self.starts:  # they are lost
-            reasons.append(self.before.get("not_rerunnable"))
+            reasons.append(self.before.get("not_rerunnable", ""))
         about = {"name": self.name, "started": self.started, "data_digest": setup.data.digest}
         about["not_rerunnable"] = "; ".join(dict.fromkeys(filter(None, reasons)))
         write_record(self.log_dir, self.captured | about)
