@@ -264,7 +264,7 @@ class Run(Position):
         """Save the weights that are evaluated, with the data contract, as the best ones."""
         if self.record is not None:
             content = {"model": self.setup.eval_model.state_dict(), "contract": self.setup.contract.to_dict()}
-            content["run"] = self.name
+            content |= {"run": self.name}
             with write_errors(f"the best weights at step {self.state.step}", self.weight_dir):
                 save_weights(self.weight_dir / "best.pt", content)
 
