@@ -27,9 +27,10 @@ from ..data.images import (
 )
 from ..data.pairs import map_values
 from ..errors import ConfigError
-from ..report.console import say
+from ..report.console import hides_bar, say
 from ..training.scores import Scores
 from .outputs import Output
+from .windows import open_image
 
 _NUM_CHECKED = 32  # images whose values are checked before the first one is predicted
 _ROWS = 256  # that are scored at once
@@ -118,6 +119,9 @@ def plan(
             end = form or (".npy" if ending == ".png" and not fits_picture[kind] else ending)
             name = f"{config['PREFIX']}{job.stem}{config['SUFFIX']}{f'_{kind}' * (len(kinds) > 1)}{end}"
             job.outputs[kind] = Path(config["OUT_DIR"]) / name
+        if config["MASKS"] is not None and "probabilities" not in kinds:  # to be scored, not kept
+            name = f".{job.stem}_scored{ending if ending in _RASTERS else '.npy'}"
+            job.outputs["probabilities"] = Path(config["OUT_DIR"]) / name
     images = {file.resolve() for files in inputs for file in files}
     for path, number in Counter(path for job in jobs for path in job.outputs.values()).items():
         if path.resolve() in images:
@@ -138,16 +142,16 @@ def _states_place(file: Path) -> bool:
         return image.grid != Grid("", None)
 
 
-def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) -> None:
+def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool, dataset: Any = None) -> None:
     """
     Check what is known of the images before the first one is predicted, and set their sizes and places.
 
     :raises DataError: with each that cannot be read, or is not as the contract says
     """
     problems, unplaced = [], set()
-    for number, job in enumerate(tqdm(jobs, desc="check", unit=" images", disable=None, leave=False)):
+    for number, job in enumerate(tqdm(jobs, desc="check", unit=" images", disable=hides_bar(), leave=False)):
         try:
-            with ImageReader(*job.inputs) as image:
+            with open_image(job.inputs, dataset) as image:
                 if image.grid not in (None, Grid("", None)):
                     unplaced |= {file.suffix for file in job.outputs.values()} - set(_RASTERS)
                 job.size, job.corners, own = image.shape[:2], image.place, contract.for_nodata(image.nodata)

@@ -99,7 +99,7 @@ def training_state(setup: Setup, state: State, history: dict[int, Event]) -> dic
     """Return all that a training needs to continue, for a checkpoint."""
     return {
         "model": setup.model.state_dict(),
-        "loss": None if setup.loss_module is None else setup.loss_module.state_dict(),
+        "loss": setup.loss_fn.state_dict(),
         "trained": {name: one.requires_grad for name, one in setup.model.named_parameters()},
         "optimizer": setup.optimizer.state_dict(),
         "scheduler": None if setup.scheduler is None else setup.scheduler.state_dict(),
@@ -117,8 +117,8 @@ def restore(setup: Setup, stored: dict[str, Any], name: str) -> tuple[State, dic
     if stored["contract"] != setup.contract.to_dict():
         say(f"{name}: the training data is not what it was: its channels, scale or statistics have changed.")
     fill_model(setup.model, stored["model"], f"the checkpoint of {name}")
-    if setup.loss_module is not None and stored.get("loss") is not None:  # since version 0.3
-        fill_model(setup.loss_module, stored["loss"], f"the loss in the checkpoint of {name}")
+    if stored.get("loss"):  # since version 0.3
+        fill_model(setup.loss_fn, stored["loss"], f"the loss in the checkpoint of {name}")
     for parameter_name, parameter in setup.model.named_parameters():
         parameter.requires_grad_(stored.get("trained", {}).get(parameter_name, parameter.requires_grad))
     state, scheduler = State(**stored["state"]), setup.scheduler

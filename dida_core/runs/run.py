@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config.tree import flatten
 from ..errors import ConfigError, Preempted, UserError, printable
-from ..report.console import say
+from ..report.console import next_steps, say
 from ..report.listener import Listener, Pending, Result, State
 from ..storage.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from ..storage.journal import Event, read_journal
@@ -158,7 +158,7 @@ class Run(Position):
         """
         step, problem = (
             self.state.step,
-            find_nonfinite(nn.ModuleList([self.setup.model, self.setup.loss_module])),
+            find_nonfinite(nn.ModuleList([self.setup.model, self.setup.loss_fn])),
         )
         if problem is not None:
             raise non_finite(f"after step {step} a parameter is not finite ({problem})", self.weight_dir)
@@ -277,7 +277,7 @@ class Run(Position):
 
     def end(self, error: BaseException) -> None:
         """Record an end without a result, and report how to resume."""
-        resume = f"Resume it with: python train.py --resume {self.name}"
+        resume = f"Resume it with: {next_steps(self)['resume']}"
         if isinstance(error, Preempted):
 
             def preempt() -> None:

@@ -273,6 +273,11 @@ def test_with_masks_the_maps_are_scored(tmp_path, config, capsys, dtype):
     found = [results[f"f1.{name}"] for name in CONTRACT.class_names]
     np.testing.assert_allclose(found, exact, atol=1e-6 if dtype == "float32" else 0.02)
     assert f"f1 {results['f1']:.4f}" in capsys.readouterr().out
+    made = sorted(file.name for file in config["OUT_DIR"].iterdir() if file.suffix == ".npy")
+    assert made == ["0.npy", "1.npy"]  # what was asked for, under the names without masks
+    kept = predict(config | files | {"OUTPUT": ["classes", "probabilities"]})
+    assert len(kept) == 4 and all(file.is_file() for file in kept)
+    assert len(predict(config | files)) == 2 and all(file.is_file() for file in kept)
     np.save(masks[1], np.zeros((20, 21), np.uint8))
     with pytest.raises(DataError, match=r"1\.npy: its size is 20 x 21 pixels, that of the map 20 x 20"):
         predict(config | files)

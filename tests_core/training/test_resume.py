@@ -63,7 +63,7 @@ class InterruptedNet(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if InterruptedNet.look is not None:
             InterruptedNet.look(self.training)
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             InterruptedNet.forwards += 1
             if InterruptedNet.forwards == InterruptedNet.interrupt_at:
                 raise KeyboardInterrupt
