@@ -28,8 +28,9 @@ _SHORTEST = 6  # shorter ones would be found in half of all words
 _CALLED, _MAYBE, _LIKELY, _SURE = 1, 2, 3, 4
 _SURE_NAME = re.compile(
     r"passw|passphrase|passcode|kennwort|contrase|mot_?de_?passe|secret|credential|authorization|"
-    r"connection_?string|(?:api|access|private|account|auth|sign(?:ing)?|(?:en)?crypt(?:ion)?|master|deploy|service|"
-    r"shared|subscription|functions|license|ssh|jwt|openai|hf|wandb|aws|azure|gcp|google|maps|github)[_.-]?key",
+    r"connection_?string|(?:api|access|private|account|auth|sign(?:ing)?|(?:en)?crypt(?:ion)?|master|deploy|"
+    r"service|shared|subscription|functions|license|ssh|jwt|openai|hf|wandb|aws|azure|gcp|google|maps|"
+    r"github)[_.-]?key",
     re.IGNORECASE,
 )
 _LIKELY_WORDS = {"auth", "cookie", "cookies", "cred", "creds", "pw", "pwd", "pswd", "jwt", "bearer"}
