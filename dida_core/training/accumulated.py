@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from .counts import CountMetric
 from .distributed import num_processes
-from .targets import is_multi_class
+from .targets import is_multi_class, known
 
 
 def is_accumulated(metric: Any) -> bool:
@@ -57,7 +57,9 @@ class Accumulated:
             if not ignores and bool((targets == self.ignore_index).any()):
                 about = f"METRICS.{self.name} does not ignore {self.ignore_index}, which targets hold"
                 raise ConfigError([f"{about}: give it ignore_index={self.ignore_index}, or take another."])
-        self.metric.update(predictions, targets)
+        predictions, targets = known(predictions, targets)
+        if targets.numel():
+            self.metric.update(predictions, targets)
 
     def results(self, class_names: Sequence[str]) -> dict[str, float]:
         """Return what it computes, of several values each by its class or name."""

@@ -268,3 +268,18 @@ def test_an_object_that_accumulates_values_gets_them_as_they_are(monkeypatch):
     monkeypatch.setattr("dida_core.training.accumulated.num_processes", lambda: 2)
     with pytest.raises(ConfigError, match="several processes cannot share it"):
         run(data, {"error": torchmetrics.MeanAbsoluteError}, loss=functional.mse_loss, task="values")
+
+
+def test_results_of_a_regression_are_those_of_the_targets_that_are_known():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    pred, target = torch.randn(4, 1, 5, 6), torch.randn(4, 1, 5, 6)
+    target[0, :, :2] = target[3] = torch.nan
+    metrics = {"mse": torchmetrics.MeanSquaredError, "error": functional.l1_loss}
+    evaluation = Evaluation(metrics, functional.mse_loss, task="values")
+    for index in range(4):
+        evaluation.update(pred[[index]], target[[index]])
+    results, known = evaluation.results(), ~target.isnan()
+    error = torch.stack([(pred[i] - target[i])[known[i]].abs().mean() for i in range(3)]).mean()
+    assert results["mse"] == pytest.approx((pred - target)[known].square().mean().item())
+    assert results["error_sample_mean"] == pytest.approx(error.item())
+    assert [math.isnan(loss) for loss in evaluation.sample_losses] == [False, False, False, True]
