@@ -1,9 +1,14 @@
 """Errors that a user can fix: scripts print their message without a traceback."""
 
+import functools
+import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # What a terminal obeys, instead of showing it: all controls but tab and newline, and what turns text round.
 _CONTROLS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -47,6 +52,25 @@ class Preempted(BaseException):
     """A signal asked to end. No Exception, so that nobody who catches those continues as if nothing were."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: what is done is saved, start it again to continue
+
+
+def checked_call(function: F) -> F:
+    """Have a function refuse arguments that it does not have, such as those of 2021, by showing its call."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        try:
+            signature.bind(*arguments, **options)
+        except TypeError as error:
+            plain = [one.replace(annotation=one.empty) for one in signature.parameters.values()]
+            call = (
+                f"{function.__name__}{signature.replace(parameters=plain, return_annotation=signature.empty)}"
+            )
+            raise TypeError(f"{function.__name__}: {error}. The call is {call}.") from None
+        return function(*arguments, **options)
+
+    return checked  # type: ignore[return-value]
 
 
 def exit_code(main: Callable[[], int], of_each_process: bool = False) -> int:

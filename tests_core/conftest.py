@@ -18,6 +18,7 @@ from dida_tools.utils.loss import f1, iou, multi_class_dice_ce_sum
 from dida_tools.utils.torchutils import load_model
 
 from tests.conftest import (
+    _as_committed,
     datasets,
     faint_pairs_dir,
     global_config,
@@ -28,7 +29,8 @@ from tests.conftest import (
 )
 from tests.helpers import FIRST, load_routine
 
-__all__ = ["datasets", "faint_pairs_dir", "global_config", "own_classes", "pairs_dir", "quick", "tiny_config"]
+__all__ = ["_as_committed", "datasets", "faint_pairs_dir", "global_config", "own_classes", "pairs_dir"]
+__all__ += ["quick", "tiny_config"]
 
 
 @pytest.fixture(scope="session")

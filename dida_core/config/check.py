@@ -6,25 +6,26 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import NoneType, SimpleNamespace, UnionType
+from types import MappingProxyType, NoneType, SimpleNamespace, UnionType
 from typing import Any
 
 from ..errors import ConfigError
 from .capture import capture, short
-from .keys import KEYS, UNRECORDED, defaults, upgrade
-from .kinds import REQUIRED, Key, as_list, is_of
+from .keys import INSTEAD, KEYS, UNRECORDED, defaults, upgrade
+from .kinds import FUNCTION, REQUIRED, Key, as_list, is_of
 from .project import Project
 
 # What the routines themselves pass to these objects, and a config therefore must not.
 _FILLED_IN = {
     "OPTIMIZER": ("params",),
     "SCHEDULER": ("optimizer",),
-    "DATA_LOADER": ("dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn", "generator"),
+    "DATA_LOADER": ("dataset", "batch_sampler", "worker_init_fn", "generator"),
 }
 # How schedules call the step that they end at, and their length, which is filled in where it is missing.
 ENDS = ("T_max", "total_iters", "total_steps")
 LENGTHS = (*ENDS, "T_0")
 _FILLED_IN_WHERE_MISSING = (*LENGTHS, "max_lr")
+_PLAIN = frozenset({bool, int, float, str, NoneType})
 _SPLITS = ("train", "test", "validation")
 
 
@@ -39,11 +40,14 @@ def check(config: dict[str, Any], project: Project, more: Sequence[str] = ()) ->
     """
     config = upgrade(config)
     wrong, unrecordable = check_keys(config), list[str]()
+    failed = {problem.partition("=")[0] for problem in more}  # overrides: what was there before is not meant
+    wrong |= dict.fromkeys(failed & KEYS.keys() - wrong.keys(), "")
     right = {key: value for key, value in config.items() if key not in wrong}
-    problems = [*more, *wrong.values(), *_argument_problems(defaults() | right, wrong)]
+    problems = [*more, *filter(None, wrong.values()), *_argument_problems(defaults() | right, wrong)]
     recorded = {key: value for key, value in right.items() if key not in UNRECORDED}
     captured = capture(recorded, project, unrecordable)
-    problems += unrecordable if config.get("REQUIRE_RERUNNABLE", True) else []
+    if config.get("REQUIRE_RERUNNABLE", True):
+        problems += [f"{one} REQUIRE_RERUNNABLE=False trains all the same." for one in unrecordable]
     if problems:
         raise ConfigError(problems)
     return captured
@@ -60,20 +64,33 @@ def find_problems(config: dict[str, Any], project: Project) -> list[str]:
 
 def check_keys(config: dict[str, Any], keys: Mapping[str, Key] = KEYS) -> dict[Any, str]:
     """Return a sentence for each key that is unknown, missing, or holds what it must not."""
-    problems = {key: unknown(key, keys) for key in config if key not in keys}
+    problems = {key: unknown(key, keys, config) for key in config if key not in keys}
     for key, entry in keys.items():
         if key not in config:
             if entry.default is REQUIRED:
                 problems[key] = f"{key} is missing: it is {entry.about}."
         elif problem := entry.test(config[key]):
-            problems[key] = f"{key} is {short(config[key])}: it {problem}."
+            is_instance = "not an instance" in problem and f"{key}_CONFIG" in keys
+            hint = f" (its arguments go into {key}_CONFIG)" if is_instance else ""
+            problems[key] = f"{key} is {short(config[key])}: it {problem}{hint}."
     return problems
 
 
-def unknown(key: Any, keys: Iterable[str] = KEYS) -> str:
-    """Return the sentence about a key that is none."""
+def unknown(key: Any, keys: Iterable[str] = KEYS, config: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Return the sentence about a key that is none; config has the objects that may take it."""
+    from torch.utils.data import DataLoader
+
+    targets = {"DATA_LOADER": [DataLoader]} | {
+        name: as_list(config.get(name)) for name in ("OPTIMIZER", "MODEL", "LOSS", "SCHEDULER")
+    }
     near = difflib.get_close_matches(str(key).upper(), keys, n=1)
-    hint = f"did you mean {near[0]}?" if near else "see dida_core/config/keys.py."
+    near = near or [
+        f"{name}_CONFIG.{key}"
+        for name, several in targets.items()
+        if f"{name}_CONFIG" in keys and any(takes(one, str(key), by_name=True) for one in several)
+    ]
+    hint = f"did you mean {' or '.join(near)}?" if near else "see dida_core/config/keys.py."
+    hint = f"it is {INSTEAD[key]} now." if key in INSTEAD else hint
     return f"{key} is no key of a config: {hint}"
 
 
@@ -92,6 +109,10 @@ def _argument_problems(config: dict[str, Any], wrong: Mapping[Any, str]) -> Iter
     size = config["DATA_LOADER_CONFIG"].get("batch_size", 1)
     if size is None or (isinstance(size, int) and size < 1):
         yield f"DATA_LOADER_CONFIG.batch_size is {size!r}: it must be a whole number of at least 1."
+    for name in ("sampler", "collate_fn"):
+        value = config["DATA_LOADER_CONFIG"].get(name)
+        if value is not None and not FUNCTION.fits(value):
+            yield f"DATA_LOADER_CONFIG.{name} is {short(value)}: it must be {FUNCTION.name}."
     for split, arguments in (config["DATASET_CONFIG"] or {}).items():
         path = f"DATASET_CONFIG.{split}"
         if split not in _SPLITS or not isinstance(arguments, dict):
@@ -146,6 +167,15 @@ def _needs_closure(step: Callable) -> bool:
     return False
 
 
+def takes(target: Any, argument: str, by_name: bool = False) -> bool:
+    """Tell whether a class or function has an argument of this name, or also takes any unless by_name."""
+    with contextlib.suppress(TypeError, ValueError):  # None, and some C functions, have none
+        for name, parameter in inspect.signature(target).parameters.items():
+            if name == argument or (parameter.kind is inspect.Parameter.VAR_KEYWORD and not by_name):
+                return True
+    return False
+
+
 def _call_problems(target: Callable, arguments: dict[str, Any], path: str, name: str) -> Iterable[str]:
     """Yield why a class or function cannot be called with these arguments."""
     try:
@@ -175,12 +205,16 @@ def _call_problems(target: Callable, arguments: dict[str, Any], path: str, name:
             continue
         types = _plain_types(parameter.annotation, target)
         if types and not any(is_of(arguments[key], kind) for kind in types):
-            names = " or ".join("None" if kind is NoneType else kind.__name__ for kind in types)
-            yield f"{path}.{key} is {short(arguments[key])}: it must be {names}."
+            plain = [kind for kind in types if kind in _PLAIN]
+            names = " or ".join("None" if kind is NoneType else kind.__name__ for kind in plain)
+            hint = " Write a decimal point." if float in types and "," in str(arguments[key]) else ""
+            yield f"{path}.{key} is {short(arguments[key])}: it must be {names}.{hint}"
 
 
 def _plain_types(annotation: Any, target: Callable) -> tuple[type, ...]:
-    """Return the types of a hint where it is made of plain ones alone; () where we cannot judge."""
+    """Return the types of a hint of plain ones, and tensors beside them; () where we cannot judge."""
+    from torch import Tensor
+
     function = inspect.getattr_static(target, "__init__") if isinstance(target, type) else target
     names = getattr(inspect.unwrap(function), "__globals__", {})
     try:  # one by one: a single unknown name would take the others with it
@@ -188,4 +222,4 @@ def _plain_types(annotation: Any, target: Callable) -> tuple[type, ...]:
     except (NameError, TypeError, AttributeError, SyntaxError):
         return ()
     types = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
-    return types if all(kind in (bool, int, float, str, NoneType) for kind in types) else ()
+    return types if _PLAIN & {*types} - {NoneType} and {*types} <= _PLAIN | {Tensor} else ()

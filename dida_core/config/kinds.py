@@ -41,7 +41,7 @@ class Key:
         wanted = self.kind.name
         if type(value).__module__ != "builtins" and self.kind.fits(type(value)):
             name = type(value).__name__
-            wanted = f"the class {name}, not an instance of it (its arguments go into the _CONFIG)"
+            wanted = f"the class {name}, not an instance of it"
         elif self.low is not None:
             wanted += f" {'above' if self.above_low else 'of at least'} {self.low:g}"
             wanted += f" and below {self.high:g}" if self.high < float("inf") else ""

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,14 +13,14 @@ from .keys import KEYS, RENAMED, copy_config, upgrade
 from .project import Project
 from .references import ReferenceProblem, resolve
 
-# Where a bare name is looked for, as in OPTIMIZER=AdamW.
+# Where a bare name is looked for, as in OPTIMIZER=AdamW; classes of torch.nn also in MODEL_CONFIG.activ=ReLU.
 _HOMES = {
-    "MODEL": ".models",
-    "OPTIMIZER": "torch.optim",
-    "SCHEDULER": "torch.optim.lr_scheduler",
-    "LOSS": ".utils.loss",
-    "METRICS": ".utils.loss",
-    "DATASET": ".utils.data",
+    "MODEL": (".models",),
+    "OPTIMIZER": ("torch.optim",),
+    "SCHEDULER": ("torch.optim.lr_scheduler",),
+    "LOSS": (".utils.loss", "torch.nn", "torch.nn.functional"),
+    "METRICS": (".utils.loss",),
+    "DATASET": (".utils.data",),
 }
 _NAMED = {"none": None, "true": True, "false": False}
 
@@ -52,9 +53,9 @@ def _apply(config: dict[str, Any], argument: str, project: Project) -> str | Non
     if not equals or not all(keys):
         return f"{argument!r} is no override: write KEY=VALUE, such as EPOCHS=3 or MODEL_CONFIG.dropout=0.1."
     if keys[0] not in KEYS:
-        return unknown(keys[0])
+        return unknown(keys[0], KEYS, config)
     try:
-        problem = assign(config, ".".join(keys), _parse(keys, text, project))
+        problem = assign(config, ".".join(keys), _parse(keys, text, project, config))
     except ReferenceProblem as error:
         return f"{argument}: {error}."
     return f"{argument!r} is no override: {problem}." if problem else None
@@ -64,23 +65,29 @@ def assign(config: dict[str, Any], dotted: str, value: Any) -> str | None:
     """
     Set a value of a config, in place, with the dicts that it lies in.
 
-    :param dotted: such as MODEL_CONFIG.dropout; its first part is a key of a config
+    :param dotted: such as MODEL_CONFIG.dropout, or SCHEDULER_CONFIG.0.length in a list
     :return: why it cannot be set, or None
     """
     keys, inner = dotted.split("."), config
-    for depth, key in enumerate(keys[:-1], start=1):
-        if inner.get(key) is None:
+    for depth, key in enumerate(keys, start=1):
+        place: Any = key
+        if isinstance(inner, list) and key.isdecimal() and int(key) < len(inner):
+            place = int(key)
+        elif not isinstance(inner, dict):
+            return f"{'.'.join(keys[: depth - 1])} is {short(inner)}, which has no keys"
+        elif depth < len(keys) and inner.get(key) is None:
             default = KEYS[key].default if depth == 1 else None
             inner[key] = copy_config(default) if isinstance(default, dict) else {}
-        inner = inner[key]
-        if not isinstance(inner, dict):
-            return f"{'.'.join(keys[:depth])} is {short(inner)}, which has no keys"
-    inner[keys[-1]] = value
+        if depth == len(keys):
+            inner[place] = value
+        inner = inner[place]
     return None
 
 
-def _parse(keys: list[str], text: str, project: Project) -> Any:
+def _parse(keys: list[str], text: str, project: Project, config: dict[str, Any]) -> Any:
     key, is_key_itself = keys[0], len(keys) == 1
+    if keys == ["SCHEDULER"] and text.startswith("[") and text.endswith("]"):
+        return [_parse(keys, one.strip(), project, config) for one in text[1:-1].split(",")]
     wants_text = is_key_itself and KEYS[key].test("some text") is None
     if text.lower() in _NAMED and not (wants_text and KEYS[key].test(_NAMED[text.lower()])):
         return _NAMED[text.lower()]
@@ -90,15 +97,31 @@ def _parse(keys: list[str], text: str, project: Project) -> Any:
         return ast.literal_eval(text)
     wants_object = key in _HOMES and (is_key_itself or key == "METRICS")
     place, _, name = text.replace(":", ".").rpartition(".")
-    place = place or (_HOMES[key] if wants_object else "")
-    if all(part.isidentifier() for part in [*place.strip(".").split("."), name]):
+    places = (place,) if place else _HOMES[key] if wants_object else ()
+    if len(keys) == 2 and key.endswith("_CONFIG") and text.isidentifier() and not _wants_text(config, *keys):
+        with contextlib.suppress(ReferenceProblem):
+            if isinstance(found := resolve(f"torch.nn:{text}", project), type):
+                return found
+    if all(part.isidentifier() for part in [*(places or ("",))[0].strip(".").split("."), name]):
         # The caller's own command line is trusted, unlike a record: any library may be named.
-        root = place.partition(".")[0]
-        try:
-            return resolve(f"{place}:{name}", project, trusted=True)
-        except ReferenceProblem:
-            if wants_object or root in ("", "torch", project.package):
-                raise
+        root, problems = place.partition(".")[0], list[ReferenceProblem]()
+        for home in places:
+            try:
+                return resolve(f"{home}:{name}", project, trusted=True)
+            except ReferenceProblem as problem:
+                problems.append(problem)
+        if wants_object or root in ("", "torch", project.package):
+            raise problems[0]
     if wants_object:
-        raise ReferenceProblem(f"{key} wants an object: give its dotted name, such as {_HOMES[key]}.NAME")
+        raise ReferenceProblem(f"{key} wants an object: give its dotted name, such as {_HOMES[key][0]}.NAME")
     return text
+
+
+def _wants_text(config: dict[str, Any], key: str, argument: str) -> bool:
+    """Tell whether an argument holds text, by its value so far, or by its hint."""
+    if isinstance((config.get(key) or {}).get(argument), str):
+        return True
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        parameter = inspect.signature(config[key.removesuffix("_CONFIG")]).parameters.get(argument)
+        return parameter is not None and "str" in str(parameter.annotation)
+    return False

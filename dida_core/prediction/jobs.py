@@ -21,15 +21,16 @@ from ..data.images import (
     Place,
     Window,
     elsewhere,
-    has_files_beside,
+    files_beside,
     list_images,
     raise_if,
 )
 from ..data.pairs import map_values
 from ..errors import ConfigError
-from ..report.console import say
+from ..report.console import hides_bar, say
 from ..training.scores import Scores
 from .outputs import Output
+from .windows import open_image
 
 _NUM_CHECKED = 32  # images whose values are checked before the first one is predicted
 _ROWS = 256  # that are scored at once
@@ -118,6 +119,9 @@ def plan(
             end = form or (".npy" if ending == ".png" and not fits_picture[kind] else ending)
             name = f"{config['PREFIX']}{job.stem}{config['SUFFIX']}{f'_{kind}' * (len(kinds) > 1)}{end}"
             job.outputs[kind] = Path(config["OUT_DIR"]) / name
+        if config["MASKS"] is not None and "probabilities" not in kinds:  # to be scored, not kept
+            name = f".{job.stem}_scored{ending if ending in _RASTERS else '.npy'}"
+            job.outputs["probabilities"] = Path(config["OUT_DIR"]) / name
     images = {file.resolve() for files in inputs for file in files}
     for path, number in Counter(path for job in jobs for path in job.outputs.values()).items():
         if path.resolve() in images:
@@ -132,22 +136,22 @@ def plan(
 def _states_place(file: Path) -> bool:
     """Return whether a file, or one beside it, states where it lies."""
     ending = file.suffix.lower()
-    if ending in (".npy", ".npz") or (ending not in _RASTERS and not has_files_beside(file)):
+    if ending in (".npy", ".npz") or (ending not in _RASTERS and not files_beside(file)):
         return False
     with ImageReader(file) as image:
         return image.grid != Grid("", None)
 
 
-def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) -> None:
+def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool, dataset: Any = None) -> None:
     """
     Check what is known of the images before the first one is predicted, and set their sizes and places.
 
     :raises DataError: with each that cannot be read, or is not as the contract says
     """
     problems, unplaced = [], set()
-    for number, job in enumerate(tqdm(jobs, desc="check", unit=" images", disable=None, leave=False)):
+    for number, job in enumerate(tqdm(jobs, desc="check", unit=" images", disable=hides_bar(), leave=False)):
         try:
-            with ImageReader(*job.inputs) as image:
+            with open_image(job.inputs, dataset) as image:
                 if image.grid not in (None, Grid("", None)):
                     unplaced |= {file.suffix for file in job.outputs.values()} - set(_RASTERS)
                 job.size, job.corners, own = image.shape[:2], image.place, contract.for_nodata(image.nodata)
@@ -189,7 +193,7 @@ def score_maps(maps: list[Path], masks: list[Path], contract: DataContract, conf
     :param maps: outputs of the kind "probabilities", in float32 or uint8
     :param masks: one for each, as in training
     :param config: IGNORE_INDEX and MASK_VALUES of a predict_config
-    :raises DataError: if a mask has another size than its map, or values that are no classes
+    :raises DataError: if a mask has another size than its map, or values that are no classes; if none counts
     """
     multi_class, ignore_index = contract.task == "multi-class", config["IGNORE_INDEX"]
     scores = Scores(contract.outputs, multi_class, ignore_index, contract.threshold)
@@ -216,4 +220,8 @@ def score_maps(maps: list[Path], masks: list[Path], contract: DataContract, conf
                     scores.update(batch[0][None].float(), batch[1] if multi_class else batch[1][None])
                 except ValueError as error:
                     raise DataError(f"{mask_file}: {error}") from error
+    if not scores.confusion.any():
+        raise DataError(
+            f"{masks[0].parent}: every pixel is ignored or without data: there is nothing to score"
+        )
     return scores

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..data.images import files_beside
 from ..storage.journal import Journal, read_journal
 from .jobs import Job
 
@@ -23,8 +24,12 @@ def of_this_process(name: str) -> str:
 class Ledger:
     """The predictions in a folder: all of them are read, those of this process are written."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """:param settings: all that outputs depend on besides their images, as plain data"""
+    def __init__(self, folder: Path, settings: dict[str, Any], about: dict[str, Any]) -> None:
+        """
+        :param settings: all that outputs depend on besides their images, as plain data
+        :param about: what else is recorded with each output
+        """
+        self._about = about
         files = folder.glob(LEDGER.replace(".", "*."))
         events = [event for file in files for event in read_journal(file) if event["event"] == "prediction"]
         # The last event of each output, whichever process wrote it.
@@ -37,14 +42,15 @@ class Ledger:
 
     def origin(self, job: Job) -> dict[str, Any]:
         """Return all that the outputs of an image depend on."""
-        stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in job.inputs]
+        files = [one for file in job.inputs for one in (file, *files_beside(file))]
+        stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
         origin = {"inputs": stamps} | self._settings
         return {"digest": _digest(origin)} | origin
 
     def add(self, origin: dict[str, Any], output: Path, kind: str) -> None:
         """Record an output that is complete."""
         event = {"event": "prediction", "output": output.name, "time": time.time(), "kind": kind}
-        self._journal.write(event | _state(output) | origin)
+        self._journal.write(event | _state(output) | origin | self._about)
 
     def is_done(self, job: Job) -> bool:
         """Return whether the outputs of an image are those that would be made of it now."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ..data.contract import DataContract
 from ..data.images import Grid
@@ -111,7 +112,10 @@ class Picture(OutputFile):
         if self.output.colors:
             colors = bytes(value for color in self.output.colors for value in color)
             picture.putpalette(colors.ljust(256 * 3, b"\0"))
-        picture.save(self.unfinished)
+        info = PngInfo()
+        for name, value in self.output.tags.items():
+            info.add_text(name, value)
+        picture.save(self.unfinished, pnginfo=info)
         return self.unfinished
 
 

@@ -6,21 +6,22 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from .. import __version__
 from ..config.capture import capture
 from ..config.check import check_keys
 from ..config.keys import complete
 from ..config.prediction_keys import PREDICT_KEYS, as_list
 from ..config.project import find_project
-from ..data.images import DataError, ImageReader
+from ..data.images import DataError
 from ..errors import ConfigError, Preempted
-from ..report.console import say
+from ..report.console import hides_bar, say, signs_of_life
 from ..runs.lookup import find_run, read_run_config
 from ..storage.files import write_atomic
 from ..storage.weights import weights_digest
@@ -29,7 +30,7 @@ from .jobs import Job, check_jobs, find_inputs, find_masks, plan, score_maps
 from .ledger import LEDGER, Ledger, of_this_process
 from .outputs import Output, only_writer, open_output
 from .predictor import Predictor, load_predictor
-from .windows import Band, Tiling, predict_bands
+from .windows import Band, Tiling, open_image, predict_bands
 
 SCORES = "scores.json"
 _MIN_TILE = 256
@@ -56,8 +57,6 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
         raise ConfigError(list(problems.values()))
     config = complete(predict_config, PREDICT_KEYS)
     kinds, out_dir, masks = as_list(config["OUTPUT"]), Path(config["OUT_DIR"]), config["MASKS"]
-    if masks is not None and "probabilities" not in kinds:
-        kinds.append("probabilities")  # scoring needs them
     inputs = find_inputs(config["FILES"], config["BANDS"])
     options = {key.lower(): config[key] for key in ("DEVICE", "PRECISION", "AUGMENT")}
     if "LOCAL_RANK" in os.environ and config["DEVICE"] == "auto" and torch.cuda.is_available():
@@ -69,7 +68,7 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
         raise ConfigError("MASKS is given, but the model predicts values, not classes: leave it out.")
     jobs = plan(inputs, kinds, contract, config)
     jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
-    check_jobs(jobs, contract, config["CHECK_VALUES"])
+    check_jobs(jobs, contract, config["CHECK_VALUES"], config["DATASET"])
     masks = find_masks(jobs, masks) if masks is not None else []
     out_dir.mkdir(parents=True, exist_ok=True)
     with only_writer(out_dir / of_this_process(LEDGER)):
@@ -86,6 +85,8 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
             write_atomic(file, lambda stream: stream.write(json.dumps(results, indent=2).encode()))
             names = ("f1", "iou", "accuracy", "average_precision", "ece")
             say(f"{', '.join(f'{name} {results[name]:.4f}' for name in names)}; all scores: {file}")
+            for job in jobs if "probabilities" not in kinds else ():
+                job.outputs.pop("probabilities").unlink()
     outputs = [output for job in jobs for output in job.outputs.values()]
     say(f"{len(outputs)} prediction{'s' * (len(outputs) != 1)} in {out_dir}")
     return outputs
@@ -115,7 +116,12 @@ def run_config(name: str, global_config: dict[str, str] | None = None, package: 
     global_config = global_config or project.module(".config.config").global_config
     name = find_run(global_config, name, with_weights=True)
     keys = ("MODEL", "MODEL_CONFIG", "MASK_VALUES", "IGNORE_INDEX")
-    config = read_run_config(Path(global_config["LOG_DIR"]) / name, project, keys=keys)
+    run_dir = Path(global_config["LOG_DIR"]) / name
+    config = read_run_config(run_dir, project, keys=keys)
+    with suppress(ConfigError):  # a dataset that is no longer there reads nothing
+        dataset = read_run_config(run_dir, project, keys=("DATASET",)).get("DATASET")
+        if callable(getattr(dataset, "read", None)):
+            keys, config = (*keys, "DATASET"), config | {"DATASET": dataset}
     weights = Path(global_config["WEIGHT_DIR"]) / name / "best.pt"
     return {key: config[key] for key in keys if key in config} | {"WEIGHTS": weights}
 
@@ -140,12 +146,20 @@ class _Work:
         tile = config["TILE"] or max(_MIN_TILE, self.contract.tile_size or 0)
         self.tiling = Tiling(tile, config["OVERLAP"], config["BATCH_SIZE"])
         keys = ("MODEL", "MODEL_CONFIG", "OUTPUT", "OUTPUT_DTYPE", "OVERLAP", "BATCH_SIZE", "AUGMENT")
+        keys += ("DATASET",) if config["DATASET"] is not None else ()
         settings = {key: config[key] for key in keys}
         settings |= {"PRECISION": predictor.context.precision, "TILE": tile}
         settings = capture(settings, find_project(config["MODEL"].__module__), [])["config"]
         settings["WEIGHTS"] = weights_digest(predictor.model.state_dict())
         settings["CONTRACT"] = self.contract.to_dict()
-        self.ledger = Ledger(Path(config["OUT_DIR"]), settings)
+        self.num_done = 0  # pixels
+        versions = {"dida_core": __version__, "torch": torch.__version__}
+        about = {"run": predictor.run, "model_digest": settings["WEIGHTS"], "versions": versions}
+        about |= {"classes": list(self.contract.class_names), "weights_file": str(config["WEIGHTS"])}
+        self.ledger = Ledger(Path(config["OUT_DIR"]), settings, about)
+        self.tags = {"RUN": predictor.run} if predictor.run else {}
+        self.tags |= {"MODEL_DIGEST": settings["WEIGHTS"]}
+        self.tags |= {"VERSIONS": ", ".join(f"{name} {version}" for name, version in versions.items())}
 
     def predict_all(self, jobs: list[Job]) -> None:
         """Predict images, and report the speed; raise DataError with those that could not be predicted."""
@@ -155,7 +169,8 @@ class _Work:
         form = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]"
         total = sum(job.size[0] * job.size[1] for job in to_do) / 1e6
         started, problems = time.monotonic(), []
-        with tqdm(total=total, unit=" MP", bar_format=form, disable=None, leave=False) as progress:
+        bar = tqdm(total=total, unit=" MP", bar_format=form, disable=hides_bar(), leave=False)
+        with bar as progress, signs_of_life(lambda: f"{self.num_done / 1e6:.1f} of {total:.1f} MP"):
             for job in to_do:
                 raise_if_stop_requested()
                 try:
@@ -176,7 +191,7 @@ class _Work:
     def _predict(self, job: Job, progress: tqdm) -> None:
         origin = self.ledger.origin(job)
         with ExitStack() as stack:
-            image = stack.enter_context(ImageReader(*job.inputs))
+            image = stack.enter_context(open_image(job.inputs, self.config["DATASET"]))
             contract = self.contract.for_nodata(image.nodata)
             size, tile = image.shape[:2], self.tiling.tile
             if self.config["CHECK_VALUES"]:
@@ -186,6 +201,8 @@ class _Work:
             lacks_data = image.lacks_data or contract.nodata is not None
             about = contract, self.config["OUTPUT_DTYPE"], lacks_data
             outputs = {kind: Output(kind, *about) for kind in job.outputs}
+            for output in outputs.values():
+                output.tags |= self.tags
             opened = {
                 kind: open_output(job.outputs[kind], size, outputs[kind], image.grid) for kind in outputs
             }
@@ -201,6 +218,7 @@ class _Work:
             for band in bands:  # each is written while the next one is computed
                 written.result()
                 written = pool.submit(write, band)
+                self.num_done += band.valid.size
                 progress.update(band.valid.size / 1e6)
             written.result()
             for kind, file in files.items():

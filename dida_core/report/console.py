@@ -2,6 +2,9 @@
 
 import contextlib
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -24,6 +27,53 @@ def say(text: str) -> None:
             tqdm.write(printable(text))
 
 
+def hides_bar() -> bool | None:
+    """Return tqdm's disable: a bar is for terminals (None) and notebooks (False), not for files."""
+    return False if "ipykernel" in sys.modules else None
+
+
+@contextlib.contextmanager
+def signs_of_life(describe: Callable[[], str], seconds: float = 30) -> Iterator[None]:
+    """Print a line every half minute where no bar is shown."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(seconds):
+            say(describe())
+
+    thread = threading.Thread(target=work, daemon=True)
+    if hides_bar() is None and not sys.stderr.isatty():
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.is_alive():
+            thread.join()
+
+
+def next_steps(run: RunView) -> dict[str, str]:
+    """Return what to do with a run: commands, or Python where datasets or folders are those of a caller."""
+    name, epochs, experiment = run.name, 2 * run.config["EPOCHS"], run.setup.experiment
+    script = Path(getattr(sys.modules["__main__"], "__file__", "")).name
+    own = experiment.project.module(".config.config").global_config
+    is_own = all(own[key] == experiment.global_config[key] for key in ("LOG_DIR", "WEIGHT_DIR"))
+    found, logs = relative_path(sys.executable), relative_path(run.log_dir.parent)
+    python = "python" if found == sys.executable else found  # of the project's own environment
+    steps = {"look": f"{python} -m tensorboard.main --logdir {logs}"}
+    if is_own and script in ("train.py", "hyperparameter.py"):
+        steps["predict"] = f"{python} run_prediction.py {name} -i IMAGES -o DIR"
+        steps["resume"] = f"{python} train.py --resume {name}"
+        return steps | {"prolong": f"{steps['resume']} EPOCHS={epochs}"}
+    if "ipykernel" in sys.modules:
+        steps["look"] = f"%load_ext tensorboard\n  %tensorboard --logdir {logs}"
+    folders, resume = "" if is_own else ", global_config", f'{{"RESUME": "{name}"}}'
+    call = "from dida_core.prediction import predict_run\n  predict_run"
+    steps["predict"] = f'{call}("{name}", "IMAGES", "DIR"{folders})'
+    steps["resume"] = f"train(train_dataset, test_dataset, config | {resume}{folders})"
+    return steps | {"prolong": steps["resume"].replace('"}', f'", "EPOCHS": {epochs}}}')}
+
+
 class ProgressBar(Listener):
     """The terminal's view of a run. Without a terminal there is no bar, only the lines."""
 
@@ -34,15 +84,15 @@ class ProgressBar(Listener):
     def started(self, run: RunView) -> None:
         """Print what is trained, and show the bar."""
         setup, batches = run.setup, run.setup.loaders.batches
-        million = sum(parameter.numel() for parameter in setup.model.parameters()) / 1e6
+        number = sum(parameter.numel() for parameter in setup.model.parameters())
         splits = {"train": setup.data.train, "validate": setup.data.validation, "test": setup.data.test}
         sizes = ", ".join(f"{name} {len(split)}" for name, split in splits.items() if split is not None)
         model, context = type(setup.model).__name__, setup.context
-        about = f"{model}, {million:.2f} million parameters, on {context.device}, {context.precision}"
+        about = f"{model}, {number:,} parameters, on {context.device}, {context.precision}"
         say(f"{run.name}: {about}; samples: {sizes}")
         self._samples = min(batches.num_samples, batches.num_batches * batches.batch_size)
         total, done = run.config["EPOCHS"] * self._samples, run.state.epoch * self._samples
-        looks = {"unit": " images", "disable": None, "leave": False, "dynamic_ncols": True}
+        looks = {"unit": " images", "disable": hides_bar(), "leave": False, "dynamic_ncols": True}
         self._bar = tqdm(total=total, initial=done + run.state.num_samples, **looks)
 
     def step(self, run: RunView, event: Event) -> None:
@@ -82,8 +132,6 @@ class ProgressBar(Listener):
             ", ".join(f"{name} {value:.4f}" for name, value in values.items() if value is not None)
             for values in (of_test, trust)
         )
-        own = relative_path(sys.executable)
-        python = "python" if own == sys.executable else own  # of the project's own environment
         say(f"\n{result.name}: trained {epochs} epochs in {result.state.seconds:.0f} s; best epoch "
             f"{result.state.best_epoch}")  # fmt: skip
         pixels = f"; {ignored:,} pixels are ignored" if ignored else ""
@@ -96,9 +144,8 @@ class ProgressBar(Listener):
         say(f"  tracker    {relative_path(logs / run.config['LOGFILE'])}")
         if result.picture:
             say(f"  picture    {relative_path(result.picture)}")
-        say(f"Next:\n  {python} -m tensorboard.main --logdir {relative_path(logs)}")
-        say(f"  {python} run_prediction.py {result.name} -i IMAGES -o DIR")
-        say(f"  {python} train.py --resume {result.name} EPOCHS={2 * run.config['EPOCHS']}")
+        steps = next_steps(run)
+        say(f"Next:\n  {steps['look']}\n  {steps['predict']}\n  {steps['prolong']}")
 
     def ended(self, run: RunView, status: str, error: BaseException) -> None:
         """Take the bar away."""

@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..storage.files import relative_path
+
 if TYPE_CHECKING:  # a listener that needs no torch, such as the tracker, imports none
+    from PIL.Image import Image
+
     from ..storage.journal import Event
     from ..training.evaluation import Evaluation
     from ..training.setup import Setup
@@ -24,12 +28,13 @@ class State:
     num_samples: int = 0
     best: float | None = None
     best_epoch: int | None = None  # counted from 1
+    best_digest: str | None = None  # of its weights
     bad_epochs: int = 0  # since the best one
     stopped: bool = False  # early
     seconds: float = 0.0  # of training, over all interruptions
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """What a training leaves."""
 
@@ -43,6 +48,25 @@ class Result:
     state: State = field(default_factory=State)
     identical: bool | None = None  # with RERUN_OF: whether the weights are those of that run
     evaluation: Evaluation | None = None  # of the test set: confusion matrix, loss of each sample
+
+    def __repr__(self) -> str:
+        """Return the results in a few lines; metrics and history have all of them."""
+        best, seconds = self.state.best_epoch, self.state.seconds
+        lines = {"": f"{self.state.epoch} epochs in {seconds:.0f} s, the best is {best}"}
+        for split in ("validation", "test"):
+            named = {
+                key[len(split) + 1 :]: value for key, value in self.metrics.items() if key.startswith(split)
+            }
+            lines[split] = "  ".join(f"{key} {value:.4g}" for key, value in named.items() if "." not in key)
+        lines |= {name: relative_path(path) for name, path in self.weights.items()}
+        lines |= {"log": relative_path(self.log_dir), "curves": "plot()"}
+        return "\n".join([self.name, *(f"  {name:<11} {text}" for name, text in lines.items() if text)])
+
+    def plot(self) -> Image:
+        """Return the learning curves as a picture, which a notebook shows; its save() writes a file."""
+        from .curves import plot_history  # imported where used: it imports what draws
+
+        return plot_history(self.name, self.history)
 
     @property
     def picture(self) -> Path | None:

@@ -1,5 +1,6 @@
 """Pictures: samples with target and prediction, and one picture that sums up a run."""
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -10,13 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from ..data.contract import PALETTE as _PALETTE
 from ..data.contract import DataContract
-from ..storage.files import safe_name
+from ..storage.files import safe_name, write_atomic
 from ..storage.journal import Event
-from ..training.modules import evaluation_mode
+from ..training.modules import call_model, evaluation_mode
+from ..training.targets import main_output
+from .curves import draw_history
 from .listener import Listener, Result, RunView
 
 PALETTE = np.array(_PALETTE, np.uint8)
@@ -30,19 +32,19 @@ class Picture(Listener):
         """Save the images logged since the last event."""
         for name, image in run.pending.images.items():
             file = run.log_dir / "images" / f"{safe_name(name)}-{event['step']:08d}.png"
-            file.parent.mkdir(exist_ok=True)
-            Image.fromarray(np.asarray(image)).save(file)
+            picture = Image.fromarray(np.asarray(image))
+            write_atomic(file, functools.partial(picture.save, format="png"))
 
     epoch = step
 
     def finished(self, run: RunView, result: Result) -> None:
         """Draw learning curves, the confusion matrix, and the worst, the best and some other test samples."""
         panels, confusion = [], None
-        loader, evaluation = run.setup.loaders.test, result.evaluation
+        loader, evaluation, data = run.setup.loaders.test, result.evaluation, run.setup.data.test
         if loader is not None and evaluation is not None:
             order: Any = loader.batch_sampler
             losses, seed = evaluation.sample_losses, run.config["SEED"]
-            panels = panels_of(run, choose_samples(run.setup.data.test, order.order, losses, seed))
+            panels = panels_of(run, data, choose_samples(data, order.order, losses, seed))
             confusion = None if evaluation.scores is None else evaluation.scores.confusion
         file, class_names = run.log_dir / "picture.png", run.setup.contract.class_names
         save_picture(file, run.name, result.history, run.monitored, confusion, panels, class_names)
@@ -62,14 +64,15 @@ class Panel:
 
 
 @torch.no_grad()
-def panels_of(run: RunView, samples: dict[int, str] | None = None) -> list[Panel]:
+def panels_of(run: RunView, dataset: Any, samples: dict[int, str] | None = None) -> list[Panel]:
     """
-    Return pictures of a run's test samples; none where these are not images with masks.
+    Return pictures of samples; none where these are not images with masks.
 
-    :param samples: titles by index; None: four samples, spread over the test set
+    :param dataset: such as run.setup.data.test; None gives none
+    :param samples: titles by index; None: four samples, spread over the dataset
     """
     setup, panels = run.setup, []
-    dataset, contract, model = setup.data.test, setup.contract, setup.eval_model
+    contract, model = setup.contract, setup.eval_model
     if dataset is None:
         return []
     if samples is None:
@@ -78,11 +81,13 @@ def panels_of(run: RunView, samples: dict[int, str] | None = None) -> list[Panel
         samples = {index: str(name_of(index)) for index in spread}
     with evaluation_mode(model):
         for index, title in samples.items():
-            inputs, targets = default_collate([dataset[index]])
+            inputs, targets = setup.loaders.collate([dataset[index]], [title])
+            if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
+                return []
             if inputs.ndim != 4 or targets.ndim < 3:
                 return []
             with setup.autocast():
-                logits = model(setup.context.move(inputs)).float().cpu()
+                logits = main_output(call_model(model, setup.context.move(inputs))).float().cpu()
             if not inputs.shape[-2:] == targets.shape[-2:] == logits.shape[-2:]:
                 return []
             image = inputs[0].numpy()
@@ -175,13 +180,7 @@ def save_picture(
     figure.suptitle(title)
     grid = figure.add_gridspec(1 + len(panels), 3, height_ratios=[3.4] + [3.0] * len(panels))
     axes = [figure.add_subplot(grid[0, column]) for column in range(3)]
-    keys = sorted({key for event in history for key in event if key.startswith("validation.")})
-    losses = {"train.loss": "training"} | ({"validation.loss": "validation"} if keys else {})
-    _draw_curves(axes[0], "loss", history, losses)
-    keys = [key for key in keys if key != "validation.loss"]
-    keys = [key for key in keys if key.count(".") == 1] or keys  # without those of single classes
-    names = {key: key.partition(".")[2] for key in keys}
-    _draw_curves(axes[1], "validation", history, names, bold=f"validation.{monitor}")
+    draw_history(axes[0], axes[1], history, monitor)
     _draw_confusion(axes[2], confusion, class_names)
     for row, panel in enumerate(panels, 1):
         _draw_panel(figure.add_subplot(grid[row, :]), panel)
@@ -190,21 +189,8 @@ def save_picture(
         named = zip(colors, class_names, strict=True)
         handles = [Patch(facecolor=color, edgecolor="gray", label=name) for color, name in named]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)))
-    figure.savefig(path, dpi=90, format="png")
-
-
-def _draw_curves(
-    axis: Any, title: str, history: list[dict[str, Any]], names: dict[str, str], bold: str = ""
-) -> None:
-    """Draw values by epoch; names are the curves' labels by key."""
-    epochs = [event["epoch"] for event in history]
-    for key, name in names.items():
-        values = [event.get(key, np.nan) for event in history]
-        axis.plot(epochs, values, label=name, marker=".", linewidth=2.5 if key == bold else 1.5)
-    axis.set(title=title, xlabel="epoch")
-    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    if names:
-        axis.legend()
+    save = functools.partial(figure.savefig, dpi=90, format="png")
+    write_atomic(path, save) if isinstance(path, str | os.PathLike) else save(path)
 
 
 def _draw_panel(axis: Any, panel: Panel) -> None:

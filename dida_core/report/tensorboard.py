@@ -47,11 +47,11 @@ class TensorBoard(Listener):
         self._write(run, {f"train/{name}": event[name] for name in ("loss", "learning_rate")}, event)
 
     def epoch(self, run: RunView, event: Event) -> None:
-        """Write the numbers of an epoch, and pictures of test samples."""
+        """Write the numbers of an epoch, and pictures of validation samples: the test set is for the end."""
         scalars = {key: value for key, value in event.items() if key.startswith("validation.")}
         self._write(run, {"train/epoch_loss": event["train.loss"]} | scalars, event)
-        for panel in panels_of(run):
-            self._writer.add_image(f"test/{panel.name}", panel.row(), event["step"], dataformats="HWC")
+        for panel in panels_of(run, run.setup.data.validation):
+            self._writer.add_image(f"validation/{panel.name}", panel.row(), event["step"], dataformats="HWC")
         self._writer.flush()
 
     def finished(self, run: RunView, result: Result) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from ..errors import UserError, printable
 from ..storage import table
 from ..storage.files import read_plain
 from ..storage.locks import locked
-from .lookup import NO_RUNS, find_rows, find_run, run_names
+from .lookup import NO_RUNS, all_rows, find_rows, find_run, run_names
 
 STATE = ("NAME", "STATUS", "EPOCH", "BEST_EPOCH", "SECONDS")
 ABOUT_ENVIRONMENT = ("python", "git_commit", "device_name", "cpu_capability", "threads", "arguments")
 # What a comparison need not show: it differs for every run, or says where and when.
 UNINTERESTING = (
-    "NAME", "STARTED", "HEARTBEAT", "DATE", "PID", "HOST", "SECONDS", "LOGFILE", "WEIGHTS_DIGEST",
+    "ROW", "NAME", "STARTED", "HEARTBEAT", "DATE", "PID", "HOST", "SECONDS", "LOGFILE", "WEIGHTS_DIGEST",
 )  # fmt: skip
+
+_SHORTEST = 12  # characters that a cell is cut to
 
 logger = logging.getLogger(__name__)
 
@@ -38,21 +41,30 @@ class Runs:
         self.find = functools.partial(find_run, global_config, logfile=logfile)
 
     @functools.cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """Row of each run, with what was added by hand. It also brings the tracker's file up to date."""
-        rows, added = find_rows(self.log_dir, self.file.name), {}
+    def all_rows(self) -> list[dict[str, Any]]:
+        """
+        Row of each run, with its number as ROW and what was added by hand.
+
+        It also brings the tracker's file up to date.
+        """
+        rows, added = all_rows(self.log_dir), {}
         try:
-            if rows:
-                table.write_rows(self.file, rows)
+            if own := [row for row in rows if row.get("LOGFILE") == self.file.name]:
+                table.write_rows(self.file, own)
             added = {row.get(table.KEY): row for row in reversed(table.read_rows(self.file))}
         except OSError as error:
             logger.warning("%s cannot be brought up to date (%s).", self.file, error)
-        return [added.get(row[table.KEY], {}) | row for row in rows]
+        return [added.get(row[table.KEY], {}) | row | {"ROW": n} for n, row in enumerate(rows, start=1)]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows that the tracker's file has."""
+        return [row for row in self.all_rows if row.get("LOGFILE") == self.file.name]
 
     def row(self, wanted: str) -> dict[str, Any]:
         """Return the row of a run; with its name alone where its journal is lost."""
         name = self.find(wanted)
-        return next((row for row in self.rows if row[table.KEY] == name), {table.KEY: name})
+        return next((row for row in self.all_rows if row[table.KEY] == name), {table.KEY: name})
 
     def folders(self, name: str) -> list[Path]:
         """
@@ -70,7 +82,7 @@ class Runs:
 
 def list_runs(runs: Runs, arguments: Namespace) -> None:
     """Show all runs in a table."""
-    rows = [{"ROW": number} | row for number, row in enumerate(runs.rows, start=1)]
+    rows = runs.rows
     if arguments.sort:
         rows = _sorted(rows, arguments.sort)
     rows = rows[-arguments.n :] if arguments.n else rows
@@ -82,8 +94,13 @@ def list_runs(runs: Runs, arguments: Namespace) -> None:
         wanted = [key for key in (arguments.sort, *(arguments.columns or "").split(",")) if key]
         goals = dict.fromkeys(filter(None, map(_monitored, rows)))
         results = [f"{split}.{goal}" for goal in goals for split in ("validation", "test")]
-        columns = list(dict.fromkeys(["ROW", *STATE, *wanted, *results]))
-        print_table([columns, *([row.get(key) for key in columns] for row in rows)])
+        asked = list(dict.fromkeys(["ROW", "NAME", *wanted]))
+        others = [key for key in dict.fromkeys([*results, *STATE]) if key not in asked]
+        table_of = {key: [key, *(_text(row.get(key)) for row in rows)] for key in [*asked, *others]}
+        while others and _narrowest(table_of.values()) > _terminal_width():
+            del table_of[others.pop()]
+        columns = [key for key in ("ROW", *STATE, *wanted, *results) if key in table_of]
+        print_table(zip(*(table_of[key] for key in dict.fromkeys(columns)), strict=True))
 
 
 def show_run(runs: Runs, arguments: Namespace) -> None:
@@ -122,6 +139,7 @@ def compare_runs(runs: Runs, arguments: Namespace) -> None:
     compared = {key: [row.get(key) for row in rows] for key in sorted(keys, key=_is_result)}
     if not arguments.all:
         compared = {key: found for key, found in compared.items() if any(one != found[0] for one in found)}
+        compared = {key: found for key, found in compared.items() if not _is_of_another(key, compared)}
     if arguments.json:
         print(json.dumps({"runs": names, "values": compared}, indent=2))
         return
@@ -212,12 +230,28 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else printable(" ".join(str(value).split()))
 
 
-def print_table(lines: list[list[Any]]) -> None:
-    """Print a table that is as wide as the terminal at most: long cells are cut in their middle."""
-    lines = [[_text(cell) for cell in line] for line in lines]
+def _is_of_another(key: str, compared: dict[str, list[Any]]) -> bool:
+    """Tell whether some runs lack a value because their class, or the classes of their data, are others."""
+    owner, is_argument, _ = key.partition("_CONFIG.")
+    is_of_class = _is_result(key) and key.count(".") > 1
+    return None in compared[key] and (owner if is_argument else "DATASET" * is_of_class) in compared
+
+
+def _terminal_width() -> int:
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def _narrowest(columns: Iterable[list[str]]) -> int:
+    """Return the width of a table whose long cells are cut."""
+    return sum(2 + min(_SHORTEST, max(map(len, column))) for column in columns) - 2
+
+
+def print_table(table: Iterable[Iterable[Any]]) -> None:
+    """Print a table as wide as the terminal: long cells are cut in their middle, but not beyond reading."""
+    lines = [[_text(cell) for cell in line] for line in table]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    room = shutil.get_terminal_size((120, 24)).columns - 2 * (len(widths) - 1)
-    while sum(widths) > room and max(widths) > 6:
+    room = _terminal_width() - 2 * (len(widths) - 1)
+    while sum(widths) > room and max(widths) > _SHORTEST:
         widths[widths.index(max(widths))] -= 1
     for line in lines:
         cells = [_cut(cell, width).ljust(width) for cell, width in zip(line, widths, strict=True)]

@@ -4,7 +4,9 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import UserError
@@ -31,6 +33,19 @@ class Pruned(BaseException):
     """AFTER_EPOCH asked to end. Not an Exception, so that nobody who catches those continues."""
 
 
+def asks_to_end(answer: Any) -> bool:
+    """
+    Return whether AFTER_EPOCH asks to end, by its answer.
+
+    :raises UserError: if it is none: a number, such as a result, is no decision
+    """
+    if answer is not None and not isinstance(answer, bool | np.bool_):
+        raise UserError(
+            f"AFTER_EPOCH returned {answer!r}: return True to end the run as pruned, else False or None."
+        )
+    return bool(answer)
+
+
 @contextlib.contextmanager
 def write_errors(what: str, weight_dir: Path) -> Iterator[None]:
     """
@@ -50,7 +65,9 @@ def write_errors(what: str, weight_dir: Path) -> Iterator[None]:
 
 def non_finite(what: str, weight_dir: Path) -> NonFiniteLoss:
     """Return the error for a number that is not finite, with what to do about it."""
-    remedy = "try a smaller learning rate, CLIP_NORM=1, or PRECISION=fp32"
+    remedy = (
+        "try a smaller learning rate, CLIP_NORM=1, or PRECISION=fp32; on a GPU, a wrong target is NaN, too"
+    )
     return NonFiniteLoss(f"{what}. {_last_checkpoint(weight_dir)}; {remedy}.")
 
 

@@ -15,7 +15,7 @@ from ..storage.journal import Event, from_line, read_journal, to_line
 from ..storage.locks import is_locked
 
 _CLOCK = "%Y-%m-%d %H:%M:%S"
-_FORMAT = 1  # another number where a row comes to follow from a journal in another way
+_FORMAT = 2  # another number where a row comes to follow from a journal in another way
 _SECONDS_TO_BELIEVE_OTHERS = 3600.0
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
         columns = {
             "NAME": event["name"],
             "STATUS": "running",
-            "STARTED": row.get("STARTED", clock(event["time"])),
+            "STARTED": row.get("STARTED", clock(event["started" if "started" in event else "time"])),
             "SECONDS": None,
             "EPOCH": row["EPOCH"] if is_ahead else event["epoch"],
             "BEST_EPOCH": row["BEST_EPOCH"] if is_ahead else event["best_epoch"],
@@ -50,6 +50,9 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
             "RAN_ON": f"{event['device']} {event['precision']}",
             "RERUNNABLE": f"no: {event['not_rerunnable']}" if event["not_rerunnable"] else "yes",
         }
+        if "resumed_with" in event:
+            columns["RESUMED_WITH"] = f"another {event['resumed_with']}"
+        columns |= {"DATA_DIGEST": event["data_digest"]} if "data_digest" in event else {}
         # A run that is resumed may have fewer options than before.
         columns |= {key: None for key in row if key.partition(".")[0] in event["config"]}
         columns |= flatten(event["config"])
@@ -59,6 +62,7 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
             columns["BEST_EPOCH"] = event["epoch"]
     elif kind == "test":
         columns = {"STATUS": "finished", "SECONDS": event["seconds"], "WEIGHTS_DIGEST": event["digest"]}
+        columns |= {"BEST_DIGEST": event["best_digest"]} if "best_digest" in event else {}
         columns |= {key: value for key, value in event.items() if key.startswith(("validation.", "test."))}
         if "identical" in event:
             columns["RERUN_IDENTICAL"] = event["identical"]

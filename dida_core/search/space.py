@@ -1,11 +1,12 @@
 """What a search tries: for dotted keys of the config, ranges of numbers and choices of anything."""
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ..config.capture import capture
-from ..config.check import find_problems
+from ..config.check import find_problems, takes
 from ..config.keys import KEYS, complete, copy_config
 from ..config.overrides import assign
 from ..config.project import Project
@@ -69,7 +70,8 @@ def choice(*options: Any) -> Choice:
 
 class Space:
     """
-    All that a search tries.
+    All that a search tries. An argument that only some options take, such as OPTIMIZER_CONFIG.momentum some
+    of OPTIMIZER, is searched with these alone.
 
     :raises UserError: with all problems of the parts, such as an option that has no name to record
     """
@@ -109,26 +111,54 @@ class Space:
                 problems.append(f"{key} cannot be searched while MONITOR is {monitor!r}: monitor a metric.")
             elif first not in KEYS:
                 problems += find_problems({first: None}, self._project)[:1]
-        first_values = self.first_values()
+        first_values = {key: part.ends[0] for key, part in self._parts.items()}
         for one, other in itertools.combinations_with_replacement(self._parts if not problems else (), 2):
             for values in itertools.product(self._parts[one].ends, self._parts[other].ends):
                 candidate = copy_config(config)
-                pair = {one: values[0], other: values[1]}
-                found = [(key, assign(candidate, key, value)) for key, value in (first_values | pair).items()]
+                tried = self._fitting(first_values | {one: values[0], other: values[1]})
+                found = [(key, assign(candidate, key, value)) for key, value in tried.items()]
                 refused = [f"{key} cannot be searched: {problem}." for key, problem in found if problem]
-                problems += refused or find_problems(candidate, self._project)
+                problems += refused or map(self._advised, find_problems(candidate, self._project))
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
 
+    def _advised(self, problem: str) -> str:
+        """Return a problem with advice that helps where the space itself is its cause."""
+        key = problem.partition(" ")[0]
+        if key not in self._parts:
+            return problem
+        text = problem.removesuffix(f" {key.partition('.')[0]}={{}} clears old ones.")
+        return f"{text} Change or remove {key} in search_space, in hyperparameter.py."
+
     def first_values(self) -> dict[str, Any]:
         """Return the lowest number and the first option of each."""
-        return {key: part.ends[0] for key, part in self._parts.items()}
+        return self._fitting({key: part.ends[0] for key, part in self._parts.items()})
+
+    def _fitting(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return values without the arguments that only other options than those chosen take."""
+        return {key: value for key, value in values.items() if self._fits(key, values)}
+
+    def _fits(self, key: str, values: dict[str, Any]) -> bool:
+        able = self._able(key)
+        return not able or any(values[key.partition("_CONFIG.")[0]] is option for option in able)
+
+    def _able(self, key: str) -> list[Any]:
+        """Return the options that take an argument, if there are others that do not."""
+        name, _, argument = key.partition("_CONFIG.")
+        part = self._parts.get(name)
+        options = part.ends if isinstance(part, Choice) and argument else ()
+        able = [option for option in options if takes(option, argument.partition(".")[0])]
+        return able if len(able) < len(options) else []
 
     def suggest(self, trial: Any) -> None:
         """Draw what a trial stores, in the order in which the space is written, unless it has it already."""
-        for key, part in self._parts.items():
+        drawn: dict[str, Any] = {}
+        for key, part in sorted(self._parts.items(), key=lambda item: bool(self._able(item[0]))):
+            if not self._fits(key, drawn):
+                continue
             if isinstance(part, Choice):
-                trial.suggest_categorical(key, self._labels[key])
+                label = trial.suggest_categorical(key, self._labels[key])
+                drawn[key] = part.ends[self._labels[key].index(label)]
             elif isinstance(part.low, int):
                 trial.suggest_int(key, part.low, part.high, step=part.step or 1, log=part.log)
             else:
@@ -136,10 +166,15 @@ class Space:
 
     def values(self, stored: dict[str, Any]) -> dict[str, Any]:
         """Return the values that belong to what a trial has stored."""
-        values = {key: stored[key] for key in self._parts}
+        values = {key: stored[key] for key in self._parts if key in stored}
         for key, labels in self._labels.items():
-            values[key] = self._parts[key].ends[labels.index(stored[key])]
+            if key in values:
+                values[key] = self._parts[key].ends[labels.index(stored[key])]
         return values
+
+    def left_out(self, stored: dict[str, Any]) -> list[str]:
+        """Return the keys that a trial has not tried."""
+        return [key for key in self._parts if key not in stored]
 
     def text(self) -> dict[str, str]:
         """Return each part as text, for people, and to tell spaces apart."""
@@ -155,9 +190,20 @@ def _label(option: Any, project: Project) -> Any:
     return ", ".join(f"{key}={text}" if key else str(text) for key, text in texts.items())
 
 
-def with_values(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a config, live or captured, with values by dotted keys, which check has seen."""
+def with_values(
+    config: dict[str, Any], values: dict[str, Any], left_out: Iterable[str] = ()
+) -> dict[str, Any]:
+    """
+    Return a copy of a config, live or captured, with values by dotted keys, which check has seen.
+
+    :param left_out: dotted keys that it does not have
+    """
     config = copy_config(config)
+    for key in left_out:
+        inner, (*places, last) = config, key.split(".")
+        for place in places:
+            inner = inner.get(place, {})
+        inner.pop(last, None)
     for key, value in values.items():
         problem = assign(config, key, copy_config(value))
         assert problem is None, problem

@@ -150,7 +150,8 @@ class Search:
             raise UserError(f"the study {self.name} had another search space: {json.dumps(known['space'])}.")
         values = capture(self.space.values(best[0].params), self.project)["config"]
         about = {"STUDY": self.name, "TRIAL": best[0].number, "DATE": None}
-        config = with_values(known["config"]["config"], values) | about
+        left_out = self.space.left_out(best[0].params)
+        config = with_values(known["config"]["config"], values, left_out) | about
         result = {"study": self.name, "trial": best[0].number, "value": best[0].value}
         return result | {"run": best[0].user_attrs["run"]} | known["config"] | {"config": config}
 
@@ -175,7 +176,10 @@ class Search:
         write_atomic(files[0], lambda stream: stream.write(text.encode()))
         axes: dict[str, Any] = {"history": visualization.plot_optimization_history(self.study)}
         axes["slices"] = visualization.plot_slice(self.study)
-        if len({trial.value for trial in self.best_trials()}) >= 4:  # fewer tell nothing about importance
+        if (number := len({trial.value for trial in self.best_trials()})) < 4:
+            reason = f"it takes 4 finished trials of different results, not {number}"
+            say(f"  importance.png is left out: {reason}.")
+        else:
             # PED-ANOVA (https://arxiv.org/abs/2304.10255) needs no further library.
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
             axes["importance"] = visualization.plot_param_importances(self.study, evaluator=evaluator)

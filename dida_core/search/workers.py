@@ -125,7 +125,8 @@ class Worker:
         """
         search, number, name = self._search, trial.number, trial.user_attrs["run"]
         remove_unbegun(search.log_dir / name)  # nobody else has this trial
-        config = with_values(search.config, search.space.values(trial.params)) | {
+        values, left_out = search.space.values(trial.params), search.space.left_out(trial.params)
+        config = with_values(search.config, values, left_out) | {
             "DATE": trial.user_attrs["date"],
             "SESSION_NAME": f"{search.name}-{number}",
             "STUDY": search.name,

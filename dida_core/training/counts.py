@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .targets import IGNORE_INDEX, counting, is_multi_class, precise
+from .targets import IGNORE_INDEX, counting, is_multi_class, precise, refuse_values, wrong_values
 
 
 @runtime_checkable
@@ -41,16 +41,13 @@ def count(
     :param valid: (N, ...), 0 where a pixel does not count
     :param threshold: from which probability a pixel belongs to a class, unless multi-class; one, or one each
     :return: int64 [target, prediction]: the confusion matrix (C, C) if multi-class, else (C, 2, 2), one each
-    :raises ValueError: if the shapes disagree, or a class number is none of the prediction's
+    :raises ValueError: if the shapes disagree, or the target holds another value than its task's
     """
     keep, classes = counting(pred, target, valid, ignore_index), pred.shape[1]
-    if is_multi_class(pred, target):
-        wrong = keep & ((target < 0) | (target >= classes))
-        if wrong.any():
-            raise ValueError(
-                f"the target holds the class number {target[wrong][0]}, the prediction has the classes 0 to "
-                f"{classes - 1}, and {ignore_index} is ignored: map the mask's values, or set IGNORE_INDEX."
-            )
+    multi_class = is_multi_class(pred, target)
+    known = classes if multi_class else None
+    refuse_values(target, wrong_values(target, keep, known), known, ignore_index)
+    if multi_class:
         pairs = target.long() * classes + pred.max(1).indices  # argmax takes many times as long
         return count_cells(pairs, keep, classes**2).reshape(classes, classes)
     probability, shape = precise(pred.float()).sigmoid().float(), (1, -1, *[1] * (pred.ndim - 2))

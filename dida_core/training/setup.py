@@ -6,6 +6,7 @@ Nothing is written yet.
 
 import contextlib
 import hashlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -23,17 +24,16 @@ from ..config.check import check
 from ..config.keys import complete
 from ..config.project import Project, project_of
 from ..data.contract import DataContract
-from ..data.dataset import Custom, as_dataset
+from ..data.dataset import Custom, View, as_dataset
 from ..data.images import DataError
 from ..errors import ConfigError, UserError
-from .device import DeviceContext
+from .device import DeviceContext, tensors_of
 from .distributed import own_device
 from .evaluation import Evaluation
-from .first_sample import FirstSample, contract_of_values, dry_run, try_model
-from .loaders import Loaders, Splits, build_loaders
+from .first_sample import FirstSample, contract_of_values, dry_run, try_model, try_splits
+from .loaders import Loaders, Splits, Values, build_loaders, stream_problems
 from .modules import set_seed
 from .optimization import (
-    Loss,
     build_ema,
     build_loss,
     build_optimizer,
@@ -42,6 +42,7 @@ from .optimization import (
     warm_up,
     watch_gradients,
 )
+from .targets import OutputLoss
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Setup:
     scheduler: LRScheduler | None
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None
-    loss_fn: Loss
+    loss_fn: OutputLoss
 
     @property
     def config(self) -> dict[str, Any]:
@@ -92,17 +93,13 @@ class Setup:
 
     def metrics(self, contract: DataContract | None = None) -> Evaluation:
         """Return an empty evaluation of the config's METRICS. See there for the contract."""
-        config, class_names = self.config, self.contract.class_names
-        return Evaluation(config["METRICS"], self.loss_fn, config["IGNORE_INDEX"], class_names, contract)
-
-    @property
-    def loss_module(self) -> nn.Module | None:
-        """The loss, if it may have parameters."""
-        return self.loss_fn if isinstance(self.loss_fn, nn.Module) else None
+        config, own = self.config, self.contract
+        about = (config["IGNORE_INDEX"], own.class_names, contract, own.task)
+        return Evaluation(config["METRICS"], self.loss_fn, *about)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all parameters that are trained: the model's, and the loss's if it has some."""
-        return [*self.model.parameters(), *(self.loss_module.parameters() if self.loss_module else ())]
+        return [*self.model.parameters(), *self.loss_fn.parameters()]
 
     def step_schedule(self, value: float | None) -> None:
         """
@@ -137,6 +134,7 @@ def prepare(
     :raises ConfigError: with all problems of the config, and of the data if there are both
     :raises DataError: with all problems of the data
     """
+    _check_folders(global_config)
     project, config = project_of(routine), complete(training_config)
     config["ROUTINE_NAME"] = None if routine == project.package else sys.modules.get(routine, routine)
     config["DATE"] = config["DATE"] or project.module(".utils.name").date_now()
@@ -146,9 +144,9 @@ def prepare(
     data, context, first = _check(experiment, data)
     data, contract = _fit_contract(experiment, data, first)
     set_seed(config["SEED"])  # of what a loss draws
-    loss_fn = build_loss(config, context.device, first.predictions.ndim)
-    loss_fn = of_known(loss_fn) if contract.task == "values" else loss_fn
-    loaders = build_loaders(config, data, context.device, first.inputs.shape[1:])
+    loss = build_loss(config, context.device, tensors_of(first.predictions)[0].ndim)
+    loss_fn = OutputLoss(of_known(loss) if contract.task == "values" else loss)
+    loaders = build_loaders(config, data, context.device, first.shape[1:], _values(config, contract))
     dry_run(first, config, loss_fn, contract, context)
     model = first.model.to(context.device)
     if context.channels_last:
@@ -159,9 +157,26 @@ def prepare(
     scheduler = build_scheduler(config, optimizer, loaders.steps_per_epoch)
     scaler = torch.amp.GradScaler(context.device.type, enabled=context.precision == "fp16")
     ema = build_ema(config, model)
-    return Setup(
+    setup = Setup(
         experiment, context, contract, data, loaders, model, optimizer, scheduler, scaler, ema, loss_fn
     )
+    try_splits(setup.model, first, loaders, lambda: setup.metrics(contract), context)
+    return setup
+
+
+def _check_folders(global_config: dict[str, str]) -> None:
+    """Raise ConfigError unless there are folders for logs and weights, or may be made."""
+    problems = []
+    for key in ("LOG_DIR", "WEIGHT_DIR"):
+        if not isinstance(global_config.get(key), str | os.PathLike):
+            problems.append(f"{key} is missing in global_config: see make_global_config in config/config.py.")
+            continue
+        path = Path(global_config[key]).absolute()
+        there = next(one for one in (path, *path.parents) if one.exists())
+        if not there.is_dir():
+            problems.append(f"{key} is {path}, but {there} is a file: take a folder.")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check(experiment: Experiment, data: Splits) -> tuple[Splits, DeviceContext, FirstSample]:
@@ -173,6 +188,7 @@ def _check(experiment: Experiment, data: Splits) -> tuple[Splits, DeviceContext,
     with _collect(problems):
         if config["MASK_VALUES"]:
             data = data.map(lambda dataset: dataset.with_mask_values(config["MASK_VALUES"]))
+    problems += stream_problems(config, data)
     problems += _disagreements(config, data)
     reasons = _enter_data(config, data)
     with _collect(problems):
@@ -221,7 +237,16 @@ def _fit_contract(experiment: Experiment, given: Splits, first: FirstSample) -> 
         warnings.warn(f"{where}: {effect}.", stacklevel=4)
     data = data.map(lambda dataset: dataset.with_contract(contract))
     data.hashes = _hashes(config, given)
+    data.digest = _digest(data.hashes, given)
     return data, contract
+
+
+def _values(config: dict[str, Any], contract: DataContract) -> Values:
+    """Return what batches may hold."""
+    is_masked = any(getattr(metric, "masked", False) for metric in config["METRICS"].values())
+    counts = contract.task == "multi-class" and not is_masked
+    ignored = {config["IGNORE_INDEX"], config["LOSS_CONFIG"].get("ignore_index", config["IGNORE_INDEX"])}
+    return Values(contract.outputs if counts else None, tuple(ignored))
 
 
 @contextlib.contextmanager
@@ -276,9 +301,26 @@ def _hashes(config: dict[str, Any], data: Splits) -> dict[str, dict[str, Any]]:
         f"{split}/{file.parent.name}/{file.name}": {"bytes": file.stat().st_size, "sha256": facts["sha256"]}
         for split, dataset in data.items()
         for file, facts in dataset.scan().items()
+        if "sha256" in facts
     }
     if config["INIT_WEIGHTS"] is not None:
         with open(config["INIT_WEIGHTS"], "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             hashes["INIT_WEIGHTS"] = {"bytes": stream.tell(), "sha256": digest}
     return hashes
+
+
+def _digest(hashes: dict[str, dict[str, Any]], data: Splits) -> str:
+    """Return a SHA-256 of all data, or which split has none."""
+    unknown = [split for split, dataset in data.items() if not _is_hashed(dataset)]
+    if unknown:
+        return f"no: the {', '.join(unknown)} data has no hash, so a change would not be noticed"
+    files = [(name, facts["sha256"]) for name, facts in sorted(hashes.items()) if name != "INIT_WEIGHTS"]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def _is_hashed(dataset: Any) -> bool:
+    if isinstance(dataset, View):
+        return all(map(_is_hashed, dataset.datasets))
+    facts = dataset.scan()
+    return len(facts) > 0 and all("sha256" in one for one in facts.values())

@@ -9,9 +9,19 @@ from pathlib import Path
 ALLOWED_ROOTS: tuple[str, ...] = ()
 
 # Old names of what was renamed or moved, so that old records are still read.  # <- your renamed objects here
-ALIASES = {
-    "models.unet:UNET": ".models.unet:UNET",
-    "utils.loss:smooth_dice_loss": ".utils.loss:smooth_dice_loss",
+_OF_2021 = {
+    "layers.conv": ("ConvLayer", "DeconvLayer", "TransConvLayer"),
+    "models.unet": ("UNET",),
+    "utils.data.datasets": ("NpyDataset", "NpyPredictionDataset"),
+    "utils.loss": (
+        *("smooth_dice_loss", "smooth_dice_beta_loss", "dice_bce_sum", "multi_class_smooth_dice_loss"),
+        *("multi_class_dice_ce_sum", "precision", "recall", "f1"),
+        *("masked_smooth_dice_loss", "masked_precision", "masked_recall", "masked_f1"),
+    ),
+}
+ALIASES = {f"{home}:{name}": f".{home}:{name}" for home, names in _OF_2021.items() for name in names}
+ALIASES |= {
+    f"training.{name}_training": f".training.{name}_training" for name in ("pytorch", "ignite", "fastai")
 }
 
 

@@ -5,22 +5,42 @@ Normalizing before the activation lets deployment tools fold it into the convolu
 has no bias: the normalization would subtract it again, and it would never get a gradient.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+def _checked_call(init: Any) -> Any:
+    """Have a layer refuse arguments that it does not have, such as those of 2021, by showing those it has."""
+
+    @functools.wraps(init)
+    def checked(self: nn.Module, *arguments: Any, **options: Any) -> None:
+        try:
+            inspect.signature(init).bind(self, *arguments, **options)
+        except TypeError as error:
+            names = ", ".join([*inspect.signature(init).parameters][1:]).replace("ch_out,", "ch_out, *,")
+            raise TypeError(f"{type(self).__name__}: {error}. It takes ({names}).") from None
+        init(self, *arguments, **options)
+
+    return checked
+
+
 class ConvLayer(nn.Module):
     """A convolution that keeps height and width (halves them, rounding up, with stride 2)."""
 
+    @_checked_call
     def __init__(
         self,
         ch_in: int,
         ch_out: int,
+        *,
         k_size: int = 3,
         stride: int = 1,
-        dropout: float = 0.0,
+        dropout: float | None = 0.0,
         activ: Callable[[], nn.Module] = nn.ELU,
         norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
     ) -> None:
@@ -47,11 +67,13 @@ class ConvLayer(nn.Module):
 class TransConvLayer(nn.Module):
     """A transposed convolution that doubles height and width."""
 
+    @_checked_call
     def __init__(
         self,
         ch_in: int,
         ch_out: int,
-        dropout: float = 0.0,
+        *,
+        dropout: float | None = 0.0,
         activ: Callable[[], nn.Module] = nn.ELU,
         norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
     ) -> None:
@@ -74,12 +96,14 @@ class DeconvLayer(nn.Module):
     It starts as nearest-neighbor upsampling (ICNR, https://arxiv.org/abs/1707.02937), without a checkerboard.
     """
 
+    @_checked_call
     def __init__(
         self,
         ch_in: int,
         ch_out: int,
+        *,
         k_size: int = 3,
-        dropout: float = 0.0,
+        dropout: float | None = 0.0,
         activ: Callable[[], nn.Module] = nn.ELU,
         norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
     ) -> None:

@@ -2,7 +2,8 @@
 Losses for images, and for anything else of the same shapes: see targets.py for predictions and targets.
 
 All are scalars, computed in float32 whatever comes in, so that extreme logits in fp16 or bf16 have finite
-gradients. Their options, which LOSS_CONFIG may hold:
+gradients. Their options, which LOSS_CONFIG may hold, and which are given by name but for beta and smooth of
+the Dice losses:
 
 - smooth: added above and below, so that an empty mask predicted empty has no loss
 - beta: weight of recall over precision: above 1 recall counts more, below 1 precision
@@ -14,7 +15,8 @@ gradients. Their options, which LOSS_CONFIG may hold:
 
 Dice losses are the mean over samples and classes, and with ``batch=True`` (in classification always) the mean
 over classes of the whole batch as one image, which is steadier where classes are missing in many samples, but
-depends on the batch size. All raise ValueError if the shapes disagree.
+depends on the batch size. All raise ValueError if the shapes disagree, or the target holds other values than
+its task's; on a GPU, where to ask would be to wait, the loss is NaN instead.
 
 The ``masked_`` forms take a target whose first channel is the usability mask; it becomes their pixel_weights.
 """
@@ -24,7 +26,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from dida_core.training.targets import IGNORE_INDEX, check_pixels, check_shapes, unmask
+from dida_core.errors import UserError, checked_call
+from dida_core.training.targets import (
+    IGNORE_INDEX,
+    check_pixels,
+    check_shapes,
+    refuse_values,
+    unmask,
+    wrong_values,
+)
 from torch import Tensor
 from torch.nn import functional
 
@@ -46,10 +56,12 @@ ClassWeights = Sequence[float] | Tensor | None
 Loss = Callable[..., Tensor]
 
 
+@checked_call
 def smooth_dice_loss(
     pred: Tensor,
     target: Tensor,
     smooth: float = 1.0,
+    *,
     class_weights: ClassWeights = None,
     pixel_weights: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -58,14 +70,17 @@ def smooth_dice_loss(
     """
     1 - Dice of the sigmoid, for binary and multi-label targets (V-Net, https://arxiv.org/abs/1606.04797).
     """
-    return smooth_dice_beta_loss(pred, target, 1.0, smooth, class_weights, pixel_weights, ignore_index, batch)
+    target, weights = _weighted(pred, target, pixel_weights, ignore_index, multi_class=False)
+    return _dice(pred.float().sigmoid(), target, weights, class_weights, smooth, batch)
 
 
+@checked_call
 def smooth_dice_beta_loss(
     pred: Tensor,
     target: Tensor,
     beta: float = 1.0,
     smooth: float = 1.0,
+    *,
     class_weights: ClassWeights = None,
     pixel_weights: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -76,9 +91,11 @@ def smooth_dice_beta_loss(
     return _dice(pred.float().sigmoid(), target, weights, class_weights, smooth, batch, beta)
 
 
+@checked_call
 def dice_bce_sum(
     pred: Tensor,
     target: Tensor,
+    *,
     smooth: float = 1.0,
     dice_weight: float = 0.5,
     class_weights: ClassWeights = None,
@@ -96,10 +113,12 @@ def dice_bce_sum(
     return dice_weight * dice + (1 - dice_weight) * cross_entropy / weights.sum().clamp(min=1e-6)
 
 
+@checked_call
 def multi_class_smooth_dice_loss(
     pred: Tensor,
     target: Tensor,
     smooth: float = 1.0,
+    *,
     class_weights: ClassWeights = None,
     pixel_weights: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -111,9 +130,11 @@ def multi_class_smooth_dice_loss(
     return _dice(pred.float().softmax(1), one_hot, weights.unsqueeze(1), class_weights, smooth, batch)
 
 
+@checked_call
 def multi_class_dice_ce_sum(
     pred: Tensor,
     target: Tensor,
+    *,
     smooth: float = 1.0,
     dice_weight: float = 0.5,
     class_weights: ClassWeights = None,
@@ -122,10 +143,9 @@ def multi_class_dice_ce_sum(
     batch: bool = False,
 ) -> Tensor:
     """dice_weight of multi_class_smooth_dice_loss, and the rest of cross-entropy."""
-    dice = multi_class_smooth_dice_loss(
-        pred, target, smooth, class_weights, pixel_weights, ignore_index, batch
-    )
     target, weights = _weighted(pred, target, pixel_weights, ignore_index, multi_class=True)
+    one_hot = functional.one_hot(target, pred.shape[1]).movedim(-1, 1)
+    dice = _dice(pred.float().softmax(1), one_hot, weights.unsqueeze(1), class_weights, smooth, batch)
     if class_weights is not None:
         weights = weights * _per_class(class_weights, pred).flatten()[target]
     cross_entropy = (functional.cross_entropy(pred.float(), target, reduction="none") * weights).sum()
@@ -140,22 +160,22 @@ def masked(loss: Loss, multi_class: bool = False) -> Loss:
     :param multi_class: whether its target holds class numbers
     """
 
-    def masked_loss(pred: Tensor, target: Tensor, **options: Any) -> Tensor:
+    def masked_loss(pred: Tensor, target: Tensor, *first: float, **options: Any) -> Tensor:
         target, mask = unmask(pred, target, multi_class)
-        return loss(pred, target, pixel_weights=mask, **options)
+        wrong = ~((mask >= 0) & (mask <= 1))
+        if mask.device.type == "cpu" and wrong.any():
+            raise UserError(
+                f"the usability mask holds {mask[wrong][0]:g}: it is 0 or 1, or a weight in between."
+            )
+        return loss(pred, target, *first, pixel_weights=mask.masked_fill(wrong, torch.nan), **options)
 
-    tensors, options = [], []
-    for name, parameter in inspect.signature(loss).parameters.items():
-        if name in ("pred", "target"):
-            tensors.append(parameter)
-        elif name != "pixel_weights":
-            options.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    parameters = [one for one in inspect.signature(loss).parameters.values() if one.name != "pixel_weights"]
     form: Any = masked_loss
-    form.__signature__ = inspect.Signature([*tensors, *options], return_annotation=Tensor)
+    form.__signature__ = inspect.Signature(parameters, return_annotation=Tensor)
     form.__name__ = form.__qualname__ = f"masked_{loss.__name__}"
     form.__module__ = loss.__module__
     form.__doc__ = f"{loss.__name__} where the first target channel is the usability mask."
-    return masked_loss
+    return checked_call(form)
 
 
 masked_smooth_dice_loss = masked(smooth_dice_loss)
@@ -175,8 +195,14 @@ def _weighted(
         check_pixels("pixel_weights", pixel_weights, pred)
         pixel_weights = pixel_weights.float()
         weights = weights * (pixel_weights if multi_class else pixel_weights.unsqueeze(1))
+    classes = pred.shape[1] if multi_class else None
+    wrong = wrong_values(target, weights != 0, classes)
+    if wrong.device.type == "cpu":
+        refuse_values(target, wrong, classes, ignore_index)
+    else:  # asking would wait for the device: the loss is NaN instead, which a run reports with the files
+        weights = weights.masked_fill(wrong, torch.nan)
     target = target.long() if multi_class else target.float()
-    return target.masked_fill(weights == 0, 0), weights
+    return target.masked_fill((weights == 0) | wrong, 0), weights
 
 
 def _dice(

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from dida_core.errors import checked_call
 from dida_core.training.counts import (
     CountMetric,
     accuracy_per_class,
@@ -48,7 +49,7 @@ def count_metric(
     """
 
     def metric(
-        pred: Tensor, target: Tensor, threshold: float = 0.5, ignore_index: int = IGNORE_INDEX
+        pred: Tensor, target: Tensor, *, threshold: float = 0.5, ignore_index: int = IGNORE_INDEX
     ) -> Tensor:
         valid = None
         if masked:
@@ -61,7 +62,7 @@ def count_metric(
     metric.__name__ = metric.__qualname__ = name
     metric.__module__ = module or per_class.__module__
     metric.__doc__ = f"{per_class.__doc__} This is their summary: see summarize in counts.py."
-    form: Any = metric
+    form: Any = checked_call(metric)
     form.from_counts, form.per_class, form.masked = from_counts, per_class, masked
     return form
 

@@ -5,46 +5,67 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from dida_core.errors import checked_call
 from dida_core.storage.weights import load_weights, model_state
 from dida_core.training.modules import evaluation_mode, fill_model
 from dida_core.training.modules import set_seed as set_seed
 from torch import Tensor, nn
 
 
+@checked_call
 def load_model(
-    path: str | os.PathLike,
-    model: type[nn.Module] | nn.Module,
-    model_config: dict[str, Any] | None = None,
+    path: Any,
+    model: Any,
+    model_config: Any = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
     """
     Build a model with the weights of a file: best or last of a run, or a plain state dict.
 
+    The order of 2021, load_model(model, model_config, path, device), is taken as well.
+
     :param path: the weights file
     :param model: class of the model, or a model to be filled
-    :param model_config: arguments of the class
+    :param model_config: arguments of the class, a dict
     :return: the model on the device, in evaluation mode
     :raises WeightsError: if the file is damaged or belongs to another model
     """
+    if not isinstance(path, str | os.PathLike):
+        path, model, model_config = model_config, path, model
     built = model if isinstance(model, nn.Module) else model(**(model_config or {}))
     fill_model(built, model_state(load_weights(path)), str(path))
     return built.to(device).eval()
 
 
-def forward(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the model's output in evaluation mode, without gradients; the mode it was in is restored."""
+@checked_call
+def forward(model: nn.Module, inputs: Tensor, device: str | torch.device | None = None) -> Tensor:
+    """
+    Return the model's output in evaluation mode, without gradients; the mode it was in is restored.
+
+    :param device: where to compute it; None: where model and inputs are
+    """
+    if device is not None:
+        model, inputs = model.to(device), inputs.to(device)
     with evaluation_mode(model), torch.no_grad():
         return model(inputs)
 
 
+@checked_call
 def backprop(
     model: nn.Module,
     loss: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Any,
+    targets: Any,
 ) -> float:
-    """Do one training step and return the loss before it. The gradients are left for inspection."""
+    """
+    Do one training step and return the loss before it. The gradients are left for inspection.
+
+    The last two may be a batch (inputs, targets) and a device, as in 2021.
+    """
+    if not isinstance(targets, Tensor):
+        model.to(targets)
+        inputs, targets = (tensor.to(targets) for tensor in inputs[:2])
     model.train()
     optimizer.zero_grad()
     value = loss(model(inputs), targets)
@@ -53,37 +74,41 @@ def backprop(
     return value.item()
 
 
+@checked_call
 def set_module_trainable(module: nn.Module, trainable: bool) -> None:
     """Freeze or free all parameters of a module."""
     for parameter in module.parameters():
         parameter.requires_grad_(trainable)
 
 
+@checked_call
 def assert_not_nan(values: Tensor | nn.Module) -> None:
     """Raise AssertionError if a tensor, or a parameter of a model, holds NaN."""
     _assert_all(values, lambda tensor: ~tensor.isnan(), "NaN")
 
 
+@checked_call
 def assert_isfinite(values: Tensor | nn.Module) -> None:
     """Raise AssertionError if a tensor, or a parameter of a model, holds NaN or infinite values."""
     _assert_all(values, torch.isfinite, "NaN or infinite")
 
 
+@checked_call
 def assert_nonzero(values: Tensor | nn.Module) -> None:
-    """Raise AssertionError if a tensor, or a parameter of a model, is all zero."""
-    for name, tensor in _named(values):
-        if not bool((tensor != 0).any()):
-            raise AssertionError(f"{name}: all {tensor.numel()} values are zero")
+    """Raise AssertionError if a value of a tensor, or of a parameter of a model, is zero."""
+    _assert_all(values, lambda tensor: tensor != 0, "zero")
 
 
+@checked_call
 def assert_upperbound(values: Tensor | nn.Module, bound: float) -> None:
-    """Raise AssertionError if a value of a tensor, or of a parameter of a model, is above a bound."""
-    _assert_all(values, lambda tensor: tensor <= bound, f"above {bound:g}")
+    """Raise AssertionError if a value of a tensor, or of a parameter of a model, is not below a bound."""
+    _assert_all(values, lambda tensor: tensor < bound, f"not below {bound:g}")
 
 
+@checked_call
 def assert_lowerbound(values: Tensor | nn.Module, bound: float) -> None:
-    """Raise AssertionError if a value of a tensor, or of a parameter of a model, is below a bound."""
-    _assert_all(values, lambda tensor: tensor >= bound, f"below {bound:g}")
+    """Raise AssertionError if a value of a tensor, or of a parameter of a model, is not above a bound."""
+    _assert_all(values, lambda tensor: tensor > bound, f"not above {bound:g}")
 
 
 def _named(values: Tensor | nn.Module) -> list[tuple[str, Tensor]]:

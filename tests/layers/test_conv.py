@@ -31,10 +31,10 @@ def share_inside_cells(output: Tensor) -> float:
 @pytest.mark.parametrize("k_size", [1, 3, 7])
 def test_sizes_are_kept_halved_rounding_up_or_doubled(height: int, width: int, k_size: int) -> None:
     x = torch.randn(2, 3, height, width)
-    assert ConvLayer(3, 6, k_size)(x).shape == (2, 6, height, width)
-    halved = ConvLayer(3, 6, k_size, stride=2)(x)
+    assert ConvLayer(3, 6, k_size=k_size)(x).shape == (2, 6, height, width)
+    halved = ConvLayer(3, 6, k_size=k_size, stride=2)(x)
     assert halved.shape == (2, 6, (height + 1) // 2, (width + 1) // 2)
-    for layer in (TransConvLayer(3, 6), DeconvLayer(3, 6, k_size)):
+    for layer in (TransConvLayer(3, 6), DeconvLayer(3, 6, k_size=k_size)):
         assert layer(x).shape == (2, 6, 2 * height, 2 * width)
 
 
@@ -42,7 +42,7 @@ def test_sizes_are_kept_halved_rounding_up_or_doubled(height: int, width: int, k
 @pytest.mark.parametrize("k_size", [0, 2, 4])
 def test_even_kernel_is_refused(layer: type, k_size: int) -> None:
     with pytest.raises(ValueError, match=f"k_size is {k_size}: choose an odd one"):
-        layer(3, 6, k_size)
+        layer(3, 6, k_size=k_size)
 
 
 @every_layer
@@ -83,7 +83,7 @@ def test_dropout_zeroes_full_channels_in_training_only_and_is_not_there_by_defau
 @pytest.mark.parametrize("k_size", [1, 3])
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, None])
 def test_deconvolution_starts_as_nearest_neighbor_and_learns(k_size: int, norm: type | None) -> None:
-    layer, x = DeconvLayer(8, 5, k_size, norm=norm), torch.randn(4, 8, 12, 12)
+    layer, x = DeconvLayer(8, 5, k_size=k_size, norm=norm), torch.randn(4, 8, 12, 12)
     output = layer(x)
     assert share_inside_cells(output) < 1e-12
     assert torch.equal(output, functional.interpolate(output[..., ::2, ::2].contiguous(), scale_factor=2))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ def test_the_table_of_all_runs_fits_the_terminal_and_ends_with_the_best(project:
         assert len(lines) == 4 and max(map(len, lines)) <= columns
         assert columns < 120 or ("test.f1" in lines[0] and NAMES[0] in lines[1])
 
+    wide = answer(project, "list", "--columns", "OPTIMIZER_CONFIG.lr,RAN_ON,MODEL_CONFIG.ch_in", columns=80)
+    assert max(map(len, wide.splitlines())) <= 80 and "finished" not in wide.replace(" finished ", "")
+    for line, rate in zip(wide.splitlines()[1:], ("0.01", "0.001", "0.01"), strict=True):
+        assert f" {rate} " in line and not re.search(r"fi\S*…|…\S*ed\b", line)
+
     def values(*arguments: str) -> list[float]:
         return [row[arguments[1]] for row in json.loads(answer(project, "list", *arguments, "--json"))]
 
@@ -73,6 +79,15 @@ def test_comparing_shows_what_differs(project: Path) -> None:
     compared = json.loads(answer(project, "compare", "1", "2", "--json"))
     assert compared["values"]["OPTIMIZER_CONFIG.lr"] == [0.01, 0.001] and compared["runs"] == NAMES[:2]
     assert "The weights are identical, bit for bit." in answer(project, "compare", "1", "3")
+
+
+def test_runs_of_other_classes_are_compared_without_what_one_of_them_cannot_have(project: Path) -> None:
+    for number, (name, argument) in enumerate({"A": "x_dir", "B": "split"}.items()):
+        config = {"DATASET": name, "DATASET_CONFIG": {"train": {argument: "x", "crop": 16 * number}}}
+        write_run(project / "logs", f"of-{name}", {f"test.f1.{name}": 0.5, "test.f1": number}, **config)
+    keys = json.loads(answer(project, "compare", "of-A", "of-B", "--json"))["values"]
+    assert list(keys) == ["DATASET", "DATASET_CONFIG.train.crop", "test.f1"]
+    assert "split" in answer(project, "compare", "of-A", "of-B", "--all")
 
 
 def test_paths_of_weights(project: Path) -> None:

@@ -313,6 +313,39 @@ def test_disagreeing_shapes_are_refused(loss: Any) -> None:
                 loss(*example(loss), pixel_weights=torch.ones(shape))
 
 
+@pytest.mark.parametrize("loss", [*LOSSES, *MASKED])
+@pytest.mark.parametrize("value", [2, -1, 3, 128, 254, 0.5, math.nan, math.inf])
+def test_a_value_that_is_no_target_is_refused_wherever_it_counts(loss: Any, value: float) -> None:
+    (pred, target), mask = example(loss), torch.ones(2, 6, 6)
+    if takes_class_numbers(loss) and not (isinstance(value, int) and value != 2):
+        return  # 2 is a class, and class numbers are integers
+    target[1, ..., 2, 3] = value
+    mask[1, 2, 3] = 0
+    given = with_mask(loss, target, torch.ones(2, 6, 6)) if loss in MASKED else target
+    with pytest.raises(
+        ValueError, match=f"the target holds (the class number )?{value:g}, .* 255 is ignored"
+    ):
+        loss(pred, given)
+    given, options = (
+        (with_mask(loss, target, mask), {}) if loss in MASKED else (target, {"pixel_weights": mask})
+    )
+    assert loss(pred, given, **options).isfinite()
+    for wrong in (255, -1, 1.5, math.nan) if loss in MASKED else ():
+        mask[0, 0, 0] = wrong
+        with pytest.raises(ValueError, match=f"the usability mask holds {wrong:g}: it is 0 or 1"):
+            loss(pred, with_mask(loss, target, mask))
+
+
+@pytest.mark.parametrize("loss", [*PLAIN, *MASKED])
+def test_on_another_device_no_value_is_asked_for_and_a_wrong_one_makes_the_loss_nan(loss: Any) -> None:
+    pred, target = example(loss)
+    given = with_mask(loss, target, torch.ones(2, 6, 6)) if loss in MASKED else target
+    assert loss(pred.to("meta"), given.to("meta")).is_meta  # a value of which raises
+    if loss not in MASKED:
+        weights = torch.ones(2, 6, 6).index_fill_(0, torch.tensor(1), math.nan)  # what it becomes there
+        assert loss(pred, target, pixel_weights=weights).isnan()
+
+
 @every_loss
 def test_class_weights_are_a_sequence_or_a_tensor_of_one_each(loss: Any) -> None:
     pred, target = example(loss)

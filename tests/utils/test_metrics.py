@@ -93,7 +93,8 @@ def test_binary_and_multi_label_metrics_equal_scikit_learn(channels: int, thresh
     for metric, score in SCORES.items():
         expected = score(truth.squeeze(1), guess.squeeze(1), **options)
         assert metric(pred, target, threshold=threshold).item() == approx(expected)
-    assert accuracy(pred, target, threshold).item() == approx((truth == guess).double().mean().item())
+    right = (truth == guess).double().mean().item()
+    assert accuracy(pred, target, threshold=threshold).item() == approx(right)
 
 
 @every_metric

@@ -12,7 +12,7 @@ from dida_core.config.overrides import assign, override
 from dida_core.errors import ConfigError
 from torch import nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import Subset, TensorDataset
 
 from dida_tools.models import UNET
@@ -29,6 +29,11 @@ class Scheduled(nn.Module):
 
 def needs_more(pred, target, weight: list[int], *, power=1):
     return weight * power
+
+
+class Sharp(torch.optim.SGD):
+    def step(self, closure=None):
+        assert closure is not None, "it makes two steps"
 
 
 def problems_of(config):
@@ -48,7 +53,9 @@ VALID = [
     {"LOSS": functools.partial(dice_bce_sum, smooth=2.0), "LOSS_CONFIG": {"dice_weight": 0.3}},
     {"SCHEDULER": OneCycleLR, "SCHEDULER_CONFIG": {"max_lr": 0.1}},
     {"SCHEDULER": OneCycleLR},
-    {"SCHEDULER": CosineAnnealingLR},
+    {"SCHEDULER": CosineAnnealingLR, "WARMUP": 0.1},
+    {"SCHEDULER": [LinearLR, OneCycleLR], "SCHEDULER_CONFIG": [{"length": 0.1}, {}], "WARMUP": 100},
+    {"LOSS": nn.CrossEntropyLoss, "LOSS_CONFIG": {"weight": [1, 5.0]}},
     {"SCHEDULER": ReduceLROnPlateau, "SCHEDULER_STEP": "epoch"},
     {"MONITOR": "max f1.1", "PATIENCE": 3},
     {"METRICS": {"mine": f1}, "MONITOR": "max mine_sample_mean"},
@@ -58,7 +65,7 @@ VALID = [
     {"DATASET": SceneDataset, "DATASET_CONFIG": {"train": {"part": "train"}, "test": {"split": "test"}}},
     {"DEVICE": "cuda:3", "NORMALISE": False, "NOTIFY": ["a@b.org", "c@d.org"]},
     {"DEVICE": "auto", "INIT_WEIGHTS": Path("a.pt"), "EMA": 0.999, "CLIP_NORM": 1, "VALIDATION_FRACTION": 0},
-    {"MODEL_CONFIG": {"ch_in": 3, "ch_out": 1, "dropout": 0, "norm": None}},
+    {"MODEL_CONFIG": {"ch_in": 3, "ch_out": 1, "dropout": None, "norm": None}},
     {"DATE": None, "ROUTINE_NAME": "pytorch"},
 ]
 
@@ -128,7 +135,7 @@ WRONG_ARGUMENTS = [
     ({"MODEL_CONFIG": {"ch_in": 1, "ch_out": 1, "args": []}}, "MODEL_CONFIG.args is no argument of UNET"),
     ({"MODEL_CONFIG": {"ch_in": True, "ch_out": 1}}, "MODEL_CONFIG.ch_in is True: it must be int"),
     ({"MODEL_CONFIG": {"ch_in": 1.0, "ch_out": 1}}, "MODEL_CONFIG.ch_in is 1.0: it must be int"),
-    ({"MODEL_CONFIG": {"ch_in": 1, "ch_out": 1, "dropout": None}}, "MODEL_CONFIG.dropout is None", "float"),
+    ({"MODEL_CONFIG": {"ch_in": 1, "ch_out": None}}, "MODEL_CONFIG.ch_out is None", "int"),
     ({"MODEL_CONFIG": {"ch_in": 1}}, "MODEL_CONFIG.ch_out is missing: UNET needs it"),
     ({"MODEL": nn.Sequential, "MODEL_CONFIG": {"args": [nn.ReLU]}}, "args is no argument of Sequential"),
     ({"OPTIMIZER_CONFIG": {"learning_rate": 1}}, "learning_rate is no argument of SGD: it takes lr"),
@@ -140,11 +147,26 @@ WRONG_ARGUMENTS = [
     ({"SCHEDULER": StepLR}, "SCHEDULER_CONFIG.step_size is missing: StepLR needs it"),
     ({"SCHEDULER": StepLR, "SCHEDULER_CONFIG": {"step_size": 1, "optimizer": 1}}, "optimizer is set by the"),
     ({"SCHEDULER": ReduceLROnPlateau}, "ReduceLROnPlateau", "set SCHEDULER_STEP=epoch"),
+    ({"SCHEDULER": [LinearLR], "SCHEDULER_CONFIG": {"length": 1}}, "it must have a dict for each SCHEDULER"),
+    ({"SCHEDULER": LinearLR, "SCHEDULER_CONFIG": [{}]}, "it must have a dict for each SCHEDULER"),
+    ({"SCHEDULER": [LinearLR, StepLR], "SCHEDULER_CONFIG": [{}, {}]}, "CONFIG.1.step_size is missing"),
+    ({"SCHEDULER": [LinearLR], "SCHEDULER_CONFIG": [{"length": 1.5}]}, "CONFIG.0.length is 1.5: it must be"),
+    ({"SCHEDULER": [LinearLR, ReduceLROnPlateau]}, "ReduceLROnPlateau in a list"),
+    ({"WARMUP": 1.5}, "WARMUP is 1.5: it must be a whole number, or one below 1 of at least 0"),
+    ({"OPTIMIZER": torch.optim.LBFGS}, "OPTIMIZER is LBFGS, whose step needs a closure"),
+    ({"OPTIMIZER": Sharp}, "OPTIMIZER is Sharp, whose step needs a closure"),
+    ({"OPTIMIZER_CONFIG": {"lr": None}}, "OPTIMIZER_CONFIG.lr is None: it must be float."),
+    ({"OPTIMIZER_CONFIG": {"lr": "0,001"}}, "lr is '0,001': it must be float. Write a decimal point."),
+    ({"batch_size": 4}, "batch_size is no key", "did you mean DATA_LOADER_CONFIG.batch_size?"),
+    ({"lr": 1e-3}, "lr is no key of a config: did you mean OPTIMIZER_CONFIG.lr?"),
+    ({"dropout": 0.1}, "dropout is no key of a config: did you mean MODEL_CONFIG.dropout?"),
     ({"MONITOR": "max iou"}, "'max iou': iou is not among the results (loss, f1, precision, recall)"),
     ({"NORMALISE": 1}, "NORMALIZE is 1: it must be True or False"),
     ({"DATA_LOADER_CONFIG": {"batchsize": 8}}, "no argument of DataLoader: did you mean batch_size?"),
     ({"DATA_LOADER_CONFIG": {"dataset": 8}}, "DATA_LOADER_CONFIG.dataset is set by the routine"),
-    ({"DATA_LOADER_CONFIG": {"sampler": 8}}, "DATA_LOADER_CONFIG.sampler is set by the routine"),
+    ({"DATA_LOADER_CONFIG": {"batch_sampler": 8}}, "DATA_LOADER_CONFIG.batch_sampler is set by the routine"),
+    ({"DATA_LOADER_CONFIG": {"sampler": 8}}, "DATA_LOADER_CONFIG.sampler is 8: it must be a function"),
+    ({"DATA_LOADER_CONFIG": {"collate_fn": 8}}, "DATA_LOADER_CONFIG.collate_fn is 8: it must be a function"),
     ({"DATA_LOADER_CONFIG": {"batch_size": 0}}, "DATA_LOADER_CONFIG.batch_size is 0", "at least 1"),
     ({"DATA_LOADER_CONFIG": {"batch_size": None}}, "DATA_LOADER_CONFIG.batch_size is None", "at least 1"),
     ({"DATA_LOADER_CONFIG": {"batch_size": "8"}}, "DATA_LOADER_CONFIG.batch_size is '8': it must be int"),
@@ -177,7 +199,10 @@ def test_an_instance_is_told_from_its_class():
     data = TensorDataset(torch.zeros(1))
     for key, value in {"MODEL": A_UNET, "OPTIMIZER": AN_SGD, "LOSS": nn.ReLU(), "DATASET": data}.items():
         wanted = f"it must be the class {type(value).__name__}, not an instance of it"
-        assert has(problems_of(make_config(**{key: value})), f"{key} is ", wanted)
+        hint = f"(its arguments go into {key}_CONFIG)."
+        assert has(problems_of(make_config(**{key: value})), f"{key} is ", wanted, hint)
+    (problem,) = problems_of(make_config(AFTER_EPOCH=nn.ReLU()))
+    assert problem.endswith("not an instance of it or None.")  # there is no AFTER_EPOCH_CONFIG
 
 
 @pytest.mark.parametrize("case", WRONG_ARGUMENTS, ids=lambda case: "-".join(case[0]))
@@ -291,3 +316,14 @@ def test_the_function_in_ignites_loss_is_taken():
     with pytest.warns(UserWarning, match=r"METRICS\.f1: the function in ignite's Loss\(\.\.\.\) is taken"):
         done = complete({"METRICS": {"f1": metrics.Loss(f1), "mine": f1}})
     assert done["METRICS"] == {"f1": f1, "mine": f1}
+
+
+def test_a_model_that_is_not_found_is_one_problem():
+    problems, arguments = (
+        [],
+        ["MODEL=.models.nowhere.Net", "MODEL_CONFIG={'a': 3}", "MODEL_CONFIG.b=4"],
+    )
+    config = override(make_config(), arguments, PROJECT, problems)
+    with pytest.raises(ConfigError) as caught:
+        check(config, PROJECT, problems)
+    assert len(caught.value.problems) == 1 and "nowhere" in caught.value.problems[0]

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import LinearLR, StepLR
 
 from dida_tools.models import UNET
 from dida_tools.utils.data.scenes import SceneDataset
 from dida_tools.utils.loss import dice_bce_sum, recall
 
-from tests_core.config.configs import PROJECT, capture, make_config, same
+from tests_core.config.configs import PROJECT, capture, make_config, restore, same
 
 BCE, CROSS_ENTROPY = nn.BCEWithLogitsLoss, functional.cross_entropy
 # What a key gets from a text.
@@ -26,15 +27,21 @@ READ = {
     "OPTIMIZER_CONFIG.betas": {"(0.9, 0.99)": (0.9, 0.99)},
     "MODEL_CONFIG.use_shuffle": {"False": False, "false": False, "True": True},
     "MODEL_CONFIG.norm": {"None": None, "none": None},
-    "MODEL_CONFIG.activ": {"torch.nn.ReLU": nn.ReLU, "torch.nn:ReLU": nn.ReLU},
+    "MODEL_CONFIG.activ": dict.fromkeys(("torch.nn.ReLU", "torch.nn:ReLU", "ReLU"), nn.ReLU),
+    "MODEL_CONFIG.other": {"Nonesuch": "Nonesuch", "functional": "functional", "Linear": nn.Linear},
+    "LOSS_CONFIG.reduction": {"Sum": "Sum"},
     "MODEL_CONFIG.sizes": {"[1, 2]": [1, 2], "{[]: 1}": "{[]: 1}"},
     "MODEL_CONFIG.mode": {"nearest": "nearest", "'3'": "3", "tiles.v2": "tiles.v2", "a=b": "a=b"},
     "MODEL_CONFIG.deep.er.est": {"1": 1},
     "OPTIMIZER": {"AdamW": torch.optim.AdamW, "torch.optim.AdamW": torch.optim.AdamW},
-    "SCHEDULER": {"OneCycleLR": torch.optim.lr_scheduler.OneCycleLR, "none": None},
+    "SCHEDULER": {
+        "OneCycleLR": torch.optim.lr_scheduler.OneCycleLR,
+        "none": None,
+        "[LinearLR, StepLR]": [LinearLR, StepLR],
+    },
     "SCHEDULER_CONFIG.max_lr": {"0.1": 0.1},
     "MODEL": {"UNET": UNET, ".models.unet.UNET": UNET, "dida_tools.models.unet.UNET": UNET},
-    "LOSS": {"dice_bce_sum": dice_bce_sum, "torch.nn.BCEWithLogitsLoss": BCE},
+    "LOSS": {"dice_bce_sum": dice_bce_sum, "torch.nn.BCEWithLogitsLoss": BCE, "BCEWithLogitsLoss": BCE},
     "LOSS_CONFIG.other": {"torch.nn.functional.cross_entropy": CROSS_ENTROPY},
     "METRICS.new": {"recall": recall, "numpy.mean": np.mean},
     "METRICS": {"{}": {}},
@@ -112,6 +119,15 @@ def test_one_argument_leaves_the_defaults_of_a_missing_key_and_a_mapping_of_anot
     config = make_config(MODEL_CONFIG=OrderedDict(ch_in=1, ch_out=1))
     assert override(config, ["MODEL_CONFIG.ch_in=2"], PROJECT)["MODEL_CONFIG"]["ch_in"] == 2
     assert config["MODEL_CONFIG"]["ch_in"] == 1
+
+
+def test_an_item_of_a_list_is_set_by_its_number():
+    config = make_config(SCHEDULER=[LinearLR, StepLR], SCHEDULER_CONFIG=[{"length": 3}, {}])
+    changed = override(config, ["SCHEDULER_CONFIG.0.length=0.5", "SCHEDULER_CONFIG.1.step_size=2"], PROJECT)
+    assert changed["SCHEDULER_CONFIG"] == [{"length": 0.5}, {"step_size": 2}]
+    with pytest.raises(ConfigError, match="which has no keys"):
+        override(config, ["SCHEDULER_CONFIG.2.step_size=2"], PROJECT)
+    assert same(restore(capture(changed)), changed)
 
 
 def test_malformed_overrides_are_named_all_at_once_and_nothing_is_changed():

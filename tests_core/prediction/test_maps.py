@@ -12,18 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dida_core
 import numpy as np
 import pytest
 import rasterio
+import torch
 from dida_core.config.prediction_keys import OUTPUTS
 from dida_core.data.contract import PALETTE
 from dida_core.data.images import DataError
 from dida_core.errors import Preempted, UserError
-from dida_core.prediction import predict
+from dida_core.prediction import predict, predict_run
 from dida_core.prediction.ledger import Ledger
 from dida_core.prediction.outputs import OutputFile, Raster
+from dida_core.runs.rows import current_row
 from dida_core.storage.journal import Journal, read_journal
-from dida_core.storage.weights import save_weights
+from dida_core.storage.weights import load_weights, save_weights, weights_digest
 from PIL import Image
 from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
@@ -116,14 +119,20 @@ def test_a_picture_with_a_world_file_gives_a_raster(tmp_path):
     config = make_config(tmp_path, Net(3), replace(CONTRACT, channels=3, dtype="uint8", mean=(), maximum=()))
     config["MODEL_CONFIG"] = {"channels": 3}
     pixels = np.random.default_rng(0).integers(1, 255, (20, 30, 3)).astype(np.uint8)
+    Net.calls = 0
     for name in ("a.png", "b.png"):
         Image.fromarray(pixels).save(tmp_path / name)
     (tmp_path / "a.pgw").write_text("10\n0\n0\n-10\n500005\n4999995\n")
     files = predict(config | {"FILES": [tmp_path / "a.png", tmp_path / "b.png"]})
-    assert [file.name for file in files] == ["a.tif", "b.png"]
+    assert [file.name for file in files] == ["a.tif", "b.png"] and Net.calls == 2
+    predict(config | {"FILES": [tmp_path / "a.png", tmp_path / "b.png"]})
+    assert Net.calls == 2
     with rasterio.open(files[0]) as raster:
         assert raster.transform == rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)
         assert np.array_equal(raster.read(1), np.asarray(Image.open(files[1])))
+    (tmp_path / "a.pgw").write_text("10\n0\n0\n-10\n0\n0\n")  # the map has to move, too
+    predict(config | {"FILES": [tmp_path / "a.png", tmp_path / "b.png"]})
+    assert Net.calls == 3
 
 
 @pytest.mark.parametrize("height", [30, 300])
@@ -168,6 +177,8 @@ def test_masks_are_scored_where_they_hold_data_and_lie_as_their_image(tmp_path, 
     for value in (-9999, np.float32(-3.4028234663852886e38), np.nan):
         assert scores(np.where(ignored == 255, np.float32(value), ignored), nodata=value) == plain
     assert scores(np.where(ignored == 255, 2, ignored), nodata=None) == plain
+    with pytest.raises(DataError, match="masks: every pixel is ignored or without data"):
+        scores(np.full_like(ignored, 99), nodata=99)
     moved = {"transform": GRID["transform"] @ rasterio.Affine.translation(0, 3)}
     with pytest.raises(DataError, match=r"it lies at \(399960, 5900010\).* a\.tif at \(399960, 5900040"):
         scores(ignored, **moved)
@@ -270,6 +281,11 @@ def test_with_masks_the_maps_are_scored(tmp_path, config, capsys, dtype):
     found = [results[f"f1.{name}"] for name in CONTRACT.class_names]
     np.testing.assert_allclose(found, exact, atol=1e-6 if dtype == "float32" else 0.02)
     assert f"f1 {results['f1']:.4f}" in capsys.readouterr().out
+    made = sorted(file.name for file in config["OUT_DIR"].iterdir() if file.suffix == ".npy")
+    assert made == ["0.npy", "1.npy"]  # what was asked for, under the names without masks
+    kept = predict(config | files | {"OUTPUT": ["classes", "probabilities"]})
+    assert len(kept) == 4 and all(file.is_file() for file in kept)
+    assert len(predict(config | files)) == 2 and all(file.is_file() for file in kept)
     np.save(masks[1], np.zeros((20, 21), np.uint8))
     with pytest.raises(DataError, match=r"1\.npy: its size is 20 x 21 pixels, that of the map 20 x 20"):
         predict(config | files)
@@ -483,3 +499,28 @@ def test_a_run_predicts_by_its_name(tmp_path, small_run):
     assert refused.returncode == 1 and "no run is called 'nonsense'" in refused.stderr
     refused = run_script("predict.py", *options, "--augment", "some", "--weights", tmp_path / "nowhere.pt")
     assert refused.returncode == 1 and "AUGMENT is 'some': it must be one of" in refused.stderr
+
+
+def test_a_map_is_traced_to_its_model_and_the_row_of_its_run(tmp_path, small_run):
+    image = np.random.default_rng(0).integers(1, 256, (40, 60, 3), dtype=np.uint8)
+    scene, out = write_raster(tmp_path / "scene.tif", image), tmp_path / "maps"
+    options = {"CHECK_VALUES": False, "TILE": 32}
+    np.save(tmp_path / "other.npy", image)
+    predict_run(
+        small_run.name, tmp_path / "other.npy", out, small_run.global_config, **options, FORMAT=".png"
+    )
+    predict_run(small_run.name, scene, out, small_run.global_config, **options)
+    row = current_row(Path(small_run.global_config["LOG_DIR"]) / small_run.name)
+    assert row["BEST_DIGEST"] == weights_digest(load_weights(small_run.weights)["model"])
+    with Image.open(out / "other.png") as picture, rasterio.open(out / "scene.tif") as raster:
+        for tags in (picture.text, raster.tags()):
+            assert (tags["RUN"], tags["MODEL_DIGEST"]) == (row["NAME"], row["BEST_DIGEST"])
+            assert tags["VERSIONS"] == f"dida_core {dida_core.__version__}, torch {torch.__version__}"
+            assert tags["CLASSES"] == "0: ground, 1: left, 2: right"
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    made = [line for line in lines if line["event"] == "prediction"]
+    assert [line["output"] for line in made] == ["other.png", "scene.tif"]
+    for line in made:
+        assert (line["run"], line["model_digest"]) == (row["NAME"], row["BEST_DIGEST"])
+        assert line["versions"]["torch"] == torch.__version__
+        assert line["classes"] == ["ground", "left", "right"]

@@ -6,63 +6,98 @@ from pathlib import Path
 from urllib.parse import quote, quote_plus
 
 import pytest
-from dida_core.runs import environment
-from dida_core.runs.redaction import Redactor, is_secret_name
+from dida_core.runs import environment, record
+from dida_core.runs.redaction import DROPPED, Redactor, is_secret_name
 
 from dida_tools.training.pytorch_training import train
 from dida_tools.utils.data import NpyDataset
+from dida_tools.utils.notify import smtp
 
 from tests.helpers import rows_of
+from tests_core.runs.test_rerun import commit
+from tests_core.runs.test_secret_forms import CODE, TEXT
 
-KINDS = ("variable", "error", "comment", "url", "argument", "session", "config", "diff")
-CANARIES = {kind: f"hunter2-{kind}" for kind in KINDS}
+CHANNELS = ("diff", "deleted", "untracked", "arguments", "comment", "error", "session", "config")
+
+
+def texts_with(channel: str) -> tuple[str, str]:
+    """Return code and text with a secret of this channel's own, {channel}-hunter2-x, in each form."""
+    return tuple(
+        "\n".join(one.format(*[f"{channel}-hunter2-x"] * 9) for one in forms) for forms in (CODE, TEXT)
+    )
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A project with secrets in what is removed since the commit, in what is changed, and in new files."""
+    folder = tmp_path / "code"
+    (folder / "package").mkdir(parents=True)
+    old, new, untracked = (texts_with(channel) for channel in ("deleted", "diff", "untracked"))
+    (folder / "package" / "a.py").write_text(f"x = 1\n{old[0]}\n")
+    (folder / "package" / "a.yaml").write_text(f"x: 1\n{old[1]}\n")
+    commit(folder)
+    (folder / "package" / "a.py").write_text(f"x = 2\n{new[0]}\n")
+    (folder / "package" / "a.yaml").write_text(f"x: 2\n{new[1]}\n")
+    (folder / "new.py").write_text(f"y = 1\n{untracked[0]}\n")
+    (folder / "new.sh").write_text(f"y=1\n{untracked[1]}\n")
+    (folder / ".env").write_text("HARMLESS=untracked-hunter2-x")
+    return folder
 
 
 class SecretDataset(NpyDataset):
-    def __init__(self, x_dir, y_dir, api_key="", url="", **more) -> None:
-        super().__init__(x_dir, y_dir, **more)
-        self.arguments = self.arguments | {"api_key": api_key, "url": url}
+    def __init__(self, x_dir, y_dir, **more) -> None:
+        super().__init__(x_dir, y_dir)
+        self.arguments = self.arguments | more
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_no_file_of_a_run_holds_a_secret(pairs_dir, tiny_config, global_config, monkeypatch, fails):
-    for name in ("variable", "error", "comment"):
-        monkeypatch.setenv(f"{name}_token".upper(), CANARIES[name])
-    monkeypatch.setattr(sys, "argv", ["train.py", "--api-key", CANARIES["argument"]])
-    diff = f'+STORAGE_PASSWORD = "{CANARIES["diff"]}"\n+print("{CANARIES["variable"]}")'
-    monkeypatch.setattr(
-        environment, "_git", lambda folder, command, *_: diff if command == "diff" else command
-    )
-    secrets = {"api_key": CANARIES["config"], "url": f"https://me:{CANARIES['url']}@example.org/x"}
+def test_no_file_of_a_run_holds_a_secret(
+    pairs_dir, tiny_config, global_config, monkeypatch, repository, fails
+):
+    for name in VARIABLES.split():
+        monkeypatch.setenv(name, f"{name}-of-variable")
+    echoed = " ".join(f"{name}-of-variable" for name in VARIABLES.split())
+    forms = [form for channel in ("arguments",) for text in texts_with(channel) for form in text.split("\n")]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--api-key", "arguments-hunter2-x", *forms, echoed])
+    describe = environment.describe_environment
+    monkeypatch.setattr(record, "describe_environment", lambda _, *about: describe(repository, *about))
+    mails = []
+    monkeypatch.setattr(smtp.SMTPNotifier, "__init__", lambda self, receivers: None)
+    monkeypatch.setattr(smtp.SMTPNotifier, "notify", lambda self, *mail: mails.append(mail[:2]))
+    monkeypatch.setattr(smtp.SMTPNotifier, "close", lambda self: None)
+    secrets = {"api_key": "config-hunter2-x", "echoed": echoed, "texts": list(texts_with("config"))}
+    secrets |= {"numbers": {"password": 19283746, "lr": 3}, "auth": ["me", "config-hunter2-y"]}
     sets = [
         SecretDataset(pairs_dir / split / "x", pairs_dir / split / "y", **secrets)
         for split in ("train", "test")
     ]
-    config = tiny_config | {"__COMMENT": f"with {CANARIES['comment']} inside", "EPOCHS": 1}
-    config |= {"SESSION_NAME": f"token={CANARIES['session']}"}
+    config = tiny_config | {"__COMMENT": "\n".join(texts_with("comment")), "EPOCHS": 1, "NOTIFY": "a@b.org"}
+    config |= {"SESSION_NAME": f"token=session-hunter2-x {echoed}"[:60]}
 
     def after_epoch(run):
         if fails:
-            raise RuntimeError(f"cannot reach with {CANARIES['error']}")
+            raise RuntimeError("\n".join([echoed, *texts_with("error")]))
 
     try:
         train(*sets, config | {"AFTER_EPOCH": after_epoch}, global_config)
     except RuntimeError as error:
-        assert fails and CANARIES["error"] in str(error)
+        assert fails and "error-hunter2-x" in str(error)
     files = [file for file in Path(global_config["ROOT_PATH"]).rglob("*") if file.is_file()]
     names = {file.name for file in files}
     assert {"config.json", "environment.json", "journal.jsonl", "experiments.csv", "best.pt"} <= names
-    for file in files:
-        content = file.read_bytes() + str(file).encode()
-        assert not [kind for kind, canary in CANARIES.items() if canary.encode() in content], file
+    assert [mail[1].partition(":")[0] for mail in mails] == ["started", "failed" if fails else "finished"]
+    left = {str(file): file.read_bytes() + str(file).encode() for file in files}
+    for place, content in (left | {"mail": repr(mails).encode()}).items():
+        for secret in (b"-hunter2-", b"-of-variable", b"19283746"):
+            assert secret not in content, (place, content[max(0, content.find(secret) - 300) :][:400])
     (row,) = rows_of(global_config)
     assert row["RERUNNABLE"].startswith("no: ") and "secret" in row["RERUNNABLE"]
-    assert row["__COMMENT"] == "with [redacted] inside"
-    error = "RuntimeError: cannot reach with [redacted]" if fails else None
-    assert (row["STATUS"], row["ERROR"]) == ("failed" if fails else "finished", error)
+    assert "uncommitted files are not recorded: package/a.py (" in row["RERUNNABLE"]
+    assert row["STATUS"] == ("failed" if fails else "finished")
     described = json.loads(next(file for file in files if file.name == "environment.json").read_bytes())
-    assert described["git_diff"] == '+STORAGE_PASSWORD = "[redacted]"\n+print("[redacted]")'
-    assert described["arguments"] == ["train.py", "--api-key", "[redacted]"]
+    assert all(line in described["git_diff"] for line in ("\n-x = 1\n", "\n+x = 2\n", f"\n+{DROPPED}\n"))
+    assert described["untracked_files"].keys() == {"new.py", "new.sh"}
+    assert described["untracked_files"]["new.py"]["text"].startswith(f"y = 1\n{DROPPED}\n")
 
 
 SECRETS = "DB_PASSWORD apiKey api-key HF_TOKEN AWS_SECRET_ACCESS_KEY password githubAuth credentials"
@@ -115,7 +150,7 @@ def test_secrets_are_found_in_other_forms(secret):
         ("https://me:s3cret@host/x", "https://me:[redacted]@host/x"),
         ("password = 'abc'", "password = '[redacted]'"),
         ('{"token": "abc", "lr": 3}', '{"token": "[redacted]", "lr": 3}'),
-        ("Authorization: Bearer abcdefghij", "Authorization: [redacted] [redacted]"),
+        ("Authorization: Bearer abcdefghij", "Authorization: [redacted]"),
         ("loss=0.5 num_tokens=512 f1: 0.3", "loss=0.5 num_tokens=512 f1: 0.3"),
         ("git@host:project.git http://host:8080/x", "git@host:project.git http://host:8080/x"),
     ],

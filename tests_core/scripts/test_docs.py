@@ -197,19 +197,6 @@ def test_python_code_runs(page, tmp_path, pairs_dir, monkeypatch):
         assert module.result.metrics and list((tmp_path / "weights").glob("*/best.pt"))
 
 
-def test_all_names_of_2021_are_there():
-    text = (DOCS / "how_to" / "from_2021.md").read_text()
-    rows = re.findall(r"^\| `([\w.]+)` \| `(dida_tools[\w.]+)` \|", text, re.MULTILINE)
-    assert len(rows) > 35
-    for old, new in rows:
-        module, _, name = new.rpartition(".")
-        assert old.rpartition(".")[2] == name
-        if name.endswith("_training"):
-            assert (ROOT / Path(*new.split("."))).with_suffix(".py").is_file(), new
-        else:
-            assert hasattr(importlib.import_module(module), name), new
-
-
 # --------------------------------------------------------------------------------------------- the tutorial
 
 

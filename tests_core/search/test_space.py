@@ -8,8 +8,9 @@ from dida_core.config.project import project_of
 from dida_core.errors import ConfigError, UserError
 from dida_core.search.space import Space, choice, integer, log_uniform, uniform, with_values
 from optuna.trial import FixedTrial
-from torch.nn import ELU, BatchNorm2d, GroupNorm
+from torch.nn import ELU, BatchNorm2d, GroupNorm, Module
 from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import OneCycleLR
 
 from dida_tools.utils.loss import multi_class_dice_ce_sum
 
@@ -26,9 +27,10 @@ def check(space: dict, config: dict, *problems: str) -> None:
         ({"OPTIMISER": choice(SGD, AdamW)}, "did you mean OPTIMIZER?"),
         ({"OPTIMIZER_CONFIG.lrr": uniform(0, 1)}, "did you mean lr?"),
         (
-            {"OPTIMIZER": choice(AdamW, SGD), "OPTIMIZER_CONFIG.amsgrad": choice(True, False)},
-            "no argument of SGD",
+            {"OPTIMIZER": choice(AdamW, SGD), "OPTIMIZER_CONFIG.momentun": uniform(0, 1)},
+            "no argument of AdamW",
         ),
+        ({"OPTIMIZER_CONFIG.momentum": uniform(0, 1)}, "no argument of AdamW"),
         ({"OPTIMIZER": choice(AdamW, torch.nn.ReLU)}, "must be a class derived from torch.optim.Optimizer"),
         ({"EPOCHS": uniform(1, 3)}, "EPOCHS is 1.0: it must be a whole number"),
         ({"ACCUMULATE": integer(0, 3)}, "ACCUMULATE is 0"),
@@ -111,3 +113,39 @@ def test_values_take_their_places_and_the_config_stays_as_it_was(tiny_config):
     assert changed["MODEL_CONFIG"] == before | {"norm": BatchNorm2d}
     assert changed["SCHEDULER_CONFIG"] == {"pct_start": 0.3} and changed["EMA"] == 0.9
     assert tiny_config["MODEL_CONFIG"] == before and "EMA" not in tiny_config
+
+
+def test_an_argument_is_searched_only_with_the_options_that_take_it(tiny_config):
+    parts = {"OPTIMIZER_CONFIG.momentum": uniform(0.5, 0.9), "OPTIMIZER_CONFIG.lr": log_uniform(1e-4, 1e-1)}
+    parts |= {"OPTIMIZER": choice(AdamW, SGD), "OPTIMIZER_CONFIG.amsgrad": choice(True, False)}
+    parts |= {"SCHEDULER": choice(None, OneCycleLR), "SCHEDULER_CONFIG.pct_start": uniform(0.1, 0.3)}
+    check(parts, tiny_config)
+    space, stored = Space(parts, project_of(PACKAGE)), {"OPTIMIZER_CONFIG.lr": 0.01}
+    assert "OPTIMIZER_CONFIG.momentum" not in space.first_values()
+    config = tiny_config | {"OPTIMIZER_CONFIG": {"lr": 1.0, "momentum": 0.7}}
+    for given, expected in (
+        ({"OPTIMIZER": "torch.optim:AdamW", "OPTIMIZER_CONFIG.amsgrad": True}, {"lr": 0.01, "amsgrad": True}),
+        ({"OPTIMIZER": "torch.optim:SGD", "OPTIMIZER_CONFIG.momentum": 0.6}, {"lr": 0.01, "momentum": 0.6}),
+    ):
+        trial = FixedTrial(stored | given | {"SCHEDULER": None})
+        space.suggest(trial)
+        changed = with_values(config, space.values(trial.params), space.left_out(trial.params))
+        assert changed["OPTIMIZER_CONFIG"] == expected and "SCHEDULER_CONFIG" not in changed
+
+
+class OwnNet(Module):
+    def __init__(self, ch_in: int, width: int = 8) -> None:
+        super().__init__()
+
+
+def test_a_space_for_another_model_is_refused_with_advice_that_helps(tiny_config):
+    parts = {"MODEL_CONFIG.dropout": uniform(0, 0.4), "MODEL_CONFIG.n_recursions": integer(2, 4)}
+    config = tiny_config | {"MODEL": OwnNet, "MODEL_CONFIG": {"ch_in": 3}, "REQUIRE_RERUNNABLE": False}
+    with pytest.raises(ConfigError) as refused:
+        Space(parts, project_of(PACKAGE)).check(config, [])
+    expected = (
+        "{0} is no argument of OwnNet: it takes ch_in, width. Change or remove {0} in search_space, in "
+    )
+    expected += "hyperparameter.py."
+    assert sorted(refused.value.problems) == [expected.format(key) for key in parts]
+    Space({"MODEL_CONFIG.width": integer(4, 8)}, project_of(PACKAGE)).check(config, [])

@@ -476,7 +476,7 @@ def test_a_study_does_not_continue_with_what_cannot_be_compared(new_search, work
 
 
 def test_the_best_config_is_saved_with_pictures_and_comes_back_with_its_objects(
-    new_search, work, toy_train, global_config
+    new_search, work, toy_train, global_config, capsys
 ):
     search = new_search()
     with pytest.raises(UserError, match="no finished trial"):
@@ -484,6 +484,12 @@ def test_the_best_config_is_saved_with_pictures_and_comes_back_with_its_objects(
     with pytest.raises(UserError, match="a-b"):
         Search("a/b", search.space, search.config, global_config, search.project)
     search.begin(capture(complete(search.config), search.project))
+    work(search, toy_train, 1)
+    assert [file.stem for file in search.save_best()] == ["best_config", "history", "slices"]
+    assert (
+        "importance.png is left out: it takes 4 finished trials of different results, not 1."
+        in capsys.readouterr().out
+    )
     work(search, toy_train, 4)
     best, config = search.best_trials()[0], search.best_config()
     assert config["OPTIMIZER"] in (torch.optim.SGD, torch.optim.AdamW)

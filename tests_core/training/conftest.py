@@ -252,7 +252,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory, small_datasets: tuple[Any, A
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
     torch.optim.AdamW([torch.zeros(1)])  # the first optimizer imports a thousand modules
-    SmallTraining.environment = describe_environment(ROOT, torch.device("cpu"))
+    SmallTraining.environment = describe_environment(ROOT, torch.device("cpu")) | {"unrecorded_files": []}
     training = SmallTraining(tmp_path_factory.mktemp("forks"), small_datasets)
     listed = training.root / "modules.txt"
 

@@ -1,12 +1,14 @@
 """The evaluation of a dataset: the same for every batch size and order, and what goes into it."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from dida_core.errors import ConfigError
 from dida_core.training.device import DeviceContext
 from dida_core.training.evaluation import Evaluation, evaluate
 from sklearn import metrics as reference
@@ -231,3 +233,53 @@ def test_loss_and_metrics_are_computed_in_float32_outside_of_autocast(precision)
     evaluate(Watched(1, 1, 1), batches(make_data("binary"), 4), Evaluation({}, watch), context)
     assert set(computed) == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert set(seen) == {(torch.float32, False)}
+
+
+# ------------------------------------------------------------------------------------ objects that accumulate
+
+
+@every_task
+def test_metrics_of_torchmetrics_are_those_of_the_whole_set(task):
+    torchmetrics = pytest.importorskip("torchmetrics")
+    data, options = make_data(task), {"num_classes": 4, "num_labels": 4, "task": task.replace("-", "")}
+    kind = "multi-label" if task == "binary" else task
+    score = functools.partial(torchmetrics.F1Score, average="macro", **options)
+    metrics = COUNTED | {
+        "theirs": score,
+        "built": score(ignore_index=255),
+        "each": functools.partial(score, average=None),
+    }
+    for batch_size in (1, 4, 13):
+        found = run(data, metrics, batch_size, task=kind, class_names=("a", "b", "c", "d"))
+        assert found["theirs"] == found["built"] == pytest.approx(found["f1"], rel=1e-6)
+        each = ["each"] if task == "binary" else [f"each.{name}" for name in "abcd"]
+        assert sum(found[name] for name in each) / len(each) == pytest.approx(found["f1"], rel=1e-6)
+    data[7][1][..., 0] = 255
+    assert run(data, metrics, task=kind)["theirs"] != found["theirs"]
+    with pytest.raises(ConfigError, match=r"METRICS\.built does not ignore 255"):
+        run(data, {"built": score()}, task=kind)
+
+
+def test_an_object_that_accumulates_values_gets_them_as_they_are(monkeypatch):
+    torchmetrics = pytest.importorskip("torchmetrics")
+    data = [(torch.tensor([number / 4]), torch.tensor([number / 2 - 1])) for number in range(6)]
+    found = run(data, {"error": torchmetrics.MeanAbsoluteError}, 4, loss=functional.mse_loss, task="values")
+    assert found["error"] == pytest.approx(sum(abs(1 - number / 4) for number in range(6)) / 6)
+    monkeypatch.setattr("dida_core.training.accumulated.num_processes", lambda: 2)
+    with pytest.raises(ConfigError, match="several processes cannot share it"):
+        run(data, {"error": torchmetrics.MeanAbsoluteError}, loss=functional.mse_loss, task="values")
+
+
+def test_results_of_a_regression_are_those_of_the_targets_that_are_known():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    pred, target = torch.randn(4, 1, 5, 6), torch.randn(4, 1, 5, 6)
+    target[0, :, :2] = target[3] = torch.nan
+    metrics = {"mse": torchmetrics.MeanSquaredError, "error": functional.l1_loss}
+    evaluation = Evaluation(metrics, functional.mse_loss, task="values")
+    for index in range(4):
+        evaluation.update(pred[[index]], target[[index]])
+    results, known = evaluation.results(), ~target.isnan()
+    error = torch.stack([(pred[i] - target[i])[known[i]].abs().mean() for i in range(3)]).mean()
+    assert results["mse"] == pytest.approx((pred - target)[known].square().mean().item())
+    assert results["error_sample_mean"] == pytest.approx(error.item())
+    assert [math.isnan(loss) for loss in evaluation.sample_losses] == [False, False, False, True]

@@ -1,16 +1,19 @@
 """Listeners of a run: their protocol, TensorBoard, pictures, and mails."""
 
+import errno
 import io
 import math
 import os
 import signal
+import sys
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 from dida_core.errors import ConfigError, Preempted, UserError
 from dida_core.report import pictures
-from dida_core.report.console import ProgressBar
+from dida_core.report.console import ProgressBar, signs_of_life
 from dida_core.report.listener import Listener
 from dida_core.report.pictures import Picture, choose_samples
 from dida_core.report.tensorboard import TensorBoard
@@ -117,6 +120,47 @@ def test_listeners_get_to_know_of_a_failure_and_of_a_resumption(run_with, global
     assert ("started", 2) in recorder.told
 
 
+def test_a_result_is_a_short_table_and_shows_its_curves(datasets, tiny_config, global_config, quick, capsys):
+    result = train(*datasets, tiny_config, global_config)
+    shown = repr(result)
+    assert len(shown) < 800 and max(map(len, shown.splitlines())) < 250 and "{" not in shown
+    for text in (result.name, "2 epochs", f"f1 {result.metrics['test.f1']:.4g}", "best.pt", "plot()"):
+        assert text in shown
+    assert result.plot().size == (810, 324) and result.plot().getextrema()[0] == (0, 255)
+    assert "UNET, 1,763 parameters, on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("in_notebook", [False, True])
+def test_the_next_steps_after_a_call_from_python_work_there(
+    datasets, tiny_config, global_config, quick, capsys, monkeypatch, pairs_dir, tmp_path, in_notebook
+):
+    monkeypatch.setitem(sys.modules, "ipykernel", sys) if in_notebook else None
+    train(*datasets, tiny_config, global_config)
+    printed = capsys.readouterr()
+    assert ("it/s" in printed.err or "images/s" in printed.err) == in_notebook  # progress within an epoch
+    _, _, steps = printed.out.partition("Next:\n")
+    assert "train.py" not in printed.out and "run_prediction.py" not in printed.out
+    assert ("  %tensorboard --logdir" in steps) == in_notebook
+    code = "\n".join(
+        line.strip() for line in steps.splitlines() if line.startswith(("  from", "  predict", "  train"))
+    )
+    code = code.replace('"IMAGES"', repr(str(pairs_dir / "test" / "x"))).replace(
+        '"DIR"', repr(str(tmp_path / "maps"))
+    )
+    names = {"train": train, "config": tiny_config, "global_config": global_config}
+    exec(code, names | dict(zip(("train_dataset", "test_dataset"), datasets, strict=True)))
+    assert len(list((tmp_path / "maps").glob("*.npy"))) == 4
+    assert "trained 4 epochs" in capsys.readouterr().out
+
+
+def test_signs_of_life_without_a_terminal(capsys):
+    with signs_of_life(lambda: "12 of 40 MP", seconds=0.01):
+        time.sleep(0.1)
+    assert 2 <= capsys.readouterr().out.count("12 of 40 MP\n") <= 10
+    time.sleep(0.05)
+    assert capsys.readouterr().out == ""
+
+
 def test_all_that_tensorboards_tabs_show(datasets, tiny_config, global_config, quick):
     result = train(*datasets, tiny_config, global_config)
     sizes = {"scalars": 0, "tensors": 0, "images": 0}
@@ -130,7 +174,7 @@ def test_all_that_tensorboards_tabs_show(datasets, tiny_config, global_config, q
     assert scalars["test/f1"][-1][1] == pytest.approx(result.metrics["test.f1"])
 
     shown = reader.Tags()["images"]
-    assert shown == [f"test/image_{number:02d}.npy" for number in range(4)]
+    assert shown == ["validation/image_04.npy", "validation/image_06.npy"]  # none of the test set
     assert len(reader.Images(shown[0])) == 2
     picture = Image.open(io.BytesIO(reader.Images(shown[0])[0].encoded_image_string))
     assert picture.size == (4 * 32 + 3 * 4, 32)  # image, target, prediction, errors
@@ -155,6 +199,19 @@ def test_all_that_tensorboards_tabs_show(datasets, tiny_config, global_config, q
 
 
 # ---------------------------------------------------------------------------------------------- pictures
+
+
+def test_a_picture_that_cannot_be_drawn_to_its_end_leaves_the_old_one(tmp_path, monkeypatch):
+    def fail(_: Any, stream: Any, **options: Any) -> None:
+        stream.write(b"half of it")
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    file = tmp_path / "picture.png"
+    file.write_bytes(b"old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(OSError, match="no space left"):
+        pictures.save_picture(file, "run", [], "loss", None, [])
+    assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == {"picture.png": b"old"}
 
 
 def test_the_worst_the_best_and_some_samples_at_random_are_shown_once_each():

@@ -12,6 +12,7 @@ from dida_core.runs.failures import Pruned
 from dida_core.storage.checkpoint import load_checkpoint, save_checkpoint
 from dida_core.training.modules import set_seed
 from dida_core.training.optimization import (
+    build_loss,
     build_optimizer,
     build_scheduler,
     catch_up,
@@ -19,7 +20,9 @@ from dida_core.training.optimization import (
     load_optimizer,
     warm_up,
 )
+from dida_core.training.targets import OutputLoss
 from torch import nn
+from torch.nn import functional
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
     ConstantLR,
@@ -268,10 +271,10 @@ def test_a_loss_with_parameters_and_a_thawed_layer_train_and_resume_to_the_same(
     assert result.digest == expected.digest
     first, last = state_of(expected), state_of(result)
     assert all(torch.equal(first["loss"][name], last["loss"][name]) for name in first["loss"])
-    for part, kind in (("loss", Weighted), ("model", Thawing)):
+    for part, kind in (("loss", lambda: OutputLoss(Weighted())), ("model", Thawing)):
         set_seed(1)
         for name, tensor in kind().state_dict().items():
-            assert torch.equal(tensor, last[part][name]) == name.startswith("unused"), name
+            assert torch.equal(tensor, last[part][name]) == ("unused" in name), name
 
 
 def test_a_prolonged_run_says_its_rate_and_never_trains_with_0(fit, capsys):
@@ -289,7 +292,7 @@ def test_a_frozen_layer_of_a_run_of_version_0_2_resumes():
     old = torch.optim.AdamW(model[2].parameters(), lr=0.1)
     model(torch.ones(1, 3, 2, 2)).sum().backward()
     old.step()
-    new = build_optimizer(config, model)
+    new = build_optimizer(config, model, nn.Identity())
     load_optimizer(new, old.state_dict())
     for parameter in model[2].parameters():
         assert torch.equal(new.state[parameter]["exp_avg"], old.state[parameter]["exp_avg"])
@@ -300,3 +303,37 @@ def test_a_parameter_that_no_optimizer_has_is_reported_once(fit):
     with pytest.warns(UserWarning, match=r"1 parameters, such as 2\.bias, have a gradient") as caught:
         fit(OPTIMIZER=Forgetful)
     assert sum("have a gradient" in str(one.message) for one in caught) == 1
+
+
+# ---------------------------------------------------------------------------------------- weights of classes
+
+
+class Summed(nn.Module):
+    """Several losses in one."""
+
+    def __init__(self, losses: list[Any]) -> None:
+        super().__init__()
+        self.losses = nn.ModuleList([loss() for loss in losses])
+
+    def forward(self, prediction, target):
+        return sum(loss(prediction, target) for loss in self.losses)
+
+
+def test_weights_of_classes_may_be_lists_in_any_loss_of_torch():
+    prediction, weight = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)), [1, 2, 5.0]
+    classes, tensor = torch.arange(40).reshape(2, 4, 5) % 3, torch.tensor(weight)
+    several = functional.one_hot(classes, 3).movedim(-1, 1).float()
+    cross_entropy = functional.cross_entropy(prediction, classes, tensor)
+    binary = functional.binary_cross_entropy_with_logits
+    per_class = binary(prediction, several, pos_weight=tensor[:, None, None])
+    for loss, options, target, expected in (
+        (nn.CrossEntropyLoss, {"weight": weight}, classes, cross_entropy),
+        (functional.cross_entropy, {"weight": weight}, classes, cross_entropy),
+        (partial(functional.cross_entropy, weight=(1, 2, 5)), {}, classes, cross_entropy),
+        (partial(nn.CrossEntropyLoss, weight=weight), {}, classes, cross_entropy),
+        (Summed, {"losses": [partial(nn.CrossEntropyLoss, weight=weight)] * 2}, classes, 2 * cross_entropy),
+        (nn.BCEWithLogitsLoss, {"pos_weight": weight}, several, per_class),
+        (partial(binary, pos_weight=weight), {}, several, per_class),
+    ):
+        config = {"LOSS": loss, "LOSS_CONFIG": options, "IGNORE_INDEX": 255}
+        assert build_loss(config, torch.device("cpu"))(prediction, target).item() == expected.item()

@@ -250,15 +250,15 @@ class NpyPredictionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+    def __getitem__(self, index: int) -> tuple[str, Tensor]:
         """
-        Return the image (C, H, W) in float32 as the model expects it, and its file's name.
+        Return the file's path, and the image (C, H, W) in float32 as the model expects it.
 
         :raises DataError: if the image holds what the contract does not allow, such as NaN
         """
         image = read_masked(self.files[index])
         raise_if(f"{self.files[index]}: {problem}" for problem in self.contract.problems(*image))
-        return self.contract.prepare(*image)[0], self.files[index].name
+        return str(self.files[index]), self.contract.prepare(*image)[0]
 
 
 def _random_start(length: int, size: int, place: int | None) -> int:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dida_core.errors import checked_call
 from dida_core.report.listener import Listener
 from dida_core.runs.lookup import current_row, find_rows
 from dida_core.storage.journal import Event
@@ -59,6 +60,7 @@ def _file(run: "RunView") -> Path:
     return run.log_dir.parent / run.config["LOGFILE"]
 
 
+@checked_call
 def write_log(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """
     Write a row: a new one, or cells of the one with the same NAME.

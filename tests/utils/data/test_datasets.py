@@ -58,12 +58,13 @@ def test_images_come_scaled_and_channels_first(write_pairs: Pairs, ending: str, 
     contract = dataset.contract()
     normalized = dataset.with_contract(contract)
     for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
-        (x, y), (alone, name) = dataset[number], prediction[number]
+        (x, y), (path, alone) = dataset[number], prediction[number]
         scaled = np.moveaxis(image, -1, 0) / np.iinfo(dtype).max
         assert (x.dtype, y.dtype) == (torch.float32, torch.int64) and x.is_contiguous() and y.is_contiguous()
         torch.testing.assert_close(x, torch.from_numpy(scaled).float(), rtol=1e-6, atol=0)
-        assert np.array_equal(y, mask) and torch.equal(alone, x) and name == f"{number}{ending}"
-        by_contract = NpyPredictionDataset(dataset.images, contract)[number][0]
+        assert np.array_equal(y, mask) and torch.equal(alone, x)
+        assert path == str(dataset.images[number])
+        by_contract = NpyPredictionDataset(dataset.images, contract)[number][1]
         assert torch.equal(by_contract, normalized[number][0]) and not torch.equal(by_contract, x)
     assert len(dataset) == len(prediction) == 4
     given = NpyDataset(*folders, scale=1.0)
@@ -355,7 +356,7 @@ def test_prediction_reads_by_a_contract_and_refuses_what_does_not_fit(tmp_path: 
     files = [write(tmp_path / f"{n}.tif", np.full((16, 16 + n, 2), n, np.uint8), nodata=9) for n in range(2)]
     dataset = NpyPredictionDataset(files)
     assert dataset.contract == DataContract(2, dtype="uint8", scale=1 / 255, nodata=9)
-    assert torch.equal(dataset[1][0], torch.full((2, 16, 17), 1 / 255))
+    assert torch.equal(dataset[1][1], torch.full((2, 16, 17), 1 / 255))
     other = write(tmp_path / "dtype.npy", np.zeros((4, 4, 2)))
     with pytest.raises(DataError) as caught:
         NpyPredictionDataset([*files, other, tmp_path / "missing.tif"], DataContract(2, dtype="uint8"))
