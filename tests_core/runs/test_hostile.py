@@ -313,7 +313,6 @@ STATES: dict[str, dict[str, Any]] = {
     "a state": {"state": {"evil": 1}},
     "a history": {"history": [1, {"epoch": []}]},
     "an optimizer": {"optimizer": {"state": 5, "param_groups": "x"}},
-    "epochs": {"epochs": "x"},
     "a model": {"model": {1: 2}},
     "numbers": {"state": {"step": "x", "epoch": ESCAPE}},
 }  # fmt: skip
