@@ -21,7 +21,7 @@ from ..data.images import (
     Place,
     Window,
     elsewhere,
-    has_files_beside,
+    files_beside,
     list_images,
     raise_if,
 )
@@ -136,7 +136,7 @@ def plan(
 def _states_place(file: Path) -> bool:
     """Return whether a file, or one beside it, states where it lies."""
     ending = file.suffix.lower()
-    if ending in (".npy", ".npz") or (ending not in _RASTERS and not has_files_beside(file)):
+    if ending in (".npy", ".npz") or (ending not in _RASTERS and not files_beside(file)):
         return False
     with ImageReader(file) as image:
         return image.grid != Grid("", None)
@@ -193,7 +193,7 @@ def score_maps(maps: list[Path], masks: list[Path], contract: DataContract, conf
     :param maps: outputs of the kind "probabilities", in float32 or uint8
     :param masks: one for each, as in training
     :param config: IGNORE_INDEX and MASK_VALUES of a predict_config
-    :raises DataError: if a mask has another size than its map, or values that are no classes
+    :raises DataError: if a mask has another size than its map, or values that are no classes; if none counts
     """
     multi_class, ignore_index = contract.task == "multi-class", config["IGNORE_INDEX"]
     scores = Scores(contract.outputs, multi_class, ignore_index, contract.threshold)
@@ -220,4 +220,8 @@ def score_maps(maps: list[Path], masks: list[Path], contract: DataContract, conf
                     scores.update(batch[0][None].float(), batch[1] if multi_class else batch[1][None])
                 except ValueError as error:
                     raise DataError(f"{mask_file}: {error}") from error
+    if not scores.confusion.any():
+        raise DataError(
+            f"{masks[0].parent}: every pixel is ignored or without data: there is nothing to score"
+        )
     return scores

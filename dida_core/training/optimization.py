@@ -78,11 +78,17 @@ def _with_tensors(value: Any, device: torch.device, ndim: int) -> Any:
 
 
 def of_known(loss: Loss) -> Loss:
-    """Return a loss that gets no target that is NaN."""
+    """Return a loss that gets no target that is NaN, and is 0 where there is no other."""
+
+    def some(pred: Any, target: Any) -> tuple[Any, Any]:
+        pair = known(pred, target)
+        is_empty = isinstance(target, Tensor) and not pair[1].numel()
+        return (pred * 0, torch.zeros_like(pred)) if is_empty else pair
+
     if isinstance(loss, nn.Module):
-        loss.register_forward_pre_hook(lambda _, pair: known(*pair))
+        loss.register_forward_pre_hook(lambda _, pair: some(*pair))
         return loss
-    return lambda pred, target: loss(*known(pred, target))
+    return lambda pred, target: loss(*some(pred, target))
 
 
 @config_errors("OPTIMIZER")

@@ -169,9 +169,7 @@ def known(pred: Any, target: Any) -> tuple[Any, Any]:
     if not isinstance(target, Tensor) or not target.is_floating_point() or target.shape != pred.shape:
         return pred, target
     is_known = ~target.isnan()
-    if is_known.all():
-        return pred, target
-    return (pred[is_known], target[is_known]) if is_known.any() else (pred * 0, torch.zeros_like(target))
+    return (pred, target) if is_known.all() else (pred[is_known], target[is_known])
 
 
 def precise(logits: Tensor) -> Tensor:
