@@ -190,7 +190,7 @@ def has_data(pixels: np.ndarray, nodata: float | Sequence[float | None] | None) 
     """
     if isinstance(nodata, Sequence) and len({str(value) for value in nodata}) > 1:
         missing = np.stack([~has_data(pixels[..., [one]], value) for one, value in enumerate(nodata)], -1)
-        return ~missing.any(-1)
+        return np.logical_not(missing.any(-1))
     nodata = nodata[0] if isinstance(nodata, Sequence) else nodata
     if nodata is None:
         return np.ones(pixels.shape[:-1], bool)
