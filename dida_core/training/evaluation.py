@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..data.contract import DataContract
 from .accumulated import Accumulated, is_accumulated, is_averaged
 from .counts import CountMetric
+from .determinism import seed_step
 from .device import DeviceContext, map_tensors, tensors_of
 from .distributed import gather, num_processes
 from .modules import call_model, evaluation_mode
@@ -172,6 +173,7 @@ def evaluate_batch(
     """
     if stop_requested():
         return
+    seed_step(0, 0, context.device)  # what a model draws, as Monte-Carlo dropout does, follows from the batch
     inputs, targets = context.move_pair(batch)
     with context.autocast():
         predictions = main_output(call_model(model, inputs), targets)
