@@ -39,7 +39,7 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
         columns = {
             "NAME": event["name"],
             "STATUS": "running",
-            "STARTED": row.get("STARTED", clock(event.get("started", event["time"]))),
+            "STARTED": row.get("STARTED", clock(event["started" if "started" in event else "time"])),
             "SECONDS": None,
             "EPOCH": row["EPOCH"] if is_ahead else event["epoch"],
             "BEST_EPOCH": row["BEST_EPOCH"] if is_ahead else event["best_epoch"],
