@@ -12,14 +12,14 @@ from typing import Any
 from ..errors import ConfigError
 from .capture import capture, short
 from .keys import INSTEAD, KEYS, UNRECORDED, defaults, upgrade
-from .kinds import REQUIRED, Key, as_list, is_of
+from .kinds import FUNCTION, REQUIRED, Key, as_list, is_of
 from .project import Project
 
 # What the routines themselves pass to these objects, and a config therefore must not.
 _FILLED_IN = {
     "OPTIMIZER": ("params",),
     "SCHEDULER": ("optimizer",),
-    "DATA_LOADER": ("dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn", "generator"),
+    "DATA_LOADER": ("dataset", "batch_sampler", "worker_init_fn", "generator"),
 }
 # How schedules call the step that they end at, and their length, which is filled in where it is missing.
 ENDS = ("T_max", "total_iters", "total_steps")
@@ -109,6 +109,10 @@ def _argument_problems(config: dict[str, Any], wrong: Mapping[Any, str]) -> Iter
     size = config["DATA_LOADER_CONFIG"].get("batch_size", 1)
     if size is None or (isinstance(size, int) and size < 1):
         yield f"DATA_LOADER_CONFIG.batch_size is {size!r}: it must be a whole number of at least 1."
+    for name in ("sampler", "collate_fn"):
+        value = config["DATA_LOADER_CONFIG"].get(name)
+        if value is not None and not FUNCTION.fits(value):
+            yield f"DATA_LOADER_CONFIG.{name} is {short(value)}: it must be {FUNCTION.name}."
     for split, arguments in (config["DATASET_CONFIG"] or {}).items():
         path = f"DATASET_CONFIG.{split}"
         if split not in _SPLITS or not isinstance(arguments, dict):

@@ -39,6 +39,8 @@ KEYS = {
     "DATASET": Key(None, kinds.DATASET, "class of the datasets; the package's own enter themselves"),
     "DATASET_CONFIG": Key(None, ARGUMENTS, "arguments of each dataset: {'train': {...}, 'test': {...}}"),
     "DATA_LOADER_CONFIG": Key({"batch_size": 8, "shuffle": True}, ARGUMENTS, "arguments of the DataLoader"),
+    "UNPACK": Key(None, FUNCTION, "function of a batch that is no pair, returns (inputs, targets)"),
+    "STEPS_PER_EPOCH": Key(None, WHOLE, "optimizer steps of an epoch of streaming data", 1),
     "VALIDATION_FRACTION": Key(0.2, NUMBER, "of the training set, kept for MONITOR; 0: select nothing", 0, 1),
     "MASK_VALUES": Key(None, kinds.MASK_VALUES, "class number of each value in the masks, such as {255: 1}"),
     "IGNORE_INDEX": Key(255, WHOLE, "target value of pixels that count nowhere", -(2**31)),

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from .keys import KEYS
-from .kinds import FLAG, NUMBER, PATH, REQUIRED, TEXT, WHOLE, Key, Kind, as_list, one_of
+from .kinds import DATASET, FLAG, NUMBER, PATH, REQUIRED, TEXT, WHOLE, Key, Kind, as_list, one_of
 
 OUTPUTS = ("classes", "probabilities", "confidence", "entropy")
 
@@ -25,6 +25,7 @@ PREDICT_KEYS = {
     **{key: KEYS[key] for key in ("MODEL", "MODEL_CONFIG", "MASK_VALUES", "IGNORE_INDEX")},
     **{key: KEYS[key] for key in ("DEVICE", "PRECISION")},
     "WEIGHTS": Key(REQUIRED, PATH, "weights file"),
+    "DATASET": Key(None, DATASET, "class whose own `read` gives the images; a run enters its own"),
     "FILES": Key(REQUIRED, _PATHS, "images, folders, or patterns such as in/*.tif"),
     "BANDS": Key(None, _PATHS, "patterns of the files of a folder that are one image's channels"),
     "OUT_DIR": Key(REQUIRED, PATH, "folder of the predictions"),

@@ -98,6 +98,9 @@ class DataContract:
             found.append(
                 f"it is {image.dtype}, the model was trained on {self.dtype} files, whose values were "
                 f"multiplied with {self.scale:g}: convert it to {self.dtype} with the same range of values"
+                if self.maximum or self.dtype != "float32"
+                else f"it is {image.dtype}, the model was trained on what its dataset made of files: give "
+                "the class in DATASET a staticmethod `read` of a file, or predict such values in float32"
             )
         elif image.dtype.kind == "f":
             bad = int((~np.isfinite(image) & (valid & has_data(image, self.nodata))[..., None]).sum())

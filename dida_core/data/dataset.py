@@ -2,13 +2,14 @@
 
 # ruff: noqa: D102 (methods are described in TrainingData)
 
-from collections.abc import Hashable, Sequence
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, IterableDataset, Subset
 
 from ..errors import ConfigError
 from .contract import DataContract
@@ -22,6 +23,9 @@ class TrainingData(Protocol):
 
     NpyDataset offers all of it. What your own dataset has is used, also inside of torch's ConcatDataset and
     Subset (which is what random_split gives).
+
+    For prediction, its class may have a staticmethod `read` of an image's file, which returns (C, H, W) as in
+    samples.
     """
 
     arguments: Any = None  # what it was built with, for the record
@@ -81,7 +85,7 @@ def as_dataset(dataset: Any) -> TrainingData:
         return View([dataset.dataset], [(0, int(index)) for index in dataset.indices])
     if type(dataset) is ConcatDataset:
         return View(dataset.datasets, _all_samples(dataset.datasets))
-    return Custom(dataset)
+    return Stream(dataset) if isinstance(dataset, IterableDataset) else Custom(dataset)
 
 
 class Custom(TrainingData):
@@ -99,6 +103,28 @@ class Custom(TrainingData):
 
     def __getitem__(self, index: int, /) -> Any:
         return self.given[index]
+
+
+class Stream(Custom):
+    """Streaming data: samples go by their place in it, and past its end it starts again."""
+
+    num_samples = 0  # of an epoch; the next one goes on from there
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int, /) -> Any:
+        return next(itertools.islice(self, index, None))
+
+    def __iter__(self) -> Iterator[Any]:
+        for place in itertools.count():
+            is_empty = True
+            for sample in self.given:
+                is_empty = False
+                yield sample
+            if is_empty:
+                when = "gives nothing" if place == 0 else "gives nothing when it is iterated over again"
+                raise DataError([f"the streaming data {when}: let it start anew each time"])
 
 
 class View(TrainingData):

@@ -1,7 +1,7 @@
 """
 Scan each file of a dataset once: hash, size, dtype, damaged values, statistics of channels, values of masks.
 
-What is found is cached by path, size and modification time.
+What is found is cached by path, size and modification time, also of the files beside that state more.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .images import DataError, ImageInfo, ImageReader, has_data
+from .images import DataError, ImageInfo, ImageReader, files_beside, has_data
 
 _VERSION = 4  # of what is found; older caches are not used
 _BAND_VALUES = 2**22  # an image is read in bands of at most so many values, so that memory stays small
@@ -193,7 +193,8 @@ def _codes(pixels: np.ndarray) -> np.ndarray:
 
 def _stamp(file: Path) -> list[int]:
     try:
-        return [file.stat().st_size, file.stat().st_mtime_ns]
+        stats = [one.stat() for one in (file, *files_beside(file))]
+        return [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
     except OSError:
         return []  # such as a link to nothing, which cannot be scanned either
 

@@ -195,7 +195,7 @@ def has_data(pixels: np.ndarray, nodata: float | Sequence[float | None] | None) 
     if nodata is None:
         return np.ones(pixels.shape[:-1], bool)
     missing = np.isnan(pixels) if np.isnan(nodata) else pixels == nodata
-    return ~(missing.all(-1) if pixels.dtype == np.uint8 else missing.any(-1))
+    return np.logical_not(missing.all(-1) if pixels.dtype == np.uint8 else missing.any(-1))
 
 
 def elsewhere(place: Place | None, other: Place | None, shape: Sequence[int], name: str) -> str:
@@ -227,12 +227,13 @@ def elsewhere(place: Place | None, other: Place | None, shape: Sequence[int], na
     return f"it lies at {extent(place)}, {name} at {extent(other)}"
 
 
-def has_files_beside(picture: Path) -> bool:
-    """Return whether there are files that state more about a picture: where it lies, its mask."""
-    ending = picture.suffix
+def files_beside(image: Path) -> list[Path]:
+    """Return the files that state more about an image: where it lies, its mask."""
+    ending = image.suffix
     worlds = [f".{ending[1]}{ending[-1]}w", f"{ending}w", ".wld"]
-    names = [picture.with_suffix(one) for way in (str.lower, str.upper) for one in map(way, worlds)]
-    return any(file.exists() for file in (*names, *(Path(f"{picture}{one}") for one in (".aux.xml", ".msk"))))
+    names = [image.with_suffix(one) for way in (str.lower, str.upper) for one in map(way, worlds)]
+    names += [Path(f"{image}{one}") for one in (".aux.xml", ".msk")]
+    return [name for name in names if name.exists()]
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -402,16 +403,17 @@ def _load_picture(path: Path, is_mask: bool, stack: contextlib.ExitStack) -> tup
     with open(path, "rb") as stream:
         header = stream.read(26)
     is_deep = header.startswith(b"\x89PNG") and header[24:25] == b"\x10" and header[25:] != b"\x00"
-    raster = _open_raster(path, stack) if is_deep or has_files_beside(path) else None
+    raster = _open_raster(path, stack) if is_deep or files_beside(path) else None
     alpha = None
     with Image.open(path) as image:
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # the others of a photo are previews
-            raise ValueError(f"it holds {image.n_frames} images instead of one")
+        number = getattr(image, "n_frames", 1)
+        if number > 1 and image.format != "MPO":  # a photo's others are previews
+            raise ValueError(f"it holds {number} images instead of one")
         if image.mode in ("CMYK", "LAB", "HSV", "YCbCr"):
             raise ValueError(f"its colors are {image.mode}: convert them to RGB")
         if image.getexif().get(_ORIENTATION, 1) != 1 and raster is not None:
             raise ValueError("EXIF turns it, but no file beside it, nor 16-bit colors: save it upright")
-        if is_deep:  # Pillow takes 16-bit colors for 8-bit ones
+        if is_deep and raster is not None:  # Pillow takes 16-bit colors for 8-bit ones
             return np.moveaxis(raster.read(), 0, -1), raster, None
         picture: Image.Image = ImageOps.exif_transpose(image)
         if picture.has_transparency_data and not is_mask:

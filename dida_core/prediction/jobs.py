@@ -21,7 +21,7 @@ from ..data.images import (
     Place,
     Window,
     elsewhere,
-    has_files_beside,
+    files_beside,
     list_images,
     raise_if,
 )
@@ -30,6 +30,7 @@ from ..errors import ConfigError
 from ..report.console import hides_bar, say
 from ..training.scores import Scores
 from .outputs import Output
+from .windows import open_image
 
 _NUM_CHECKED = 32  # images whose values are checked before the first one is predicted
 _ROWS = 256  # that are scored at once
@@ -135,13 +136,13 @@ def plan(
 def _states_place(file: Path) -> bool:
     """Return whether a file, or one beside it, states where it lies."""
     ending = file.suffix.lower()
-    if ending in (".npy", ".npz") or (ending not in _RASTERS and not has_files_beside(file)):
+    if ending in (".npy", ".npz") or (ending not in _RASTERS and not files_beside(file)):
         return False
     with ImageReader(file) as image:
         return image.grid != Grid("", None)
 
 
-def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) -> None:
+def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool, dataset: Any = None) -> None:
     """
     Check what is known of the images before the first one is predicted, and set their sizes and places.
 
@@ -150,7 +151,7 @@ def check_jobs(jobs: Sequence[Job], contract: DataContract, check_values: bool) 
     problems, unplaced = [], set()
     for number, job in enumerate(tqdm(jobs, desc="check", unit=" images", disable=hides_bar(), leave=False)):
         try:
-            with ImageReader(*job.inputs) as image:
+            with open_image(job.inputs, dataset) as image:
                 if image.grid not in (None, Grid("", None)):
                     unplaced |= {file.suffix for file in job.outputs.values()} - set(_RASTERS)
                 job.size, job.corners, own = image.shape[:2], image.place, contract.for_nodata(image.nodata)
@@ -192,7 +193,7 @@ def score_maps(maps: list[Path], masks: list[Path], contract: DataContract, conf
     :param maps: outputs of the kind "probabilities", in float32 or uint8
     :param masks: one for each, as in training
     :param config: IGNORE_INDEX and MASK_VALUES of a predict_config
-    :raises DataError: if a mask has another size than its map, or values that are no classes
+    :raises DataError: if a mask has another size than its map, or values that are no classes; if none counts
     """
     multi_class, ignore_index = contract.task == "multi-class", config["IGNORE_INDEX"]
     scores = Scores(contract.outputs, multi_class, ignore_index, contract.threshold)
@@ -219,4 +220,8 @@ def score_maps(maps: list[Path], masks: list[Path], contract: DataContract, conf
                     scores.update(batch[0][None].float(), batch[1] if multi_class else batch[1][None])
                 except ValueError as error:
                     raise DataError(f"{mask_file}: {error}") from error
+    if not scores.confusion.any():
+        raise DataError(
+            f"{masks[0].parent}: every pixel is ignored or without data: there is nothing to score"
+        )
     return scores

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..data.images import files_beside
 from ..storage.journal import Journal, read_journal
 from .jobs import Job
 
@@ -41,7 +42,8 @@ class Ledger:
 
     def origin(self, job: Job) -> dict[str, Any]:
         """Return all that the outputs of an image depend on."""
-        stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in job.inputs]
+        files = [one for file in job.inputs for one in (file, *files_beside(file))]
+        stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
         origin = {"inputs": stamps} | self._settings
         return {"digest": _digest(origin)} | origin
 

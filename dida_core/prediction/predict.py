@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..config.check import check_keys
 from ..config.keys import complete
 from ..config.prediction_keys import PREDICT_KEYS, as_list
 from ..config.project import find_project
-from ..data.images import DataError, ImageReader
+from ..data.images import DataError
 from ..errors import ConfigError, Preempted
 from ..report.console import hides_bar, say, signs_of_life
 from ..runs.lookup import find_run, read_run_config
@@ -30,7 +30,7 @@ from .jobs import Job, check_jobs, find_inputs, find_masks, plan, score_maps
 from .ledger import LEDGER, Ledger, of_this_process
 from .outputs import Output, only_writer, open_output
 from .predictor import Predictor, load_predictor
-from .windows import Band, Tiling, predict_bands
+from .windows import Band, Tiling, open_image, predict_bands
 
 SCORES = "scores.json"
 _MIN_TILE = 256
@@ -68,7 +68,7 @@ def predict(predict_config: dict[str, Any]) -> list[Path]:
         raise ConfigError("MASKS is given, but the model predicts values, not classes: leave it out.")
     jobs = plan(inputs, kinds, contract, config)
     jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
-    check_jobs(jobs, contract, config["CHECK_VALUES"])
+    check_jobs(jobs, contract, config["CHECK_VALUES"], config["DATASET"])
     masks = find_masks(jobs, masks) if masks is not None else []
     out_dir.mkdir(parents=True, exist_ok=True)
     with only_writer(out_dir / of_this_process(LEDGER)):
@@ -116,7 +116,12 @@ def run_config(name: str, global_config: dict[str, str] | None = None, package: 
     global_config = global_config or project.module(".config.config").global_config
     name = find_run(global_config, name, with_weights=True)
     keys = ("MODEL", "MODEL_CONFIG", "MASK_VALUES", "IGNORE_INDEX")
-    config = read_run_config(Path(global_config["LOG_DIR"]) / name, project, keys=keys)
+    run_dir = Path(global_config["LOG_DIR"]) / name
+    config = read_run_config(run_dir, project, keys=keys)
+    with suppress(ConfigError):  # a dataset that is no longer there reads nothing
+        dataset = read_run_config(run_dir, project, keys=("DATASET",)).get("DATASET")
+        if callable(getattr(dataset, "read", None)):
+            keys, config = (*keys, "DATASET"), config | {"DATASET": dataset}
     weights = Path(global_config["WEIGHT_DIR"]) / name / "best.pt"
     return {key: config[key] for key in keys if key in config} | {"WEIGHTS": weights}
 
@@ -141,6 +146,7 @@ class _Work:
         tile = config["TILE"] or max(_MIN_TILE, self.contract.tile_size or 0)
         self.tiling = Tiling(tile, config["OVERLAP"], config["BATCH_SIZE"])
         keys = ("MODEL", "MODEL_CONFIG", "OUTPUT", "OUTPUT_DTYPE", "OVERLAP", "BATCH_SIZE", "AUGMENT")
+        keys += ("DATASET",) if config["DATASET"] is not None else ()
         settings = {key: config[key] for key in keys}
         settings |= {"PRECISION": predictor.context.precision, "TILE": tile}
         settings = capture(settings, find_project(config["MODEL"].__module__), [])["config"]
@@ -185,7 +191,7 @@ class _Work:
     def _predict(self, job: Job, progress: tqdm) -> None:
         origin = self.ledger.origin(job)
         with ExitStack() as stack:
-            image = stack.enter_context(ImageReader(*job.inputs))
+            image = stack.enter_context(open_image(job.inputs, self.config["DATASET"]))
             contract = self.contract.for_nodata(image.nodata)
             size, tile = image.shape[:2], self.tiling.tile
             if self.config["CHECK_VALUES"]:

@@ -16,6 +16,7 @@ from ..storage.weights import WeightsError, load_weights, model_state
 from ..training.device import DeviceContext
 from ..training.distributed import own_device
 from ..training.modules import fill_model
+from ..training.targets import main_output
 from .windows import ArrayImage, Tiling, predict_bands
 
 # Each is (rotations by a right angle, mirrored); the first one changes nothing.
@@ -72,8 +73,14 @@ class Predictor:
 
     def _predict_view(self, inputs: Tensor, turns: int, mirrored: bool) -> Tensor:
         view = torch.rot90(inputs, turns, (-2, -1)) if turns else inputs
-        with self.context.autocast():
-            logits = self.model(view.flip(-1) if mirrored else view)
+        try:
+            with self.context.autocast():
+                logits = main_output(self.model(view.flip(-1) if mirrored else view))
+        except TypeError as error:
+            name = type(self.model).__name__
+            raise ConfigError(
+                f"MODEL {name} takes more than an image ({error}): call it yourself."
+            ) from error
         if logits.shape != (len(view), self.contract.outputs, *view.shape[2:]):
             shapes = f"{tuple(logits.shape)} for an input of {tuple(view.shape)}"
             raise ConfigError(f"MODEL outputs {shapes}: a map needs (N, {self.contract.outputs}, H, W).")
@@ -105,7 +112,7 @@ def load_predictor(
         raise WeightsError(f"{weights}: holds no data contract, without which no image can be scaled.")
     else:
         with ImageReader(*example) as image, torch.no_grad():
-            outputs = model.eval()(torch.zeros(1, image.shape[2], 256, 256)).shape[1]
+            outputs = main_output(model.eval()(torch.zeros(1, image.shape[2], 256, 256))).shape[1]
             info = ImageInfo(image.shape, image.dtype, image.nodata)
         contract = DataContract.of(info, outputs=outputs)
     predictor, run = Predictor(model, contract, **options), stored.get("run")

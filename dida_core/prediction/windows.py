@@ -6,10 +6,11 @@ and never with the height. The next rows are read while the current ones are com
 """
 
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -40,7 +41,45 @@ class ArrayImage:
         return self.read(window), np.ones(window[2:], bool)
 
 
+class OwnImage(ArrayImage):
+    """An image as the `read` of a custom dataset gives it, which lies where its files say."""
+
+    lacks_data = False
+
+    def __init__(self, dataset: Any, files: Sequence[Path]) -> None:
+        """:raises DataError: if it cannot be read, or comes in another size than its files have"""
+        name = f"{files[0]}: {dataset.__name__}.read"
+        try:
+            super().__init__(np.moveaxis(np.asarray(dataset.read(*files), np.float32), -3, -1))
+        except Exception as error:
+            wanted = "it must be a staticmethod of a file that returns (C, H, W), as in samples"
+            raise DataError([f"{name} fails ({type(error).__name__}: {error}): {wanted}"]) from error
+        with ImageReader(*files) as image:
+            self.grid, self.place = image.grid, image.place
+            if image.shape[:2] != self.shape[:2]:
+                sizes = "{} x {} pixels, the file {} x {}".format(*self.shape[:2], *image.shape[:2])
+                raise DataError([f"{name} gives {sizes}: no map would fit"])
+
+    def sample(self, size: int = 64) -> np.ndarray:
+        """Return some pixels (N, C)."""
+        step = 1 + max(self.shape[:2]) // (3 * size)
+        return self.pixels[::step, ::step].reshape(-1, self.shape[2])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 Image = ImageReader | ArrayImage
+
+
+def open_image(files: Sequence[Path], dataset: Any = None) -> Any:
+    """Open an image as its files have it, or as the `read` of a dataset's class gives it."""
+    return ImageReader(*files) if dataset is None else OwnImage(dataset, files)
+
+
 Rows = tuple[np.ndarray, np.ndarray]  # (rows, W, C), and where there is data, (rows, W)
 PredictBatch = Callable[[Tensor], np.ndarray]  # (N, C, H, W) inputs to (N, K, H, W) probabilities
 

@@ -1,5 +1,6 @@
 """Pictures: samples with target and prediction, and one picture that sums up a run."""
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -10,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from ..data.contract import PALETTE as _PALETTE
 from ..data.contract import DataContract
-from ..storage.files import safe_name
+from ..storage.files import safe_name, write_atomic
 from ..storage.journal import Event
-from ..training.modules import evaluation_mode
+from ..training.modules import call_model, evaluation_mode
+from ..training.targets import main_output
 from .curves import draw_history
 from .listener import Listener, Result, RunView
 
@@ -31,8 +32,8 @@ class Picture(Listener):
         """Save the images logged since the last event."""
         for name, image in run.pending.images.items():
             file = run.log_dir / "images" / f"{safe_name(name)}-{event['step']:08d}.png"
-            file.parent.mkdir(exist_ok=True)
-            Image.fromarray(np.asarray(image)).save(file)
+            picture = Image.fromarray(np.asarray(image))
+            write_atomic(file, functools.partial(picture.save, format="png"))
 
     epoch = step
 
@@ -80,11 +81,13 @@ def panels_of(run: RunView, dataset: Any, samples: dict[int, str] | None = None)
         samples = {index: str(name_of(index)) for index in spread}
     with evaluation_mode(model):
         for index, title in samples.items():
-            inputs, targets = default_collate([dataset[index]])
+            inputs, targets = setup.loaders.collate([dataset[index]], [title])
+            if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
+                return []
             if inputs.ndim != 4 or targets.ndim < 3:
                 return []
             with setup.autocast():
-                logits = model(setup.context.move(inputs)).float().cpu()
+                logits = main_output(call_model(model, setup.context.move(inputs))).float().cpu()
             if not inputs.shape[-2:] == targets.shape[-2:] == logits.shape[-2:]:
                 return []
             image = inputs[0].numpy()
@@ -186,7 +189,8 @@ def save_picture(
         named = zip(colors, class_names, strict=True)
         handles = [Patch(facecolor=color, edgecolor="gray", label=name) for color, name in named]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)))
-    figure.savefig(path, dpi=90, format="png")
+    save = functools.partial(figure.savefig, dpi=90, format="png")
+    write_atomic(path, save) if isinstance(path, str | os.PathLike) else save(path)
 
 
 def _draw_panel(axis: Any, panel: Panel) -> None:

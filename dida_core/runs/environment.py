@@ -174,9 +174,13 @@ def _head(section: list[str]) -> int:
 
 
 def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return what differs between two environments and may lead to other numbers, a sentence each."""
-    versions = before.get("packages", {}), now.get("packages", {})
-    conditions = [(name, before.get(key), now.get(key)) for key, name in _CONDITIONS.items()]
+    """
+    Return what differs between two environments and may lead to other numbers, a sentence each.
+
+    What an older version did not record is not known to differ.
+    """
+    versions = before.get("packages", now.get("packages", {})), now.get("packages", {})
+    conditions = [(name, before[key], now.get(key)) for key, name in _CONDITIONS.items() if key in before]
     conditions += [(name, versions[0].get(name), versions[1].get(name)) for name in _COMPUTING]
     differences = []
     for name, then, here in conditions:
@@ -185,11 +189,15 @@ def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             differences.append(
                 f"{name}: " + ("not what they were" if is_long else f"{then} then, {here} now")
             )
-    hashes = before.get("data", {}), now.get("data", {})
-    changed = sorted(file for file in {*hashes[0], *hashes[1]} if hashes[0].get(file) != hashes[1].get(file))
-    if changed:
+    if changed := changed_files(before, now):
         differences.append(f"data: {len(changed)} files are not what they were, such as {changed[0]}")
     return differences
+
+
+def changed_files(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the files of the data, masks too, that are others or missing; none where none was recorded."""
+    hashes = before.get("data") or now.get("data", {}), now.get("data", {})
+    return sorted(file for file in {*hashes[0], *hashes[1]} if hashes[0].get(file) != hashes[1].get(file))
 
 
 def _git(folder: str | os.PathLike, *arguments: str) -> str | None:

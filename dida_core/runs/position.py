@@ -1,8 +1,7 @@
 """Where a training stands in its epochs, batches and steps, and what comes next."""
 
 from collections.abc import Iterator
-
-from torch import Tensor
+from typing import Any
 
 from ..report.listener import State
 from ..training.accumulated import is_averaged
@@ -20,14 +19,14 @@ class Batches:
     def __len__(self) -> int:
         return self._setup.loaders.batches.num_batches - self._state.batch
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
         order, context, seed = self._setup.loaders.batches, self._setup.context, self._setup.config["SEED"]
         order.epoch, order.first_batch = self._state.epoch, self._state.batch
         if order.first_batch == order.num_batches:
             return  # the epoch's evaluation was interrupted, and is all that is left of it
         first = order.epoch * order.num_batches + order.first_batch
-        for number, (inputs, targets) in enumerate(self._setup.loaders.train, first):
-            inputs, targets = context.move(inputs), targets.to(context.device)
+        for number, batch in enumerate(self._setup.loaders.train, first):
+            inputs, targets = context.move_pair(batch)
             seed_step(seed, number, context.device, rank())
             yield inputs, targets
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from .counts import CountMetric
 from .distributed import num_processes
-from .targets import is_multi_class
+from .targets import is_multi_class, known
 
 
 def is_accumulated(metric: Any) -> bool:
@@ -30,10 +30,12 @@ class Accumulated:
     """
     A metric of a whole dataset. It gets probabilities where the task is classes, and else the predictions.
 
-    :raises ConfigError: if the metric cannot be that of several processes
+    :raises ConfigError: if several processes train
     """
 
     def __init__(self, name: str, metric: Any, task: str, ignore_index: int) -> None:
+        if num_processes() > 1:  # some of theirs hang where one process has no sample
+            raise ConfigError([f"METRICS.{name} is an object: several processes cannot share it."])
         self.name, self.task, self.ignore_index = name, task, ignore_index
         if isinstance(metric, type | functools.partial):
             given = metric.keywords if isinstance(metric, functools.partial) else {}
@@ -42,10 +44,6 @@ class Accumulated:
         else:
             self.metric = copy.deepcopy(metric)
             self.metric.reset()
-        if num_processes() > 1 and not any(
-            "torchmetrics" in base.__module__ for base in type(metric).__mro__
-        ):
-            raise ConfigError([f"METRICS.{name} is not of torchmetrics: several processes cannot share it."])
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """Add a batch."""
@@ -59,7 +57,9 @@ class Accumulated:
             if not ignores and bool((targets == self.ignore_index).any()):
                 about = f"METRICS.{self.name} does not ignore {self.ignore_index}, which targets hold"
                 raise ConfigError([f"{about}: give it ignore_index={self.ignore_index}, or take another."])
-        self.metric.update(predictions, targets)
+        predictions, targets = known(predictions, targets)
+        if targets.numel():
+            self.metric.update(predictions, targets)
 
     def results(self, class_names: Sequence[str]) -> dict[str, float]:
         """Return what it computes, of several values each by its class or name."""

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..data.dataset import TrainingData
+from ..data.dataset import Stream, TrainingData
+from ..errors import ConfigError, UserError
 from .signals import blocked_signals, ignore_signals
 
 _ORDER, _SAMPLE, _STEP = range(3)
@@ -51,9 +52,9 @@ def seed_step(seed: int, batch_index: int, device: torch.device, rank: int = 0) 
         torch.mps.manual_seed(number)
 
 
-def seed_sample(seed: int, epoch: int, index: int) -> None:
+def seed_sample(seed: int, epoch: int, index: int, *place: int) -> None:
     """Seed what a sample's crop and augmentation draw, from PyTorch, numpy or Python."""
-    _seed_cpu(mix(_SAMPLE, seed, epoch, index))
+    _seed_cpu(mix(_SAMPLE, seed, epoch, index, *place))
 
 
 def _seed_cpu(number: int) -> None:
@@ -63,15 +64,63 @@ def _seed_cpu(number: int) -> None:
 
 
 class Samples(Dataset):
-    """A dataset whose samples are the same each time they are asked for by (epoch, index)."""
+    """
+    A dataset whose samples are the same each time they are asked for by (epoch, index).
+
+    A sampler may draw one several times, and its place in the epoch is a third number then.
+    """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
+        self._stream: Iterator[Any] = iter(())
+        self._next = 0  # place in the stream
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
-        seed_sample(self.seed, epoch, index)
+    def __getitem__(self, key: tuple[int, ...]) -> Any:
+        epoch, index, *place = key
+        if isinstance(self.dataset, Stream):
+            return self._read_on(index)
+        seed_sample(self.seed, epoch, index, *place)
         return self.dataset[index]
+
+    def _read_on(self, place: int) -> Any:
+        """Return what stands at a place of a stream: what comes before is read, too, and left out."""
+        if self._next == 0 or place < self._next:
+            self._stream, self._next = iter(self.dataset), 0
+        sample = None
+        while self._next <= place:
+            seed_sample(self.seed, 0, self._next)
+            sample, self._next = next(self._stream), self._next + 1
+        return sample
+
+
+class SamplerOrder:
+    """The order that a sampler draws in an epoch, as a function of (seed, epoch)."""
+
+    def __init__(self, sampler: Any, seed: int, num_samples: int) -> None:
+        """:raises ConfigError: if it draws from a state of its own, or samples that there are not"""
+        self.sampler, self.seed = sampler, seed
+        first = self(0)
+        if first != self(0):
+            raise ConfigError(
+                "DATA_LOADER_CONFIG.sampler draws from a state of its own, so that no run could be resumed: "
+                "let it draw from torch, numpy or random, or by set_epoch."
+            )
+        if not set(first) <= set(range(num_samples)):
+            raise ConfigError(
+                f"DATA_LOADER_CONFIG.sampler draws sample {max(first)} of {num_samples}: VALIDATION_FRACTION "
+                "has taken some, so give a validation set, or a function of the dataset that is trained on."
+            )
+        self.num_drawn = len(first)
+
+    def __call__(self, epoch: int) -> list[int]:
+        """Return the samples of an epoch."""
+        number = mix(_ORDER, self.seed, epoch)
+        _seed_cpu(number)
+        if hasattr(self.sampler, "generator"):
+            self.sampler.generator = torch.Generator().manual_seed(number)
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+        return [int(index) for index in self.sampler]
 
 
 class TrainingBatches(Sampler):
@@ -90,8 +139,11 @@ class TrainingBatches(Sampler):
         seed: int,
         rank: int = 0,
         num_processes: int = 1,
+        draw: Callable[[int], Sequence[int]] | None = None,
     ) -> None:
+        """:param draw: returns the samples of an epoch in their order; None: all, by shuffle"""
         self.num_samples, self.batch_size, self.shuffle, self.seed = num_samples, batch_size, shuffle, seed
+        self.draw = draw
         self.rank, self.num_processes = rank, num_processes
         self.num_batches = num_samples // batch_size if drop_last else -(-num_samples // batch_size)
         self.epoch, self.first_batch = 0, 0
@@ -99,15 +151,24 @@ class TrainingBatches(Sampler):
     def __len__(self) -> int:
         return self.num_batches - self.first_batch
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         order, size = self.order(self.epoch), self.batch_size
+        keys: Sequence[tuple[int, ...]] = [(self.epoch, index) for index in order]
+        if self.draw is not None:
+            keys = [(*key, place) for place, key in enumerate(keys)]
         for batch in range(self.first_batch, self.num_batches):
-            indices = order[batch * size : (batch + 1) * size]
+            some = keys[batch * size : (batch + 1) * size]
             # DDP all-reduces in every process: one without samples runs a dummy sample with loss weight 0.
-            yield [(self.epoch, index) for index in indices[self._own(batch)] or indices[:1]]
+            yield list(some[self._own(batch)] or some[:1])
 
     def order(self, epoch: int) -> Sequence[int]:
-        """Return all samples in the order of an epoch."""
+        """Return the samples of an epoch in their order."""
+        if self.draw is not None:
+            order = self.draw(epoch)
+            if len(order) != self.num_samples:
+                numbers = f"{self.num_samples} samples in epoch 1, and {len(order)} in epoch {epoch + 1}"
+                raise ConfigError(f"DATA_LOADER_CONFIG.sampler draws {numbers}: draw as many in each.")
+            return order
         if not self.shuffle:
             return range(self.num_samples)
         return np.random.default_rng([_ORDER, self.seed, epoch]).permutation(self.num_samples).tolist()
@@ -179,13 +240,20 @@ class Loader(DataLoader):
     def __iter__(self) -> Any:
         with blocked_signals():  # which would end a worker that is still starting, and the training with it
             self._latest = super().__iter__()
-        return self._latest
+        return map(_raised, self._latest)
 
     def close(self) -> None:
         """End the workers: they ignore SIGTERM, so that an exiting process would wait for them forever."""
         if hasattr(self._latest, "_shutdown_workers"):
             self._latest._shutdown_workers()
         self._latest = self._iterator = None
+
+
+def _raised(batch: Any) -> Any:
+    """Raise what a worker has returned instead of a batch: raised there, it would arrive as a traceback."""
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
 
 
 def _init_worker(users: Callable[[int], None] | None, number: int) -> None:

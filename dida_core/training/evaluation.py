@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from ..data.contract import DataContract
 from .accumulated import Accumulated, is_accumulated, is_averaged
 from .counts import CountMetric
-from .device import DeviceContext
+from .determinism import seed_step
+from .device import DeviceContext, map_tensors, tensors_of
 from .distributed import gather, num_processes
-from .modules import evaluation_mode
+from .modules import call_model, evaluation_mode
 from .scores import Scores
 from .signals import Preempted, raise_if_stop_requested, stop_requested
-from .targets import check_shapes, is_multi_class, known, unmask
+from .targets import check_shapes, is_multi_class, known, main_output, unmask
 
 
 class Accumulator(Protocol):
@@ -66,11 +67,11 @@ class Evaluation:
         self._contract = contract
         self._values: dict[str, list[float]] = {name: [] for name in self.averaged}
 
-    def update(self, predictions: Tensor, targets: Tensor) -> None:
+    def update(self, predictions: Any, targets: Any) -> None:
         """
         Add a batch.
 
-        :param predictions: (N, C, ...) logits in float32
+        :param predictions: (N, C, ...) logits in float32; where there are several targets, all outputs
         :param targets: by the conventions of targets.py
         """
         for metric in self.accumulated:
@@ -84,15 +85,22 @@ class Evaluation:
                 about = (predictions.shape[1], is_multi_class(predictions, unmasked), self.ignore_index)
                 self.scores = Scores(*about, how.threshold, how.temperature, contract is not None)
             self.scores.update(predictions, unmasked, valid)
-        for index in range(len(predictions)):
-            prediction, target = predictions[index : index + 1], targets[index : index + 1]
-            ignored = target.isnan() if target.is_floating_point() else target == self.ignore_index
-            if bool(ignored.all()):
+        for index in range(len(tensors_of(predictions)[0])):
+            one = slice(index, index + 1)
+            prediction, target = (
+                map_tensors(lambda all_, one=one: all_[one], batch) for batch in (predictions, targets)
+            )
+            if self._is_ignored(target):
                 self.sample_losses.append(math.nan)
                 continue  # no pixel counts, of which some losses are NaN
             for name, function in self.averaged.items():
                 self._values[name].append(float(function(*known(prediction, target))))
             self.sample_losses.append(self._values["loss"][-1])
+
+    def _is_ignored(self, target: Any) -> bool:
+        if not isinstance(target, Tensor):
+            return False
+        return bool((target.isnan() if target.is_floating_point() else target == self.ignore_index).all())
 
     def results(self) -> dict[str, float]:
         """
@@ -138,6 +146,8 @@ def gather_unless_stopped(value: Any) -> list[Any]:
 
 def holds_classes(predictions: Tensor, targets: Tensor) -> bool:
     """Return whether targets may hold classes by the conventions of targets.py, and so can be counted."""
+    if not isinstance(targets, Tensor):
+        return False
     try:
         check_shapes(predictions, targets)
     except ValueError:
@@ -153,7 +163,7 @@ def _mean(values: list[float]) -> float:
 
 @torch.no_grad()
 def evaluate_batch(
-    model: nn.Module, batch: tuple[Tensor, Tensor], evaluation: Accumulator, context: DeviceContext
+    model: nn.Module, batch: tuple[Any, Any], evaluation: Accumulator, context: DeviceContext
 ) -> None:
     """
     Add a batch to an evaluation; the model has to be in evaluation mode. Do nothing once a signal has asked
@@ -163,15 +173,16 @@ def evaluate_batch(
     """
     if stop_requested():
         return
-    inputs, targets = context.move(batch[0]), batch[1].to(context.device)
+    seed_step(0, 0, context.device)  # what a model draws, as Monte-Carlo dropout does, follows from the batch
+    inputs, targets = context.move_pair(batch)
     with context.autocast():
-        predictions = model(inputs)
-    evaluation.update(predictions.float(), targets)
+        predictions = main_output(call_model(model, inputs), targets)
+    evaluation.update(map_tensors(Tensor.float, predictions), targets)
 
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Any, Any]],
     evaluation: Accumulator,
     context: DeviceContext,
 ) -> dict[str, float]:

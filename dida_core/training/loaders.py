@@ -1,15 +1,20 @@
-"""The datasets of a training by split, and their loaders."""
+"""The datasets of a training by split, their batches, and their loaders."""
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import default_collate
 
-from ..data.dataset import TrainingData, as_dataset
-from ..errors import ConfigError
-from .determinism import EvaluationBatches, Loader, Samples, TrainingBatches
+from ..data.dataset import Stream, TrainingData, as_dataset
+from ..data.images import DataError
+from ..errors import ConfigError, UserError
+from .determinism import EvaluationBatches, Loader, SamplerOrder, Samples, TrainingBatches
+from .device import map_tensors, tensors_of
 from .distributed import num_processes, rank
 from .optimization import config_errors
 
@@ -36,6 +41,123 @@ class Splits:
 
 
 @dataclass
+class Collate:
+    """Make a batch (inputs, targets) of samples, by collate_fn and UNPACK."""
+
+    function: Callable[[list[Any]], Any] | None = None
+    unpack: Callable[[Any], Any] | None = None
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "Collate":
+        """Return that of a config."""
+        return cls(config["DATA_LOADER_CONFIG"].get("collate_fn"), config["UNPACK"])
+
+    def __call__(self, samples: Sequence[Any], names: Sequence[str]) -> tuple[Any, Any]:
+        """
+        :param names: of the samples
+        :raises ConfigError, DataError: if they are no batch, with the sample that is unlike the first
+        """
+        try:
+            batch = (self.function or default_collate)(list(samples))
+            batch = batch if self.unpack is None else self.unpack(batch)
+        except UserError:
+            raise
+        except Exception as error:
+            raise DataError([self._odd_one(samples, names, error)]) from error
+        if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(map(tensors_of, batch))):
+            what = (
+                f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else f"{batch!r:.80}"
+            )
+            maker = "UNPACK returns" if self.unpack else "a batch is"
+            remedy = "set UNPACK to a function of a batch that returns (inputs, targets)"
+            raise ConfigError([f"{maker} a {what}, which is no pair of tensors (input, target): {remedy}."])
+        return batch[0], batch[1]
+
+    def _odd_one(self, samples: Sequence[Any], names: Sequence[str], error: Exception) -> str:
+        shapes = [[tuple(tensor.shape) for tensor in tensors_of(_as_tensors(sample))] for sample in samples]
+        for name, sample, own in zip(names, samples, shapes, strict=True):
+            if sample is None and self.function is None:
+                return f"{name} is None: leave it out of the dataset, or out of batches by a collate_fn"
+            if own != shapes[0]:
+                remedy = "bring all to one size, take batch_size=1, or set DATA_LOADER_CONFIG.collate_fn"
+                return f"{name} has the shapes {own}, and {names[0]} {shapes[0]}: {remedy}"
+        about = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"{', '.join(names)}: no batch can be made of it by collate_fn and UNPACK ({about})"
+
+
+def _as_tensors(sample: Any) -> Any:
+    """Return a sample with arrays as tensors."""
+    if isinstance(sample, tuple | list):
+        return [_as_tensors(one) for one in sample]
+    if isinstance(sample, dict):
+        return {key: _as_tensors(one) for key, one in sample.items()}
+    return torch.empty(sample.shape) if hasattr(sample, "shape") else sample
+
+
+@dataclass
+class Values:
+    """
+    What a batch may hold.
+
+    :param num_classes: of class numbers; None: the targets are none
+    :param ignored: target values that count nowhere
+    """
+
+    num_classes: int | None = None
+    ignored: Sequence[Any] = ()
+
+    def problem(self, inputs: Any, targets: Any) -> str | None:
+        """Return what is wrong with the values of a batch."""
+        if not all(bool(one.isfinite().all()) for one in tensors_of(inputs)):
+            return "its input holds NaN or infinite values: replace them in the dataset"
+        if self.num_classes is None or not isinstance(targets, Tensor):
+            return None
+        wrong = (targets < 0) | (targets >= self.num_classes)
+        for value in self.ignored:
+            wrong &= targets != value
+        if not bool(wrong.any()):
+            return None
+        ignored = " or ".join(map(str, self.ignored))
+        about = f"its target holds {targets[wrong][0].item()}, but the model has {self.num_classes} classes"
+        return f"{about}: it must be below {self.num_classes}, or {ignored}, which counts nowhere"
+
+
+class BatchedSamples(Samples):
+    """The batches of a dataset. One that cannot be used is the error instead, which Loader raises."""
+
+    def __init__(self, dataset: TrainingData, seed: int, collate: Collate, values: Values) -> None:
+        super().__init__(dataset, seed)
+        self.collate, self.values = collate, values
+
+    def __getitems__(self, keys: list[tuple[int, ...]]) -> Any:
+        """Return the batch of these samples, or a UserError that names one."""
+        try:
+            return self.batch(keys)
+        except UserError as error:
+            return error
+
+    def batch(self, keys: list[tuple[int, ...]]) -> tuple[Any, Any]:
+        """
+        Return the batch of these samples.
+
+        :raises UserError: naming the sample that cannot be used
+        """
+        names = [str(self.dataset.sample_name(key[1])) for key in keys]
+        batch = self.collate([self[key] for key in keys], names)
+        if (problem := self.values.problem(*batch)) is None:
+            return batch
+        for number, name in enumerate(names if len(tensors_of(batch)[0]) == len(names) else ()):
+            one = map_tensors(lambda all_, number=number: all_[number : number + 1], batch)
+            if problem := self.values.problem(*one):
+                raise DataError([f"{name}: {problem}"])
+        raise DataError([f"{', '.join(names)}: {problem}"])
+
+
+def _as_given(batch: Any) -> Any:
+    return batch
+
+
+@dataclass
 class Loaders:
     """The loaders; None where there is no dataset."""
 
@@ -44,10 +166,13 @@ class Loaders:
     validation: Loader | None
     batches: TrainingBatches  # of the training set
     steps_per_epoch: int  # optimizer steps; the last one may have fewer batches
+    collate: Collate
 
 
 @config_errors("DATA_LOADER")
-def build_loaders(config: dict[str, Any], data: Splits, device: torch.device, shape: torch.Size) -> Loaders:
+def build_loaders(
+    config: dict[str, Any], data: Splits, device: torch.device, shape: torch.Size, values: Values
+) -> Loaders:
     """
     Build the loaders by DATA_LOADER_CONFIG.
 
@@ -55,22 +180,71 @@ def build_loaders(config: dict[str, Any], data: Splits, device: torch.device, sh
     """
     options, seed, process = dict(config["DATA_LOADER_CONFIG"]), config["SEED"], (rank(), num_processes())
     batch_size, shuffle = options.pop("batch_size", 1), options.pop("shuffle", True)
-    drop_last = options.pop("drop_last", False)
+    drop_last, sampler = options.pop("drop_last", False), options.pop("sampler", None)
+    options["collate_fn"], collate = _as_given, Collate.of(config)
     # Elsewhere than on CUDA, pinned memory is useless and warned of.
     options["pin_memory"] = options.get("pin_memory", False) and device.type == "cuda"
     if options.get("num_workers", 0) > 0:
         options.setdefault("persistent_workers", True)
-    batches = TrainingBatches(len(data.train), batch_size, shuffle, drop_last, seed, *process)
+    num_samples, draw = len(data.train), None
+    if isinstance(data.train, Stream):
+        draw = _continued(num_samples)
+    elif sampler is not None:
+        draw = SamplerOrder(_built(sampler, data.train), seed, num_samples)
+        num_samples = draw.num_drawn
+    batches = TrainingBatches(num_samples, batch_size, shuffle, drop_last, seed, *process, draw)
     if batches.num_batches == 0:
-        raise ConfigError([f"drop_last leaves no batch: {len(data.train)} samples, batch_size {batch_size}."])
+        raise ConfigError([f"drop_last leaves no batch: {num_samples} samples, batch_size {batch_size}."])
     max_pixels = batch_size * shape[-2] * shape[-1] if len(shape) == 3 else None
 
     def load(dataset: TrainingData, order: TrainingBatches | EvaluationBatches) -> Loader:
-        return Loader(Samples(dataset, seed), batch_sampler=order, **options)
+        return Loader(BatchedSamples(dataset, seed, collate, values), batch_sampler=order, **options)
 
     test, validation = (
         None if one is None else load(one, EvaluationBatches(one, batch_size, max_pixels, *process))
         for one in (data.test, data.validation)
     )
     steps_per_epoch = math.ceil(batches.num_batches / config["ACCUMULATE"])
-    return Loaders(load(data.train, batches), test, validation, batches, steps_per_epoch)
+    return Loaders(load(data.train, batches), test, validation, batches, steps_per_epoch, collate)
+
+
+def stream_problems(config: dict[str, Any], data: Splits) -> list[str]:
+    """Enter the length of an epoch into streaming data, and return why it cannot be trained on."""
+    options, steps, evaluated = config["DATA_LOADER_CONFIG"], config["STEPS_PER_EPOCH"], data.items()[1:]
+    problems = [
+        f"the {split} data is a stream: give a dataset of a known length, such as list(it)."
+        for split, dataset in evaluated
+        if isinstance(dataset, Stream)
+    ]
+    if not isinstance(data.train, Stream):
+        about = f"STEPS_PER_EPOCH is {steps}, but the training data is no stream (IterableDataset)"
+        return problems if steps is None else [*problems, f"{about}: leave it out."]
+    if steps is None:
+        problems.append("STEPS_PER_EPOCH is missing: the training data is a stream, which has no length.")
+    else:
+        data.train.num_samples = steps * config["ACCUMULATE"] * options.get("batch_size", 1)
+    if data.validation is None and config["VALIDATION_FRACTION"] > 0:
+        about = f"VALIDATION_FRACTION is {config['VALIDATION_FRACTION']}, but a stream cannot be split"
+        problems.append(f"{about}: give a validation set, or set it to 0.")
+    if options.get("num_workers", 0) > 1:
+        about = f"DATA_LOADER_CONFIG.num_workers is {options['num_workers']}, but a stream has one order"
+        problems.append(f"{about}: set it to 0, or to 1, which reads ahead.")
+    if options.get("sampler") is not None:
+        problems.append(
+            "DATA_LOADER_CONFIG.sampler is set, but a stream has an order of its own: leave it out."
+        )
+    return problems
+
+
+def _built(sampler: Callable[..., Any], dataset: TrainingData) -> Any:
+    """Build a sampler: of the dataset, if it wants anything that it has not been given."""
+    wanted = inspect.signature(sampler).parameters.values()
+    is_complete = all(
+        one.default is not one.empty or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in wanted
+    )
+    return sampler() if is_complete else sampler(dataset)
+
+
+def _continued(num_samples: int) -> Callable[[int], Sequence[int]]:
+    """Return the places of a stream by epoch: each continues where the one before has ended."""
+    return lambda epoch: range(epoch * num_samples, (epoch + 1) * num_samples)

@@ -2,7 +2,8 @@
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,13 @@ def fill_model(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
             f"{origin}: does not fit this {kind}: {'; '.join(problems)}. Check MODEL and MODEL_CONFIG."
         )
     model.load_state_dict(state)
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model with the inputs of a batch: one tensor, several in a tuple or list, or a dict by name."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
 @contextlib.contextmanager

@@ -78,21 +78,27 @@ def _with_tensors(value: Any, device: torch.device, ndim: int) -> Any:
 
 
 def of_known(loss: Loss) -> Loss:
-    """Return a loss that gets no target that is NaN."""
+    """Return a loss that gets no target that is NaN, and is 0 where there is no other."""
+
+    def some(pred: Any, target: Any) -> tuple[Any, Any]:
+        pair = known(pred, target)
+        is_empty = isinstance(target, Tensor) and not pair[1].numel()
+        return (pred * 0, torch.zeros_like(pred)) if is_empty else pair
+
     if isinstance(loss, nn.Module):
-        loss.register_forward_pre_hook(lambda _, pair: known(*pair))
+        loss.register_forward_pre_hook(lambda _, pair: some(*pair))
         return loss
-    return lambda pred, target: loss(*known(pred, target))
+    return lambda pred, target: loss(*some(pred, target))
 
 
 @config_errors("OPTIMIZER")
-def build_optimizer(config: dict[str, Any], model: nn.Module, loss_fn: Any = None) -> torch.optim.Optimizer:
+def build_optimizer(config: dict[str, Any], model: nn.Module, loss_fn: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer of all parameters of model and loss, also of frozen ones: they may thaw."""
-    own = list(loss_fn.parameters()) if isinstance(loss_fn, nn.Module) else []
+    own = list(loss_fn.parameters())
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError([f"MODEL {type(model).__name__} has no parameter to train."])
     if own and num_processes() > 1:
-        name = type(loss_fn).__name__
+        name = config["LOSS"].__name__
         raise ConfigError([f"LOSS {name} has parameters, which several processes cannot train: take one."])
     both = dict.fromkeys([*model.parameters(), *own])
     parameters = [one for one in both if one.is_floating_point() or one.is_complex()]

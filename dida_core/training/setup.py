@@ -27,14 +27,13 @@ from ..data.contract import DataContract
 from ..data.dataset import Custom, View, as_dataset
 from ..data.images import DataError
 from ..errors import ConfigError, UserError
-from .device import DeviceContext
+from .device import DeviceContext, tensors_of
 from .distributed import own_device
 from .evaluation import Evaluation
-from .first_sample import FirstSample, contract_of_values, dry_run, try_model
-from .loaders import Loaders, Splits, build_loaders
+from .first_sample import FirstSample, contract_of_values, dry_run, try_model, try_splits
+from .loaders import Loaders, Splits, Values, build_loaders, stream_problems
 from .modules import set_seed
 from .optimization import (
-    Loss,
     build_ema,
     build_loss,
     build_optimizer,
@@ -43,6 +42,7 @@ from .optimization import (
     warm_up,
     watch_gradients,
 )
+from .targets import OutputLoss
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Setup:
     scheduler: LRScheduler | None
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None
-    loss_fn: Loss
+    loss_fn: OutputLoss
 
     @property
     def config(self) -> dict[str, Any]:
@@ -97,14 +97,9 @@ class Setup:
         about = (config["IGNORE_INDEX"], own.class_names, contract, own.task)
         return Evaluation(config["METRICS"], self.loss_fn, *about)
 
-    @property
-    def loss_module(self) -> nn.Module | None:
-        """The loss, if it may have parameters."""
-        return self.loss_fn if isinstance(self.loss_fn, nn.Module) else None
-
     def parameters(self) -> list[nn.Parameter]:
         """Return all parameters that are trained: the model's, and the loss's if it has some."""
-        return [*self.model.parameters(), *(self.loss_module.parameters() if self.loss_module else ())]
+        return [*self.model.parameters(), *self.loss_fn.parameters()]
 
     def step_schedule(self, value: float | None) -> None:
         """
@@ -149,9 +144,9 @@ def prepare(
     data, context, first = _check(experiment, data)
     data, contract = _fit_contract(experiment, data, first)
     set_seed(config["SEED"])  # of what a loss draws
-    loss_fn = build_loss(config, context.device, first.predictions.ndim)
-    loss_fn = of_known(loss_fn) if contract.task == "values" else loss_fn
-    loaders = build_loaders(config, data, context.device, first.inputs.shape[1:])
+    loss = build_loss(config, context.device, tensors_of(first.predictions)[0].ndim)
+    loss_fn = OutputLoss(of_known(loss) if contract.task == "values" else loss)
+    loaders = build_loaders(config, data, context.device, first.shape[1:], _values(config, contract))
     dry_run(first, config, loss_fn, contract, context)
     model = first.model.to(context.device)
     if context.channels_last:
@@ -162,9 +157,11 @@ def prepare(
     scheduler = build_scheduler(config, optimizer, loaders.steps_per_epoch)
     scaler = torch.amp.GradScaler(context.device.type, enabled=context.precision == "fp16")
     ema = build_ema(config, model)
-    return Setup(
+    setup = Setup(
         experiment, context, contract, data, loaders, model, optimizer, scheduler, scaler, ema, loss_fn
     )
+    try_splits(setup.model, first, loaders, lambda: setup.metrics(contract), context)
+    return setup
 
 
 def _check_folders(global_config: dict[str, str]) -> None:
@@ -191,6 +188,7 @@ def _check(experiment: Experiment, data: Splits) -> tuple[Splits, DeviceContext,
     with _collect(problems):
         if config["MASK_VALUES"]:
             data = data.map(lambda dataset: dataset.with_mask_values(config["MASK_VALUES"]))
+    problems += stream_problems(config, data)
     problems += _disagreements(config, data)
     reasons = _enter_data(config, data)
     with _collect(problems):
@@ -241,6 +239,14 @@ def _fit_contract(experiment: Experiment, given: Splits, first: FirstSample) -> 
     data.hashes = _hashes(config, given)
     data.digest = _digest(data.hashes, given)
     return data, contract
+
+
+def _values(config: dict[str, Any], contract: DataContract) -> Values:
+    """Return what batches may hold."""
+    is_masked = any(getattr(metric, "masked", False) for metric in config["METRICS"].values())
+    counts = contract.task == "multi-class" and not is_masked
+    ignored = {config["IGNORE_INDEX"], config["LOSS_CONFIG"].get("ignore_index", config["IGNORE_INDEX"])}
+    return Values(contract.outputs if counts else None, tuple(ignored))
 
 
 @contextlib.contextmanager

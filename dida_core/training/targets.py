@@ -15,10 +15,14 @@ the first: a usability mask of 0 and 1 (weights in between work too). A masked m
 (N, 2, H, W), the mask and the class numbers.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
+from .device import map_tensors, tensors_of
 
 IGNORE_INDEX = 255
 
@@ -116,14 +120,56 @@ def counting(
     return keep & (valid > 0 if is_multi_class(pred, target) else (valid > 0).unsqueeze(1))
 
 
-def known(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def main_output(outputs: Any, targets: Any = None) -> Any:
+    """
+    Return what counts in evaluation and prediction: of several outputs the first, where there is one target.
+
+    Where the targets are several, in a tuple or dict, they are for all of the outputs.
+    """
+    several = targets is not None and not isinstance(targets, Tensor)
+    return outputs if several or isinstance(outputs, Tensor) else next(iter(tensors_of(outputs)), outputs)
+
+
+class OutputLoss(nn.Module):
+    """
+    A loss of all that a model returns, in float32.
+
+    Of several outputs for one target (deep supervision, auxiliary heads), each is compared with the target
+    in its own size, and weighs half as much as the one before it. Several targets are the given loss's own.
+    """
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss of a batch."""
+        outputs = map_tensors(Tensor.float, outputs)
+        if isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+            return self.loss(outputs, targets)
+        levels = tensors_of(outputs)
+        losses = [self.loss(one, resize_nearest(targets, one.shape[2:])) for one in levels]
+        weights = [0.5**level for level in range(len(levels))]
+        return sum(weight / sum(weights) * one for weight, one in zip(weights, losses, strict=True))
+
+
+def resize_nearest(target: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a target (..., *size) of values that it has: class numbers, ignored pixels and masks as well."""
+    for axis, length in zip(range(-len(size), 0), size, strict=True):
+        if target.shape[axis] != length:
+            centers = (
+                (2 * torch.arange(length, device=target.device) + 1) * target.shape[axis] // (2 * length)
+            )
+            target = target.index_select(axis, centers)
+    return target
+
+
+def known(pred: Any, target: Any) -> tuple[Any, Any]:
     """Return a prediction and its target, or where some of the target is NaN, what is not, (n,) each."""
-    if not target.is_floating_point() or target.shape != pred.shape:
+    if not isinstance(target, Tensor) or not target.is_floating_point() or target.shape != pred.shape:
         return pred, target
     is_known = ~target.isnan()
-    if is_known.all():
-        return pred, target
-    return (pred[is_known], target[is_known]) if is_known.any() else (pred * 0, torch.zeros_like(target))
+    return (pred, target) if is_known.all() else (pred[is_known], target[is_known])
 
 
 def precise(logits: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ from dida_core.report.tensorboard import TensorBoard
 from dida_core.runs.run import Run, start_run
 from dida_core.training.distributed import refuse_several
 from dida_core.training.evaluation import evaluate_batch
+from dida_core.training.modules import call_model
 from dida_core.training.setup import Setup, prepare
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from ..config.config import global_config as default_global_config
 from ..utils.logging.csv import CsvTracker
@@ -24,17 +25,16 @@ from .config import VARIANTS, small, train_config  # noqa: F401 (a routine offer
 
 
 class Forward(nn.Module):
-    """The model as the Learner calls it: in the run's precision, with an output in float32."""
+    """The model as the Learner calls it: in the run's precision."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
         self.model, self.setup = setup.model, setup
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return logits of images (N, C, H, W)."""
+    def forward(self, inputs: Any) -> Any:
+        """Return the predictions for a batch; the loss is computed in float32, outside of autocast."""
         with self.setup.autocast():
-            predictions = self.model(inputs)
-        return predictions.float()  # so the loss is computed in float32, outside of autocast
+            return call_model(self.model, inputs)
 
 
 class Training(Callback):

@@ -11,6 +11,7 @@ from dida_core.report.tensorboard import TensorBoard
 from dida_core.runs.run import start_run
 from dida_core.training.distributed import join_processes
 from dida_core.training.evaluation import evaluate_batch
+from dida_core.training.modules import call_model
 from dida_core.training.setup import prepare
 from ignite.engine import Engine, EventEnum, Events
 
@@ -49,8 +50,8 @@ def train(
         def training_step(engine: Engine, batch: Any) -> None:
             inputs, targets = batch
             with setup.autocast():
-                predictions = model(inputs)
-            loss = loss_fn(predictions.float(), targets)  # in float32, outside of autocast
+                predictions = call_model(model, inputs)
+            loss = loss_fn(predictions, targets)  # in float32, outside of autocast
             scaler.scale(loss * run.loss_weight).backward()
             run.end_batch(loss)  # the only CPU-GPU sync point
             if not run.is_update_step:  # gradient accumulation

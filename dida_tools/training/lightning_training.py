@@ -13,12 +13,12 @@ from dida_core.runs.run import Run, start_run
 from dida_core.training.device import DeviceContext
 from dida_core.training.distributed import refuse_several
 from dida_core.training.evaluation import evaluate_batch
+from dida_core.training.modules import call_model
 from dida_core.training.setup import Setup, prepare
 from dida_core.training.signals import install_handlers
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
-from torch import Tensor
 
 from ..config.config import global_config as default_global_config
 from ..utils.logging.csv import CsvTracker
@@ -54,14 +54,14 @@ class Training(LightningModule):
         """Switch the model to training: Lightning leaves the mode to it."""
         self.model.train()
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+    def training_step(self, batch: tuple[Any, Any], _: int) -> None:
         """Train on a batch, and make an optimizer step when it is time."""
         setup, run, model, config = self.built, self.run, self.model, self.built.config
         optimizer, scheduler, scaler, ema = setup.optimizer, setup.scheduler, setup.scaler, setup.ema
         inputs, targets = batch
         with setup.autocast():
-            predictions = model(inputs)
-        loss = setup.loss_fn(predictions.float(), targets)  # in float32, outside of autocast
+            predictions = call_model(model, inputs)
+        loss = setup.loss_fn(predictions, targets)  # in float32, outside of autocast
         self.manual_backward(scaler.scale(loss * run.loss_weight))
         run.end_batch(loss)  # the only CPU-GPU sync point
         if not run.is_update_step:  # gradient accumulation
@@ -83,7 +83,7 @@ class Training(LightningModule):
         self.built.eval_model.eval()
         self.metrics = self.built.metrics()
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+    def validation_step(self, batch: tuple[Any, Any], _: int) -> None:
         """Evaluate a batch of the validation set."""
         evaluate_batch(self.built.eval_model, batch, self.metrics, self.built.context)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import rasterio
 from dida_core.data.contract import DataContract
-from dida_core.data.facts import scan_image, scan_mask
+from dida_core.data.facts import scan_files, scan_image, scan_mask
 from dida_core.data.images import DataError, ImageReader, Window, image_info, read_image, read_masked
 from dida_core.data.pairs import MaskReading, mask_problems
 from PIL import Image
@@ -142,6 +142,15 @@ def test_pixels_of_masks_without_data_count_nowhere(tmp_path: Path, name: str) -
     assert (facts["values"], facts["missing"], facts["damaged"]) == (counts, MISSING.sum(), 0)
     for number, places in enumerate(facts["places"]):
         assert (labels.ravel()[places] == number).all() and not MISSING.ravel()[places].any()
+
+
+def test_a_mask_beside_an_image_is_seen_when_it_comes_later(tmp_path: Path) -> None:
+    path, cache = tmp_path / "a.tif", tmp_path / "cache.json"
+    write(path, invent())
+    assert scan_files([path], scan_image, cache)[path]["missing"] == 0
+    write(tmp_path / "b.tif", invent(), mask=True, internal=False)
+    (tmp_path / "b.tif.msk").rename(tmp_path / "a.tif.msk")
+    assert scan_files([path], scan_image, cache)[path]["missing"] == MISSING.sum()
 
 
 def test_in_masks_neither_a_nodata_of_0_nor_an_alpha_channel_is_believed(tmp_path: Path) -> None:

@@ -119,14 +119,20 @@ def test_a_picture_with_a_world_file_gives_a_raster(tmp_path):
     config = make_config(tmp_path, Net(3), replace(CONTRACT, channels=3, dtype="uint8", mean=(), maximum=()))
     config["MODEL_CONFIG"] = {"channels": 3}
     pixels = np.random.default_rng(0).integers(1, 255, (20, 30, 3)).astype(np.uint8)
+    Net.calls = 0
     for name in ("a.png", "b.png"):
         Image.fromarray(pixels).save(tmp_path / name)
     (tmp_path / "a.pgw").write_text("10\n0\n0\n-10\n500005\n4999995\n")
     files = predict(config | {"FILES": [tmp_path / "a.png", tmp_path / "b.png"]})
-    assert [file.name for file in files] == ["a.tif", "b.png"]
+    assert [file.name for file in files] == ["a.tif", "b.png"] and Net.calls == 2
+    predict(config | {"FILES": [tmp_path / "a.png", tmp_path / "b.png"]})
+    assert Net.calls == 2
     with rasterio.open(files[0]) as raster:
         assert raster.transform == rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)
         assert np.array_equal(raster.read(1), np.asarray(Image.open(files[1])))
+    (tmp_path / "a.pgw").write_text("10\n0\n0\n-10\n0\n0\n")  # the map has to move, too
+    predict(config | {"FILES": [tmp_path / "a.png", tmp_path / "b.png"]})
+    assert Net.calls == 3
 
 
 @pytest.mark.parametrize("height", [30, 300])
@@ -171,6 +177,8 @@ def test_masks_are_scored_where_they_hold_data_and_lie_as_their_image(tmp_path, 
     for value in (-9999, np.float32(-3.4028234663852886e38), np.nan):
         assert scores(np.where(ignored == 255, np.float32(value), ignored), nodata=value) == plain
     assert scores(np.where(ignored == 255, 2, ignored), nodata=None) == plain
+    with pytest.raises(DataError, match="masks: every pixel is ignored or without data"):
+        scores(np.full_like(ignored, 99), nodata=99)
     moved = {"transform": GRID["transform"] @ rasterio.Affine.translation(0, 3)}
     with pytest.raises(DataError, match=r"it lies at \(399960, 5900010\).* a\.tif at \(399960, 5900040"):
         scores(ignored, **moved)

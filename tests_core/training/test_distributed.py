@@ -126,7 +126,8 @@ def signaled(owner: Any, method: str, at: int, by_rank: int, in_training: bool =
     original, counter = getattr(owner, method), itertools.count(1)
 
     def call(self: Any, *arguments: Any) -> Any:
-        if distributed.rank() == by_rank and (not in_training or self.training) and next(counter) == at:
+        is_meant = not in_training or (self.training and torch.is_grad_enabled())
+        if distributed.rank() == by_rank and is_meant and next(counter) == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *arguments)
 

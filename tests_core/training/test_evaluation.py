@@ -260,8 +260,26 @@ def test_metrics_of_torchmetrics_are_those_of_the_whole_set(task):
         run(data, {"built": score()}, task=kind)
 
 
-def test_an_object_that_accumulates_values_gets_them_as_they_are():
+def test_an_object_that_accumulates_values_gets_them_as_they_are(monkeypatch):
     torchmetrics = pytest.importorskip("torchmetrics")
     data = [(torch.tensor([number / 4]), torch.tensor([number / 2 - 1])) for number in range(6)]
     found = run(data, {"error": torchmetrics.MeanAbsoluteError}, 4, loss=functional.mse_loss, task="values")
     assert found["error"] == pytest.approx(sum(abs(1 - number / 4) for number in range(6)) / 6)
+    monkeypatch.setattr("dida_core.training.accumulated.num_processes", lambda: 2)
+    with pytest.raises(ConfigError, match="several processes cannot share it"):
+        run(data, {"error": torchmetrics.MeanAbsoluteError}, loss=functional.mse_loss, task="values")
+
+
+def test_results_of_a_regression_are_those_of_the_targets_that_are_known():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    pred, target = torch.randn(4, 1, 5, 6), torch.randn(4, 1, 5, 6)
+    target[0, :, :2] = target[3] = torch.nan
+    metrics = {"mse": torchmetrics.MeanSquaredError, "error": functional.l1_loss}
+    evaluation = Evaluation(metrics, functional.mse_loss, task="values")
+    for index in range(4):
+        evaluation.update(pred[[index]], target[[index]])
+    results, known = evaluation.results(), ~target.isnan()
+    error = torch.stack([(pred[i] - target[i])[known[i]].abs().mean() for i in range(3)]).mean()
+    assert results["mse"] == pytest.approx((pred - target)[known].square().mean().item())
+    assert results["error_sample_mean"] == pytest.approx(error.item())
+    assert [math.isnan(loss) for loss in evaluation.sample_losses] == [False, False, False, True]

@@ -64,12 +64,13 @@ class Labeled(Dataset):
 
 
 class Values(TensorDataset):
-    """Eight numbers, and two that follow from them; some of these are not known."""
+    """Eight numbers, and two that follow from them; some of these may not be known."""
 
-    def __init__(self, number: int, seed: int) -> None:
+    def __init__(self, number: int, seed: int, unknown: bool = False) -> None:
         inputs = torch.randn(number, 8, generator=torch.Generator().manual_seed(seed))
         targets = torch.stack([inputs[:, :4].sum(1), inputs[:, 4] * inputs[:, 5]], dim=1)
-        targets[::7, 1] = targets[3] = torch.nan
+        if unknown:
+            targets[::7, 1] = targets[3] = torch.nan
         super().__init__(inputs, targets)
 
 
@@ -180,6 +181,11 @@ CASES: dict[str, dict[str, Any]] = {
     "regression-rmsprop-no-validation": REGRESSION | {
         "batches": 6, "EPOCHS": 6, "OPTIMIZER": torch.optim.RMSprop, "VALIDATION_FRACTION": 0,
         "DATA_LOADER_CONFIG": {"batch_size": 8, "drop_last": True},
+    },
+    "regression-some-targets-unknown-accumulate2": REGRESSION | {
+        "batches": 8, "EPOCHS": 6, "ACCUMULATE": 2, "DATA_LOADER_CONFIG": {"batch_size": 5},
+        "DATASET_CONFIG": {split: {"number": 48, "seed": seed, "unknown": True}
+                           for seed, split in enumerate(("train", "test"))},
     },
 }  # fmt: skip
 

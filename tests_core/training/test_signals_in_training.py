@@ -104,7 +104,7 @@ class When:
 
 class SignaledUNET(UNET):
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             When.comes("training")
         return super().forward(x)
 
@@ -249,7 +249,7 @@ def at_forward(number: int, action: Callable[[], None]) -> Callable[[], None]:
         original, counter = UNET.forward, itertools.count(1)
 
         def forward(self: UNET, x: Tensor) -> Tensor:
-            if self.training and next(counter) == number:
+            if self.training and torch.is_grad_enabled() and next(counter) == number:
                 action()
             return original(self, x)
 
