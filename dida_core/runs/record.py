@@ -123,15 +123,17 @@ class Record:
             say(f"{self.log_dir}: the last lines may not be on the disk ({error}).")
 
 
-def _known_files(setup: Setup) -> Callable[[Path], bool]:
+def _known_files(setup: Setup) -> Callable[[str], bool]:
     """Return what tells whether a file is one of the data, whose hashes are recorded, or of a run."""
-    known = {(name.partition("/")[2], facts["bytes"]) for name, facts in setup.data.hashes.items()}
-    folders = [os.path.realpath(setup.experiment.global_config[key]) for key in ("LOG_DIR", "WEIGHT_DIR")]
+    sizes: dict[str, set[int]] = {}
+    for name, facts in setup.data.hashes.items():
+        sizes.setdefault(name.partition("/")[2], set()).add(facts["bytes"])
+    folders = [setup.experiment.global_config[key] for key in ("LOG_DIR", "WEIGHT_DIR")]
+    of_runs = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
 
-    def is_known(path: Path) -> bool:
-        size = path.stat().st_size if path.is_file() else None
-        is_of_run = Path(os.path.realpath(path)).is_relative_to
-        return (f"{path.parent.name}/{path.name}", size) in known or any(map(is_of_run, folders))
+    def is_known(path: str) -> bool:
+        name = "/".join(path.split(os.sep)[-2:])
+        return path.startswith(of_runs) or (name in sizes and os.path.getsize(path) in sizes[name])
 
     return is_known
 
