@@ -1,14 +1,17 @@
 """
-Remove a torchvision that cannot be imported beside the installed torch.
+Remove a torchvision that cannot be imported beside the installed torch, unless it is the user's.
 
 It comes with other packages. A build for another torch fails on import, and with it torchmetrics, which works
-without torchvision. One that was installed by name (pip records that) stays; report how it can be fixed.
+without torchvision. One that was installed by name (pip records that), or that a package needs which is not
+in constraints.txt, such as timm, stays; report how it can be fixed.
 """
 
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 
 def main() -> None:
@@ -20,11 +23,28 @@ def main() -> None:
         return
     torch, torchvision = (importlib.metadata.distribution(name) for name in ("torch", "torchvision"))
     found = f"torchvision {torchvision.version} cannot be imported beside torch {torch.version}"
-    if torchvision.read_text("REQUESTED") is not None:
-        print(f"{found}: install the build for that torch (https://pytorch.org/get-started).")
+    others = sorted(users() - known())
+    if torchvision.read_text("REQUESTED") is not None or others:
+        build = torch.version.partition("+")[2]
+        index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
+        print(f"{found}. It stays{', for ' * bool(others)}{', '.join(others)}. Install the build that fits:")
+        print(f"  {sys.executable} -m pip install --upgrade torch=={torch.version} torchvision{index}")
         return
     subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
     print(f"{found} and was removed; nothing in this project needs it.")
+
+
+def users() -> set[str]:
+    """Return the installed packages that need torchvision."""
+    needs = re.compile(r"torchvision\b(?!.*extra ==)")
+    distributions = importlib.metadata.distributions()
+    return {one.name.lower() for one in distributions if any(map(needs.match, one.requires or ()))}
+
+
+def known() -> set[str]:
+    """Return the packages that this project has brought."""
+    lines = Path(__file__).resolve().parents[1].joinpath("constraints.txt").read_text().splitlines()
+    return {line.partition("==")[0].strip().lower() for line in lines}
 
 
 if __name__ == "__main__":

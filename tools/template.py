@@ -64,6 +64,8 @@ def main() -> int:
             refuse(f"The template has no version {version!r}: it has {versions or 'no tags'}.")
         if not try_git("merge-base", "--is-ancestor", commit, record["commit"], folder=template).returncode:
             print(f"This project already has version {version} of the template (commit {commit[:10]}).")
+            if arguments.template and arguments.command == "update":
+                remember(record)
             return 0
         base = find_rendered(record)
         joined = base is not None
@@ -82,6 +84,13 @@ def main() -> int:
         message = "Record what the template gave"
         git("merge", "--quiet", "--allow-unrelated-histories", "--strategy", "ours", "-m", message, base)
     return merge(base, new, version)
+
+
+def remember(record: dict[str, Any]) -> None:
+    """Commit a record where it has changed, such as the template's place."""
+    (ROOT / RECORD).write_text(json.dumps(record, indent=4) + "\n")
+    if git("status", "--porcelain", "--", RECORD):
+        git("commit", "--quiet", "--message", "Record where the template is", "--", RECORD)
 
 
 def refuse(sentence: str) -> NoReturn:

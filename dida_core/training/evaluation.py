@@ -11,7 +11,7 @@ from ..data.contract import DataContract
 from .accumulated import Accumulated, is_accumulated, is_averaged
 from .counts import CountMetric
 from .determinism import seed_step
-from .device import DeviceContext, map_tensors, tensors_of
+from .device import DeviceContext, map_tensors, one_of, tensors_of
 from .distributed import gather, num_processes
 from .modules import call_model, evaluation_mode
 from .scores import Scores
@@ -86,10 +86,7 @@ class Evaluation:
                 self.scores = Scores(*about, how.threshold, how.temperature, contract is not None)
             self.scores.update(predictions, unmasked, valid)
         for index in range(len(tensors_of(predictions)[0])):
-            one = slice(index, index + 1)
-            prediction, target = (
-                map_tensors(lambda all_, one=one: all_[one], batch) for batch in (predictions, targets)
-            )
+            prediction, target = one_of((predictions, targets), index)
             if self._is_ignored(target):
                 self.sample_losses.append(math.nan)
                 continue  # no pixel counts, of which some losses are NaN

@@ -187,6 +187,8 @@ def test_the_templates_url_is_recorded_without_password_and_a_distant_folder_not
     assert record_of(far)["template"] is None
     assert "names no place of the template: TEMPLATE=" in update(far, code=1)
     assert "already" in update(far, "--template", template)
+    assert (far / record_of(far)["template"]).resolve() == template.resolve()
+    assert not git(far, "status", "--porcelain") and "already" in update(far)
     origin = clone(template, tmp_path / "origin")
     git(origin, "remote", "add", "origin", "https://me:secret@example.org/template.git")
     (origin / "train.py").write_text("print('not committed')\n")

@@ -181,7 +181,19 @@ def test_a_broken_torchvision_is_removed_but_not_one_installed_by_name(tmp_path)
     failed = "torchvision 0.28.0 cannot be imported beside torch"
     kept = subprocess.check_output(check, text=True)
     assert failed in kept and "removed" not in kept and (info.parent / "torchvision").exists()
+    fitting = (
+        r"pip install --upgrade torch==\S+ torchvision( --index-url https://download.pytorch.org/whl/\w+)?\n"
+    )
+    assert re.search(fitting, kept)
     (info / "REQUESTED").unlink()
+    needs = info.with_name("timm-1.0.dist-info")
+    needs.mkdir()
+    (needs / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: timm\nVersion: 1.0\nRequires-Dist: torchvision\n"
+    )
+    kept = subprocess.check_output(check, text=True)
+    assert "It stays, for timm. Install" in kept and (info.parent / "torchvision" / "__init__.py").exists()
+    shutil.rmtree(needs)
     assert failed in subprocess.check_output(check, text=True)
     assert not (info.parent / "torchvision" / "__init__.py").exists()
     assert subprocess.check_output(check, text=True) == ""

@@ -674,7 +674,11 @@ def assert_preempted_and_resumed(project: Path, said: str) -> None:
     folders = global_config_of(project)
     assert "DataLoader worker" not in said and 'train.py", line' not in said
     (row,) = rows_of(folders)
-    assert said.count(f"Resume it with: python train.py --resume {row['NAME']}\n") == 1
+    commands = (
+        f"python train.py --resume {row['NAME']}\n",
+        f'train(train_dataset, test_dataset, config | {{"RESUME": "{row["NAME"]}"}}',
+    )
+    assert sum(said.count(f"Resume it with: {command}") for command in commands) == 1
     assert row["STATUS"] == "preempted"
     steps = [event["step"] for event in events_of(Path(folders["LOG_DIR"]) / row["NAME"], "step")]
     assert steps == list(range(1, len(steps) + 1))

@@ -236,9 +236,9 @@ def test_twice_in_one_epoch_and_with_other_workers(fit, interrupt, rich_config, 
     [
         pytest.param(FIRST, 2, 3, 0, id="second-validation-image"),
         pytest.param(FIRST, 3, 3, 1, id="pictures-after-the-epochs-results"),
-        pytest.param(FIRST, 14, 9, 2, id=f"last-validation-{FIRST}"),
-        *(pytest.param(name, 14, 9, 2, marks=slow, id=f"last-validation-{name}") for name in OTHERS),
-        pytest.param(FIRST, 20, 9, 3, id="second-test-image"),
+        pytest.param(FIRST, 10, 9, 2, id=f"last-validation-{FIRST}"),
+        *(pytest.param(name, 10, 9, 2, marks=slow, id=f"last-validation-{name}") for name in OTHERS),
+        pytest.param(FIRST, 14, 9, 3, id="second-test-image"),
     ],
     indirect=["fit"],
 )
