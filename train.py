@@ -55,7 +55,11 @@ def main() -> int:
     if recorded:
         name = find_run(global_config, recorded)
         config = read_run_config(log_dir / name, project)
-        config |= {"RESUME": name} if arguments.resume else {"RERUN_OF": name, "DATE": None}
+        config |= (
+            {"RESUME": name}
+            if arguments.resume
+            else {"RERUN_OF": name, "DATE": None, "STUDY": None, "TRIAL": None}
+        )
     routine = load_routine(arguments.routine or recorded_routine(config))
     if arguments.variant not in ("full", *routine.VARIANTS):
         parser.error(f"--variant {arguments.variant}: choose one of full, {', '.join(routine.VARIANTS)}")

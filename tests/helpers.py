@@ -37,7 +37,7 @@ ROUTINES = sorted(
 )
 FIRST = "pytorch" if "pytorch" in ROUTINES else ROUTINES[0]
 # What the clock and the process put into otherwise equal events, rows and states.
-VOLATILE = {"time", "seconds", "pid", "PID", "STARTED", "HEARTBEAT", "SECONDS"}
+VOLATILE = {"time", "seconds", "started", "pid", "PID", "STARTED", "HEARTBEAT", "SECONDS"}
 CRASHED = 86  # exit code of a child whose function raised
 HANGS_AFTER_SECONDS = 60.0
 
@@ -115,7 +115,7 @@ def differing(one: Any, other: Any, ignored: frozenset[str] | set[str] = VOLATIL
 def fingerprint(state: Any) -> str:
     """Return a digest of everything in a training state but its clock."""
     digest = hashlib.sha256()
-    for place, value in leaves(state, "", {"time", "seconds"}).items():
+    for place, value in leaves(state, "", {"time", "seconds", "started"}).items():
         digest.update(repr((place, value)).encode())
     return digest.hexdigest()
 

@@ -24,7 +24,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from ..errors import Problems
 
 ENDINGS = (".npy", ".npz", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
-_ORIENTATION = 274  # tag of EXIF and TIFF: 1 is upright
+_ORIENTATION, _TURNED = 274, range(2, 9)  # a tag of EXIF and TIFF, and what it holds where pixels are turned
 _WARNINGS = threading.Lock()  # threads share their filters
 # numpy parses a header as Python text. Python 3.11 cannot parse in two threads at once: now and then it
 # raises "AST constructor recursion depth mismatch".
@@ -190,7 +190,7 @@ def has_data(pixels: np.ndarray, nodata: float | Sequence[float | None] | None) 
     """
     if isinstance(nodata, Sequence) and len({str(value) for value in nodata}) > 1:
         missing = np.stack([~has_data(pixels[..., [one]], value) for one, value in enumerate(nodata)], -1)
-        return ~missing.any(-1)
+        return np.logical_not(missing.any(-1))
     nodata = nodata[0] if isinstance(nodata, Sequence) else nodata
     if nodata is None:
         return np.ones(pixels.shape[:-1], bool)
@@ -207,14 +207,8 @@ def elsewhere(place: Place | None, other: Place | None, shape: Sequence[int], na
     if not place or not other:
         return ""
     corners, others = np.array(place["corners"]), np.array(other["corners"])
-    if place["crs"] != other["crs"] and place["crs"] and other["crs"]:
-        from rasterio.errors import RasterioError
-        from rasterio.warp import transform
-
-        try:
-            corners = np.transpose(transform(place["crs"], other["crs"], *corners.T))
-        except RasterioError:  # there is no way from one to the other
-            corners = np.full((4, 2), np.nan)
+    if place["crs"] and other["crs"]:
+        corners = into_crs(corners, place["crs"], other["crs"])
     pixel = np.linalg.norm(np.diff(others, axis=0)[:2], axis=1) / (shape[1], shape[0])
     if (abs(corners - others) <= pixel.min() / 2).all():
         return ""
@@ -225,6 +219,19 @@ def elsewhere(place: Place | None, other: Place | None, shape: Sequence[int], na
         return f"({left:.10g}, {top:.10g}) to ({right:.10g}, {bottom:.10g}) in {crs}"
 
     return f"it lies at {extent(place)}, {name} at {extent(other)}"
+
+
+def into_crs(points: np.ndarray, crs: str, other: str) -> np.ndarray:
+    """Return points (n, 2) in another coordinate system; NaN where there is no way into it."""
+    if crs == other:
+        return points
+    from rasterio.warp import transform
+
+    found = np.full(points.shape, np.nan)
+    if crs and other:
+        with contextlib.suppress(Exception):  # of many kinds
+            found = np.transpose(transform(crs, other, *points.T))
+    return np.where(np.isfinite(found), found, np.nan)
 
 
 def files_beside(image: Path) -> list[Path]:
@@ -337,7 +344,7 @@ def _open(path: Path, is_mask: bool, stack: contextlib.ExitStack) -> tuple[np.nd
     ending, raster, alpha = path.suffix.lower(), None, None
     if ending in (".tif", ".tiff"):
         raster = _open_raster(path, stack)
-        if raster.driver == "GTiff" and (turned := _orientation(path)) != 1:
+        if raster.driver == "GTiff" and (turned := _orientation(path)) in _TURNED:
             raise ValueError(f"its pixels are stored turned (orientation {turned}): save it upright")
         return None, raster, None
     if ending == ".npy":
@@ -411,7 +418,7 @@ def _load_picture(path: Path, is_mask: bool, stack: contextlib.ExitStack) -> tup
             raise ValueError(f"it holds {number} images instead of one")
         if image.mode in ("CMYK", "LAB", "HSV", "YCbCr"):
             raise ValueError(f"its colors are {image.mode}: convert them to RGB")
-        if image.getexif().get(_ORIENTATION, 1) != 1 and raster is not None:
+        if image.getexif().get(_ORIENTATION) in _TURNED and raster is not None:
             raise ValueError("EXIF turns it, but no file beside it, nor 16-bit colors: save it upright")
         if is_deep and raster is not None:  # Pillow takes 16-bit colors for 8-bit ones
             return np.moveaxis(raster.read(), 0, -1), raster, None

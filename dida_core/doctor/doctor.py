@@ -9,7 +9,6 @@ place without a georeference.
 """
 
 import argparse
-import contextlib
 import re
 import textwrap
 from collections import defaultdict
@@ -22,6 +21,7 @@ import numpy as np
 from ..data.build import fingerprint, splits_of, suggest
 from ..data.contract import DataContract
 from ..data.facts import Facts
+from ..data.images import into_crs
 from ..data.pairs import MaskReading, Pairs, dataset_problems, find_problems
 
 _SMALLEST_OVERLAP = 0.01  # of the smaller tile: neighbors may touch
@@ -168,14 +168,7 @@ def _rectangles(grids: list[dict[str, Any]], crs: str) -> np.ndarray:
     corners = np.array([grid["corners"] for grid in grids], np.float64)
     for other in {grid["crs"] for grid in grids} - {crs}:
         chosen = np.array([grid["crs"] == other for grid in grids])
-        points = np.full((int(chosen.sum()) * 4, 2), np.nan)
-        if crs and other:
-            from rasterio.errors import RasterioError
-            from rasterio.warp import transform
-
-            with contextlib.suppress(RasterioError):
-                points = np.transpose(transform(other, crs, *corners[chosen].reshape(-1, 2).T))
-        corners[chosen] = np.where(np.isfinite(points), points, np.nan).reshape(-1, 4, 2)
+        corners[chosen] = into_crs(corners[chosen].reshape(-1, 2), other, crs).reshape(-1, 4, 2)
     edges = np.diff(corners, axis=1)[:, :2]  # along the first row, and down the last column
     sizes = np.linalg.norm(edges, axis=2)
     is_rotated = abs(edges[:, 0, 0]) < abs(edges[:, 0, 1])  # by a right angle

@@ -115,7 +115,7 @@ def run_config(name: str, global_config: dict[str, str] | None = None, package: 
     project = find_project(package)
     global_config = global_config or project.module(".config.config").global_config
     name = find_run(global_config, name, with_weights=True)
-    keys = ("MODEL", "MODEL_CONFIG", "MASK_VALUES", "IGNORE_INDEX")
+    keys: tuple[str, ...] = ("MODEL", "MODEL_CONFIG", "MASK_VALUES", "IGNORE_INDEX")
     run_dir = Path(global_config["LOG_DIR"]) / name
     config = read_run_config(run_dir, project, keys=keys)
     with suppress(ConfigError):  # a dataset that is no longer there reads nothing
@@ -145,8 +145,8 @@ class _Work:
         self.predictor, self.contract, self.config = predictor, predictor.contract, config
         tile = config["TILE"] or max(_MIN_TILE, self.contract.tile_size or 0)
         self.tiling = Tiling(tile, config["OVERLAP"], config["BATCH_SIZE"])
-        keys = ("MODEL", "MODEL_CONFIG", "OUTPUT", "OUTPUT_DTYPE", "OVERLAP", "BATCH_SIZE", "AUGMENT")
-        keys += ("DATASET",) if config["DATASET"] is not None else ()
+        keys = ["MODEL", "MODEL_CONFIG", "OUTPUT", "OUTPUT_DTYPE", "OVERLAP", "BATCH_SIZE", "AUGMENT"]
+        keys += ["DATASET"] if config["DATASET"] is not None else []
         settings = {key: config[key] for key in keys}
         settings |= {"PRECISION": predictor.context.precision, "TILE": tile}
         settings = capture(settings, find_project(config["MODEL"].__module__), [])["config"]

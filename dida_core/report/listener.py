@@ -28,6 +28,7 @@ class State:
     num_samples: int = 0
     best: float | None = None
     best_epoch: int | None = None  # counted from 1
+    best_digest: str | None = None  # of its weights
     bad_epochs: int = 0  # since the best one
     stopped: bool = False  # early
     seconds: float = 0.0  # of training, over all interruptions

@@ -1,5 +1,6 @@
 """Pictures: samples with target and prediction, and one picture that sums up a run."""
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..data.contract import PALETTE as _PALETTE
 from ..data.contract import DataContract
-from ..storage.files import safe_name
+from ..storage.files import safe_name, write_atomic
 from ..storage.journal import Event
 from ..training.modules import call_model, evaluation_mode
 from ..training.targets import main_output
@@ -31,8 +32,8 @@ class Picture(Listener):
         """Save the images logged since the last event."""
         for name, image in run.pending.images.items():
             file = run.log_dir / "images" / f"{safe_name(name)}-{event['step']:08d}.png"
-            file.parent.mkdir(exist_ok=True)
-            Image.fromarray(np.asarray(image)).save(file)
+            picture = Image.fromarray(np.asarray(image))
+            write_atomic(file, functools.partial(picture.save, format="png"))
 
     epoch = step
 
@@ -188,7 +189,8 @@ def save_picture(
         named = zip(colors, class_names, strict=True)
         handles = [Patch(facecolor=color, edgecolor="gray", label=name) for color, name in named]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)))
-    figure.savefig(path, dpi=90, format="png")
+    save = functools.partial(figure.savefig, dpi=90, format="png")
+    write_atomic(path, save) if isinstance(path, str | os.PathLike) else save(path)
 
 
 def _draw_panel(axis: Any, panel: Panel) -> None:

@@ -16,13 +16,13 @@ from ..errors import UserError, printable
 from ..storage import table
 from ..storage.files import read_plain
 from ..storage.locks import locked
-from .lookup import NO_RUNS, find_rows, find_run, run_names
+from .lookup import NO_RUNS, all_rows, find_rows, find_run, run_names
 
 STATE = ("NAME", "STATUS", "EPOCH", "BEST_EPOCH", "SECONDS")
 ABOUT_ENVIRONMENT = ("python", "git_commit", "device_name", "cpu_capability", "threads", "arguments")
 # What a comparison need not show: it differs for every run, or says where and when.
 UNINTERESTING = (
-    "NAME", "STARTED", "HEARTBEAT", "DATE", "PID", "HOST", "SECONDS", "LOGFILE", "WEIGHTS_DIGEST",
+    "ROW", "NAME", "STARTED", "HEARTBEAT", "DATE", "PID", "HOST", "SECONDS", "LOGFILE", "WEIGHTS_DIGEST",
 )  # fmt: skip
 
 _SHORTEST = 12  # characters that a cell is cut to
@@ -41,21 +41,30 @@ class Runs:
         self.find = functools.partial(find_run, global_config, logfile=logfile)
 
     @functools.cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """Row of each run, with what was added by hand. It also brings the tracker's file up to date."""
-        rows, added = find_rows(self.log_dir, self.file.name), {}
+    def all_rows(self) -> list[dict[str, Any]]:
+        """
+        Row of each run, with its number as ROW and what was added by hand.
+
+        It also brings the tracker's file up to date.
+        """
+        rows, added = all_rows(self.log_dir), {}
         try:
-            if rows:
-                table.write_rows(self.file, rows)
+            if own := [row for row in rows if row.get("LOGFILE") == self.file.name]:
+                table.write_rows(self.file, own)
             added = {row.get(table.KEY): row for row in reversed(table.read_rows(self.file))}
         except OSError as error:
             logger.warning("%s cannot be brought up to date (%s).", self.file, error)
-        return [added.get(row[table.KEY], {}) | row for row in rows]
+        return [added.get(row[table.KEY], {}) | row | {"ROW": n} for n, row in enumerate(rows, start=1)]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows that the tracker's file has."""
+        return [row for row in self.all_rows if row.get("LOGFILE") == self.file.name]
 
     def row(self, wanted: str) -> dict[str, Any]:
         """Return the row of a run; with its name alone where its journal is lost."""
         name = self.find(wanted)
-        return next((row for row in self.rows if row[table.KEY] == name), {table.KEY: name})
+        return next((row for row in self.all_rows if row[table.KEY] == name), {table.KEY: name})
 
     def folders(self, name: str) -> list[Path]:
         """
@@ -73,7 +82,7 @@ class Runs:
 
 def list_runs(runs: Runs, arguments: Namespace) -> None:
     """Show all runs in a table."""
-    rows = [{"ROW": number} | row for number, row in enumerate(runs.rows, start=1)]
+    rows = runs.rows
     if arguments.sort:
         rows = _sorted(rows, arguments.sort)
     rows = rows[-arguments.n :] if arguments.n else rows

@@ -7,7 +7,9 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,22 @@ _SECRET_FILES = (
     "id_ecdsa",
 )
 _SECRET_ENDINGS = (".pem", ".key", ".p12", ".pfx", ".tfvars", ".keystore", ".jks", ".kdbx", ".ppk")
+_DIFF = ("-c", "core.quotepath=off", "-c", f"core.bigFileThreshold={_MAX_FILE_BYTES}", "diff", "HEAD")
+_DIFF += (
+    "--no-ext-diff",
+    "--no-textconv",
+    "--no-color",
+    "--no-renames",
+    "--src-prefix=a/",
+    "--dst-prefix=b/",
+)
+_QUESTIONS = (
+    ("rev-parse", "HEAD"),
+    ("status", "--porcelain"),
+    (*_DIFF, "-U3"),
+    (*_DIFF, "-U1000000"),  # whether a line is a part of a secret may be seen far away only
+    ("ls-files", "--others", "--exclude-standard", "-z"),
+)
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
 # Libraries that numbers depend on.  # <- what your data is read or changed with
 _COMPUTING = ("torch", "numpy", "pillow", "rasterio", "scipy", "scikit-image", "opencv-python-headless")
@@ -50,7 +68,7 @@ def describe_environment(
     root_path: str | os.PathLike,
     device: torch.device,
     redactor: Redactor | None = None,
-    is_known: Callable[[Path], bool] = lambda path: False,
+    is_known: Callable[[str], bool] = lambda path: False,
 ) -> dict[str, Any]:
     """
     Describe code, versions and machine as plain data, without secrets.
@@ -62,12 +80,15 @@ def describe_environment(
     redactor = redactor or Redactor()
     packages = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
     is_gpu = device.type == "cuda"
+    with ThreadPoolExecutor() as pool:  # each takes a while in a large repository
+        answers = pool.map(partial(_git, os.path.realpath(root_path)), _QUESTIONS)
+    commit, changed, *diffs, untracked = answers
     lost: dict[str, str] = {}
     code = {
-        "git_diff": _describe_changes(root_path, redactor, lost),
-        "untracked_files": _describe_untracked(root_path, redactor, is_known, lost),
+        "git_diff": _describe_changes(*map(_sections, diffs), redactor, lost),
+        "untracked_files": _describe_untracked(root_path, untracked, redactor, is_known, lost),
     }
-    commit = (_git(root_path, "rev-parse", "HEAD") or "").strip() or None
+    commit = (commit or "").strip() or None
     described = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -76,7 +97,7 @@ def describe_environment(
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if is_gpu else platform.processor() or "cpu",
         "git_commit": commit,
-        "git_changed_files": (_git(root_path, "status", "--porcelain") or "").splitlines(),
+        "git_changed_files": (changed or "").splitlines(),
         "unrecorded_files": [f"{name} ({why})" for name, why in lost.items()] if commit else [_NO_COMMIT],
         "executable": Path(sys.executable).name,
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
@@ -85,13 +106,10 @@ def describe_environment(
     return redactor.data(described) | code
 
 
-def _describe_changes(root: str | os.PathLike, redactor: Redactor, lost: dict[str, str]) -> str:
+def _describe_changes(
+    short: list[list[str]] | None, full: list[list[str]] | None, redactor: Redactor, lost: dict[str, str]
+) -> str:
     """Return the changes of files in git, as git apply takes them; enter in lost which are not all there."""
-    command = ["-c", "core.quotepath=off", "-c", f"core.bigFileThreshold={_MAX_FILE_BYTES}", "diff", "HEAD"]
-    command += ["--no-ext-diff", "--no-textconv", "--no-color", "--no-renames"]
-    command += ["--src-prefix=a/", "--dst-prefix=b/"]
-    # Whether a line is a part of a secret may be seen far away only.
-    short, full = (_sections(_git(root, *command, f"-U{number}")) for number in (3, 1_000_000))
     if short is None or full is None or len(short) != len(full):
         lost["changes"] = "git did not answer"
         return ""
@@ -118,17 +136,20 @@ def _describe_changes(root: str | os.PathLike, redactor: Redactor, lost: dict[st
 
 
 def _describe_untracked(
-    root: str | os.PathLike, redactor: Redactor, is_known: Callable[[Path], bool], lost: dict[str, str]
+    root: str | os.PathLike,
+    listed: str | None,
+    redactor: Redactor,
+    is_known: Callable[[str], bool],
+    lost: dict[str, str],
 ) -> dict[str, dict[str, str]]:
     """Return text and SHA-256 of files that git neither has nor ignores; enter in lost which are not."""
     found: dict[str, dict[str, str]] = {}
-    listed = _git(root, "ls-files", "--others", "--exclude-standard", "-z")
     lost |= {"untracked files": "git did not answer"} if listed is None else {}
-    names = (listed or "").split("\0")[:-1]
-    paths = [path for path in (Path(root, name) for name in names) if not is_known(path)]
+    folder = os.path.realpath(root)
+    names = [name for name in (listed or "").split("\0")[:-1] if not is_known(os.path.join(folder, name))]
     num_bytes = 0
-    for path in paths[:_MAX_FILES]:
-        name = path.relative_to(root).as_posix()
+    for name in names[:_MAX_FILES]:
+        path = Path(folder, name)
         is_file = path.is_file() and not path.is_symlink()
         size = path.stat().st_size if is_file else 0
         why = _why_not(name, redactor, max(num_bytes + size, size * (_MAX_CHARACTERS // _MAX_FILE_BYTES)))
@@ -144,8 +165,8 @@ def _describe_untracked(
         lost |= {name: f"{len(secret)} lines that look like secrets"} if secret else {}
         text = "\n".join(DROPPED if number in secret else line for number, line in enumerate(lines))
         found[name] = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}
-    if len(paths) > _MAX_FILES:
-        lost[f"{len(paths) - _MAX_FILES} more"] = "too many"
+    if len(names) > _MAX_FILES:
+        lost[f"{len(names) - _MAX_FILES} more"] = "too many"
     return found
 
 
@@ -174,9 +195,13 @@ def _head(section: list[str]) -> int:
 
 
 def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return what differs between two environments and may lead to other numbers, a sentence each."""
-    versions = before.get("packages", {}), now.get("packages", {})
-    conditions = [(name, before.get(key), now.get(key)) for key, name in _CONDITIONS.items()]
+    """
+    Return what differs between two environments and may lead to other numbers, a sentence each.
+
+    What an older version did not record is not known to differ.
+    """
+    versions = before.get("packages", now.get("packages", {})), now.get("packages", {})
+    conditions = [(name, before[key], now.get(key)) for key, name in _CONDITIONS.items() if key in before]
     conditions += [(name, versions[0].get(name), versions[1].get(name)) for name in _COMPUTING]
     differences = []
     for name, then, here in conditions:
@@ -185,14 +210,18 @@ def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             differences.append(
                 f"{name}: " + ("not what they were" if is_long else f"{then} then, {here} now")
             )
-    hashes = before.get("data", {}), now.get("data", {})
-    changed = sorted(file for file in {*hashes[0], *hashes[1]} if hashes[0].get(file) != hashes[1].get(file))
-    if changed:
+    if changed := changed_files(before, now):
         differences.append(f"data: {len(changed)} files are not what they were, such as {changed[0]}")
     return differences
 
 
-def _git(folder: str | os.PathLike, *arguments: str) -> str | None:
+def changed_files(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the files of the data, masks too, that are others or missing; none where none was recorded."""
+    hashes = before.get("data") or now.get("data", {}), now.get("data", {})
+    return sorted(file for file in {*hashes[0], *hashes[1]} if hashes[0].get(file) != hashes[1].get(file))
+
+
+def _git(folder: str, arguments: Sequence[str]) -> str | None:
     command = ["git", "--no-optional-locks", *arguments]
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "timeout": 10}
     try:

@@ -4,7 +4,9 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import UserError
@@ -29,6 +31,19 @@ class WriteError(UserError):
 
 class Pruned(BaseException):
     """AFTER_EPOCH asked to end. Not an Exception, so that nobody who catches those continues."""
+
+
+def asks_to_end(answer: Any) -> bool:
+    """
+    Return whether AFTER_EPOCH asks to end, by its answer.
+
+    :raises UserError: if it is none: a number, such as a result, is no decision
+    """
+    if answer is not None and not isinstance(answer, bool | np.bool_):
+        raise UserError(
+            f"AFTER_EPOCH returned {answer!r}: return True to end the run as pruned, else False or None."
+        )
+    return bool(answer)
 
 
 @contextlib.contextmanager

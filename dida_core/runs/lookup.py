@@ -50,15 +50,19 @@ def remove_unbegun(run_dir: str | os.PathLike) -> None:
             shutil.rmtree(folder)
 
 
-def find_rows(log_dir: str | os.PathLike, logfile: str = LOGFILE) -> list[dict[str, Any]]:
+def all_rows(log_dir: str | os.PathLike) -> list[dict[str, Any]]:
     """
     Return the rows of all runs as their journals are now, in the order in which the runs were started.
 
     The number of a run, wherever one is shown or given, is its place in this list, from 1.
     """
     rows = [current_row(Path(log_dir) / name) for name in run_names(log_dir)]
-    rows = [row for row in rows if row.get("LOGFILE") == logfile]
-    return sorted(rows, key=lambda row: (str(row["STARTED"]), row["NAME"]))
+    return sorted(filter(None, rows), key=lambda row: (str(row["STARTED"]), row["NAME"]))
+
+
+def find_rows(log_dir: str | os.PathLike, logfile: str = LOGFILE) -> list[dict[str, Any]]:
+    """Return the rows of one tracker's file, in the same order."""
+    return [row for row in all_rows(log_dir) if row.get("LOGFILE") == logfile]
 
 
 def find_run(
@@ -86,10 +90,10 @@ def find_run(
         return max(names, key=lambda name: _last_written(log_dir / name))
     if wanted == "best" or wanted.startswith("best:"):
         return _best_run(find_rows(log_dir, logfile), wanted.partition(":")[2])
-    rows = find_rows(log_dir, logfile) if wanted.isdecimal() else []
-    if rows and 0 < int(wanted) <= len(rows):
-        return rows[int(wanted) - 1]["NAME"]
-    matching = [name for name in names if wanted in name]
+    if wanted.isdecimal():  # never a part of another's name, such as of its date
+        matching = [row["NAME"] for row in all_rows(log_dir)[: int(wanted)][int(wanted) - 1 :]]
+    else:
+        matching = [name for name in names if wanted in name]
     if not matching:
         raise UserError(f"no run is called {wanted!r}: the last ones are {', '.join(names[-5:])}.")
     if len(matching) > 1:

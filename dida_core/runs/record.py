@@ -22,8 +22,8 @@ from ..training.setup import Setup
 from .environment import describe_environment
 from .lookup import run_names, write_record
 from .redaction import Redactor
-from .rerun import differences_from
-from .resume import changes_on_the_way, compare_configs, find_unfinished
+from .rerun import differences_from, read_segments
+from .resume import changes_on_the_way, compare_conditions, compare_configs, find_unfinished
 from .rows import is_start
 
 _LOCK_SECONDS = 2.0  # another process may just be looking whether the run is in training
@@ -32,40 +32,72 @@ _LOCK_SECONDS = 2.0  # another process may just be looking whether the run is in
 class Record:
     """The files of one run. Of several processes, the main one alone has a record."""
 
-    def __init__(self, log_dir: Path, weight_dir: Path, captured: dict[str, Any], is_resumed: bool) -> None:
-        """Made by open_record, which has locked the run."""
+    def __init__(
+        self, log_dir: Path, weight_dir: Path, captured: dict[str, Any], before: dict[str, Any] | None
+    ) -> None:
+        """
+        Made by open_record, which has locked the run.
+
+        :param before: the run's record so far; None for a new run
+        """
         self.name, self.log_dir, self.weight_dir = log_dir.name, log_dir, weight_dir
-        self.captured, self.is_resumed = captured, is_resumed
+        self.captured, self.before, self.is_resumed = captured, before or {}, before is not None
         self.journal = Journal(log_dir / "journal.jsonl")
         if self.journal.num_damaged:
             say(f"{self.journal.path}: {self.journal.num_damaged} damaged lines are left out.")
+        self.starts = [event for event in self.journal.events if is_start(event)]
+        # Tells the run from all others; a journal that is lost has a copy in config.json.
+        self.started = self.before.get("started") or time.time()
+        if self.starts:
+            self.started = self.starts[0].get("started", self.starts[0]["time"])
+        self.environment: dict[str, Any] = {}
+        self.segments: list[dict[str, Any]] = []  # environments before this one, the last one first
+        self.resumed_with: list[str] = []  # what was another there
+        self.differences: list[str] = []  # from the run that it repeats
+
+    def compare_conditions(self, setup: Setup) -> None:
+        """
+        Report what is not as it was when this run, or the one that it repeats, was trained.
+
+        :raises ConfigError: if a run resumes with other data
+        """
+        context, config, redactor = setup.context, setup.config, Redactor(config=setup.config)
+        ran_on = {"device": str(context.device), "precision": context.precision}
+        arguments = (setup.experiment.project.root, context.device, redactor, _known_files(setup))
+        self.environment = describe_environment(*arguments) | {"arguments": redactor.arguments(sys.argv)}
+        self.environment |= redactor.data({"data": setup.data.hashes} | ran_on)
+        if self.is_resumed:
+            self.segments, other_data = read_segments(self.log_dir), not config["REQUIRE_RERUNNABLE"]
+            self.resumed_with = compare_conditions(self.name, self.segments, self.environment, other_data)
+        if config["RERUN_OF"] is not None:
+            repeated = self.log_dir.parent / config["RERUN_OF"]
+            self.differences = differences_from(repeated, self.environment)
+            for change in self.differences:
+                say(f"Not as it was: {change}")
 
     def begin(self, setup: Setup, state: State) -> None:
         """Write what is known at the start; state is where the training starts."""
         self.weight_dir.mkdir(parents=True, exist_ok=True)
-        context, experiment, redactor = setup.context, setup.experiment, Redactor(config=setup.config)
-        ran_on = {"device": str(context.device), "precision": context.precision}
-        arguments = (experiment.project.root, context.device, redactor, _known_files(setup))
-        environment = describe_environment(*arguments) | {"arguments": redactor.arguments(sys.argv)}
-        environment |= redactor.data({"data": setup.data.hashes} | ran_on)
-        if setup.config["RERUN_OF"] is not None:
-            for change in differences_from(self.log_dir.parent / setup.config["RERUN_OF"], environment):
-                say(f"Not as it was: {change}")
-        start = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch} | ran_on
-        start["processes"] = num_processes()
-        starts = [event for event in self.journal.events if is_start(event)]
+        experiment, context = setup.experiment, setup.context
+        start: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "best_epoch": state.best_epoch}
+        start |= {"device": str(context.device), "precision": context.precision, "processes": num_processes()}
         reasons = [experiment.not_rerunnable]
         reasons += [f"{key} holds a secret" for key in difference(self.captured, experiment.captured)]
-        if lost := environment.get("unrecorded_files"):
+        if lost := self.environment.get("unrecorded_files"):
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             reasons.append(f"uncommitted files are not recorded: {', '.join(lost[:3])}{more}")
-        reasons += changes_on_the_way(starts, start, self.captured)
-        about = {"name": self.name, "not_rerunnable": "; ".join(filter(None, reasons))}
-        about["data_digest"] = setup.data.digest
+        reasons += changes_on_the_way(self.starts, start, self.captured)
+        reasons += ["it was interrupted and resumed with other data"] if "data" in self.resumed_with else []
+        if not self.starts:  # they are lost
+            reasons.append(self.before.get("not_rerunnable", ""))
+        about = {"name": self.name, "started": self.started, "data_digest": setup.data.digest}
+        about["not_rerunnable"] = "; ".join(dict.fromkeys(filter(None, reasons)))
         write_record(self.log_dir, self.captured | about)
-        text = json.dumps(environment, indent=2).encode()
-        write_atomic(self.log_dir / "environment.json", lambda file: file.write(text))
+        if self.segments[:1] != [self.environment]:
+            text = json.dumps(self.environment | {"earlier": self.segments}, indent=2).encode()
+            write_atomic(self.log_dir / "environment.json", lambda file: file.write(text))
         process = {"host": socket.gethostname(), "pid": os.getpid()}
+        start |= {"resumed_with": ", ".join(self.resumed_with)} if self.resumed_with else {}
         self.write({"event": "start"} | start | about | process | self.captured)
 
     def write(self, event: Event) -> None:
@@ -74,14 +106,13 @@ class Record:
 
         :raises OSError: if the disk does not take it
         """
+        known = len(self.journal.contradictions)
         self.journal.write(event | {"time": time.time()})
-
-    def report_contradictions(self) -> None:
-        """Report if a resumed run has come to other results than its journal held."""
-        if found := self.journal.contradictions:
+        if self.journal.contradictions and not known:
             say(
-                f"{len(found)} results differ from those before the interruption, first in {found[0]}: code, "
-                "data, config or machine are not what they were."
+                f"{self.journal.contradictions[0]}: its results differ from those before the interruption. "
+                "Code, data, config or machine are not what they were, or a state is in no state_dict: the "
+                "run may end with other weights."
             )
 
     def close(self) -> None:
@@ -92,15 +123,17 @@ class Record:
             say(f"{self.log_dir}: the last lines may not be on the disk ({error}).")
 
 
-def _known_files(setup: Setup) -> Callable[[Path], bool]:
+def _known_files(setup: Setup) -> Callable[[str], bool]:
     """Return what tells whether a file is one of the data, whose hashes are recorded, or of a run."""
-    known = {(name.partition("/")[2], facts["bytes"]) for name, facts in setup.data.hashes.items()}
-    folders = [os.path.realpath(setup.experiment.global_config[key]) for key in ("LOG_DIR", "WEIGHT_DIR")]
+    sizes: dict[str, set[int]] = {}
+    for name, facts in setup.data.hashes.items():
+        sizes.setdefault(name.partition("/")[2], set()).add(facts["bytes"])
+    folders = [setup.experiment.global_config[key] for key in ("LOG_DIR", "WEIGHT_DIR")]
+    of_runs = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
 
-    def is_known(path: Path) -> bool:
-        size = path.stat().st_size if path.is_file() else None
-        is_of_run = Path(os.path.realpath(path)).is_relative_to
-        return (f"{path.parent.name}/{path.name}", size) in known or any(map(is_of_run, folders))
+    def is_known(path: str) -> bool:
+        name = "/".join(path.split(os.sep)[-2:])
+        return path.startswith(of_runs) or (name in sizes and os.path.getsize(path) in sizes[name])
 
     return is_known
 
@@ -136,8 +169,8 @@ def open_record(setup: Setup, captured: dict[str, Any], stack: ExitStack) -> Rec
     stack.enter_context(locked(log_dir / ".lock", _LOCK_SECONDS, busy))
     for file in (*log_dir.glob(".*.tmp"), *weight_dir.glob(".*.tmp")):  # left by a process that was killed
         file.unlink(missing_ok=True)
-    if is_resumed:
-        compare_configs(log_dir, weight_dir, captured)
-    record = Record(log_dir, weight_dir, captured, is_resumed)
+    before = compare_configs(log_dir, weight_dir, captured) if is_resumed else None
+    record = Record(log_dir, weight_dir, captured, before)
     stack.callback(record.close)
+    record.compare_conditions(setup)
     return record

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import sys
 from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,23 +23,22 @@ REDACTED = "[redacted]"
 DROPPED = "[dropped: it looks like a secret]"
 _SHORTEST = 6  # shorter ones would be found in half of all words
 
-# How much a name speaks for a secret. In a variable of the environment, MAYBE is enough.
-_CALLED, _MAYBE, _LIKELY, _SURE = (
-    1,
-    2,
-    3,
-    4,
-)  # of CALLED, what it is called with; of MAYBE, only what looks random; of SURE, numbers, too
+# How much a name speaks for a secret: as that of a function only, where the value looks random, where it is a
+# text, or a number, too. Of a variable of the environment, MAYBE is enough.
+_CALLED, _MAYBE, _LIKELY, _SURE = 1, 2, 3, 4
 _SURE_NAME = re.compile(
-    r"passw(?:or)?[dt]|passphrase|passcode|kennwort|secret|credential|authorization|connection_?string|"
-    r"(?:api|access|private|account|auth|sign(?:ing)?|encryption|master|deploy|service|shared)[_.-]?key",
+    r"passw|passphrase|passcode|kennwort|contrase|mot_?de_?passe|secret|credential|authorization|"
+    r"connection_?string|(?:api|access|private|account|auth|sign(?:ing)?|(?:en)?crypt(?:ion)?|master|deploy|"
+    r"service|shared|subscription|functions|license|ssh|jwt|openai|hf|wandb|aws|azure|gcp|google|maps|"
+    r"github)[_.-]?key",
     re.IGNORECASE,
 )
-_LIKELY_WORDS = {"auth", "cookie", "cookies", "cred", "creds", "pw", "pwd", "jwt", "bearer"}
+_LIKELY_WORDS = {"auth", "cookie", "cookies", "cred", "creds", "pw", "pwd", "pswd", "jwt", "bearer"}
 _MAYBE_WORDS = {"key", "keys", "tokens", "pass", "pat", "pats", *_LIKELY_WORDS}
 # Tokens of language models are no secrets.
 _HARMLESS = {"cls", "pad", "sep", "mask", "bos", "eos", "unk", "num", "max", "min", "use", "class", "special"}
 _HARMLESS |= {"start", "end", "next", "text", "image", "patch", "register", "sos", "sot", "eot", "prompt"}
+_HARMLESS |= {"first", "second", "forward", "backward", "single", "multi"}
 _QUALIFIERS = {"read", "write", "prod", "production", "dev", "test", "staging", "base", "old", "new", "value"}
 _NO_SECRETS = {"PWD", "OLDPWD", "SSH_AUTH_SOCK"}  # working directories, and a socket
 _WORD = re.compile(r"[^\W\d](?:[\w.-]*\w)?")
@@ -51,10 +49,10 @@ _REFERENCE = re.compile(
     r"(?:redacted|None|none|null|nil|True|False|true|false|\.\.\.|\*+|x{3,}|<[\w -]*>|%s|%\(\w+\)s|"
     r"\$?\{+[\w.\[\]()!:]*\}+|\$\w+|\$\([^()]*\))?[\s\"'`()\[\]{},;\\]*"
 )
-_RANDOM = re.compile(r"(?=\S*[^\W\d_])(?=\S*\d)[^\s\"'`()\[\]{},;]{8,}")
+_RANDOM = re.compile(r"(?=[\w.+/@$!-]*[^\W\d_])(?=[\w.+/@$!-]*\d)[\w.+/@$!-]{8,}")
 # Between a name and its value: first what may have a type, then pairs, marked-up text, options, declarations.
 _BETWEEN = re.compile(
-    r"(?:\\*[\"'`])?[\])]?[ \t]*"
+    r"(?:\\*[\"'`])?[\])}]?[ \t]*"
     r"(?:(?::[ \t]*[\w.\[\], |\"']{1,60}?[ \t]*)?(?:=>|:=|[=!+?]?=(?!=)|==|%3D|<-)|:(?!:))"
     r"|\\*[\"'`]?\s*,?\s*\\*[\"'`]?\bvalue\\*[\"'`]?\s*[:=]"
     r"|\\*[\"'`],\s*(?=[fFrRbBuU]{0,2}\\*[\"'`])"
@@ -65,16 +63,15 @@ _SAID = re.compile(
     r"|[ \t]+(?=[\"'])"
 )
 _ALONE = re.compile(r"[ \t]+(?=\S+[ \t]*$)", re.MULTILINE)
-_SPACES, _BLANKS, _MARKED = (
-    re.compile(r"[\"']?[ \t]+(?=[^\s-])"),
-    re.compile(r"[ \t]*"),
-    re.compile(r"[^<>\n]*>"),
-)
+_SPACES, _BLANKS = re.compile(r"[\"']?[ \t]+(?=[^\s-])"), re.compile(r"[ \t]*")
+_JOINT = re.compile(r"[ \t]*(?:\\\n|\+\s*)?[ \t]*(?=[fFrRbBuU]{0,2}\\*[\"'])")  # of two texts in quotes
+_REST = re.compile(r"(?:[^\n]*\\\n)*[^\n]*")  # of the line, and of those that it continues in
+_MARKED, _SECTION = re.compile(r"[^<>\n]*>"), re.compile(r"\][ \t]*\n((?:(?!\[).+\n?)*)")
 _FORMS = re.compile(
     r"-----BEGIN [A-Z0-9 ]*-----(?s:.*?)(?:-----END [A-Z0-9 ]*-----|\Z)"
     r"|https?://(?!git@)([^\s/@\"'<>:]+)@(?=\w|\[)"  # a token
-    r"|://[^\s/@:\"'<>]*:(?!\d+/)([^\s\"']+)@"
-    r"|[?&;](?i:amp;)?(?i:sig|key|code|[\w-]*(?:signature|credential|token|secret|passw\w*|key|auth))"
+    r"|://[^\s/@:\"'<>]*:(?!\d+/)([^\s\"']{1,300})@"
+    r"|[?&;](?i:amp;)?(?i:sig|key|code|[\w-]{0,60}(?:signature|credential|token|secret|passw\w*|key|auth))"
     r"(?:=|%3D)([^\s&\"'<>]+)"
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{12,}"
     r"|\b(?:gh[pousr]_|github_pat_|glpat-|xox[a-z]-|npm_|pypi-|dckr_pat_|[srp]k[-_]|SG\.|AIza|ya29\.|"
@@ -86,6 +83,7 @@ _FORMS = re.compile(
     r"|\b[Bb]earer\s+([\w.~+/=-]{8,})|\b[Bb]asic\s+(?=\S*[\dA-Z=])([\w.~+/=-]{8,})"
     r"|[\s\"'](?:-u|--user|--proxy-user)[\"',=\s]+(?!\d+:\d+\b)([^\s:\"',]+:[^\s\"']+)"
     r"|\b(?:sshpass|mysql\w*|mariadb\w*|login)\b[^\n]*?\s[\"']?-p[\"',\s]*([^\s\"',]+)"
+    r"|\b(?:echo|printf)\s+([^|\n]+)\|[^\n]*(?:passw|login|secret)"
     r"|(?i:\bidentified\s+by\s+)(\S+)"
     r"|^[\w.*-]+:(?:\d{2,5}|\*):[^:\s]+:[^:\s]+:(\S+)$",  # .pgpass
     re.MULTILINE,
@@ -98,6 +96,8 @@ _PIECES = re.compile(
 )
 _CODE_BETWEEN = re.compile(r"\s*\]?[ \t]*(?::[ \t]*[^=\n\x01,(){}:]{1,60})?(?::=|[=!+]=|=|:|in\b|\(|,)[ \t]*")
 _TUPLE = re.compile(r"(?:\s*,\s*[\w.]+)+\s*=(?!=)")
+_CONTINUED = re.compile(r"\s*[\x01+]")
+_LONGEST = 20_000  # of a value
 _LOOKED_UP = re.compile(
     r"\[\x01+\]|\b(?:get|getenv|pop|getpass|input|prompt|read_text|open|Path)\(\x01*(?:, None)?\)"
 )
@@ -118,7 +118,11 @@ def _suspicion(name: str) -> int:
     while len(words) > 1 and words[-1] in _QUALIFIERS:
         words.pop()
     last, is_alone, is_constant = words[-1], len(words) == 1, name.isupper()
-    if last.endswith("token") or last in _LIKELY_WORDS or (last in ("pass", "pat") and not is_alone):
+    if (
+        last.endswith(("token", "oauth"))
+        or last in _LIKELY_WORDS
+        or (last in ("pass", "pat") and not is_alone)
+    ):
         return _LIKELY
     if is_constant and ((last == "key" and not is_alone) or {"token", "pass", "pat"}.intersection(words)):
         return _LIKELY
@@ -233,8 +237,9 @@ def _speaks(level: int, value: str) -> bool:
 def _forms(value: str) -> Iterator[str]:
     """Yield a secret as it may be written: as it is, in code, JSON, URLs, HTML, shells, base64, by lines."""
     for text in (value, *(value.splitlines() if "\n" in value else ())):
-        once = (text, repr(text)[1:-1], ascii(text)[1:-1], repr(text.encode())[2:-1], json.dumps(text)[1:-1])
-        once += (json.dumps(text, ensure_ascii=False)[1:-1], text.replace('"', '""'), shlex.quote(text)[1:-1])
+        once = [text, repr(text)[1:-1], ascii(text)[1:-1], repr(text.encode())[2:-1], json.dumps(text)[1:-1]]
+        once += [json.dumps(text, ensure_ascii=False)[1:-1], text.replace('"', '""')]
+        once += [text.replace("'", "'\"'\"'"), text.replace("'", "'\\''")]
         yield from once
         yield from (repr(one)[1:-1] for one in once)
         yield from (json.dumps(one)[1:-1] for one in once)
@@ -275,12 +280,23 @@ def _find(text: str, is_code: bool | None = None) -> Iterator[tuple[int, int]]:
         changes = sum(one != other for one, other in itertools.pairwise(kinds))
         if len(set(kinds)) == 3 and changes >= 0.4 * len(kinds):
             yield match.span()
-    words = [(word, level) for word in _WORD.finditer(text) if (level := _suspicion(word[0]))]
+    words = [(word, level) for word in _WORD.finditer(text) if (level := _level(text, word))]
     if words and is_code is not True:
         for word, level in words:
             yield from _value_in_text(text, word.start(), word.end(), level, len(text))
     if words and is_code is not False:
         yield from _find_in_code(text, words)
+
+
+def _level(text: str, word: re.Match) -> int:
+    level = _suspicion(word[0])
+    # Alone, the word is common; not as a key or an option.
+    before, after = (
+        text[word.start() - 1] if word.start() else "\n",
+        text[word.end() : word.end() + 2].strip(),
+    )
+    is_key = before in "\n\"'-,{[&?" or after not in (":", "")
+    return _LIKELY if level == _MAYBE and word[0].lower() in ("pass", "pat") and is_key else level
 
 
 def _find_in_code(text: str, words: list[tuple[re.Match, int]]) -> Iterator[tuple[int, int]]:
@@ -304,20 +320,23 @@ def _mask(piece: re.Match) -> str:
 def _value_in_code(text: str, masked: str, end: int, level: int, is_whole: bool) -> Iterator[tuple[int, int]]:
     """Yield the strings in the value of a name, in Python code; of SURE names, what has a digit, too."""
     line = masked[masked.rfind("\n", 0, end) + 1 : end]
-    is_target = re.fullmatch(r"[\w\s.,*]*", line) is not None
+    is_target = re.fullmatch(r"[\w\s.,*\[\]\x01]*", line) is not None
     several = _TUPLE.match(masked, end) if is_target else None
     between = several or _CODE_BETWEEN.match(masked, end)
     if between is None or (between[0].rstrip()[-1] == "," and not is_whole):
         return
     ends = "\n;" if several or (is_target and "," in line) else "\n;,"
     depth, start = int(between[0].rstrip()[-1] == "("), between.end()
-    for last in range(start, len(masked)):
-        char = masked[last]
+    last = limit = min(len(masked), start + _LONGEST)
+    for here in range(start, limit):
+        char = masked[here]
         depth += (char in "([{") - (char in ")]}")
-        if depth < 0 or (depth == 0 and char in ends and masked[last - 1] != "\\"):
+        is_end = depth == 0 and char in ends and masked[here - 1] != "\\"
+        if is_end and char == "\n":  # in brackets, the value may be, or go on, in the next line
+            is_end = masked[start:here].strip() != "" and not _CONTINUED.match(masked, here)
+        if depth < 0 or is_end:
+            last = here
             break
-    else:
-        last = len(masked)
     value = _LOOKED_UP.sub(lambda match: " " * len(match[0]), masked[start:last])
     for match in re.finditer("\x01+", value):
         first, last = start + match.start(), start + match.end()
@@ -335,6 +354,8 @@ def _value_in_text(text: str, start: int, end: int, level: int, limit: int) -> I
     if level == _CALLED or re.search(r":(?:param|type|raises?)\s+$", before):
         return
     between = _BETWEEN.match(text, end, limit)
+    if before == "[" and level >= _LIKELY and (section := _SECTION.match(text, end, limit)):
+        yield section.span(1)
     if between is None and before.endswith("<"):
         between = _MARKED.match(text, end, limit)
     if between is None and level >= _LIKELY and _DECLARED.search(before):
@@ -364,13 +385,12 @@ def _value_end(text: str, start: int, indent: int) -> int:
         closing = re.compile(rf"(?<!\\)(?:\\\\)*{re.escape(quoted[1])}").search(text, quoted.end())
         if closing is None:
             break
-        end = closing.end()
-        joint = re.compile(r"[ \t]*(?:\\\n|\+\s*)?[ \t]*(?=[fFrRbBuU]{0,2}\\*[\"'])").match(text, end)
-        if joint is None:
-            return end
+        if (joint := _JOINT.match(text, closing.end())) is None:
+            return closing.end()
         end = joint.end()
-    end = re.compile(r"(?:[^\n]*\\\n)*[^\n]*").match(text, end).end()
-    if not text[start:end].strip(" \t|>+-([{"):
+    rest = _REST.search(text, end)
+    end = rest.end() if rest else len(text)
+    if not text[start:end].strip(" \t|>+-([{"):  # the value is in the lines below, further to the right
         below = re.compile(rf"(?:\n[ \t]*(?=\n)|\n[ \t]{{{indent + 1},}}[^\n]*)*").match(text, end)
-        end = below.end()
+        end = below.end() if below else end
     return end

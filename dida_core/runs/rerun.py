@@ -29,21 +29,32 @@ def find_end(run_dir: Path) -> Event:
 
 
 def differences_from(run_dir: Path, environment: dict[str, Any]) -> list[str]:
-    """Return what is not as it was when a run was trained, a sentence each."""
-    try:
-        found = find_differences(json.loads(read_plain(run_dir / "environment.json")), environment)
-    except Exception as error:  # whatever a file of unknown origin leads to
-        return [f"environment.json of {run_dir.name} cannot be read ({error}): what has changed is not known"]
+    """Return what is not as it was when a run was trained, in one piece or several, a sentence each."""
+    segments = read_segments(run_dir)
+    changes = [change for one in segments for change in find_differences(one, environment)]
+    if not segments:
+        changes = [f"environment.json of {run_dir.name} cannot be read: what has changed is not known"]
     reasons = [event.get("not_rerunnable") for event in _events(run_dir) if is_start(event)][-1:]
-    return [*(f"the run itself: {why}" for why in reasons if why), *found]
+    return [*(f"the run itself: {why}" for why in reasons if why), *dict.fromkeys(changes)]
 
 
-def compare_runs(run_dir: Path, events: list[Event], digest: str) -> tuple[bool, str]:
+def read_segments(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the environments that a run was trained in, the last one first; none where they are lost."""
+    try:
+        latest = json.loads(read_plain(run_dir / "environment.json"))
+        segments = [latest, *latest.pop("earlier", [])]
+        return segments if all(find_differences(one, one) == [] for one in segments) else []
+    except Exception:  # whatever a file of unknown origin leads to
+        return []
+
+
+def compare_runs(run_dir: Path, events: list[Event], digest: str, differences: list[str]) -> tuple[bool, str]:
     """
     Compare a finished run with one that repeats it.
 
     :param events: of the repeating run
     :param digest: of its last weights
+    :param differences: what was not as it was, by differences_from
     :return: whether the weights are identical, and a sentence
     """
     name = run_dir.name
@@ -58,7 +69,9 @@ def compare_runs(run_dir: Path, events: list[Event], digest: str) -> tuple[bool,
         if first.get(step, loss) != loss:
             where = f"the losses differ first in step {step}: loss {first[step]!r} then, {loss!r} now"
             break
-    return False, f"not identical: {name} had other weights; {where}"
+    known = "code, versions, data and machine are the same, as far as they are recorded"
+    why = f"what may explain it: {'; '.join(differences)}" if differences else known
+    return False, f"not identical: {name} had other weights; {where}; {why}"
 
 
 def _events(run_dir: Path) -> list[Event]:

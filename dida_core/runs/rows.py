@@ -39,7 +39,7 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
         columns = {
             "NAME": event["name"],
             "STATUS": "running",
-            "STARTED": row.get("STARTED", clock(event["time"])),
+            "STARTED": row.get("STARTED", clock(event["started" if "started" in event else "time"])),
             "SECONDS": None,
             "EPOCH": row["EPOCH"] if is_ahead else event["epoch"],
             "BEST_EPOCH": row["BEST_EPOCH"] if is_ahead else event["best_epoch"],
@@ -50,6 +50,8 @@ def fold(row: dict[str, Any], event: Event) -> dict[str, Any]:
             "RAN_ON": f"{event['device']} {event['precision']}",
             "RERUNNABLE": f"no: {event['not_rerunnable']}" if event["not_rerunnable"] else "yes",
         }
+        if "resumed_with" in event:
+            columns["RESUMED_WITH"] = f"another {event['resumed_with']}"
         columns |= {"DATA_DIGEST": event["data_digest"]} if "data_digest" in event else {}
         # A run that is resumed may have fewer options than before.
         columns |= {key: None for key in row if key.partition(".")[0] in event["config"]}

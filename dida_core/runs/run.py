@@ -20,7 +20,7 @@ from ..report.console import next_steps, say
 from ..report.listener import Listener, Pending, Result, State
 from ..storage.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from ..storage.journal import Event, read_journal
-from ..storage.weights import WeightsError, load_weights, save_weights, weights_digest
+from ..storage.weights import WeightsError, save_weights, weights_digest
 from ..training.calibration import calibrate, describe_fit
 from ..training.determinism import deterministic_algorithms
 from ..training.distributed import num_processes, on_main, parallel, refuse_disagreement, sum_up, sync_buffers
@@ -29,12 +29,12 @@ from ..training.modules import fill_model, find_nonfinite
 from ..training.optimization import learning_rate
 from ..training.setup import Setup
 from ..training.signals import stop_on_signals, stop_requested
-from .failures import Pruned, WriteError, describe_batch, explain, non_finite, write_errors
+from .failures import Pruned, WriteError, asks_to_end, describe_batch, explain, non_finite, write_errors
 from .lookup import run_names
 from .position import Batches, Position
 from .record import Record, open_record, without_secrets
 from .rerun import compare_runs, find_end
-from .resume import restore, training_state
+from .resume import check_checkpoint, load_best, restore, training_state
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Run(Position):
         state.batch, state.num_samples, state.loss_sum = 0, 0, 0.0
         self.history[state.epoch] = event
         self._publish(event, lambda listener, event: listener.epoch(self, event))
-        is_pruned = after_epoch is not None and on_main(lambda: after_epoch(self))
+        is_pruned = after_epoch is not None and on_main(lambda: asks_to_end(after_epoch(self)))
         if self._is_checkpoint_due() or not checkpoint_files(self.weight_dir):
             self.save_checkpoint()  # with what AFTER_EPOCH has done, such as layers that it has thawed
         if is_pruned:
@@ -167,7 +167,8 @@ class Run(Position):
             self.state.seconds = self._seconds()
             with write_errors(f"checkpoint at step {step}", self.weight_dir):
                 self.record.journal.sync()
-                save_checkpoint(self.weight_dir, step, training_state(self.setup, self.state, self.history))
+                content = training_state(self.setup, self.state, self.history)
+                save_checkpoint(self.weight_dir, step, content | {"started": self.record.started})
 
     def finish(self) -> Result:
         """
@@ -181,7 +182,7 @@ class Run(Position):
         self._phase = "evaluation"
         digest = weights_digest(setup.model.state_dict())
         best, last = self.weight_dir / "best.pt", on_main(lambda: checkpoint_files(self.weight_dir)[0])
-        fill_model(setup.eval_model, on_main(lambda: load_weights(best)["model"]), str(best))
+        fill_model(setup.eval_model, on_main(self._load_best), str(best))
         epoch = self.history.get(state.best_epoch or 0, {})
         metrics = {key: value for key, value in epoch.items() if key.startswith("validation.")}
         if (fitted := calibrate(setup, setup.eval_model)) is not None:
@@ -198,8 +199,6 @@ class Run(Position):
         event = {"event": "test", "step": state.step, "digest": digest, "seconds": round(state.seconds, 1)}
         event["best_digest"] = weights_digest(setup.eval_model.state_dict())
         self._write(event | ({} if identical is None else {"identical": identical}) | metrics)
-        if self.record is not None:
-            self.record.report_contradictions()
         self._phase = "finished"
         result = Result(
             name=self.name,
@@ -262,18 +261,32 @@ class Run(Position):
 
     def _save_best(self) -> None:
         """Save the weights that are evaluated, with the data contract, as the best ones."""
+        state, weights = self.state, self.setup.eval_model.state_dict()
+        before, state.best_digest = state.best_digest, weights_digest(weights)
         if self.record is not None:
-            content = {"model": self.setup.eval_model.state_dict(), "contract": self.setup.contract.to_dict()}
-            content["run"] = self.name
-            with write_errors(f"the best weights at step {self.state.step}", self.weight_dir):
+            content = {"model": weights, "contract": self.setup.contract.to_dict(), "run": self.name}
+            with write_errors(f"the best weights at step {state.step}", self.weight_dir):
+                if state.best_digest != before:  # first, so that a file after the checkpoint is known as ours
+                    self._write({"event": "best", "epoch": state.best_epoch, "digest": state.best_digest})
                 save_weights(self.weight_dir / "best.pt", content)
+
+    def _load_best(self) -> dict[str, Tensor]:
+        """Return the best weights, in the main process."""
+        assert self.record is not None
+        events = read_journal(self.record.journal.path, without="step")
+        weights, state = load_best(self.weight_dir, self.state.best_digest, events), self.state
+        if state.best_digest not in (None, weights_digest(weights)):
+            say(f"best.pt is of a later epoch than {state.best_epoch}, before the interruption: it is used.")
+        return weights
 
     def _compare(self, digest: str) -> tuple[bool | None, str]:
         """Return whether the last weights are identical with those of RERUN_OF, and a sentence."""
         if self.config["RERUN_OF"] is None:
             return None, ""
         events = read_journal(self.log_dir / "journal.jsonl")
-        return compare_runs(self.log_dir.parent / self.config["RERUN_OF"], events, digest)
+        assert self.record is not None
+        differences = self.record.differences
+        return compare_runs(self.log_dir.parent / self.config["RERUN_OF"], events, digest, differences)
 
     def end(self, error: BaseException) -> None:
         """Record an end without a result, and report how to resume."""
@@ -356,6 +369,10 @@ def _open_run(setup: Setup, listeners: list[Listener], stack: contextlib.ExitSta
         stored = load_checkpoint(record.weight_dir, say)
         if stored is None:
             say(f"{record.name} has no intact checkpoint: it starts again.")
+        else:
+            folders = record.log_dir, record.weight_dir
+            with _checkpoint_errors(record.name):
+                check_checkpoint(stored, record.started, record.journal.events, *folders)
         return record.name, stored
 
     def begin() -> None:
@@ -366,15 +383,18 @@ def _open_run(setup: Setup, listeners: list[Listener], stack: contextlib.ExitSta
                 records[0].write(event)  # is there already, unless the journal was damaged
 
     name, stored = on_main(open_files)
-    state, history = (State(), {}) if stored is None else _restore(setup, stored, name)
+    with _checkpoint_errors(name):
+        state, history = (State(), {}) if stored is None else restore(setup, stored, name)
     run = Run(setup, name, state, history)
     on_main(begin)
     return run
 
 
-def _restore(setup: Setup, stored: dict[str, Any], name: str) -> tuple[State, dict[int, Event]]:
+@contextlib.contextmanager
+def _checkpoint_errors(name: str) -> Iterator[None]:
+    """Turn what a checkpoint that is none of this training leads to into one sentence."""
     try:
-        return restore(setup, stored, name)
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise

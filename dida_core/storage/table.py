@@ -7,6 +7,7 @@ like another type, or is empty. What no CSV file can hold is left out (NUL) or w
 a surrogate pair).
 """
 
+import codecs
 import csv
 import functools
 import io
@@ -56,7 +57,7 @@ def rebuild(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
     """
     Rewrite the file: these rows, and what it has by name. The old file stays, with .old behind its name.
 
-    Rows without a name and columns without a cell go.
+    Rows and columns without a cell go.
     """
     path, changes = Path(path), [_to_cells(row) for row in rows]
     with _edited(path) as table:
@@ -65,7 +66,7 @@ def rebuild(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
         columns, old = _parse(_read(path))
         cells = [{key: cell for key, cell in zip(columns, row, strict=True) if cell} for row in old]
         table.columns, table.rows = [], []
-        table.merge([*(one for one in cells if KEY in one), *changes])
+        table.merge([*filter(None, cells), *changes])
 
 
 @contextmanager
@@ -123,7 +124,10 @@ class _Table:
 
 
 def _read(path: Path) -> str:
-    return path.read_bytes().decode("utf-8-sig", "surrogateescape") if path.is_file() else ""
+    content = path.read_bytes() if path.is_file() else b""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # a spreadsheet's "Unicode text"
+        return content.decode("utf-16", "replace")
+    return content.decode("utf-8-sig", "surrogateescape")
 
 
 def _parse(text: str) -> tuple[list[str], list[list[str]]]:
@@ -132,8 +136,7 @@ def _parse(text: str) -> tuple[list[str], list[list[str]]]:
 
     What others left is kept: bytes that are no UTF-8, cells without a column, several columns of one name.
     """
-    first = text.partition("\n")[0].strip().split(";")
-    delimiter = ";" if KEY in first and len(first) > 1 else ","  # some spreadsheets save it with semicolons
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)  # spreadsheets save it with each of them
     limit = csv.field_size_limit(_LONGEST_CELL)
     try:
         lines = [line for line in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if line]

@@ -4,6 +4,7 @@ What is fitted on validation data once the weights are chosen, and goes into the
 It is the temperature that makes probabilities frequencies, and the thresholds with the highest F1.
 """
 
+import warnings
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from .targets import counting, is_multi_class, precise, unmask
 
 # From 1 / 8 to 8, four to an octave: with a parabola through the best three, the result is within 1 %.
 TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-12, 13))
+_BOUNDS = TEMPERATURES[0], TEMPERATURES[-1]
 _UNIT = 2.0**-24  # losses are added as integers, so that the order does not matter
 _MOST = 2.0**15
 
@@ -91,6 +93,10 @@ def calibrate(setup: Setup, model: nn.Module) -> DataContract | None:
         return None
     nll = NLL(setup.config["IGNORE_INDEX"], setup.metrics().is_masked)
     contract = replace(contract, temperature=evaluate(model, batches, nll, setup.context)["temperature"])
+    if contract.temperature in _BOUNDS:
+        low, high = _BOUNDS
+        text = f"the temperature {contract.temperature} is at the bound of its search ({low} to {high})"
+        warnings.warn(f"{text}: it is no fit, and probabilities may be far from frequencies.", stacklevel=2)
     if contract.task == "multi-class":
         return contract
     evaluation = setup.metrics(contract)
@@ -103,8 +109,13 @@ def calibrate(setup: Setup, model: nn.Module) -> DataContract | None:
 
 
 def describe_fit(contract: DataContract) -> dict[str, float]:
-    """Return what was fitted: "temperature", and "threshold" or "threshold.class" if classes may overlap."""
-    results, thresholds = {"temperature": contract.temperature}, contract.threshold
+    """
+    Return what was fitted: "temperature", and "threshold" or "threshold.class" if classes may overlap.
+
+    A temperature at the bound of its search is no fit: it is "temperature_at_bound" then.
+    """
+    at_bound = "_at_bound" if contract.temperature in _BOUNDS else ""
+    results, thresholds = {f"temperature{at_bound}": contract.temperature}, contract.threshold
     if contract.task != "multi-label":
         return results
     if isinstance(thresholds, float | int):

@@ -60,3 +60,8 @@ def tensors_of(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(found.append, value)
     return found
+
+
+def one_of(batch: Any, index: int) -> Any:
+    """Return a sample of a batch, as a batch of one."""
+    return map_tensors(lambda all_: all_[index : index + 1], batch)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..data.contract import DataContract
 from .accumulated import Accumulated, is_accumulated, is_averaged
 from .counts import CountMetric
-from .device import DeviceContext, map_tensors, tensors_of
+from .determinism import seed_step
+from .device import DeviceContext, map_tensors, one_of, tensors_of
 from .distributed import gather, num_processes
 from .modules import call_model, evaluation_mode
 from .scores import Scores
@@ -85,10 +86,7 @@ class Evaluation:
                 self.scores = Scores(*about, how.threshold, how.temperature, contract is not None)
             self.scores.update(predictions, unmasked, valid)
         for index in range(len(tensors_of(predictions)[0])):
-            one = slice(index, index + 1)
-            prediction, target = (
-                map_tensors(lambda all_, one=one: all_[one], batch) for batch in (predictions, targets)
-            )
+            prediction, target = one_of((predictions, targets), index)
             if self._is_ignored(target):
                 self.sample_losses.append(math.nan)
                 continue  # no pixel counts, of which some losses are NaN
@@ -172,6 +170,7 @@ def evaluate_batch(
     """
     if stop_requested():
         return
+    seed_step(0, 0, context.device)  # what a model draws, as Monte-Carlo dropout does, follows from the batch
     inputs, targets = context.move_pair(batch)
     with context.autocast():
         predictions = main_output(call_model(model, inputs), targets)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate, default_convert
 
 from ..data.dataset import Stream, TrainingData, as_dataset
 from ..data.images import DataError
 from ..errors import ConfigError, UserError
 from .determinism import EvaluationBatches, Loader, SamplerOrder, Samples, TrainingBatches
-from .device import map_tensors, tensors_of
+from .device import one_of, tensors_of
 from .distributed import num_processes, rank
 from .optimization import config_errors
 
@@ -74,7 +74,9 @@ class Collate:
         return batch[0], batch[1]
 
     def _odd_one(self, samples: Sequence[Any], names: Sequence[str], error: Exception) -> str:
-        shapes = [[tuple(tensor.shape) for tensor in tensors_of(_as_tensors(sample))] for sample in samples]
+        shapes = [
+            [tuple(tensor.shape) for tensor in tensors_of(default_convert(sample))] for sample in samples
+        ]
         for name, sample, own in zip(names, samples, shapes, strict=True):
             if sample is None and self.function is None:
                 return f"{name} is None: leave it out of the dataset, or out of batches by a collate_fn"
@@ -83,15 +85,6 @@ class Collate:
                 return f"{name} has the shapes {own}, and {names[0]} {shapes[0]}: {remedy}"
         about = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return f"{', '.join(names)}: no batch can be made of it by collate_fn and UNPACK ({about})"
-
-
-def _as_tensors(sample: Any) -> Any:
-    """Return a sample with arrays as tensors."""
-    if isinstance(sample, tuple | list):
-        return [_as_tensors(one) for one in sample]
-    if isinstance(sample, dict):
-        return {key: _as_tensors(one) for key, one in sample.items()}
-    return torch.empty(sample.shape) if hasattr(sample, "shape") else sample
 
 
 @dataclass
@@ -147,14 +140,9 @@ class BatchedSamples(Samples):
         if (problem := self.values.problem(*batch)) is None:
             return batch
         for number, name in enumerate(names if len(tensors_of(batch)[0]) == len(names) else ()):
-            one = map_tensors(lambda all_, number=number: all_[number : number + 1], batch)
-            if problem := self.values.problem(*one):
+            if problem := self.values.problem(*one_of(batch, number)):
                 raise DataError([f"{name}: {problem}"])
         raise DataError([f"{', '.join(names)}: {problem}"])
-
-
-def _as_given(batch: Any) -> Any:
-    return batch
 
 
 @dataclass
@@ -181,7 +169,7 @@ def build_loaders(
     options, seed, process = dict(config["DATA_LOADER_CONFIG"]), config["SEED"], (rank(), num_processes())
     batch_size, shuffle = options.pop("batch_size", 1), options.pop("shuffle", True)
     drop_last, sampler = options.pop("drop_last", False), options.pop("sampler", None)
-    options["collate_fn"], collate = _as_given, Collate.of(config)
+    options["collate_fn"], collate = default_convert, Collate.of(config)  # BatchedSamples has made batches
     # Elsewhere than on CUDA, pinned memory is useless and warned of.
     options["pin_memory"] = options.get("pin_memory", False) and device.type == "cuda"
     if options.get("num_workers", 0) > 0:

@@ -276,6 +276,7 @@ PLACES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {  # of two ras
     "one pixel": (UTM, UTM | {"transform": NORTH_UP @ Affine.translation(0, 1)}, False),
     "resolution": (UTM, UTM | {"transform": NORTH_UP @ Affine.scale(2)}, False),
     "zone": (UTM, UTM | {"crs": "EPSG:32632"}, False),
+    "no way between": (UTM, UTM | {"crs": 'LOCAL_CS["site",UNIT["metre",1]]'}, False),
     "south up": (UTM, UTM | {"transform": Affine(10, 0, 500_000, 0, 10, 4_999_800)}, False),
     "rotated": (UTM, UTM | {"transform": NORTH_UP @ Affine.rotation(5)}, False),
     "both rotated": (*[UTM | {"transform": NORTH_UP @ Affine.rotation(30)}] * 2, True),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from dida_core.data.images import DataError
 from dida_core.prediction.predict import predict_run
+from dida_core.storage.weights import load_weights
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -79,7 +80,7 @@ def test_the_files_of_training_are_predicted_as_their_samples(folder, tiny_confi
     options = {"OUTPUT": "probabilities", "FORMAT": ".npy", "DEVICE": "cpu", "PRECISION": "fp32"}
     maps = predict_run(result.name, folder, tmp_path / "maps", global_config, **options)
     model = load_model(result.weights["best"], nn.Conv2d, CONV)
-    temperature = result.metrics["validation.temperature"]
+    temperature = load_weights(result.weights["best"])["contract"]["temperature"]
     for file, made in zip(sorted(folder.glob("*.png")), maps, strict=True):
         with torch.no_grad():
             wanted = (model(Reading.read(file)[None])[0] / temperature).sigmoid().movedim(0, -1)

@@ -101,8 +101,14 @@ def test_one_function_numbers_runs_by_their_start_whatever_the_file_says(tmp_pat
     (tmp_path / "experiments.csv").write_text("NAME;x\nthird;1\nalien;2\nfirst;3\n")
     begin_run(tmp_path, "first").close()  # is resumed
     assert [row["NAME"] for row in find_rows(tmp_path)] == ["first", "second", "third"]
-    assert [find(tmp_path, str(number)) for number in (1, 2, 3)] == ["first", "second", "third"]
-    assert find(tmp_path, "1", logfile="other.csv") == "another"
+    assert [row["NAME"] for row in find_rows(tmp_path, "other.csv")] == ["another"]
+    for logfile in ("experiments.csv", "other.csv"):  # --rerun N cannot know which one list was asked for
+        numbered = [find(tmp_path, str(number), logfile=logfile) for number in (1, 2, 3, 4)]
+        assert numbered == ["another", "first", "second", "third"]
+    write_run(tmp_path, "2024-05-05_only-one", {})
+    for number in ("0", "7", "2024"):  # no row, and no part of a name
+        with pytest.raises(UserError, match=f"no run is called '{number}'"):
+            find(tmp_path, number)
 
 
 @pytest.mark.parametrize(

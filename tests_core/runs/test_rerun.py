@@ -1,5 +1,6 @@
 """A run can be repeated from its record, and the command proves that the weights are the same."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from dida_core.config.project import project_of
 from dida_core.data.build import build_datasets
 from dida_core.errors import UserError
 from dida_core.runs.environment import describe_environment, find_differences
-from dida_core.runs.lookup import read_run_config
+from dida_core.runs.lookup import read_record, read_run_config, write_record
 from dida_core.storage.journal import Journal
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -61,6 +62,32 @@ def test_what_differs_is_said_and_the_first_step_that_does(first, global_config,
     assert "although the losses of all steps are the same" in done.stdout
     refused = run_script("train.py", "--rerun", "1", "EPOCHS=3")
     assert refused.returncode == 2 and "leave KEY=VALUE out" in refused.stderr
+
+
+def test_what_may_explain_a_difference_is_said_before_and_after(first, global_config, capsys):
+    log_dir = Path(global_config["LOG_DIR"]) / first["NAME"]
+    file, journal = log_dir / "environment.json", log_dir / "journal.jsonl"
+    environment = json.loads(file.read_text())
+    file.write_text(json.dumps(environment | {"cpu_capability": "older", "threads": 99}))
+    with contextlib.closing(Journal(journal)) as writer:
+        writer.write({**events_of(log_dir, "test")[0], "digest": "0" * 64})
+    assert rerun(first["NAME"], global_config).identical is False
+    lines = capsys.readouterr().out.splitlines()
+    now = f"CPU capability: older then, {environment['cpu_capability']} now"
+    assert lines[:2] == [f"Not as it was: {now}", f"Not as it was: {lines[1].partition(': ')[2]}"]
+    assert lines[-1].endswith(f"; what may explain it: {now}; number of threads: 99 then, 1 now")
+    file.write_text(json.dumps(environment))
+    assert rerun(first["NAME"], global_config).identical is False
+    assert "code, versions, data and machine are the same, as far as they are" in capsys.readouterr().out
+
+
+def test_a_rerun_of_a_trial_is_no_trial(first, global_config):
+    log_dir = Path(global_config["LOG_DIR"]) / first["NAME"]
+    record = read_record(log_dir)
+    write_record(log_dir, record | {"config": record["config"] | {"STUDY": "rates", "TRIAL": 3}})
+    assert run_script("train.py", "--rerun", "1", root=Path(global_config["ROOT_PATH"])).returncode == 0
+    row = rows_of(global_config)[-1]
+    assert (row["STUDY"], row["TRIAL"], row["RERUN_IDENTICAL"]) == (None, None, True)
 
 
 def test_changed_data_and_initial_weights_are_said(

@@ -113,6 +113,30 @@ passwords = ["{}", "other"]
 ---
 class Settings:
     password: str = field(default="{}")
+---
+config = {{
+    "password":
+        "{}",
+}}
+---
+login(user="me", password="a"
+      "{}")
+---
+environ["A"], environ["TOKEN"] = "x", "{}"
+---
+account = {{"user": "me", "pass": "{}"}}
+---
+for token in ["a", "{}"]:
+---
+setattr(self, "password", "{}")
+---
+kwargs = dict(lr=1, password = '{}')
+---
+wandb_key = "{}"
+---
+secrets = SimpleNamespace(openai="{}")
+---
+password = base64.b64decode("{}")
 '''
 IN_TEXT = r"""
 password: {}
@@ -201,6 +225,28 @@ COOKIE: session={}
 db.passwd = {}
 ---
 set -x API_TOKEN {}
+---
+pass: {}
+---
+openssl enc -pass pass:{}
+---
+echo {} | docker login --password-stdin
+---
+[credentials]
+aws = {}
+[other]
+---
+Ocp-Apim-Subscription-Key: {}
+---
+$h{{password}} = "{}";
+---
+<input type="password" value="{}">
+---
+password <- '{}'
+---
+mysql://me:{}@host
+---
+kennwort: {}
 """
 BY_THEMSELVES = [
     "AKIAIOSFODNN7EXAMPLE", "ghp_16C7e42F292c6912E7710c838347Ae178B4a", "github_pat_11ABCDEFG0123456789_abc",
@@ -247,6 +293,8 @@ def __init__(self, num_passes: int = 2, first_pass: bool = True) -> None:
 url = "https://github.com/dida-do/x.git@main"
 headers = {"Authorization": f"Bearer {token}"}
 model = timm.create_model("vit_large_patch14_clip_224.openai_ft_in12k_in1k", pretrained=True)
+first_pass, second_pass = self.encoder(x), self.decoder("mean")
+raise ValueError(f"one pass: {x} of {y}")
 loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0]), ignore_index=255)
 '''.strip()
 

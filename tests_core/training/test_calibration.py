@@ -10,7 +10,7 @@ import torch
 from dida_core.data.contract import DataContract
 from dida_core.runs import run as run_module
 from dida_core.storage.weights import load_weights
-from dida_core.training.calibration import NLL, TEMPERATURES
+from dida_core.training.calibration import NLL, TEMPERATURES, describe_fit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
@@ -106,6 +106,12 @@ def test_the_temperature_stays_in_its_range():
     assert TEMPERATURES[0] <= fit(right, targets) < 0.2 and fit(wrong, targets) == TEMPERATURES[-1]
     huge = torch.tensor([[math.inf, 0.0], [1e30, -1e30], [math.nan, 1.0]])
     assert TEMPERATURES[0] <= fit(huge, torch.tensor([0, 1, 1])) <= TEMPERATURES[-1]
+
+
+@pytest.mark.parametrize("temperature", [TEMPERATURES[0], 0.1251, 1.0, 7.999, TEMPERATURES[-1]])
+def test_a_temperature_at_the_bound_of_its_search_is_not_reported_as_fitted(temperature):
+    name = "temperature_at_bound" if temperature in (0.125, 8.0) else "temperature"
+    assert describe_fit(DataContract(3, temperature=temperature)) == {name: temperature}
 
 
 # ------------------------------------------------------------------------------------------------ whole runs

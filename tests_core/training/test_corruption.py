@@ -161,7 +161,7 @@ def is_part(found: list[Event], events: list[Event]) -> bool:
 def test_from_a_damaged_journal_only_what_was_written_is_read(trained, damage_file, damage, number):
     file = trained.log_root / trained.name() / "journal.jsonl"
     events = read_journal(file)
-    assert len(events) == 10
+    assert len(events) == 12
     for text in damaged(file.read_bytes(), damage, number):
         damage_file(file, text)
         found = read_journal(file)
@@ -179,7 +179,7 @@ def test_a_run_whose_config_and_journal_are_damaged_resumes_and_says_so(trained,
     run_dir = training.log_root / training.name()
     file = run_dir / "journal.jsonl"
     written = file.read_bytes().splitlines(keepends=True)
-    assert len(written) == 7
+    assert len(written) == 8
     for line in lines:
         text = flip_a_bit(written[line][:-2], chance)
         written[line] = text.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"

@@ -1,5 +1,6 @@
 """Listeners of a run: their protocol, TensorBoard, pictures, and mails."""
 
+import errno
 import io
 import math
 import os
@@ -198,6 +199,19 @@ def test_all_that_tensorboards_tabs_show(datasets, tiny_config, global_config, q
 
 
 # ---------------------------------------------------------------------------------------------- pictures
+
+
+def test_a_picture_that_cannot_be_drawn_to_its_end_leaves_the_old_one(tmp_path, monkeypatch):
+    def fail(_: Any, stream: Any, **options: Any) -> None:
+        stream.write(b"half of it")
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    file = tmp_path / "picture.png"
+    file.write_bytes(b"old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(OSError, match="no space left"):
+        pictures.save_picture(file, "run", [], "loss", None, [])
+    assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == {"picture.png": b"old"}
 
 
 def test_the_worst_the_best_and_some_samples_at_random_are_shown_once_each():

@@ -384,8 +384,15 @@ def test_another_config_is_refused_and_another_machine_or_data_reported(
     for image in (folder / "x").iterdir():
         np.save(image, np.load(image) // 2)
     sets = NpyDataset(folder / "x", folder / "y", crop=16), datasets[1]
-    fit(RESUME=name, sets=sets, CHANNELS_LAST=False)
+    with pytest.raises(
+        ConfigError, match=r"10 files of the data .* train/x/image_00\.npy: that would be another"
+    ):
+        fit(RESUME=name, sets=sets)
+    assert record == file.read_bytes()
+    fit(RESUME=name, sets=sets, CHANNELS_LAST=False, REQUIRE_RERUNNABLE=False)
     printed = capsys.readouterr().out
+    (row,) = rows_of(global_config)
+    assert (row["RESUMED_WITH"], row["RERUNNABLE"][:3]) == ("another data", "no:")
     assert "resumes with another CHANNELS_LAST" in printed
     assert "the training data is not what it was" in printed
 

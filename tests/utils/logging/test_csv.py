@@ -167,12 +167,24 @@ def test_a_rebuilt_file_keeps_what_was_added_by_name(log: Path) -> None:
     assert log.with_name("log.csv.old").read_bytes() == before
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_rebuilt_file_of_2021_keeps_its_rows_which_have_no_name(log: Path, delimiter: str) -> None:
+    old = [["DATE", "SESSION_NAME", "f1"], ["2021-05-01", "roads", "0.81"], ["2021-05-02", "roads", "0.84"]]
+    log.write_text("".join(f"{delimiter.join(line)}\n" for line in old))
+    for _ in range(2):
+        rebuild(log, [{"NAME": "new", "SESSION_NAME": "trees"}])
+        lines = [[*line, ""] for line in old[1:]]
+        assert cells(log) == [[*old[0], "NAME"], *lines, ["", "trees", "", "new"]]
+
+
 @pytest.mark.parametrize(
     "content, expected",
     [
         (b"NAME,mine,x\nb,remark,1\na,,2\n", [["NAME", "mine", "x"], ["b", "remark", "1"], ["a", "", "9"]]),
         (b"\xef\xbb\xbfNAME,x\r\na,1\r\n", [["NAME", "x"], ["a", "9"]]),  # as spreadsheets mark the encoding
         (b"NAME;x;mine\r\nb;1;r,s\r\na;2;\r\n", [["NAME", "x", "mine"], ["b", "1", "r,s"], ["a", "9", ""]]),
+        (b'"NAME";"x"\n"b";"1"\n"a";"2"\n', [["NAME", "x"], ["b", "1"], ["a", "9"]]),
+        ("x\tNAME\n1\tb\n2\ta\n".encode("utf-16"), [["x", "NAME"], ["1", "b"], ["9", "a"]]),
         (b"NAME;x\nb;1,5\na;2,5\n", [["NAME", "x"], ["b", "1,5"], ["a", "9"]]),  # decimal commas
         (b"x,NAME,x\n1,a,2\n", [["x", "NAME", "column 3"], ["9", "a", "2"]]),
         (b"NAME,x,,\na,1,2,3\n", [["NAME", "x", "column 3", "column 4"], ["a", "9", "2", "3"]]),
