@@ -63,7 +63,8 @@ def try_model(config: dict[str, Any], dataset: TrainingData) -> FirstSample:
     if ch_in is not None and isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.shape[1] != ch_in:
         raise ConfigError([f"MODEL_CONFIG.ch_in is {ch_in}, but the images have {inputs.shape[1]} channels."])
     model.eval()
-    with config_errors("MODEL", f"MODEL {name} does not take inputs of the shape {shape}"), torch.no_grad():
+    problem = f"MODEL {name} does not take inputs of the shape {shape}{_unusual(inputs, 'float32')}"
+    with config_errors("MODEL", problem), torch.no_grad():
         predictions = main_output(call_model(model, inputs), targets)
     if not tensors_of(predictions):
         kind = type(predictions).__name__
@@ -98,6 +99,17 @@ def _try_training(model: nn.Module, batch: tuple[Any, Any], shape: Any, main: Te
         raise ConfigError(
             [f"{about}: with one target they must be {wanted}. UNPACK may give several targets."]
         )
+
+
+def _unusual(value: Any, *usual: str) -> str:
+    """Return a hint at the types of tensors, where they are others than the usual ones."""
+    types = {str(one.dtype).removeprefix("torch.") for one in tensors_of(value)}
+    is_usual = types <= {one.split()[0] for one in usual}
+    return (
+        ""
+        if is_usual
+        else f", of the type {', '.join(sorted(types))} (let the dataset give {', '.join(usual)})"
+    )
 
 
 def shapes_of(value: Any) -> Any:
@@ -230,7 +242,9 @@ def require_gradient(predictions: Any, targets: Any, loss_fn: Loss, config: dict
     """Raise ConfigError unless the loss is one number with a gradient, if any pixel counts."""
     predictions = map_tensors(lambda one: one.clone().requires_grad_(), predictions)
     name = getattr(config["LOSS"], "__name__", "")
-    loss = loss_fn(predictions, targets)
+    hint = _unusual(targets, "int64 for classes", "float32 for values")
+    with config_errors("LOSS", f"LOSS or METRICS do not fit the model's output and the target{hint}"):
+        loss = loss_fn(predictions, targets)
     if loss.numel() != 1:
         raise ConfigError([f"LOSS {name} returns {loss.numel()} numbers: it must be one, such as the mean."])
     outputs = tensors_of(predictions)

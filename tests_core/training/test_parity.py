@@ -352,17 +352,22 @@ class NanInTheSixthBatch(nn.Module):
         return multi_class_dice_ce_sum(pred, target) * (float("nan") if is_sixth else 1.0)
 
 
-def wrong_in_training(pred: Tensor, target: Tensor) -> Tensor:
-    """A loss that raises an error of its own."""
-    if torch.is_grad_enabled():
-        raise LookupError("this and nothing else")
-    return multi_class_dice_ce_sum(pred, target)
+class WrongInTraining(nn.Module):
+    """A loss that raises an error of its own, after the dry run."""
+
+    calls = 0
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        WrongInTraining.calls += torch.is_grad_enabled()
+        if torch.is_grad_enabled() and WrongInTraining.calls > 1:
+            raise LookupError("this and nothing else")
+        return multi_class_dice_ce_sum(pred, target)
 
 
 @pytest.mark.parametrize("routine", ROUTINES)
 def test_what_goes_wrong_is_reported_in_the_same_words(end_of, tmp_path, routine):
     load_routine(routine)
-    NanInTheSixthBatch.calls = 0
+    NanInTheSixthBatch.calls = -1  # the first one is the dry run's
     with pytest.raises(NonFiniteLoss) as caught:
         end_of(routine, LOSS=NanInTheSixthBatch, CHECKPOINT_SECONDS=0)
     message = str(caught.value)
@@ -373,8 +378,9 @@ def test_what_goes_wrong_is_reported_in_the_same_words(end_of, tmp_path, routine
     assert row["STATUS"] == "failed" and row["ERROR"].startswith("NonFiniteLoss: the loss is nan in step 6")
     weights = load_weights(tmp_path / "run-0" / "weights" / row["NAME"] / "last-00000005.pt")["model"]
     assert all(tensor.isfinite().all() for tensor in weights.values())
+    WrongInTraining.calls = 0
     with pytest.raises(LookupError) as own:
-        end_of(routine, LOSS=wrong_in_training)
+        end_of(routine, LOSS=WrongInTraining)
     assert str(own.value) == "this and nothing else"
     (row,) = rows_of(global_config_of(tmp_path / "run-1"))
     assert (row["STATUS"], row["ERROR"]) == ("failed", "LookupError: this and nothing else")

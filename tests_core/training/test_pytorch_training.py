@@ -520,6 +520,24 @@ def test_what_does_not_fit_is_reported_before_training(fit, global_config, chang
     assert not list(Path(global_config["ROOT_PATH"]).rglob("journal.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("types", "message"),
+    [
+        (
+            (torch.float64, torch.int64),
+            r"inputs .* of the type float64 \(let .* give float32\)",
+        ),
+        ((torch.uint8, torch.int64), r"does not take inputs .* of the type uint8 \(let .* give float32\)"),
+        ((torch.float32, torch.uint8), r"the target, of the type uint8 \(let .* int64 for classes"),
+    ],
+)
+def test_samples_of_unusual_types_are_named(fit, types, message):
+    inputs, targets = torch.ones(8, 3, 8, 8).to(types[0]), torch.ones(8, 8, 8).to(types[1])
+    data = TensorDataset(inputs, targets)
+    with pytest.raises(ConfigError, match=message):
+        fit(data, data, REQUIRE_RERUNNABLE=False, LOSS=nn.CrossEntropyLoss, METRICS={}, MONITOR="min loss")
+
+
 def test_folders_that_are_none_are_refused(datasets, tiny_config, global_config, tmp_path):
     (tmp_path / "file").write_text("")
     for key, value, message in (
