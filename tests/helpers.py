@@ -59,6 +59,11 @@ def global_config_of(root: Path) -> dict[str, str]:
     return make_global_config(root)
 
 
+def folder_of(root: Path, key: str) -> Path:
+    """Return the folder of a project's logs, weights or data, by its key in the global config."""
+    return Path(global_config_of(root)[key])
+
+
 def rows_of(global_config: dict[str, str]) -> list[dict[str, Any]]:
     """Return the rows of the tracker."""
     from dida_tools.utils.logging import read_log

@@ -61,8 +61,9 @@ def tree(folder):
 
 
 def config_in(root, **changes):
-    folders = {"WEIGHT_DIR": root / "weights", "LOG_DIR": root / "logs", "DATA_DIR": root / "data"}
-    return {key: str(path) for key, path in ({"ROOT_PATH": root} | folders | changes).items()}
+    """The project's own folders, below another root."""
+    own = {key: Path(global_config[key]).relative_to(global_config["ROOT_PATH"]) for key in KEYS}
+    return {key: str(changes.get(key, root / folder)) for key, folder in own.items()}
 
 
 def test_a_checkout_keeps_all_in_its_root_and_an_installed_package_in_the_working_directory(checkout, clean):
