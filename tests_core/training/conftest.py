@@ -1,7 +1,6 @@
 """Fixtures for tests that end trainings by force: a small training, in forked processes."""
 
 import contextlib
-import hashlib
 import importlib
 import itertools
 import json
@@ -23,7 +22,7 @@ from dida_core.runs.lookup import run_names
 from dida_core.runs.rows import row_of
 from dida_core.storage.checkpoint import checkpoint_files, load_checkpoint
 from dida_core.storage.journal import Event, Journal
-from dida_core.storage.weights import find_damage
+from dida_core.storage.weights import find_damage, load_weights
 from torch import Tensor, nn
 
 from dida_tools.utils.data import NpyDataset
@@ -162,8 +161,9 @@ class SmallTraining:
         of_kind = {kind: [e for e in events if e["event"] == kind] for kind in ("step", "epoch", "test")}
         tests = of_kind.pop("test")
         assert tests and all(test == tests[0] for test in tests)
-        best = hashlib.sha256((self.weight_dir() / "best.pt").read_bytes()).hexdigest()
-        return {"state": fingerprint(state), "best": best, "test": tests[0]} | of_kind
+        best = load_weights(self.weight_dir() / "best.pt")
+        assert best.pop("run") == self.name()
+        return {"state": fingerprint(state), "best": fingerprint(best), "test": tests[0]} | of_kind
 
     def assert_ended_as(self, expected: dict[str, Any]) -> None:
         """Assert that the run is finished, and that nothing tells what it went through."""

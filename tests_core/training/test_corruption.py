@@ -26,7 +26,6 @@ from tests.helpers import PACKAGE, bare, fingerprint
 
 KILLED = 9
 FEW_TENSORS: dict[str, Any] = {"OPTIMIZER": torch.optim.SGD, "EMA": None, "SCHEDULER": None}  # quick to read
-PROJECT, ROOTS = project_of(PACKAGE), ("tests_core",)  # where the model is
 
 NewTraining = Callable[..., Any]
 
@@ -110,7 +109,8 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(trained, damage_file, da
 def test_of_a_damaged_config_the_copy_is_used_and_that_is_said(trained, damage_file, damage, number):
     run_dir = trained.log_root / trained.name()
     file, counts = run_dir / "config.json", Counter()
-    original, live = read_record(run_dir), read_run_config(run_dir, PROJECT, ROOTS)
+    project = project_of(PACKAGE)
+    original, live = read_record(run_dir), read_run_config(run_dir, project)
     for index, text in enumerate(damaged(file.read_bytes(), damage, number)):
         damage_file(file, text)
         said: list[str] = []
@@ -122,7 +122,7 @@ def test_of_a_damaged_config_the_copy_is_used_and_that_is_said(trained, damage_f
         else:
             assert repr(found) == repr(original)
         if index % 20 == 0:
-            assert read_run_config(run_dir, PROJECT, ROOTS, said.append) == live
+            assert read_run_config(run_dir, project, said.append) == live
     assert counts["fell back"] > 0.9 * number
 
 

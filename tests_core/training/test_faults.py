@@ -52,8 +52,10 @@ class Faults:
             def write(self, content: Any) -> int:
                 return faults.call("write file", super().write, content)
 
-        def watched_open(file: Path, mode: str) -> io.BufferedRandom:
-            return io.BufferedRandom(self.call("create", WatchedFile, file, mode))
+        def watched_open(file: Path, mode: str, **kwargs: Any) -> Any:
+            if mode == "rb":
+                return open(file, mode, **kwargs)
+            return io.BufferedRandom(self.call("create", WatchedFile, file, mode, **kwargs))
 
         files_module.open = watched_open  # type: ignore[attr-defined]
 

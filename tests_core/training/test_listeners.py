@@ -24,7 +24,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.util.tensor_util import make_ndarray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dida_tools.training import pytorch_training
 from dida_tools.utils.loss import multi_class_dice_ce_sum
@@ -242,16 +242,24 @@ def mails(monkeypatch) -> list[tuple[str, str, bytes | None]]:
     return sent
 
 
-def failing_loss(pred: Tensor, target: Tensor) -> Tensor:
-    if pred.requires_grad:
+class FailingLoss(nn.Module):
+    """Fails in the training's first step, after the dry run has gone well."""
+
+    num_steps = 0
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        self.num_steps += pred.requires_grad
+        if self.num_steps == 2:
+            self.happen()
+        return multi_class_dice_ce_sum(pred, target)
+
+    def happen(self) -> None:
         raise RuntimeError(f"no connection with {SECRET}")
-    return multi_class_dice_ce_sum(pred, target)
 
 
-def signaling_loss(pred: Tensor, target: Tensor) -> Tensor:
-    if pred.requires_grad:
+class SignalingLoss(FailingLoss):
+    def happen(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-    return multi_class_dice_ce_sum(pred, target)
 
 
 def test_start_and_end_are_mailed_with_results_and_the_picture(
@@ -278,8 +286,8 @@ def test_start_and_end_are_mailed_with_results_and_the_picture(
 @pytest.mark.parametrize(
     ("loss", "error", "status", "text"),
     [
-        (failing_loss, RuntimeError, "failed", "no connection with [redacted]"),
-        (signaling_loss, Preempted, "preempted", "python train.py --resume"),
+        (FailingLoss, RuntimeError, "failed", "no connection with [redacted]"),
+        (SignalingLoss, Preempted, "preempted", "python train.py --resume"),
     ],
 )
 def test_an_end_without_a_result_is_mailed_without_secrets(
@@ -290,7 +298,7 @@ def test_an_end_without_a_result_is_mailed_without_secrets(
         train(*datasets, tiny_config | {"LOSS": loss, "NOTIFY": "me@example.org"}, global_config)
     (name,) = run_names(global_config["LOG_DIR"])
     assert [subject for subject, _, _ in mails] == [f"started: {name}", f"{status}: {name}"]
-    assert text in mails[-1][1] and (status == "preempted" or "in failing_loss" in mails[-1][1])
+    assert text in mails[-1][1] and (status == "preempted" or "in happen" in mails[-1][1])
     assert SECRET not in repr(mails)
 
 
