@@ -81,7 +81,7 @@ def write_pairs(
 @pytest.fixture(scope="session", autouse=True)
 def own_classes() -> Iterator[None]:
     """Models and datasets of the tests may be restored from records, too."""
-    tests = [name for name in sys.modules if name.partition(".")[0] in ("tests", "tests_core")]
+    tests = [name for name in sys.modules if name.startswith("tests")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config_module, "ALLOWED_ROOTS", (*config_module.ALLOWED_ROOTS, *tests))
         yield

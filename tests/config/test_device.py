@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from dida_core.data.images import DataError
 from dida_core.errors import UserError
 from dida_core.training.device import DeviceContext
 from dida_core.training.setup import prepare
@@ -121,5 +122,5 @@ def test_device_and_precision_are_those_that_this_project_chooses(
     datasets, tiny_config, global_config, monkeypatch
 ):
     monkeypatch.setattr(device_module, "get_precision", lambda device, requested: f"{requested} on {device}")
-    with pytest.raises(KeyError, match="fp32 on cpu"):  # no number format that a forward pass knows
-        prepare(*datasets, tiny_config, global_config, None, PACKAGE).autocast()
+    with pytest.raises(DataError, match="fp32 on cpu"):  # no number format that a forward pass knows
+        prepare(*datasets, tiny_config, global_config, None, PACKAGE)

@@ -60,7 +60,7 @@ def installed(stage: str) -> set[str]:
 
 def imports_of_prediction() -> set[str]:
     """What the files import that run_prediction.py may import: no routines, leaves, pictures, TensorBoard."""
-    unused = r"_training\.py$|/(search|export|doctor)/|/report/(pictures|tensorboard)\.py$"
+    unused = r"_training\.py$|/(search|export|doctor)/|/report/(curves|pictures|tensorboard)\.py$"
     files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
     return imports_of(ROOT / "run_prediction.py", *(one for one in files if not re.search(unused, str(one))))
 

@@ -109,7 +109,7 @@ def test_weights_of_a_run_come_with_its_record_and_others_with_the_config(
 
 def test_bounds_and_multiple_of_the_test_file_count(small_run: Any) -> None:
     subject = subject_of(small_run, BOUNDS={"parameter": 0.01}, MULTIPLE=4)
-    with pytest.raises(AssertionError, match=r"above 0\.01"):
+    with pytest.raises(AssertionError, match=r"not below 0\.01"):
         run_check(checks.test_parameters_are_finite_and_within_bounds, subject)
     halving = damaged(
         subject, lambda model, x: functional.pixel_shuffle(functional.pixel_unshuffle(model(x), 4), 4)
@@ -218,7 +218,7 @@ DAMAGED: dict[str, Callable[[Subject], Subject]] = {
 # What is damaged, the check that must notice (without test_), what it says.
 DAMAGES = [
     ("NaN weight", "parameters_are_finite_and_within_bounds", "conv.weight: 1 of 216 values are NaN"),
-    ("exploded weights", "parameters_are_finite_and_within_bounds", "above 1000"),
+    ("exploded weights", "parameters_are_finite_and_within_bounds", "not below 1000"),
     ("other contract", "contract_matches_the_model", r"of the contract: \(3, 7\), of the model: \(3, 3\)"),
     ("squeezed", "batches_of_any_size", r"\(1, 3, 32, 32\) became \(3, 32, 32\)"),
     ("odd row lost", "images_of_any_size", r"\(65, 63\) became \(2, 3, 64, 63\)"),
