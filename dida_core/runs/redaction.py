@@ -91,7 +91,8 @@ _FORMS = re.compile(
 _MIXED = re.compile(r"[A-Za-z0-9]{20,}")
 # Code: comments and strings; what follows a name there; what takes the name of a secret, not its value.
 _PIECES = re.compile(
-    r"#[^\n]*|[fFrRbBuU]{0,2}(?:('''|\"\"\")(?:\\.|(?!\1).)*(?:\1|\Z)|([\"'])(?:\\.|(?!\2)[^\\\n])*(?:\2|$|\\\Z))",
+    r"#[^\n]*|[fFrRbBuU]{0,2}(?:('''|\"\"\")(?:\\.|(?!\1).)*(?:\1|\Z)"
+    r"|([\"'])(?:\\.|(?!\2)[^\\\n])*(?:\2|$|\\\Z))",
     re.DOTALL | re.MULTILINE,
 )
 _CODE_BETWEEN = re.compile(r"\s*\]?[ \t]*(?::[ \t]*[^=\n\x01,(){}:]{1,60})?(?::=|[=!+]=|=|:|in\b|\(|,)[ \t]*")
