@@ -31,7 +31,14 @@ _SECRET_FILES = (
     "id_ecdsa",
 )
 _SECRET_ENDINGS = (".pem", ".key", ".p12", ".pfx", ".tfvars", ".keystore", ".jks", ".kdbx", ".ppk")
-_DIFF = ("-c", "core.quotepath=off", "-c", f"core.bigFileThreshold={_MAX_FILE_BYTES}", "diff", "HEAD")
+_DIFF: tuple[str, ...] = (
+    "-c",
+    "core.quotepath=off",
+    "-c",
+    f"core.bigFileThreshold={_MAX_FILE_BYTES}",
+    "diff",
+    "HEAD",
+)
 _DIFF += (
     "--no-ext-diff",
     "--no-textconv",
@@ -82,10 +89,10 @@ def describe_environment(
     is_gpu = device.type == "cuda"
     with ThreadPoolExecutor() as pool:  # each takes a while in a large repository
         answers = pool.map(partial(_git, os.path.realpath(root_path)), _QUESTIONS)
-    commit, changed, *diffs, untracked = answers
+    commit, changed, short, full, untracked = answers
     lost: dict[str, str] = {}
     code = {
-        "git_diff": _describe_changes(*map(_sections, diffs), redactor, lost),
+        "git_diff": _describe_changes(_sections(short), _sections(full), redactor, lost),
         "untracked_files": _describe_untracked(root_path, untracked, redactor, is_known, lost),
     }
     commit = (commit or "").strip() or None

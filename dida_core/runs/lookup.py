@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 def run_names(log_dir: str | os.PathLike) -> list[str]:
     """Return the names of all runs, also of one whose config.json was lost."""
-    found = os.scandir(log_dir) if os.path.isdir(log_dir) else []
+    found = os.scandir(os.fspath(log_dir)) if os.path.isdir(log_dir) else ()
     folders = [entry for entry in found if entry.is_dir(follow_symlinks=False)]  # a link leads elsewhere
     names = [entry.name for entry in folders if entry.name[0] != "." and entry.name.isprintable()]
     return sorted(name for name in names if _has_begun(os.path.join(log_dir, name)))

@@ -54,7 +54,7 @@ _RANDOM = re.compile(r"(?=[\w.+/@$!-]*[^\W\d_])(?=[\w.+/@$!-]*\d)[\w.+/@$!-]{8,}
 _BETWEEN = re.compile(
     r"(?:\\*[\"'`])?[\])}]?[ \t]*"
     r"(?:(?::[ \t]*[\w.\[\], |\"']{1,60}?[ \t]*)?(?:=>|:=|[=!+?]?=(?!=)|==|%3D|<-)|:(?!:))"
-    r"|\\*[\"'`]?\s*,?\s*\\*[\"'`]?\bvalue\\*[\"'`]?\s*[:=]"
+    r"|\\*[\"'`]?\s{0,99},?\s{0,99}\\*[\"'`]?\bvalue\\*[\"'`]?\s*[:=]"
     r"|\\*[\"'`],\s*(?=[fFrRbBuU]{0,2}\\*[\"'`])"
 )
 _DECLARED = re.compile(r"(?:\b(?:ENV|ARG|SetEnv|setenv|set(?:\s+-\w+)*|(?:login|machine|user)\s+\S+)\s+|-)$")
@@ -75,15 +75,15 @@ _FORMS = re.compile(
     r"(?:=|%3D)([^\s&\"'<>]+)"
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{12,}"
     r"|\b(?:gh[pousr]_|github_pat_|glpat-|xox[a-z]-|npm_|pypi-|dckr_pat_|[srp]k[-_]|SG\.|AIza|ya29\.|"
-    r"dop_v1_|shpat_|dapi|glsa_|whsec_|AGE-SECRET-)(?=[\w.-]*[\dA-Z])[\w.-]{10,}"
+    r"dop_v1_|shpat_|dapi|glsa_|whsec_|AGE-SECRET-)(?=[\w.-]{0,200}[\dA-Z])[\w.-]{10,}"
     r"|\bhf_(?=\w*[\dA-Z])[A-Za-z0-9]{8,}"
-    r"|\beyJ[\w-]{5,}\.[\w-]{5,}(?:\.[\w-]*)?"
+    r"|\beyJ[\w-]{5,500}\.[\w-]{5,}(?:\.[\w-]*)?"
     r"|hooks\.slack\.com/services/\S+|/api/webhooks/\S+|\b\d{8,10}:AA[\w-]{30,}"
     r"|\$(?:apr1|2[aby]|5|6|y|argon2\w*)\$[^\s\"']+"
     r"|\b[Bb]earer\s+([\w.~+/=-]{8,})|\b[Bb]asic\s+(?=\S*[\dA-Z=])([\w.~+/=-]{8,})"
     r"|[\s\"'](?:-u|--user|--proxy-user)[\"',=\s]+(?!\d+:\d+\b)([^\s:\"',]+:[^\s\"']+)"
-    r"|\b(?:sshpass|mysql\w*|mariadb\w*|login)\b[^\n]*?\s[\"']?-p[\"',\s]*([^\s\"',]+)"
-    r"|\b(?:echo|printf)\s+([^|\n]+)\|[^\n]*(?:passw|login|secret)"
+    r"|\b(?:sshpass|mysql\w*|mariadb\w*|login)\b[^\n]{0,300}?\s[\"']?-p[\"',\s]*([^\s\"',]+)"
+    r"|\b(?:echo|printf)\s+([^|\n]{1,300})\|[^\n]{0,300}?(?:passw|login|secret)"
     r"|(?i:\bidentified\s+by\s+)(\S+)"
     r"|^[\w.*-]+:(?:\d{2,5}|\*):[^:\s]+:[^:\s]+:(\S+)$",  # .pgpass
     re.MULTILINE,
@@ -91,13 +91,17 @@ _FORMS = re.compile(
 _MIXED = re.compile(r"[A-Za-z0-9]{20,}")
 # Code: comments and strings; what follows a name there; what takes the name of a secret, not its value.
 _PIECES = re.compile(
-    r"#[^\n]*|[fFrRbBuU]{0,2}(?:('''|\"\"\")(?:\\.|(?!\1).)*(?:\1|\Z)|([\"'])(?:\\.|(?!\2)[^\\\n])*(?:\2|$))",
+    r"#[^\n]*|[fFrRbBuU]{0,2}(?:('''|\"\"\")(?:\\.|(?!\1).)*(?:\1|\Z)"
+    r"|([\"'])(?:\\.|(?!\2)[^\\\n])*(?:\2|$|\\\Z))",
     re.DOTALL | re.MULTILINE,
 )
 _CODE_BETWEEN = re.compile(r"\s*\]?[ \t]*(?::[ \t]*[^=\n\x01,(){}:]{1,60})?(?::=|[=!+]=|=|:|in\b|\(|,)[ \t]*")
-_TUPLE = re.compile(r"(?:\s*,\s*[\w.]+)+\s*=(?!=)")
+_TUPLE = re.compile(r"(?:\s*,\s*[\w.]+){1,20}\s*=(?!=)")
 _CONTINUED = re.compile(r"\s*[\x01+]")
-_LONGEST = 20_000  # of a value
+# Bounds, in characters, that keep the time linear: of a value; of a line looked into, as longer ones
+# that name a secret are lost whole; of what may be a reference.
+_LONGEST, _LONG_LINE, _LONG_REFERENCE = 20_000, 2_000, 200
+_LONG_LINES, _RUNS = re.compile(rf"[^\n]{{{_LONG_LINE + 1},}}"), re.compile(r"[\w.+/@$!-]{8,}")
 _LOOKED_UP = re.compile(
     r"\[\x01+\]|\b(?:get|getenv|pop|getpass|input|prompt|read_text|open|Path)\(\x01*(?:, None)?\)"
 )
@@ -227,11 +231,11 @@ def _is_secret_value(name: str, value: Any) -> bool:
 
 def _speaks(level: int, value: str) -> bool:
     """Return whether what is written in the place of a secret may be one."""
-    if _REFERENCE.fullmatch(value):
+    if len(value) <= _LONG_REFERENCE and _REFERENCE.fullmatch(value):
         return False
     if level in (_CALLED, _LIKELY):
         return re.search(r"[^\W\d_]", value) is not None
-    return level == _SURE or _RANDOM.search(value) is not None
+    return level == _SURE or any(map(_RANDOM.match, _RUNS.findall(value)))
 
 
 def _forms(value: str) -> Iterator[str]:
@@ -273,19 +277,31 @@ def _find(text: str, is_code: bool | None = None) -> Iterator[tuple[int, int]]:
     """Yield from where to where there are secrets; without is_code, by the rules of text and of code."""
     for match in _FORMS.finditer(text):
         start, end = match.span(match.lastindex or 0)
-        if not _REFERENCE.fullmatch(text[start:end]):
+        if end - start > _LONG_REFERENCE or not _REFERENCE.fullmatch(text[start:end]):
             yield start, end
     for match in _MIXED.finditer(text):
         kinds = ["a" if char.islower() else "A" if char.isupper() else "1" for char in match[0]]
         changes = sum(one != other for one, other in itertools.pairwise(kinds))
         if len(set(kinds)) == 3 and changes >= 0.4 * len(kinds):
             yield match.span()
+    lost = [line.span() for line in _LONG_LINES.finditer(text) if _names_secret(text, *line.span())]
+    yield from lost
+    for start, end in lost:
+        text = f"{text[:start]}{' ' * (end - start)}{text[end:]}"
     words = [(word, level) for word in _WORD.finditer(text) if (level := _level(text, word))]
     if words and is_code is not True:
+        done = 0  # what is in a value is lost with it
         for word, level in words:
-            yield from _value_in_text(text, word.start(), word.end(), level, len(text))
+            if word.start() >= done:
+                for span in _value_in_text(text, *word.span(), level, len(text)):
+                    yield span
+                    done = span[1]
     if words and is_code is not False:
         yield from _find_in_code(text, words)
+
+
+def _names_secret(text: str, start: int, end: int) -> bool:
+    return any(_level(text, word) >= _LIKELY for word in _WORD.finditer(text, start, end))
 
 
 def _level(text: str, word: re.Match) -> int:
@@ -302,55 +318,80 @@ def _level(text: str, word: re.Match) -> int:
 def _find_in_code(text: str, words: list[tuple[re.Match, int]]) -> Iterator[tuple[int, int]]:
     pieces = [match.span() for match in _PIECES.finditer(text)]
     masked = _PIECES.sub(_mask, text)
+    done = [0] * (_SURE + 1)  # for each level, up to where values were looked into
     for word, level in words:
         start, end = word.span()
         first, last = pieces[max(0, bisect(pieces, (start, len(text))) - 1)] if pieces else (0, 0)
         is_inside = first <= start < last
-        is_whole = is_inside and not f"{text[first:start]}{text[end:last]}".strip("fFrRbBuU\"'-")
+        around = (
+            (text[first:start] + text[end:last]) if is_inside and start - first + last - end < 16 else "?"
+        )
+        is_whole = is_inside and not around.strip("fFrRbBuU\"'-")
+        if start < max(done[level:]):
+            continue
         if is_inside and not is_whole:
-            yield from _value_in_text(text, start, end, level, last)
+            for span in _value_in_text(text, start, end, level, last):
+                yield span
+                done[level] = span[1]
         elif level > _CALLED or text[end : end + 1] == "(":
-            yield from _value_in_code(text, masked, last if is_whole else end, level, is_whole)
+            found, done[level] = _value_in_code(text, masked, last if is_whole else end, level, is_whole)
+            yield from found
 
 
 def _mask(piece: re.Match) -> str:
     return (" " if piece[0][0] == "#" else "\x01") * len(piece[0])
 
 
-def _value_in_code(text: str, masked: str, end: int, level: int, is_whole: bool) -> Iterator[tuple[int, int]]:
-    """Yield the strings in the value of a name, in Python code; of SURE names, what has a digit, too."""
-    line = masked[masked.rfind("\n", 0, end) + 1 : end]
-    is_target = re.fullmatch(r"[\w\s.,*\[\]\x01]*", line) is not None
-    several = _TUPLE.match(masked, end) if is_target else None
+def _value_in_code(
+    text: str, masked: str, end: int, level: int, is_whole: bool
+) -> tuple[list[tuple[int, int]], int]:
+    """Return the strings in the value of a name, of SURE ones numbers, too; and up to where all were seen."""
+    several = _TUPLE.match(masked, end)
     between = several or _CODE_BETWEEN.match(masked, end)
-    if between is None or (between[0].rstrip()[-1] == "," and not is_whole):
-        return
+    if between is None or (not several and between[0].rstrip()[-1] == "," and not is_whole):
+        return [], 0  # before the line is looked at, which takes longer
+    line = _line_before(masked, end)
+    is_target = re.fullmatch(r"[\w\s.,*\[\]\x01]*", line) is not None
+    if several and not is_target:
+        several, between = None, _CODE_BETWEEN.match(masked, end)
+        if between is None or not is_whole:
+            return [], 0
     ends = "\n;" if several or (is_target and "," in line) else "\n;,"
-    depth, start = int(between[0].rstrip()[-1] == "("), between.end()
-    last = limit = min(len(masked), start + _LONGEST)
-    for here in range(start, limit):
+    depth, start, is_begun = int(between[0].rstrip()[-1] == "("), between.end(), False
+    last = min(len(masked), start + _LONGEST)
+    seen = max(start, last - _LONGEST // 2)  # what is further may go on after the bound
+    for here in range(start, last):
         char = masked[here]
         depth += (char in "([{") - (char in ")]}")
+        is_begun = is_begun or not char.isspace()
         is_end = depth == 0 and char in ends and masked[here - 1] != "\\"
         if is_end and char == "\n":  # in brackets, the value may be, or go on, in the next line
-            is_end = masked[start:here].strip() != "" and not _CONTINUED.match(masked, here)
+            is_end = is_begun and not _CONTINUED.match(masked, here)
         if depth < 0 or is_end:
-            last = here
+            last = seen = here
             break
+    found = []
     value = _LOOKED_UP.sub(lambda match: " " * len(match[0]), masked[start:last])
     for match in re.finditer("\x01+", value):
         first, last = start + match.start(), start + match.end()
         quoted = _QUOTE.match(text, first)
         first, last = (quoted.end(), last - len(quoted[1])) if quoted else (first, last)
         if _speaks(level, text[first:last]):
-            yield first, last
+            found.append((first, last))
     if level == _SURE and re.search(r"\d", value):
-        yield start, start + len(value)
+        found.append((start, start + len(value)))
+    return found, seen
+
+
+def _line_before(text: str, place: int) -> str:
+    """Return what is before a place in its line, at most as much as that of a line that is looked into."""
+    bound = max(0, place - _LONG_LINE)
+    return text[max(text.rfind("\n", bound, place) + 1, bound) : place]
 
 
 def _value_in_text(text: str, start: int, end: int, level: int, limit: int) -> Iterator[tuple[int, int]]:
     """Yield where the value of a name is: a quoted one, or the rest of the line, or the lines below it."""
-    before = text[text.rfind("\n", 0, start) + 1 : start]
+    before, limit = _line_before(text, start), min(limit, end + _LONGEST)
     if level == _CALLED or re.search(r":(?:param|type|raises?)\s+$", before):
         return
     between = _BETWEEN.match(text, end, limit)
@@ -372,25 +413,25 @@ def _value_in_text(text: str, start: int, end: int, level: int, limit: int) -> I
         match = _RANDOM.match(text, quoted.end() if quoted else first, limit)
         yield from [match.span()] if match else ()
         return
-    last = min(_value_end(text, first, len(before) - len(before.lstrip())), limit)
+    last = _value_end(text, first, len(before) - len(before.lstrip()), limit)
     if _speaks(level, text[first:last]):
         if quoted and text.endswith(quoted[1], quoted.end(), last):
             first, last = quoted.end(), last - len(quoted[1])
         yield first, last
 
 
-def _value_end(text: str, start: int, indent: int) -> int:
+def _value_end(text: str, start: int, indent: int, limit: int) -> int:
     end = start
-    while quoted := _QUOTE.match(text, end):
-        closing = re.compile(rf"(?<!\\)(?:\\\\)*{re.escape(quoted[1])}").search(text, quoted.end())
+    while quoted := _QUOTE.match(text, end, limit):
+        closing = re.compile(rf"(?<!\\)(?:\\\\)*{re.escape(quoted[1])}").search(text, quoted.end(), limit)
         if closing is None:
             break
-        if (joint := _JOINT.match(text, closing.end())) is None:
+        if (joint := _JOINT.match(text, closing.end(), limit)) is None:
             return closing.end()
         end = joint.end()
-    rest = _REST.search(text, end)
-    end = rest.end() if rest else len(text)
+    rest = _REST.search(text, end, limit)
+    end = rest.end() if rest else limit
     if not text[start:end].strip(" \t|>+-([{"):  # the value is in the lines below, further to the right
-        below = re.compile(rf"(?:\n[ \t]*(?=\n)|\n[ \t]{{{indent + 1},}}[^\n]*)*").match(text, end)
+        below = re.compile(rf"(?:\n[ \t]*(?=\n)|\n[ \t]{{{indent + 1},}}[^\n]*)*").match(text, end, limit)
         end = below.end() if below else end
     return end

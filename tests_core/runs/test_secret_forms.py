@@ -324,3 +324,30 @@ def test_a_secret_is_found_by_its_own_form(secret):
 def test_ordinary_code_stays():
     lost = Redactor({}, []).secret_lines(ORDINARY, is_code=True)
     assert [ORDINARY.split("\n")[number] for number in sorted(lost)] == []
+
+
+ODD = ["key ", "password = [", "token=[(", "token: a, ", "password = [\n", "password(\n", '"password" \\\n']
+ODD += [
+    'password = "a" ',
+    "echo ",
+    "mysql ",
+    "-eyJ",
+    "-ghp_",
+    '"\\',
+    "# password = \\\n",
+    "key\n",
+    "\\",
+    "://a:",
+]
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_texts_take_no_long_time_and_hide_nothing(odd):
+    lines = (odd * (100_000 // len(odd))).rstrip("\n")
+    text = f"password = 'hunter2-x'\n{lines}\n\n\ntoken = 'hunter2-x'"
+    for is_code in (True, False):
+        lost = Redactor({}, []).secret_lines(text, is_code)
+        assert {0, text.count("\n")} <= lost
+        assert 1 in lost or "password = [" not in lines or "\n" in lines
+    assert "hunter2" not in Redactor({}, []).text(text)
