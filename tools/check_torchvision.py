@@ -43,7 +43,7 @@ def users() -> set[str]:
 
 def known() -> set[str]:
     """Return the packages that this project has brought."""
-    lines = Path(__file__).resolve().parents[1].joinpath("constraints.txt").read_text().splitlines()
+    lines = Path(__file__).resolve().parents[1].joinpath("constraints.txt").read_text("utf-8").splitlines()
     return {line.partition("==")[0].strip().lower() for line in lines}
 
 

@@ -190,7 +190,10 @@ def save_picture(
         handles = [Patch(facecolor=color, edgecolor="gray", label=name) for color, name in named]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)))
     save = functools.partial(figure.savefig, dpi=90, format="png")
-    write_atomic(path, save) if isinstance(path, str | os.PathLike) else save(path)
+    if isinstance(path, str | os.PathLike):
+        write_atomic(path, save)
+    else:
+        save(path)
 
 
 def _draw_panel(axis: Any, panel: Panel) -> None:

@@ -246,9 +246,9 @@ def _narrowest(columns: Iterable[list[str]]) -> int:
     return sum(2 + min(_SHORTEST, max(map(len, column))) for column in columns) - 2
 
 
-def print_table(table: Iterable[Iterable[Any]]) -> None:
+def print_table(rows: Iterable[Iterable[Any]]) -> None:
     """Print a table as wide as the terminal: long cells are cut in their middle, but not beyond reading."""
-    lines = [[_text(cell) for cell in line] for line in table]
+    lines = [[_text(cell) for cell in line] for line in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     room = _terminal_width() - 2 * (len(widths) - 1)
     while sum(widths) > room and max(widths) > _SHORTEST:

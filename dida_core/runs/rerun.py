@@ -43,7 +43,7 @@ def read_segments(run_dir: Path) -> list[dict[str, Any]]:
     try:
         latest = json.loads(read_plain(run_dir / "environment.json"))
         segments = [latest, *latest.pop("earlier", [])]
-        return segments if all(find_differences(one, one) == [] for one in segments) else []
+        return segments if not any(find_differences(one, one) for one in segments) else []
     except Exception:  # whatever a file of unknown origin leads to
         return []
 

@@ -154,7 +154,7 @@ class OutputLoss(nn.Module):
 
 
 def resize_nearest(target: Tensor, size: Sequence[int]) -> Tensor:
-    """Return a target (..., *size) of values that it has: class numbers, ignored pixels and masks as well."""
+    """Return a target (..., H, W) of values that it has: class numbers, ignored pixels and masks as well."""
     for axis, length in zip(range(-len(size), 0), size, strict=True):
         if target.shape[axis] != length:
             centers = (

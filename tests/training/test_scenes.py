@@ -7,6 +7,7 @@ from sklearn.metrics import f1_score
 
 from dida_tools.training import pytorch_training
 from dida_tools.utils.data import SceneDataset
+from dida_tools.utils.data.scenes import make_scenes
 
 
 def pixels(dataset: SceneDataset, contract) -> tuple[np.ndarray, np.ndarray]:
@@ -21,6 +22,7 @@ def pixels(dataset: SceneDataset, contract) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.slow  # a minute or two; make train shows the same
 def test_the_small_unet_clearly_beats_a_per_pixel_classifier(tmp_path_factory, global_config):
     data_dir = tmp_path_factory.mktemp("scenes")
+    make_scenes(data_dir)
     config = pytorch_training.small() | {"EPOCHS": 14}
     parts = config["DATASET_CONFIG"]
     train_set, test_set = (SceneDataset(**parts[part], data_dir=data_dir) for part in ("train", "test"))

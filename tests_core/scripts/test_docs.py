@@ -25,7 +25,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from dida_tools.config.config import global_config
 
-from tests.helpers import ROOT, run_script
+from tests.helpers import PACKAGE, ROOT, run_script
 from tests_core.scripts.projects import make_template, missing_in_pages, python, run
 
 DOCS = ROOT / "docs"
@@ -183,7 +183,10 @@ def test_python_code_runs(page, tmp_path, pairs_dir, monkeypatch):
     (tmp_path / f"{name}.py").write_text("\n".join(text for above, text in parts if "not run:" not in above))
     (tmp_path / "my_data").symlink_to(pairs_dir)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    # As if it stood in the models of the project, whose classes and functions a record may name.
+    models = importlib.import_module(f"{PACKAGE}.models")
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+    name = f"{PACKAGE}.models.{name}"
     known = dict(KEYS)  # a page adds keys of its own
     for key, folder in {"LOG_DIR": "logs", "WEIGHT_DIR": "weights", "DATA_DIR": "data"}.items():
         monkeypatch.setitem(global_config, key, str(tmp_path / folder))

@@ -53,7 +53,10 @@ class CsvTracker(Listener):
 
     def _write(self, run: "RunView") -> None:
         self._written = time.monotonic()
-        write_log(_file(run), current_row(run.log_dir))  # <- your columns: current_row(...) | {"MINE": ...}
+        row = current_row(run.log_dir)
+        if not row:
+            raise OSError(f"{run.log_dir}: its journal cannot be read now, so its row stays as it was.")
+        write_log(_file(run), row)  # <- your columns: row | {"MINE": ...}
 
 
 def _file(run: "RunView") -> Path:
