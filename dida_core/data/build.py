@@ -135,7 +135,7 @@ def suggest(pairs: Pairs, cache_file: Path | None = None) -> dict[str, Any]:
     """
     facts = fingerprint(pairs, cache_file)
     shapes = [pairs.fact(file)["shape"] for file in pairs.images]
-    side = min(min(shape[:2]) for shape in shapes)
+    side = int(np.median([min(shape[:2]) for shape in shapes]))  # smaller images are padded
     crop = max(32, int(min(_LARGEST_CROP, 0.75 * side)) // 32 * 32) if side >= 32 else side
     area = float(np.mean([shape[0] * shape[1] for shape in shapes]))
     crops_per_image = max(1, round(area / crop**2), -(-_SAMPLES_PER_EPOCH // len(shapes)))

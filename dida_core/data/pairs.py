@@ -208,8 +208,6 @@ def find_problems(
         if fact["damaged"]:
             damaged = f"{fact['damaged']} values are NaN or infinite"
             problems.append(f"{file}: {damaged}: replace them, or name them as nodata")
-        if training and crop is not None and crop > min(fact["shape"][:2]):
-            problems.append(f"{file}: its size is {sizes[file]} pixels, too small for a crop of {crop}")
     for image, mask in zip(pairs.images, pairs.masks, strict=True):
         if image in images and mask in masks:
             found = mask_problems(images[image], masks[mask], reading, num_classes)

@@ -213,13 +213,14 @@ def test_numbers_suggest_a_regression(suggested: Any, channels: int, dtype: str)
     assert (suggestion["LOSS"], suggestion["METRICS"]) == ("torch.nn.functional:mse_loss", {})
 
 
-def test_crops_fit_into_the_smallest_image_and_large_images_give_more(
+def test_crops_fit_into_a_usual_image_and_large_images_give_more(
     suggested: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = {(1, 1): 1, (20, 90): 20, (32, 32): 32, (50, 50): 32, (128, 90): 64, (300, 260): 192}
     for size, crop in cases.items():
-        data = suggested([np.zeros(size, np.uint8), np.zeros((300, 300), np.uint8)])["DATASET_CONFIG"]
-        assert data["crop"] == crop and 2 * data["crops_per_image"] >= 160
+        sizes = [(33, 33), size, (300, 300)] if min(size) > 33 else [(1, 1), size, (300, 300)]
+        data = suggested([np.zeros(one, np.uint8) for one in sizes])["DATASET_CONFIG"]
+        assert data["crop"] == crop and 3 * data["crops_per_image"] >= 160
     monkeypatch.setattr(module, "_LARGEST_CROP", 32)
     assert suggested([np.zeros((320, 320), np.uint8)] * 2)["DATASET_CONFIG"]["crops_per_image"] == 100
 

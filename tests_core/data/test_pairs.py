@@ -104,7 +104,6 @@ def test_all_that_is_wrong_is_listed_at_once(tmp_path: Path, write: Any) -> None
         ("x/dtype.npy", "has float64 as dtype, most have float32"),
         ("y/colors.npy", "has 3 channels, most have 1"),
         ("x/nan.npy", "6 values are NaN or infinite: replace them, or name them as nodata"),
-        ("x/small.npy", "its size is 10 x 40 pixels, too small for a crop of 16"),
         ("y/class.npy", "the values 7 are outside of the classes 0 to 1 (ignored: 255): map them with MASK_"),
         ("y/colors.npy", "it has 3 channels: a multi-class mask has one"),
         ("y/float.npy", "its values (float32) are no class numbers"),

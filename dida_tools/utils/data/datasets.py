@@ -27,6 +27,7 @@ from dida_core.data.pairs import (
     several_channels,
 )
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -62,7 +63,8 @@ class NpyDataset(Dataset):
         :param x_dir: folder of the images, (H, W) or (H, W, C)
         :param y_dir: folder of the masks: (H, W) of class numbers for "multi-class", (H, W) or (H, W, C) of 0
             and 1 for "multi-label" (binary is one such class), numbers of any kind for "values"
-        :param crop: size of the random crops in pixels; None takes entire images, all of the same size
+        :param crop: size of the random crops in pixels, to which smaller images are padded with pixels that
+            count nowhere; None takes entire images, all of the same size
         :param crops_per_image: samples of each image in an epoch
         :param foreground: fraction of the crops that are drawn to hold a class other than 0, each class as
             often as another (not for "values")
@@ -115,6 +117,9 @@ class NpyDataset(Dataset):
         mask = self._read_mask(self.masks[number], window)
         mask[..., ~valid] = self._ignored
         if self._windows is None:
+            if self.crop and self.crop > min(image.shape[1:]):
+                beyond = (0, self.crop - image.shape[2], 0, self.crop - image.shape[1])
+                image, mask = pad(image, beyond), pad(mask, beyond, value=self._ignored)
             for transform in self.augment:
                 image, mask = transform(image, mask)
         return image.contiguous(), mask.contiguous()
@@ -133,10 +138,9 @@ class NpyDataset(Dataset):
             if places:
                 of_class = places[int(torch.randint(len(places), ()))]
                 row, column = divmod(of_class[int(torch.randint(len(of_class), ()))], width)
-        if self.crop > min(height, width):
-            raise DataError([f"the crop of {self.crop} pixels is larger than an image of {height} x {width}"])
-        top, left = _random_start(height, self.crop, row), _random_start(width, self.crop, column)
-        return number, Window(top, left, self.crop, self.crop)
+        rows, columns = min(self.crop, height), min(self.crop, width)
+        top, left = _random_start(height, rows, row), _random_start(width, columns, column)
+        return number, Window(top, left, rows, columns)
 
     def _reading(self) -> MaskReading:
         return MaskReading(self.task, self.mask_values, self.ignore_index)

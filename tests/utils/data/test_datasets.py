@@ -81,6 +81,7 @@ def test_crops_are_windows_of_image_and_mask(write_pairs: Pairs, ending: str, dt
     folders = write_pairs([place.astype(dtype)] * 2, [y * 8 + x // 4] * 2, ending)
     dataset = NpyDataset(*folders, crop=10, crops_per_image=50, scale=1.0)
     corners = set()
+    torch.manual_seed(0)  # a hundred draws hit every edge
     for image, mask in dataset:
         assert image.shape == (3, 10, 10) and mask.shape == (10, 10)
         assert torch.equal(mask, (image[0] * 8 + torch.floor(image[1] / 4)).long())
@@ -90,10 +91,26 @@ def test_crops_are_windows_of_image_and_mask(write_pairs: Pairs, ending: str, dt
     assert [dataset.sample_name(index) for index in (0, 49, 50)] == [f"{n}{ending}" for n in (0, 0, 1)]
 
 
-def test_impossible_crops_and_arguments_are_refused(folders: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize(("task", "ignored"), [("multi-class", 255), ("multi-label", 7), ("values", np.nan)])
+def test_smaller_images_are_padded_with_pixels_that_count_nowhere(
+    write_pairs: Pairs, task: str, ignored: float
+) -> None:
+    folders = write_pairs(invent_images(), invent_masks(classes=2))
+    dataset = NpyDataset(*folders, crop=40, task=task, ignore_index=7 if task == "multi-label" else 255)
+    whole = NpyDataset(*folders, task=task)
+    for (image, mask), (all_of_image, all_of_mask) in zip(dataset, whole, strict=True):
+        assert image.shape == (3, 40, 40) and mask.shape[-2:] == (40, 40)
+        assert torch.equal(image[:, :24, :30], all_of_image) and torch.equal(mask[..., :24, :30], all_of_mask)
+        for beyond in (np.s_[..., 24:, :], np.s_[..., :, 30:]):
+            assert not image[beyond].any()
+            assert np.array_equal(mask[beyond], np.full(mask[beyond].shape, ignored), equal_nan=True)
+    image, mask = NpyDataset(*folders, crop=26, task=task, augment=GEOMETRY)[0]
+    assert image.shape == (3, 26, 26) and mask.shape[-2:] == (26, 26)
+    dataset.check()
+
+
+def test_impossible_arguments_are_refused(folders: tuple[Path, Path]) -> None:
     assert NpyDataset(*folders, crop=24)[0][0].shape == (3, 24, 24)
-    with pytest.raises(DataError, match="crop of 25 pixels is larger than an image of 24 x 30"):
-        NpyDataset(*folders, crop=25)[0]
     for name, value in {"crop": 0, "crops_per_image": 0, "tile": 0, "task": "boxes"}.items():
         with pytest.raises(ValueError, match=name):
             NpyDataset(*folders, **{name: value})
