@@ -222,7 +222,7 @@ def test_crops_fit_into_a_usual_image_and_large_images_give_more(
         data = suggested([np.zeros(one, np.uint8) for one in sizes])["DATASET_CONFIG"]
         assert data["crop"] == crop and 3 * data["crops_per_image"] >= 160
     monkeypatch.setattr(module, "_LARGEST_CROP", 32)
-    assert suggested([np.zeros((320, 320), np.uint8)] * 2)["DATASET_CONFIG"]["crops_per_image"] == 100
+    assert suggested([np.zeros((320, 320), np.uint8)] * 3)["DATASET_CONFIG"]["crops_per_image"] == 100
 
 
 # ----------------------------------------------------------------------------------------------------- splits
