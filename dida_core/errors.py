@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -64,10 +65,8 @@ def checked_call(function: F) -> F:
             signature.bind(*arguments, **options)
         except TypeError as error:
             plain = [one.replace(annotation=one.empty) for one in signature.parameters.values()]
-            call = (
-                f"{function.__name__}{signature.replace(parameters=plain, return_annotation=signature.empty)}"
-            )
-            raise TypeError(f"{function.__name__}: {error}. The call is {call}.") from None
+            call = signature.replace(parameters=plain, return_annotation=signature.empty)
+            raise TypeError(f"{function.__name__}: {error}. The call is {function.__name__}{call}.") from None
         return function(*arguments, **options)
 
     return checked  # type: ignore[return-value]
@@ -75,10 +74,13 @@ def checked_call(function: F) -> F:
 
 def exit_code(main: Callable[[], int], of_each_process: bool = False) -> int:
     """
-    Run a script's main function and return its exit code; for an error of the user, print a sentence.
+    Run a script's main function and return its exit code; for an error of the user, print a sentence, and so
+    for warnings.
 
     :param of_each_process: of several, each has errors of its own; otherwise the first one prints them
     """
+    formatter = warnings.formatwarning
+    warnings.formatwarning = lambda text, kind, *_: f"{kind.__name__}: {printable(str(text))}\n"
     try:
         return main()
     except Preempted as error:
@@ -89,3 +91,5 @@ def exit_code(main: Callable[[], int], of_each_process: bool = False) -> int:
         if of_each_process or os.environ.get("RANK", "0") == "0":
             print(printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = formatter

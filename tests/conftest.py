@@ -121,25 +121,24 @@ def global_config(tmp_path: Path) -> dict[str, str]:
 
 
 @functools.cache
-def describe_environment_once(root: Path, device: torch.device) -> dict:
+def describe_once(root: Path, device: torch.device) -> dict:
     return environment.describe_environment(root, device) | {"unrecorded_files": []}
 
 
 @pytest.fixture(autouse=True)
-def _as_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+def _as_committed() -> Iterator[None]:
     """What is not committed while tests run decides no test."""
-    describe = environment.describe_environment
-    described = {"unrecorded_files": []}
-    monkeypatch.setattr(record_module, "describe_environment", lambda *about: describe(*about) | described)
+    describe, described = environment.describe_environment, {"unrecorded_files": []}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record_module, "describe_environment", lambda *about: describe(*about) | described)
+        yield
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small trainings without what takes most of their time: picture and list of packages."""
     monkeypatch.setattr(pictures_module, "save_picture", lambda path, *_: path.write_bytes(b"picture"))
-    monkeypatch.setattr(
-        record_module, "describe_environment", lambda *about: describe_environment_once(*about[:2])
-    )
+    monkeypatch.setattr(record_module, "describe_environment", lambda *about: describe_once(*about[:2]))
 
 
 @pytest.fixture

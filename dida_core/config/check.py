@@ -84,11 +84,8 @@ def unknown(key: Any, keys: Iterable[str] = KEYS, config: Mapping[str, Any] = Ma
         name: as_list(config.get(name)) for name in ("OPTIMIZER", "MODEL", "LOSS", "SCHEDULER")
     }
     near = difflib.get_close_matches(str(key).upper(), keys, n=1)
-    near = near or [
-        f"{name}_CONFIG.{key}"
-        for name, several in targets.items()
-        if f"{name}_CONFIG" in keys and any(takes(one, str(key), by_name=True) for one in several)
-    ]
+    taking = [name for name, all_ in targets.items() if any(takes(one, str(key), True) for one in all_)]
+    near = near or [f"{name}_CONFIG.{key}" for name in taking if f"{name}_CONFIG" in keys]
     hint = f"did you mean {' or '.join(near)}?" if near else "see dida_core/config/keys.py."
     hint = f"it is {INSTEAD[key]} now." if key in INSTEAD else hint
     return f"{key} is no key of a config: {hint}"
@@ -140,9 +137,8 @@ def _schedule_problems(config: dict[str, Any]) -> Iterable[str]:
 
     classes, arguments = as_list(config["SCHEDULER"] or []), config["SCHEDULER_CONFIG"]
     is_list = isinstance(config["SCHEDULER"], list | tuple)
-    if (is_list and arguments and isinstance(arguments, dict)) or (
-        isinstance(arguments, list | tuple) and not (is_list and len(classes) == len(arguments))
-    ):
+    is_of_all = isinstance(arguments, dict)
+    if is_list and arguments if is_of_all else not is_list or len(classes) != len(arguments):
         yield f"SCHEDULER_CONFIG is {short(arguments)}: it must have a dict for each SCHEDULER."
         return
     for path, schedule, options in schedules(config):

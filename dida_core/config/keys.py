@@ -44,6 +44,7 @@ KEYS = {
     "VALIDATION_FRACTION": Key(0.2, NUMBER, "of the training set, kept for MONITOR; 0: select nothing", 0, 1),
     "MASK_VALUES": Key(None, kinds.MASK_VALUES, "class number of each value in the masks, such as {255: 1}"),
     "IGNORE_INDEX": Key(255, WHOLE, "target value of pixels that count nowhere", -(2**31)),
+    "CHECK_VALUES": Key(True, FLAG, "refuse images whose values are unlike those of training"),
     "NORMALIZE": Key(True, FLAG, "fit mean and std of each channel on the training set, and apply them"),
     # the optimization
     "EPOCHS": Key(REQUIRED, WHOLE, "passes over the training set", 1),

@@ -22,7 +22,7 @@ _HOMES = {
     "METRICS": (".utils.loss",),
     "DATASET": (".utils.data",),
 }
-_NAMED = {"none": None, "true": True, "false": False}
+_NAMED = {"none": None, "true": True, "false": False, "nan": float("nan")}
 
 
 def override(

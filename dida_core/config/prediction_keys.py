@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from .keys import KEYS
-from .kinds import DATASET, FLAG, NUMBER, PATH, REQUIRED, TEXT, WHOLE, Key, Kind, as_list, one_of
+from .kinds import DATASET, NUMBER, PATH, REQUIRED, TEXT, WHOLE, Key, Kind, as_list, one_of
 
 OUTPUTS = ("classes", "probabilities", "confidence", "entropy")
 
@@ -23,6 +23,7 @@ _DTYPE, _AUGMENT = one_of("float32", "uint8"), one_of("none", "flips", "all")
 
 PREDICT_KEYS = {
     **{key: KEYS[key] for key in ("MODEL", "MODEL_CONFIG", "MASK_VALUES", "IGNORE_INDEX")},
+    "CHECK_VALUES": KEYS["CHECK_VALUES"],
     **{key: KEYS[key] for key in ("DEVICE", "PRECISION")},
     "WEIGHTS": Key(REQUIRED, PATH, "weights file"),
     "DATASET": Key(None, DATASET, "class whose own `read` gives the images; a run enters its own"),
@@ -38,6 +39,5 @@ PREDICT_KEYS = {
     "OVERLAP": Key(0.25, NUMBER, "fraction of a window that the next one shares", 0, 1),
     "BATCH_SIZE": Key(4, WHOLE, "windows that are computed at once", 1),
     "AUGMENT": Key("none", _AUGMENT, "average over views: none, flips (4 x the time), or all (8 x)"),
-    "CHECK_VALUES": Key(True, FLAG, "refuse images whose values are unlike those of training"),
     "MASKS": Key(None, PATH, "folder of masks with the images' names, to score the predictions"),
 }

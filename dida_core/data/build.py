@@ -3,6 +3,7 @@ Build the datasets of a config, from DATASET and DATASET_CONFIG, which a folder 
 (what is in it) suggests a config. The doctor prints both.
 """
 
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,15 @@ from ..config.project import Project
 from ..config.references import resolve
 from ..errors import UserError
 from .images import DataError, raise_if
-from .pairs import MaskReading, Pairs
+from .pairs import MaskReading, Pairs, some
 
 _LARGEST_CROP = 192
 _SAMPLES_PER_EPOCH = 160  # at least
+_SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("validation", "val", "valid"),
+}
 _METRICS = ("f1", "precision", "recall", "iou", "accuracy")
 
 
@@ -80,16 +86,27 @@ def splits_of(folder: Path) -> dict[str, tuple[Path, Path]]:
     """
     Find the splits of a dataset: train/{x,y}, test/{x,y}, validation/{x,y}; or {x,y} as the training split.
 
-    :raises DataError: if there is no training split
+    :raises DataError: if there is no training split, or one split twice
     """
-    names = ("train", "test", "validation")
-    found = {name: folder / name for name in names if (folder / name / "x").is_dir()}
+    places = [place.parent for place in sorted(folder.glob("*/x")) if place.is_dir()]
+    found, problems = dict[str, Path](), list[str]()
+    for split, names in _SPLITS.items():
+        named = [place for place in places if place.name.lower() in names]
+        if named:
+            found[split] = named[0]
+        if len(named) > 1:
+            listed = " and ".join(place.name for place in named)
+            problems.append(f"{folder}: {listed} are both the {split} set: leave one of them")
     if (folder / "x").is_dir():
         found.setdefault("train", folder)
     if "train" not in found:
-        problem = f"{folder}: holds no data: put images and masks of the same names into train/x and train/y"
-        raise DataError([problem])
-    return {name: (place / "x", place / "y") for name, place in found.items()}
+        remedy = "put images and masks of the same names into train/x and train/y"
+        problems.append(f"{folder}: holds no data: {remedy}")
+    if others := [place.name for place in places if place not in found.values()]:
+        splits = ", ".join(_SPLITS)
+        warnings.warn(f"{folder}: {some(others)} left out, as splits are called {splits}.", stacklevel=2)
+    raise_if(problems)
+    return {split: (place / "x", place / "y") for split, place in found.items()}
 
 
 def fingerprint(pairs: Pairs, cache_file: Path | None = None) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """
-Read images and masks by the ending of their file: NumPy (.npy, .npz), PNG, JPEG, TIFF and GeoTIFF.
+Read images and masks by the ending of their file: NumPy (.npy, .npz), pictures (PNG, JPEG, WebP, BMP, ...),
+GeoTIFF, other TIFFs, and JPEG 2000.
 
 An image is (H, W, C), channels last, in the dtype of its file. Windows of .npy (which is memory-mapped) and
-TIFF are read without the rest of the image. For a further format, add its ending, and a line to _open.
+TIFF are read without the rest of the image. For a format more that Pillow or rasterio reads, add its ending.
 
 What a file states about itself counts: which pixels hold no data (nodata, masks inside and beside it, alpha
 of 0), scale and offset, palette, orientation, place. What does not count is refused.
@@ -23,7 +24,10 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from ..errors import Problems
 
-ENDINGS = (".npy", ".npz", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
+ARRAYS, _RASTERS = (".npy", ".npz"), (".tif", ".tiff", ".jp2")
+PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".gif", ".pgm", ".ppm")
+ENDINGS = ARRAYS + PICTURES + _RASTERS
+_SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
 _ORIENTATION, _TURNED = 274, range(2, 9)  # a tag of EXIF and TIFF, and what it holds where pixels are turned
 _WARNINGS = threading.Lock()  # threads share their filters
 # numpy parses a header as Python text. Python 3.11 cannot parse in two threads at once: now and then it
@@ -246,7 +250,19 @@ def files_beside(image: Path) -> list[Path]:
 def list_images(folder: str | Path) -> list[Path]:
     """Return the image files of a folder, sorted by name, without hidden files."""
     files = Path(folder).iterdir()
-    return sorted(file for file in files if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
+    return sorted(file for file in files if file.suffix.lower() in ENDINGS and not _is_hidden(file.name))
+
+
+def left_out(folder: str | Path) -> list[str]:
+    """Return what a folder holds besides images, and what belongs to them such as a.tfw, by name."""
+    images = {file.name for file in list_images(folder)}
+    stems = {Path(name).stem for name in images}
+    names = sorted(file.name for file in Path(folder).iterdir() if not _is_hidden(file.name))
+    return [name for name in names if name not in images and name.partition(".")[0] not in stems]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "~$")) or name.lower() in _SYSTEM_FILES
 
 
 class _File:
@@ -342,7 +358,7 @@ def _open(path: Path, is_mask: bool, stack: contextlib.ExitStack) -> tuple[np.nd
     rasterio; its transparency (H, W).
     """
     ending, raster, alpha = path.suffix.lower(), None, None
-    if ending in (".tif", ".tiff"):
+    if ending in _RASTERS:
         raster = _open_raster(path, stack)
         if raster.driver == "GTiff" and (turned := _orientation(path)) in _TURNED:
             raise ValueError(f"its pixels are stored turned (orientation {turned}): save it upright")
@@ -355,7 +371,7 @@ def _open(path: Path, is_mask: bool, stack: contextlib.ExitStack) -> tuple[np.nd
             if len(arrays.files) != 1:
                 raise ValueError(f"it holds {len(arrays.files)} arrays instead of one")
             array = arrays[arrays.files[0]]
-    elif ending in ENDINGS:
+    elif ending in PICTURES:
         array, raster, alpha = _load_picture(path, is_mask, stack)
     else:
         raise ValueError(f"its ending is none of {', '.join(ENDINGS)}")
@@ -412,7 +428,7 @@ def _load_picture(path: Path, is_mask: bool, stack: contextlib.ExitStack) -> tup
     is_deep = header.startswith(b"\x89PNG") and header[24:25] == b"\x10" and header[25:] != b"\x00"
     raster = _open_raster(path, stack) if is_deep or files_beside(path) else None
     alpha = None
-    with Image.open(path) as image:
+    with _opened_picture(path) as image:
         number = getattr(image, "n_frames", 1)
         if number > 1 and image.format != "MPO":  # a photo's others are previews
             raise ValueError(f"it holds {number} images instead of one")
@@ -431,6 +447,16 @@ def _load_picture(path: Path, is_mask: bool, stack: contextlib.ExitStack) -> tup
     return (array.astype(np.uint8) if array.dtype == bool else array), raster, alpha
 
 
+def _opened_picture(path: Path) -> Image.Image:
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are welcome
+        try:
+            return Image.open(path)
+        except Image.DecompressionBombError as error:
+            remedy = "save it as GeoTIFF or .npy, or raise PIL.Image.MAX_IMAGE_PIXELS"
+            raise ValueError(f"it has more pixels than Pillow opens at once: {remedy}") from error
+
+
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
     """Turn any error into a DataError with the file's name: damaged files make decoders raise all kinds."""
@@ -439,5 +465,6 @@ def _named(path: Path) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        cause = error.__cause__ if type(error).__module__.startswith("rasterio") else None
+        reason = " ".join(str(cause or error).split()) or type(error).__name__  # rasterio says: see its cause
         raise DataError([f"{path}: cannot be read as an image ({reason})"]) from error

@@ -13,7 +13,7 @@ import numpy as np
 
 from .contract import DataContract
 from .facts import Facts, Moments, merge_moments, scan_files, scan_image, scan_mask
-from .images import DataError, ImageInfo, elsewhere, image_info, list_images, raise_if
+from .images import DataError, ImageInfo, elsewhere, image_info, left_out, list_images, raise_if
 
 _MAP_THEM = "map them with MASK_VALUES, such as {255: 1}"
 
@@ -225,6 +225,20 @@ def find_problems(
     return problems
 
 
+def find_remarks(pairs: Pairs, reading: MaskReading) -> list[str]:
+    """Return what is odd about valid data: files that are not read, and masks of one class alone."""
+    remarks = []
+    for folder in (pairs.images[0].parent, pairs.masks[0].parent):
+        if names := left_out(folder):
+            remarks.append(f"{folder}: {len(names)} of its files and folders are not read: {some(names)}")
+    if reading.task != "values":
+        found = {value for file in pairs.masks for value in reading.values_in(pairs.fact(file))}
+        classes = {reading.class_of(value) for value in found} - {reading.ignore_index}
+        if len(classes) == 1:
+            remarks.append(f"{pairs.masks[0].parent}: all masks hold class {classes.pop()} alone")
+    return remarks
+
+
 def mask_problems(
     image: Facts, mask: Facts, reading: MaskReading, num_classes: int | None = None
 ) -> list[str]:
@@ -247,7 +261,7 @@ def mask_problems(
     if reading.task == "multi-label":
         odd = [value for value in values if reading.class_of(value) not in (0, 1, reading.ignore_index)]
         if odd:
-            problems.append(f"the values {_some(odd)} are not 0 or 1: {_MAP_THEM}")
+            problems.append(f"the values {some(odd)} are not 0 or 1: {_MAP_THEM}")
         if num_classes is not None and channels != num_classes:
             problems.append(f"it has {channels} channels, the model {num_classes} outputs")
         return problems
@@ -259,11 +273,11 @@ def mask_problems(
 
     odd = [value for value in values if not is_class(reading.class_of(value))]
     if odd and channels > 1:
-        problems.append(f"{several_channels(channels)} (unmapped: {_some(odd)})")
+        problems.append(f"{several_channels(channels)} (unmapped: {some(odd)})")
     elif odd:
         allowed = f"0 to {num_classes - 1}" if num_classes else "0 and above"
         allowed += f" (ignored: {reading.ignore_index})"
-        outside = f"the values {_some(odd)} are outside of the classes {allowed}"
+        outside = f"the values {some(odd)} are outside of the classes {allowed}"
         problems.append(f"{outside}: {_MAP_THEM}, or correct ch_out")
     return problems
 
@@ -300,7 +314,7 @@ def dataset_problems(contract: DataContract, pairs: Pairs, with_values: bool = T
         own = pairs.fit(contract, normalize=False)
         low, high = np.array(own.minimum), np.array(own.maximum)
         for problem in contract.range_problems(low, high, low, high):
-            problems.append(f"{pairs.images[0].parent}: {problem}")
+            problems.append(f"{pairs.images[0].parent}: {problem} (CHECK_VALUES=False takes it anyway)")
     return problems
 
 
@@ -312,8 +326,10 @@ def several_channels(channels: int) -> str:
     )
 
 
-def _some(values: Iterable[Any]) -> str:
-    return ", ".join(map(str, list(values)[:8]))
+def some(values: Iterable[Any]) -> str:
+    """List the first few of some values."""
+    values = list(values)
+    return ", ".join(map(str, values[:8])) + (f" and {len(values) - 8} more" if len(values) > 8 else "")
 
 
 def _odd_ones_out(values: dict[Path, Any], what: str) -> list[str]:

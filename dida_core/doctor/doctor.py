@@ -22,7 +22,7 @@ from ..data.build import fingerprint, splits_of, suggest
 from ..data.contract import DataContract
 from ..data.facts import Facts
 from ..data.images import into_crs
-from ..data.pairs import MaskReading, Pairs, dataset_problems, find_problems
+from ..data.pairs import MaskReading, Pairs, dataset_problems, find_problems, find_remarks
 
 _SMALLEST_OVERLAP = 0.01  # of the smaller tile: neighbors may touch
 _MOST_CHANNELS = 32  # a first dimension up to this may be channels
@@ -61,6 +61,8 @@ def examine(splits: dict[str, Pairs], root: Path, reading: MaskReading) -> list[
     ]
     found = list(_axes(pairs))
     if not found:  # else, sizes and channels are mixed up, and all that follows would be too
+        remarks = [remark for pairs in splits.values() for remark in find_remarks(pairs, reading)]
+        found += [Finding(remark.endswith(" alone"), f"{remark}.") for remark in remarks]
         found += [*_refused(splits, root, reading), *_copies(pairs), *_overlaps(pairs), *_ranges(pairs)]
         if reading.task != "values":
             found += [*_mask_values(pairs, reading), *_classes(pairs, reading)]

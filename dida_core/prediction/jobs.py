@@ -14,7 +14,9 @@ from tqdm import tqdm
 from ..config.prediction_keys import as_list
 from ..data.contract import DataContract
 from ..data.images import (
+    ARRAYS,
     ENDINGS,
+    PICTURES,
     DataError,
     Grid,
     ImageReader,
@@ -34,7 +36,7 @@ from .windows import open_image
 
 _NUM_CHECKED = 32  # images whose values are checked before the first one is predicted
 _ROWS = 256  # that are scored at once
-_RASTERS = (".tif", ".tiff")
+_RASTERS = (".tif", ".tiff")  # that are written
 
 
 @dataclass
@@ -114,7 +116,8 @@ def plan(
         ending = job.inputs[0].suffix.lower()
         if ending not in _RASTERS and any(map(_states_place, job.inputs)):
             ending = ".tif"  # which keeps it
-        ending = {".npz": ".npy", ".jpg": ".png", ".jpeg": ".png"}.get(ending, ending)
+        elif ending not in _RASTERS:
+            ending = ".npy" if ending in ARRAYS else ".png"
         for kind in kinds:
             end = form or (".npy" if ending == ".png" and not fits_picture[kind] else ending)
             name = f"{config['PREFIX']}{job.stem}{config['SUFFIX']}{f'_{kind}' * (len(kinds) > 1)}{end}"
@@ -136,7 +139,7 @@ def plan(
 def _states_place(file: Path) -> bool:
     """Return whether a file, or one beside it, states where it lies."""
     ending = file.suffix.lower()
-    if ending in (".npy", ".npz") or (ending not in _RASTERS and not files_beside(file)):
+    if ending in ARRAYS or (ending in PICTURES and not files_beside(file)):
         return False
     with ImageReader(file) as image:
         return image.grid != Grid("", None)
@@ -221,7 +224,5 @@ def score_maps(maps: list[Path], masks: list[Path], contract: DataContract, conf
                 except ValueError as error:
                     raise DataError(f"{mask_file}: {error}") from error
     if not scores.confusion.any():
-        raise DataError(
-            f"{masks[0].parent}: every pixel is ignored or without data: there is nothing to score"
-        )
+        raise DataError(f"{masks[0].parent}: every pixel is ignored or without data: nothing can be scored")
     return scores

@@ -20,33 +20,13 @@ from .redaction import DROPPED, Redactor, is_secret_name
 _MAX_FILE_BYTES, _MAX_CHARACTERS, _MAX_FILES = 200_000, 1_000_000, 1_000  # of what is in no commit
 _NO_COMMIT = "all: the project is in no commit of git"
 _SECRET_FILES = (
-    ".env",
-    ".netrc",
-    ".pgpass",
-    ".pypirc",
-    ".npmrc",
-    ".htpasswd",
-    "id_rsa",
-    "id_ed25519",
-    "id_ecdsa",
-)
+    ".env", ".netrc", ".pgpass", ".pypirc", ".npmrc", ".htpasswd", "id_rsa", "id_ed25519", "id_ecdsa",
+)  # fmt: skip
 _SECRET_ENDINGS = (".pem", ".key", ".p12", ".pfx", ".tfvars", ".keystore", ".jks", ".kdbx", ".ppk")
-_DIFF: tuple[str, ...] = (
-    "-c",
-    "core.quotepath=off",
-    "-c",
-    f"core.bigFileThreshold={_MAX_FILE_BYTES}",
-    "diff",
-    "HEAD",
-)
-_DIFF += (
-    "--no-ext-diff",
-    "--no-textconv",
-    "--no-color",
-    "--no-renames",
-    "--src-prefix=a/",
-    "--dst-prefix=b/",
-)
+_DIFF = (
+    "-c", "core.quotepath=off", "-c", f"core.bigFileThreshold={_MAX_FILE_BYTES}", "diff", "HEAD",
+    "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", "--src-prefix=a/", "--dst-prefix=b/",
+)  # fmt: skip
 _QUESTIONS = (
     ("rev-parse", "HEAD"),
     ("status", "--porcelain"),

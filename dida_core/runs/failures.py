@@ -65,10 +65,9 @@ def write_errors(what: str, weight_dir: Path) -> Iterator[None]:
 
 def non_finite(what: str, weight_dir: Path) -> NonFiniteLoss:
     """Return the error for a number that is not finite, with what to do about it."""
-    remedy = (
-        "try a smaller learning rate, CLIP_NORM=1, or PRECISION=fp32; on a GPU, a wrong target is NaN, too"
-    )
-    return NonFiniteLoss(f"{what}. {_last_checkpoint(weight_dir)}; {remedy}.")
+    remedy = "try a smaller learning rate, CLIP_NORM=1, or PRECISION=fp32"
+    gpu = "on a GPU, a wrong target is NaN, too"
+    return NonFiniteLoss(f"{what}. {_last_checkpoint(weight_dir)}; {remedy}; {gpu}.")
 
 
 def describe_batch(setup: Setup, state: State) -> str:

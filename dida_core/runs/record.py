@@ -109,11 +109,9 @@ class Record:
         known = len(self.journal.contradictions)
         self.journal.write(event | {"time": time.time()})
         if self.journal.contradictions and not known:
-            say(
-                f"{self.journal.contradictions[0]}: its results differ from those before the interruption. "
-                "Code, data, config or machine are not what they were, or a state is in no state_dict: the "
-                "run may end with other weights."
-            )
+            what = f"{self.journal.contradictions[0]}: its results differ from those before the interruption"
+            why = "code, data or machine are not what they were, or a state is in no state_dict"
+            say(f"{what}: {why}. The run may end with other weights.")
 
     def close(self) -> None:
         """End all writing."""

@@ -34,6 +34,7 @@ _SURE_NAME = re.compile(
     re.IGNORECASE,
 )
 _LIKELY_WORDS = {"auth", "cookie", "cookies", "cred", "creds", "pw", "pwd", "pswd", "jwt", "bearer"}
+_PARTS = {"token", "pass", "pat"}  # of the names of constants
 _MAYBE_WORDS = {"key", "keys", "tokens", "pass", "pat", "pats", *_LIKELY_WORDS}
 # Tokens of language models are no secrets.
 _HARMLESS = {"cls", "pad", "sep", "mask", "bos", "eos", "unk", "num", "max", "min", "use", "class", "special"}
@@ -122,13 +123,10 @@ def _suspicion(name: str) -> int:
     while len(words) > 1 and words[-1] in _QUALIFIERS:
         words.pop()
     last, is_alone, is_constant = words[-1], len(words) == 1, name.isupper()
-    if (
-        last.endswith(("token", "oauth"))
-        or last in _LIKELY_WORDS
-        or (last in ("pass", "pat") and not is_alone)
-    ):
-        return _LIKELY
-    if is_constant and ((last == "key" and not is_alone) or {"token", "pass", "pat"}.intersection(words)):
+    is_likely = last.endswith(("token", "oauth")) or last in _LIKELY_WORDS
+    is_likely |= last in ("pass", "pat") and not is_alone
+    is_likely |= is_constant and ((last == "key" and not is_alone) or bool(_PARTS.intersection(words)))
+    if is_likely:
         return _LIKELY
     if any(word in _MAYBE_WORDS or word.endswith("token") for word in words):
         return _MAYBE
@@ -307,10 +305,8 @@ def _names_secret(text: str, start: int, end: int) -> bool:
 def _level(text: str, word: re.Match) -> int:
     level = _suspicion(word[0])
     # Alone, the word is common; not as a key or an option.
-    before, after = (
-        text[word.start() - 1] if word.start() else "\n",
-        text[word.end() : word.end() + 2].strip(),
-    )
+    before = text[word.start() - 1] if word.start() else "\n"
+    after = text[word.end() : word.end() + 2].strip()
     is_key = before in "\n\"'-,{[&?" or after not in (":", "")
     return _LIKELY if level == _MAYBE and word[0].lower() in ("pass", "pat") and is_key else level
 
@@ -323,10 +319,8 @@ def _find_in_code(text: str, words: list[tuple[re.Match, int]]) -> Iterator[tupl
         start, end = word.span()
         first, last = pieces[max(0, bisect(pieces, (start, len(text))) - 1)] if pieces else (0, 0)
         is_inside = first <= start < last
-        around = (
-            (text[first:start] + text[end:last]) if is_inside and start - first + last - end < 16 else "?"
-        )
-        is_whole = is_inside and not around.strip("fFrRbBuU\"'-")
+        is_short = start - first + last - end < 16  # but for quotes, there is nothing around
+        is_whole = is_inside and is_short and not (text[first:start] + text[end:last]).strip("fFrRbBuU\"'-")
         if start < max(done[level:]):
             continue
         if is_inside and not is_whole:

@@ -113,18 +113,15 @@ def check_checkpoint(
     """
     step, file = stored["state"]["step"], relative_path(weight_dir / f"last-{stored['state']['step']:08d}.pt")
     if stored.get("started", started) != started:
-        raise UserError(
-            f"{file} is of a run that started at {clock(stored['started'])}, and {log_dir.name} did at "
-            f"{clock(started)}. Put its own file back, or remove this one to resume from the one before."
-        )
+        times = f"a run that started at {clock(stored['started'])}, {log_dir.name} did at {clock(started)}"
+        remedy = "Put its own file back, or remove this one to resume from the one before"
+        raise UserError(f"{file} is of {times}. {remedy}.")
     if (digest := stored["state"].get("best_digest")) is not None:
         load_best(weight_dir, digest, events)
     known = {event.get("step") for event in events if event.get("event") == "step"}
     if lost := len({*range(1, step + 1)} - known):
-        say(
-            f"{relative_path(log_dir / 'journal.jsonl')} has lost {lost} of {step} steps. Its epochs are "
-            f"those of {file}; the losses of these steps are gone, the weights are not."
-        )
+        journal, kept = relative_path(log_dir / "journal.jsonl"), f"epochs and weights are those of {file}"
+        say(f"{journal} has lost {lost} of {step} steps, and their losses; {kept}.")
 
 
 def load_best(weight_dir: Path, digest: str | None, events: list[Event]) -> dict[str, Tensor]:
@@ -135,10 +132,8 @@ def load_best(weight_dir: Path, digest: str | None, events: list[Event]) -> dict
     :param events: of the journal: where the run was killed, the file may be of an epoch after the checkpoint
     :raises UserError: if they are missing, damaged or of another run
     """
-    file, known = (
-        weight_dir / "best.pt",
-        {event.get("digest") for event in events if event.get("event") == "best"},
-    )
+    file = weight_dir / "best.pt"
+    known = {event.get("digest") for event in events if event.get("event") == "best"}
     try:
         weights = load_weights(file)["model"]
         if digest is not None and weights_digest(weights) not in known | {digest}:
@@ -159,17 +154,12 @@ def changes_on_the_way(starts: list[Event], start: Event, captured: dict[str, An
     :param starts: the events of its earlier starts
     :param start: the event of this one
     """
-    changed = {
-        key
-        for event in starts
-        for key in ("device", "precision", "processes")
-        if event.get(key) != start[key]
-    }
+    compared = ("device", "precision", "processes")
+    changed = {key for event in starts for key in compared if event.get(key) != start[key]}
     config = captured["config"]
     # A longer training has the same weights so far, unless its length is part of what it does.
-    by_length = (
-        ("EPOCHS", "PATIENCE") if any(map(config.get, ("SCHEDULER", "WARMUP", "PATIENCE"))) else ("PATIENCE",)
-    )
+    is_by_length = any(map(config.get, ("SCHEDULER", "WARMUP", "PATIENCE")))
+    by_length = ("EPOCHS", "PATIENCE") if is_by_length else ("PATIENCE",)
     ignored = tuple(key for key in RESUME_KEYS if key not in by_length)
     for event in starts:
         changed |= {key for key in _changes(event, captured) if not key.startswith(ignored)}

@@ -156,11 +156,8 @@ class Run(Position):
         :raises NonFiniteLoss: if a parameter is NaN or infinite; such a state is not saved
         :raises WriteError: if the disk does not take it; the previous checkpoint is intact
         """
-        step, problem = (
-            self.state.step,
-            find_nonfinite(nn.ModuleList([self.setup.model, self.setup.loss_fn])),
-        )
-        if problem is not None:
+        step, both = self.state.step, nn.ModuleList([self.setup.model, self.setup.loss_fn])
+        if (problem := find_nonfinite(both)) is not None:
             raise non_finite(f"after step {step} a parameter is not finite ({problem})", self.weight_dir)
         self._last_checkpoint = time.monotonic()
         if self.record is not None:

@@ -101,15 +101,12 @@ class SamplerOrder:
         self.sampler, self.seed = sampler, seed
         first = self(0)
         if first != self(0):
-            raise ConfigError(
-                "DATA_LOADER_CONFIG.sampler draws from a state of its own, so that no run could be resumed: "
-                "let it draw from torch, numpy or random, or by set_epoch."
-            )
+            remedy = "let it draw from torch, numpy or random, or by set_epoch"
+            raise ConfigError(f"DATA_LOADER_CONFIG.sampler draws from a state of its own: {remedy}.")
         if not set(first) <= set(range(num_samples)):
-            raise ConfigError(
-                f"DATA_LOADER_CONFIG.sampler draws sample {max(first)} of {num_samples}: VALIDATION_FRACTION "
-                "has taken some, so give a validation set, or a function of the dataset that is trained on."
-            )
+            about = f"DATA_LOADER_CONFIG.sampler draws sample {max(first)} of {num_samples}"
+            remedy = "VALIDATION_FRACTION takes some, so give a validation set, or a function of the dataset"
+            raise ConfigError(f"{about}: {remedy}.")
         self.num_drawn = len(first)
 
     def __call__(self, epoch: int) -> list[int]:

@@ -96,20 +96,16 @@ def _try_training(model: nn.Module, batch: tuple[Any, Any], shape: Any, main: Te
     if is_one and (set(levels) != {(main.ndim, *main.shape[1:2])} or sizes != sorted(sizes, reverse=True)):
         about = f"MODEL {name} returns outputs of the shapes {shapes_of(outputs)} in training mode"
         wanted = f"of {tuple(main.shape)[1:2]} channels, the largest first"
-        raise ConfigError(
-            [f"{about}: with one target they must be {wanted}. UNPACK may give several targets."]
-        )
+        remedy = "UNPACK may give several targets"
+        raise ConfigError([f"{about}: with one target they must be {wanted}. {remedy}."])
 
 
 def _unusual(value: Any, *usual: str) -> str:
     """Return a hint at the types of tensors, where they are others than the usual ones."""
     types = {str(one.dtype).removeprefix("torch.") for one in tensors_of(value)}
     is_usual = types <= {one.split()[0] for one in usual}
-    return (
-        ""
-        if is_usual
-        else f", of the type {', '.join(sorted(types))} (let the dataset give {', '.join(usual)})"
-    )
+    wanted = f"let the dataset give {', '.join(usual)}"
+    return "" if is_usual else f", of the type {', '.join(sorted(types))} ({wanted})"
 
 
 def shapes_of(value: Any) -> Any:
@@ -213,10 +209,10 @@ def _try_evaluation(
 ) -> None:
     """Evaluate a batch of one sample; name it where that fails, or where its target is of another kind."""
     try:
-        num_channels = [
+        own, trained = (
             [_num_channels(one, first) for one in tensors_of(two)] for two in (batch[1], first.targets)
-        ]
-        if num_channels[0] != num_channels[1]:
+        )
+        if own != trained:
             raise ValueError("their targets have other channels")
         inputs, targets = context.move_pair(batch)
         with context.autocast():
@@ -248,10 +244,7 @@ def require_gradient(predictions: Any, targets: Any, loss_fn: Loss, config: dict
     if loss.numel() != 1:
         raise ConfigError([f"LOSS {name} returns {loss.numel()} numbers: it must be one, such as the mean."])
     outputs = tensors_of(predictions)
-    is_learning = loss.requires_grad and any(
-        gradient is not None for gradient in torch.autograd.grad(loss, outputs, allow_unused=True)
-    )
-    if not is_learning and not all(
-        bool((one == config["IGNORE_INDEX"]).all()) for one in tensors_of(targets)
-    ):
+    gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if loss.requires_grad else ()
+    counts = any(bool((one != config["IGNORE_INDEX"]).any()) for one in tensors_of(targets))
+    if counts and all(gradient is None for gradient in gradients):
         raise ConfigError([f"LOSS {name} has no gradient, so nothing is learned: as a metric it may serve."])

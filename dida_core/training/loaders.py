@@ -53,10 +53,7 @@ class Collate:
         return cls(config["DATA_LOADER_CONFIG"].get("collate_fn"), config["UNPACK"])
 
     def __call__(self, samples: Sequence[Any], names: Sequence[str]) -> tuple[Any, Any]:
-        """
-        :param names: of the samples
-        :raises ConfigError, DataError: if they are no batch, with the sample that is unlike the first
-        """
+        """Make a batch of samples with names; raise UserError, with the sample that is unlike the first."""
         try:
             batch = (self.function or default_collate)(list(samples))
             batch = batch if self.unpack is None else self.unpack(batch)
@@ -65,18 +62,15 @@ class Collate:
         except Exception as error:
             raise DataError([self._odd_one(samples, names, error)]) from error
         if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(map(tensors_of, batch))):
-            what = (
-                f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else f"{batch!r:.80}"
-            )
+            length = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
+            what = f"{type(batch).__name__}{length}"
             maker = "UNPACK returns" if self.unpack else "a batch is"
             remedy = "set UNPACK to a function of a batch that returns (inputs, targets)"
             raise ConfigError([f"{maker} a {what}, which is no pair of tensors (input, target): {remedy}."])
         return batch[0], batch[1]
 
     def _odd_one(self, samples: Sequence[Any], names: Sequence[str], error: Exception) -> str:
-        shapes = [
-            [tuple(tensor.shape) for tensor in tensors_of(default_convert(sample))] for sample in samples
-        ]
+        shapes = [[tuple(one.shape) for one in tensors_of(default_convert(sample))] for sample in samples]
         for name, sample, own in zip(names, samples, shapes, strict=True):
             if sample is None and self.function is None:
                 return f"{name} is None: leave it out of the dataset, or out of batches by a collate_fn"
@@ -188,12 +182,14 @@ def build_loaders(
     def load(dataset: TrainingData, order: TrainingBatches | EvaluationBatches) -> Loader:
         return Loader(BatchedSamples(dataset, seed, collate, values), batch_sampler=order, **options)
 
-    test, validation = (
-        None if one is None else load(one, EvaluationBatches(one, batch_size, max_pixels, *process))
-        for one in (data.test, data.validation)
+    evaluated = {
+        split: load(dataset, EvaluationBatches(dataset, batch_size, max_pixels, *process))
+        for split, dataset in data.items()[1:]
+    }
+    steps_per_epoch, train = math.ceil(batches.num_batches / config["ACCUMULATE"]), load(data.train, batches)
+    return Loaders(
+        train, evaluated.get("test"), evaluated.get("validation"), batches, steps_per_epoch, collate
     )
-    steps_per_epoch = math.ceil(batches.num_batches / config["ACCUMULATE"])
-    return Loaders(load(data.train, batches), test, validation, batches, steps_per_epoch, collate)
 
 
 def stream_problems(config: dict[str, Any], data: Splits) -> list[str]:
@@ -218,18 +214,15 @@ def stream_problems(config: dict[str, Any], data: Splits) -> list[str]:
         about = f"DATA_LOADER_CONFIG.num_workers is {options['num_workers']}, but a stream has one order"
         problems.append(f"{about}: set it to 0, or to 1, which reads ahead.")
     if options.get("sampler") is not None:
-        problems.append(
-            "DATA_LOADER_CONFIG.sampler is set, but a stream has an order of its own: leave it out."
-        )
+        problems.append("DATA_LOADER_CONFIG.sampler is set, but a stream has its own order: leave it out.")
     return problems
 
 
 def _built(sampler: Callable[..., Any], dataset: TrainingData) -> Any:
     """Build a sampler: of the dataset, if it wants anything that it has not been given."""
     wanted = inspect.signature(sampler).parameters.values()
-    is_complete = all(
-        one.default is not one.empty or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in wanted
-    )
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    is_complete = all(one.default is not one.empty or one.kind in variable for one in wanted)
     return sampler() if is_complete else sampler(dataset)
 
 

@@ -232,10 +232,10 @@ def _fit_contract(experiment: Experiment, given: Splits, first: FirstSample) -> 
     contract = contract or contract_of_values(first, config, data.train)
     contract = replace(contract, outputs=first.num_outputs or 1)
     if constant := contract.constant_channels():
-        where = f"{constant} of the training images has the same value everywhere"
         effect = "the model learns nothing from it, and prediction will refuse images where it has others"
-        warnings.warn(f"{where}: {effect}.", stacklevel=4)
-    data = data.map(lambda dataset: dataset.with_contract(contract))
+        warnings.warn(f"{constant} is constant in the training images: {effect}.", stacklevel=4)
+    checked = contract if config["CHECK_VALUES"] else replace(contract, minimum=(), maximum=())
+    data = data.map(lambda dataset: dataset.with_contract(checked))
     data.hashes = _hashes(config, given)
     data.digest = _digest(data.hashes, given)
     return data, contract

@@ -157,10 +157,8 @@ def resize_nearest(target: Tensor, size: Sequence[int]) -> Tensor:
     """Return a target (..., H, W) of values that it has: class numbers, ignored pixels and masks as well."""
     for axis, length in zip(range(-len(size), 0), size, strict=True):
         if target.shape[axis] != length:
-            centers = (
-                (2 * torch.arange(length, device=target.device) + 1) * target.shape[axis] // (2 * length)
-            )
-            target = target.index_select(axis, centers)
+            numbers = torch.arange(length, device=target.device)
+            target = target.index_select(axis, (2 * numbers + 1) * target.shape[axis] // (2 * length))
     return target
 
 

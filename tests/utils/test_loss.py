@@ -291,9 +291,8 @@ def test_ignored_pixels_do_not_count(loss: Any, ignore_index: int) -> None:
 @pytest.mark.parametrize("loss", [*LOSSES, *MASKED])
 def test_where_nothing_counts_there_is_no_loss_and_no_gradient(loss: Any) -> None:
     pred, target = example(loss)
-    nothing = (
-        with_mask(loss, target, torch.zeros(2, 6, 6)) if loss in MASKED else torch.full_like(target, 255)
-    )
+    unusable, ignored = with_mask(loss, target, torch.zeros(2, 6, 6)), torch.full_like(target, 255)
+    nothing = unusable if loss in MASKED else ignored
     for smooth in (1.0, 0.0):
         assert loss(pred, nothing, smooth=smooth).isfinite() and loss(pred, nothing).item() == approx(0)
         assert not gradient(loss, pred, nothing, smooth=smooth).any()
@@ -322,13 +321,11 @@ def test_a_value_that_is_no_target_is_refused_wherever_it_counts(loss: Any, valu
     target[1, ..., 2, 3] = value
     mask[1, 2, 3] = 0
     given = with_mask(loss, target, torch.ones(2, 6, 6)) if loss in MASKED else target
-    with pytest.raises(
-        ValueError, match=f"the target holds (the class number )?{value:g}, .* 255 is ignored"
-    ):
+    message = f"the target holds (the class number )?{value:g}, .* 255 is ignored"
+    with pytest.raises(ValueError, match=message):
         loss(pred, given)
-    given, options = (
-        (with_mask(loss, target, mask), {}) if loss in MASKED else (target, {"pixel_weights": mask})
-    )
+    is_masked = loss in MASKED
+    given, options = (with_mask(loss, target, mask), {}) if is_masked else (target, {"pixel_weights": mask})
     assert loss(pred, given, **options).isfinite()
     for wrong in (255, -1, 1.5, math.nan) if loss in MASKED else ():
         mask[0, 0, 0] = wrong

@@ -237,6 +237,18 @@ def test_splits_are_found_and_a_folder_without_a_training_split_is_refused(tmp_p
         (tmp_path / split / "x").mkdir(parents=True)
         found.append(split)
     names = ("train", "test", "validation")
+    with pytest.warns(UserWarning, match="notes left out, as splits are called train, test, validation"):
+        splits_of(tmp_path)
     assert splits_of(tmp_path) == {name: (tmp_path / name / "x", tmp_path / name / "y") for name in names}
     (tmp_path / "notes" / "test" / "x").mkdir(parents=True)
     assert splits_of(tmp_path / "notes")["train"] == (tmp_path / "notes" / "x", tmp_path / "notes" / "y")
+
+
+def test_splits_have_other_names_and_one_each(tmp_path: Path) -> None:
+    for name in ("Training", "testing", "val"):
+        (tmp_path / name / "x").mkdir(parents=True)
+    found = {split: x_dir.parent.name for split, (x_dir, _) in splits_of(tmp_path).items()}
+    assert found == {"train": "Training", "test": "testing", "validation": "val"}
+    (tmp_path / "validation" / "x").mkdir(parents=True)
+    with pytest.raises(DataError, match="val and validation are both the validation set: leave one of them"):
+        splits_of(tmp_path)

@@ -36,6 +36,10 @@ LOSSLESS = {
     ".png": [("uint8", 1), ("uint16", 1), ("uint8", 3), ("uint8", 4)],
     ".tif": [("uint8", 1), ("uint16", 12), ("int16", 2), ("float64", 1)],
     ".tiff": [("float32", 5)],
+    ".jp2": [("uint8", 1), ("uint8", 3)],
+    ".bmp": [("uint8", 1), ("uint8", 3)],
+    ".pgm": [("uint8", 1)],
+    ".ppm": [("uint8", 3)],
 }
 WINDOWS = [Window(0, 0, 37, 53), Window(5, 11, 20, 30), Window(36, 52, 1, 1), Window(0, 40, 37, 13)]
 GRID = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)}
@@ -92,8 +96,11 @@ def test_16_bit_colors_of_png_keep_their_16_bits(tmp_path: Path, channels: int) 
     assert_reads(tmp_path / "image.png", image)
 
 
-@pytest.mark.parametrize(("mode", "ending"), [("L", ".jpg"), ("RGB", ".jpeg"), ("RGB", ".JPG")])
-def test_jpeg_is_read_as_pillow_decodes_it(tmp_path: Path, mode: str, ending: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "ending"),
+    [("L", ".jpg"), ("RGB", ".jpeg"), ("RGB", ".JPG"), ("RGB", ".jfif"), ("RGB", ".webp")],
+)
+def test_jpeg_and_the_like_are_read_as_pillow_decodes_it(tmp_path: Path, mode: str, ending: str) -> None:
     path = tmp_path / f"image{ending}"
     Image.fromarray(invent("uint8", 3)).convert(mode).save(path)
     assert_reads(path, np.asarray(Image.open(path)).reshape(37, 53, -1))
@@ -266,9 +273,13 @@ def test_several_images_in_one_file_are_refused_rather_than_cut_to_the_first(tmp
 def test_too_many_pixels_and_unknown_endings_are_named(tmp_path: Path, write: Any, monkeypatch: Any) -> None:
     path = write(tmp_path / "image.png", invent("uint8", 3))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    assert "exceeds limit" in refused(path)
-    (tmp_path / "image.bmp").write_bytes(b"BM")
-    assert "its ending is none of .npy" in refused(tmp_path / "image.bmp")
+    assert "more pixels than Pillow opens at once: save it as GeoTIFF or .npy" in refused(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 37 * 53 - 1)  # Pillow warns only
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(path).shape == (37, 53, 3)
+    (tmp_path / "image.svg").write_bytes(b"<svg/>")
+    assert "its ending is none of .npy" in refused(tmp_path / "image.svg")
 
 
 # -------------------------------------------------------------------------------------------------- DataError

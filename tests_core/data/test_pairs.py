@@ -2,7 +2,9 @@
 
 import os
 import re
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,7 @@ def test_all_that_is_wrong_is_listed_at_once(tmp_path: Path, write: Any) -> None
         ("y/class.npy", "the values 7 are outside of the classes 0 to 1 (ignored: 255): map them with MASK_"),
         ("y/colors.npy", "it has 3 channels: a multi-class mask has one"),
         ("y/float.npy", "its values (float32) are no class numbers"),
-        ("y/many.npy", "the values 20, 40, 60, 80, 100, 120, 140, 160 are outside"),
+        ("y/many.npy", "the values 20, 40, 60, 80, 100, 120, 140, 160 and 391 more are outside"),
         ("y/negative.npy", "the values -1 are outside of the classes"),
         ("y/size.npy", "its size is 21 x 20 pixels, that of its image 20 x 20"),
     ]
@@ -254,3 +256,41 @@ def test_data_of_another_dtype_or_scale_are_refused(write_pairs: WritePairs) -> 
     (problem,) = problems_of(divided.with_contract, contract)
     assert "as if they had been divided by a number; bring them to the scale" in problem
     divided.split(0.5, 0)[0].with_contract(contract)  # a part is as it is
+
+
+def test_a_channel_that_is_constant_in_one_split_can_be_taken(write_pairs: WritePairs) -> None:
+    contract = NpyDataset(*write_pairs(images(dtype="uint16"), masks(), folder="train")).contract()
+    constant = [changed(image, np.s_[..., 1], 60_000) for image in images(2, "uint16")]
+    other = NpyDataset(*write_pairs(constant, masks(2), folder="test"))
+    other.check()
+    found = problems_of(other.with_contract, contract)
+    assert found and all(problem.endswith("(CHECK_VALUES=False takes it anyway)") for problem in found)
+    other.with_contract(replace(contract, minimum=(), maximum=()))  # as training does then
+
+
+# --------------------------------------------------------------------------------------------- what is odd
+
+
+@pytest.mark.parametrize(
+    ("name", "is_named"),
+    [("notes.txt", True), ("3.svg", True), ("more", True), ("9.psd", True)]
+    + [
+        (name, False) for name in (".hidden", "Thumbs.db", "0.tfw", "0.npy.aux.xml", "~$x.npy", "desktop.ini")
+    ],
+)
+@pytest.mark.parametrize("kind", ["x", "y"])
+def test_what_is_not_read_is_named(write_pairs: WritePairs, name: str, is_named: bool, kind: str) -> None:
+    folders = write_pairs(images(2), masks(2))
+    (folders["xy".index(kind)] / name).touch()
+    with warnings.catch_warnings(record=True) as caught:
+        NpyDataset(*folders).check()
+    said = [f"{folders['xy'.index(kind)]}: 1 of its files and folders are not read: {name}."]
+    assert [str(one.message) for one in caught] == (said if is_named else [])
+
+
+@pytest.mark.parametrize(("value", "task"), [(0, "multi-class"), (2, "multi-class"), (0, "multi-label")])
+def test_masks_of_one_class_alone_are_reported(write_pairs: WritePairs, value: int, task: str) -> None:
+    values = [value, 255] if value else [value]
+    dataset = NpyDataset(*write_pairs(images(2), masks(2, values)), task=task)
+    with pytest.warns(UserWarning, match=f"/y: all masks hold class {value} alone"):
+        dataset.check()

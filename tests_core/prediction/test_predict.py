@@ -99,11 +99,12 @@ def test_weights_without_a_contract_predict_what_the_first_image_suggests(tmp_pa
 def test_pictures_become_pictures_in_the_colors_of_the_classes(tmp_path, rgb):
     image, colors = an_image(50, 40), ((1, 2, 3), (4, 5, 6), (7, 8, 9))
     rgb |= make_config(tmp_path, Brightest(), replace(RGB, class_colors=colors))
-    for name in ("photo.png", "other.jpg"):
-        Image.fromarray(image).save(tmp_path / name, quality=100)
-    files = {"FILES": [tmp_path / "photo.png", tmp_path / "other.jpg"], "PREFIX": "p_", "SUFFIX": "_classes"}
+    names = ["photo.png", "other.jpg", "third.bmp", "fourth.jp2"]
+    for name in names:
+        Image.fromarray(image).save(tmp_path / name, **({"quality": 100} if name == "other.jpg" else {}))
+    files = {"FILES": [tmp_path / name for name in names], "PREFIX": "p_", "SUFFIX": "_classes"}
     written = predict(rgb | files)
-    assert [file.name for file in written] == ["p_photo_classes.png", "p_other_classes.png"]
+    assert [file.name for file in written] == [f"p_{Path(name).stem}_classes.png" for name in names]
     for file in written:
         with Image.open(file) as picture:
             numbers, shown = np.asarray(picture), np.asarray(picture.convert("RGB"))

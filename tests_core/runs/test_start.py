@@ -225,7 +225,7 @@ def test_a_journal_that_lost_lines_is_noticed_and_restored(resume, environment, 
     capsys.readouterr()
     resume.epochs = 2
     resume()
-    assert f"journal.jsonl has lost {lost} of 8 steps. Its epochs are those of" in capsys.readouterr().out
+    assert f"journal.jsonl has lost {lost} of 8 steps, and their losses; " in capsys.readouterr().out
     epochs = events_of(result.log_dir, "epoch")
     assert sorted(event["epoch"] for event in epochs) == [1, 2]
     (row,) = rows_of(global_config)

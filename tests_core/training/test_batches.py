@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,83 +26,47 @@ pytestmark = pytest.mark.usefixtures("quick")
 # ------------------------------------------------------------------------------------------------- datasets
 
 
-class Scenes(Dataset):
-    """Images (3, 8, 8) with class numbers (8, 8), other noise each time."""
+SAMPLES: dict[str, Callable[[Tensor, Tensor, int], Any]] = {
+    "pair": lambda image, mask, index: (image, mask),
+    "dict": lambda image, mask, index: {"image": image, "name": f"scene {index}", "mask": mask},
+    "triple": lambda image, mask, index: (image[:2], image[2:], mask),
+    "two inputs": lambda image, mask, index: ((image[:2], image[2:]), mask),
+    "two targets": lambda image, mask, index: (image, {"mask": mask, "level": image.mean()[None]}),
+    "many sizes": lambda image, mask, index: (image[:, : 4 + index % 5], mask[: 4 + index % 5]),
+    "none": lambda image, mask, index: None,
+    "size": lambda image, mask, index: (image[:, 1:], mask[1:]),
+    "class": lambda image, mask, index: (image, mask + 7),
+    "nan": lambda image, mask, index: (image / 0, mask),
+    "channels": lambda image, mask, index: (image[:2], mask),
+}
 
-    def __init__(self, number: int, seed: int = 0) -> None:
+
+class Scenes(Dataset):
+    """Images (3, 8, 8) with class numbers (8, 8), other noise each time; some samples are of another kind."""
+
+    def __init__(self, number: int, seed: int = 0, kind: str = "pair", at: int = 0, length: int = 99) -> None:
         masks = np.random.default_rng(seed).integers(0, 3, (number, 2, 2))
         self.masks = torch.from_numpy(masks.repeat(4, 1).repeat(4, 2))
+        self.kind, self.those = kind, range(at, at + length)
 
     def __len__(self) -> int:
         return len(self.masks)
 
-    def pair(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> Any:
         mask = self.masks[index]
-        return functional.one_hot(mask, 3).movedim(-1, 0) + 0.3 * torch.randn(3, 8, 8), mask
-
-    def __getitem__(self, index: int) -> Any:
-        return self.pair(index)
-
-
-class Dicts(Scenes):
-    def __getitem__(self, index: int) -> Any:
-        image, mask = self.pair(index)
-        return {"image": image, "name": f"scene {index}", "mask": mask}
-
-
-class Triples(Scenes):
-    def __getitem__(self, index: int) -> Any:
-        image, mask = self.pair(index)
-        return image[:2], image[2:], mask
-
-
-class TwoInputs(Scenes):
-    def __getitem__(self, index: int) -> Any:
-        image, mask = self.pair(index)
-        return (image[:2], image[2:]), mask
-
-
-class TwoTargets(Scenes):
-    def __getitem__(self, index: int) -> Any:
-        image, mask = self.pair(index)
-        return image, {"mask": mask, "level": image.mean()[None]}
-
-
-class OfManySizes(Scenes):
-    def __getitem__(self, index: int) -> Any:
-        image, mask = self.pair(index)
-        return image[:, : 4 + index % 5], mask[: 4 + index % 5]
+        image = functional.one_hot(mask, 3).movedim(-1, 0) + 0.3 * torch.randn(3, 8, 8)
+        return SAMPLES[self.kind if index in self.those else "pair"](image, mask, index)
 
 
 class Streamed(IterableDataset):
     """Ten scenes in an order that is drawn for each pass."""
 
-    def __init__(self, number: int, seed: int = 0) -> None:
-        self.scenes = Scenes(number, seed)
+    def __init__(self, number: int, *about: Any, **options: Any) -> None:
+        self.scenes = Scenes(number, *about, **options)
 
     def __iter__(self) -> Iterator[Any]:
         for index in torch.randperm(len(self.scenes)).tolist():
             yield self.scenes[index]
-
-
-class Bad(Scenes):
-    """One sample is not like the others, or all after it."""
-
-    def __init__(self, number: int, seed: int = 0, kind: str = "", at: int = 0, length: int = 1) -> None:
-        super().__init__(number, seed)
-        self.kind, self.bad = kind, range(at, at + length)
-
-    def __getitem__(self, index: int) -> Any:
-        image, mask = self.pair(index)
-        if index not in self.bad:
-            return image, mask
-        kinds = {
-            "none": lambda: None,
-            "size": lambda: (image[:, 1:], mask[1:]),
-            "class": lambda: (image, mask + 7),
-        }
-        kinds |= {"nan": lambda: (image / 0, mask), "channels": lambda: (image[:2], mask)}
-        return kinds[self.kind]()
 
 
 # --------------------------------------------------------------------------------------------------- models
@@ -168,6 +132,10 @@ def with_empty_corners_more_often(dataset: Any) -> WeightedRandomSampler:
     return WeightedRandomSampler(weights, 14)
 
 
+def of(kind: str) -> dict[str, Any]:
+    return {"train": {"number": 18, "kind": kind}, "test": {"number": 5, "seed": 1, "kind": kind}}
+
+
 LOADER = {"batch_size": 4, "shuffle": True}
 THIRTEEN = functools.partial(RandomSampler, replacement=True, num_samples=13)
 NO_NAME = {"VALIDATION_FRACTION": 0, "DATASET": None, "DATASET_CONFIG": None}
@@ -177,7 +145,7 @@ BASE = {
     "MODEL": Segmenter,
     "MODEL_CONFIG": {},
     "DATASET": Scenes,
-    "DATASET_CONFIG": {"train": {"number": 18}, "test": {"number": 5, "seed": 1}},
+    "DATASET_CONFIG": of("pair"),
     "DATA_LOADER_CONFIG": LOADER,
     "OPTIMIZER": torch.optim.AdamW,
     "OPTIMIZER_CONFIG": {"lr": 1e-2},
@@ -191,16 +159,16 @@ BASE = {
     "REQUIRE_RERUNNABLE": False,  # a record takes no functions from tests
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
-    "dict": {"DATASET": Dicts, "UNPACK": of_dict},
-    "triple": {"DATASET": Triples, "UNPACK": of_triple, "PRECISION": "bf16"},
-    "two-inputs": {"DATASET": TwoInputs, "ACCUMULATE": 2},
+    "dict": {"DATASET_CONFIG": of("dict"), "UNPACK": of_dict},
+    "triple": {"DATASET_CONFIG": of("triple"), "UNPACK": of_triple, "PRECISION": "bf16"},
+    "two-inputs": {"DATASET_CONFIG": of("two inputs"), "ACCUMULATE": 2},
     "two-targets": {
-        "DATASET": TwoTargets, "MODEL_CONFIG": {"kind": "targets"}, "LOSS": both_losses, "METRICS": {},
-        "MONITOR": "min loss",
+        "DATASET_CONFIG": of("two targets"), "MODEL_CONFIG": {"kind": "targets"}, "LOSS": both_losses,
+        "METRICS": {}, "MONITOR": "min loss",
     },
     "list-of-outputs": {"MODEL_CONFIG": {"kind": "list"}, "PRECISION": "bf16"},
     "dict-of-outputs": {"MODEL_CONFIG": {"kind": "dict"}, "LOSS": nn.CrossEntropyLoss},
-    "collate": {"DATASET": OfManySizes, "DATA_LOADER_CONFIG": LOADER | {"collate_fn": padded}},
+    "collate": {"DATASET_CONFIG": of("many sizes"), "DATA_LOADER_CONFIG": LOADER | {"collate_fn": padded}},
     "weighted-sampler": {"DATA_LOADER_CONFIG": LOADER | {"sampler": with_empty_corners_more_often}},
     "sampler-2workers": {
         "DATA_LOADER_CONFIG": {"batch_size": 4, "num_workers": 2, "drop_last": True, "sampler": THIRTEEN},
@@ -282,7 +250,8 @@ ROUTINES_BY_DEFAULT = [pytest.param(r, marks=() if r == FIRST else pytest.mark.s
 @pytest.mark.parametrize("routine", ROUTINES_BY_DEFAULT)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_later_sample_that_cannot_be_used_is_named_when_it_is_met(kind, routine, tmp_path):
-    for workers, sets in enumerate(((Bad(40, 0, kind, 1), Scenes(4)), (Scenes(8), Bad(40, 0, kind, 1)))):
+    bad = Scenes(40, 0, kind, 1, 1)
+    for workers, sets in enumerate(((bad, Scenes(4)), (Scenes(8), bad))):
         loader = LOADER | {"num_workers": workers}
         with pytest.raises(UserError, match=KINDS[kind]) as caught:
             train(tmp_path / str(workers), NO_NAME, routine, sets, DATA_LOADER_CONFIG=loader)
@@ -293,7 +262,7 @@ def test_a_later_sample_that_cannot_be_used_is_named_when_it_is_met(kind, routin
 @pytest.mark.parametrize("split", ["train", "test", "validation"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_some_samples_show_is_refused_at_the_start_by_split(kind, split, tmp_path):
-    bad, good = Bad(12, 0, kind, 9), Scenes(8)
+    bad, good = Scenes(12, 0, kind, 9, 1), Scenes(8)
     sets = [bad if one == split else good for one in ("train", "test", "validation")]
     with pytest.raises(UserError, match=f"the {split} data: .*({KINDS[kind]})") as caught:
         refuse(tmp_path, sets)
@@ -310,18 +279,18 @@ def refuse(root: Any, sets: Any = None, **changes: Any) -> None:
         assert not any(root.rglob("journal.jsonl"))
 
 
-OTHER_CHANNELS = [Scenes(8), Bad(8, 0, "channels", 0, 8)]
 REFUSED = {
-    "the test data: sample 0 has inputs of the shape (1, 2, 8, 8)": {"sets": OTHER_CHANNELS},
-    "the test data: sample 0: its target holds": {"sets": [Scenes(8), Bad(8, 0, "class", 0, 8)]},
-    "sample 0 is None": {"sets": [Bad(8, 0, "none"), Scenes(8)]},
+    "the test data: sample 0 has inputs of the shape (1, 2, 8, 8)": {"sets": [Scenes(8), Scenes(8, 0, "channels")]},
+    "the test data: sample 0: its target holds": {"sets": [Scenes(8), Scenes(8, 0, "class")]},
+    "sample 0 is None": {"sets": [Scenes(8, 0, "none", 0, 1), Scenes(8)]},
     "does not take inputs of the shape (1, 3, 8, 8) in training mode": {"MODEL": OnlyInEvaluation},
     "they must be of (3,) channels, the largest first": {"MODEL": Rising},
-    "a batch is a list of 3, which is no pair of tensors (input, target): set UNPACK": {"DATASET": Triples},
-    "a batch is a dict of 3, which is no pair": {"DATASET": Dicts},
-    "UNPACK returns a list of 3, which is no pair": {"DATASET": Triples, "UNPACK": list},
+    "a batch is a list of 3, which is no pair of tensors (input, target): set UNPACK": {
+        "DATASET_CONFIG": of("triple")},
+    "a batch is a dict of 3, which is no pair": {"DATASET_CONFIG": of("dict")},
+    "UNPACK returns a list of 3, which is no pair": {"DATASET_CONFIG": of("triple"), "UNPACK": list},
     "no batch can be made of it by collate_fn and UNPACK (KeyError: 'image')": {
-        "DATASET": Triples, "UNPACK": lambda batch: {}["image"]},
+        "DATASET_CONFIG": of("triple"), "UNPACK": lambda batch: {}["image"]},
     "STEPS_PER_EPOCH is missing": {"sets": [Streamed(8), Scenes(8)], "VALIDATION_FRACTION": 0},
     "but a stream cannot be split": {"sets": [Streamed(8), Scenes(8)], "STEPS_PER_EPOCH": 2},
     "num_workers is 2, but a stream has one order": {

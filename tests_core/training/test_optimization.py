@@ -23,22 +23,7 @@ from dida_core.training.optimization import (
 from dida_core.training.targets import OutputLoss
 from torch import nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import (
-    ChainedScheduler,
-    ConstantLR,
-    CosineAnnealingLR,
-    CosineAnnealingWarmRestarts,
-    CyclicLR,
-    ExponentialLR,
-    LambdaLR,
-    LinearLR,
-    LRScheduler,
-    MultiStepLR,
-    OneCycleLR,
-    PolynomialLR,
-    ReduceLROnPlateau,
-    SequentialLR,
-)
+from torch.optim import lr_scheduler as lr
 
 from tests.helpers import FIRST, ROUTINES, events_of, load_routine
 
@@ -47,7 +32,7 @@ slow = pytest.mark.slow
 OTHERS = [routine for routine in ROUTINES if routine != FIRST]
 
 
-class OwnSchedule(LRScheduler):
+class OwnSchedule(lr.LRScheduler):
     def __init__(self, optimizer, T_max: int, max_lr: float):
         self.T_max, self.max_lr = T_max, max_lr
         super().__init__(optimizer)
@@ -64,53 +49,37 @@ def falling(step: int) -> float:
     return max(0.0, 1 - step / 4)
 
 
+SLOW_START = partial(lr.LinearLR, start_factor=0.2)
 # Rates of 8 steps in 4 epochs, of the learning rate 1.
 RATES: dict[str, tuple[dict[str, Any], list[float]]] = {
-    "cosine": ({"SCHEDULER": CosineAnnealingLR}, [1, 0.962, 0.854, 0.691, 0.5, 0.309, 0.146, 0.038]),
-    "cosine-epochs": ({"SCHEDULER": CosineAnnealingLR, "SCHEDULER_STEP": "epoch"}, [1, 0.854, 0.5, 0.146]),
-    "restarts": (
-        {"SCHEDULER": CosineAnnealingWarmRestarts},
-        [1, 0.962, 0.854, 0.691, 0.5, 0.309, 0.146, 0.038],
-    ),
-    "polynomial": ({"SCHEDULER": PolynomialLR}, [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
-    "linear": (use(LinearLR, {"start_factor": 0.2}), [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
-    "constant": (use(ConstantLR, {"factor": 0.5}), [0.5] * 8),
-    "own": ({"SCHEDULER": OwnSchedule}, [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
-    "cyclic": (use(CyclicLR, {"base_lr": 0, "step_size_up": 2}), [0, 0.5, 1, 0.5, 0, 0.5, 1, 0.5]),
-    "multi-step": (use(MultiStepLR, {"milestones": [2, 5]}), [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01]),
+    "cosine": (use(lr.CosineAnnealingLR), [1, 0.962, 0.854, 0.691, 0.5, 0.309, 0.146, 0.038]),
+    "cosine-epochs": (use(lr.CosineAnnealingLR, SCHEDULER_STEP="epoch"), [1, 0.854, 0.5, 0.146]),
+    "restarts": (use(lr.CosineAnnealingWarmRestarts), [1, 0.962, 0.854, 0.691, 0.5, 0.309, 0.146, 0.038]),
+    "polynomial": (use(lr.PolynomialLR), [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+    "linear": (use(lr.LinearLR, {"start_factor": 0.2}), [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
+    "constant": (use(lr.ConstantLR, {"factor": 0.5}), [0.5] * 8),
+    "own": (use(OwnSchedule), [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+    "cyclic": (use(lr.CyclicLR, {"base_lr": 0, "step_size_up": 2}), [0, 0.5, 1, 0.5, 0, 0.5, 1, 0.5]),
+    "multi-step": (use(lr.MultiStepLR, {"milestones": [2, 5]}), [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01]),
     "one-cycle-epochs": (
-        use(OneCycleLR, {"epochs": 4, "pct_start": 0.5}),
-        [0.04, 0.28, 0.76, 1, 0.854, 0.5, 0.146, 0],
-    ),
+        use(lr.OneCycleLR, {"epochs": 4, "pct_start": 0.5}), [0.04, 0.28, 0.76, 1, 0.854, 0.5, 0.146, 0]),
     "two": (
-        use([LinearLR, CosineAnnealingLR], [{"total_iters": 4, "start_factor": 0.2}, {}]),
-        [0.2, 0.4, 0.6, 0.8, 1, 0.854, 0.5, 0.146],
-    ),
+        use([lr.LinearLR, lr.CosineAnnealingLR], [{"total_iters": 4, "start_factor": 0.2}, {}]),
+        [0.2, 0.4, 0.6, 0.8, 1, 0.854, 0.5, 0.146]),
     "three": (
-        use([ConstantLR, LinearLR, PolynomialLR], [{"length": 2}, {"start_factor": 0.5}, {"length": 0.5}]),
-        [1 / 3, 1 / 3, 0.5, 0.75, 1, 0.75, 0.5, 0.25],
-    ),
+        use([lr.ConstantLR, lr.LinearLR, lr.PolynomialLR],
+            [{"length": 2}, {"start_factor": 0.5}, {"length": 0.5}]),
+        [1 / 3, 1 / 3, 0.5, 0.75, 1, 0.75, 0.5, 0.25]),
     "sequential": (
-        use(
-            SequentialLR,
-            {"schedulers": [partial(LinearLR, start_factor=0.2), PolynomialLR], "milestones": [4]},
-        ),
-        [0.2, 0.4, 0.6, 0.8, 1, 0.75, 0.5, 0.25],
-    ),
+        use(lr.SequentialLR, {"schedulers": [SLOW_START, lr.PolynomialLR], "milestones": [4]}),
+        [0.2, 0.4, 0.6, 0.8, 1, 0.75, 0.5, 0.25]),
     "chained": (
-        use(ChainedScheduler, {"schedulers": [PolynomialLR, partial(ExponentialLR, gamma=0.5)]}),
-        [1, 0.438, 0.188, 0.078, 0.031, 0.012, 0.004, 0.001],
-    ),
-    "warm-up": (
-        {"SCHEDULER": PolynomialLR, "WARMUP": 0.5},
-        [0.25, 0.438, 0.562, 0.625, 0.5, 0.375, 0.25, 0.125],
-    ),
+        use(lr.ChainedScheduler, {"schedulers": [lr.PolynomialLR, partial(lr.ExponentialLR, gamma=0.5)]}),
+        [1, 0.438, 0.188, 0.078, 0.031, 0.012, 0.004, 0.001]),
+    "warm-up": (use(lr.PolynomialLR, WARMUP=0.5), [0.25, 0.438, 0.562, 0.625, 0.5, 0.375, 0.25, 0.125]),
     "warm-up-alone": ({"WARMUP": 4}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
-    "warm-up-plateau": (
-        {"SCHEDULER": ReduceLROnPlateau, "SCHEDULER_STEP": "epoch", "WARMUP": 4},
-        [0.25, 0.5, 0.75, 1],
-    ),
-}
+    "warm-up-plateau": (use(lr.ReduceLROnPlateau, SCHEDULER_STEP="epoch", WARMUP=4), [0.25, 0.5, 0.75, 1]),
+}  # fmt: skip
 
 
 class Schedule:
@@ -129,7 +98,7 @@ class Schedule:
         for _ in range(num_steps):
             rates.append(learning_rate(self.optimizer.param_groups[group]))
             self.optimizer.step()
-            if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            if self.scheduler is not None and not isinstance(self.scheduler, lr.ReduceLROnPlateau):
                 self.scheduler.step()
         return rates
 
@@ -166,8 +135,8 @@ def test_a_prolonged_schedule_has_the_rates_of_the_longer_one(name):
 
 def test_each_parameter_group_has_its_own_largest_rate():
     for scheduler, options in (
-        (OneCycleLR, {"pct_start": 0.5}),
-        (CyclicLR, {"base_lr": 0.0, "step_size_up": 2}),
+        (lr.OneCycleLR, {"pct_start": 0.5}),
+        (lr.CyclicLR, {"base_lr": 0.0, "step_size_up": 2}),
     ):
         changes = {"SCHEDULER": scheduler, "SCHEDULER_CONFIG": options}
         tops = [max(Schedule(1.0, 0.1, **changes).rates(8, group)) for group in (0, 1)]
@@ -177,13 +146,13 @@ def test_each_parameter_group_has_its_own_largest_rate():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (use(OneCycleLR, {"total_steps": 5}), "fails after step 6 of 8"),
-        (use(OneCycleLR, {"epochs": 3}), "fails after step 7 of 8"),
-        (use(LambdaLR, {"lr_lambda": lambda step: 1 - step / 4}), r"-0.25 in step 6"),
-        (use(LambdaLR, {"lr_lambda": lambda step: 1 / (4 - step)}), "division by zero"),
-        ({"SCHEDULER": [LinearLR, CosineAnnealingLR]}, "lengths the rest, the rest, .* 8 steps"),
+        (use(lr.OneCycleLR, {"total_steps": 5}), "fails after step 6 of 8"),
+        (use(lr.OneCycleLR, {"epochs": 3}), "fails after step 7 of 8"),
+        (use(lr.LambdaLR, {"lr_lambda": lambda step: 1 - step / 4}), r"-0.25 in step 6"),
+        (use(lr.LambdaLR, {"lr_lambda": lambda step: 1 / (4 - step)}), "division by zero"),
+        ({"SCHEDULER": [lr.LinearLR, lr.CosineAnnealingLR]}, "lengths the rest, the rest, .* 8 steps"),
         (
-            use([LinearLR, CosineAnnealingLR], [{"length": 8}, {}]),
+            use([lr.LinearLR, lr.CosineAnnealingLR], [{"length": 8}, {}]),
             "lengths 8, the rest, and the training has 8 steps",
         ),
         ({"WARMUP": 9}, "WARMUP is 9, and the training has 8 steps"),
@@ -196,18 +165,18 @@ def test_a_schedule_that_does_not_reach_the_end_is_refused_before_the_first_step
 
 def test_a_rate_that_stays_0_is_reported():
     for changes, steps in (
-        (use(LambdaLR, {"lr_lambda": falling}), "5 to 8 of 8"),
-        (use(PolynomialLR, {"total_iters": 6}), "7 to 8 of 8"),
-        (use(LambdaLR, {"lr_lambda": float}, SCHEDULER_STEP="epoch"), "1 to 1 of 4"),
+        (use(lr.LambdaLR, {"lr_lambda": falling}), "5 to 8 of 8"),
+        (use(lr.PolynomialLR, {"total_iters": 6}), "7 to 8 of 8"),
+        (use(lr.LambdaLR, {"lr_lambda": float}, SCHEDULER_STEP="epoch"), "1 to 1 of 4"),
     ):
         with pytest.warns(UserWarning, match=f"learning rate is 0 in the steps {steps}"):
             Schedule(**changes)
     late = {"milestones": [2, 50]}
     with pytest.warns(UserWarning, match=r"milestones has \[50\], and the training has 8 steps"):
-        Schedule(SCHEDULER=MultiStepLR, SCHEDULER_CONFIG=late)
+        Schedule(SCHEDULER=lr.MultiStepLR, SCHEDULER_CONFIG=late)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Schedule(SCHEDULER=LambdaLR, SCHEDULER_CONFIG={"lr_lambda": float})  # 0 in the first step alone
+        Schedule(SCHEDULER=lr.LambdaLR, SCHEDULER_CONFIG={"lr_lambda": float})  # 0 in the first step alone
 
 
 # -------------------------------------------------------------------------------------------- whole trainings
@@ -258,7 +227,7 @@ def state_of(result: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("routine", [FIRST, *(pytest.param(one, marks=slow) for one in OTHERS)])
 def test_a_loss_with_parameters_and_a_thawed_layer_train_and_resume_to_the_same(routine, fit):
     rich = {"LOSS": Weighted, "AFTER_EPOCH": thaw, "CLIP_NORM": 0.1, "EPOCHS": 3, "WARMUP": 0.5}
-    rich |= {"SCHEDULER": [LinearLR, CosineAnnealingLR], "SCHEDULER_CONFIG": [{"length": 2}, {}]}
+    rich |= {"SCHEDULER": [lr.LinearLR, lr.CosineAnnealingLR], "SCHEDULER_CONFIG": [{"length": 2}, {}]}
 
     def stop(run) -> bool:
         thaw(run)
@@ -278,8 +247,8 @@ def test_a_loss_with_parameters_and_a_thawed_layer_train_and_resume_to_the_same(
 
 
 def test_a_prolonged_run_says_its_rate_and_never_trains_with_0(fit, capsys):
-    short = fit(SCHEDULER=CosineAnnealingLR, OPTIMIZER_CONFIG={"lr": 0.1})
-    longer = fit(SCHEDULER=CosineAnnealingLR, OPTIMIZER_CONFIG={"lr": 0.1}, EPOCHS=4, RESUME=short.name)
+    short = fit(SCHEDULER=lr.CosineAnnealingLR, OPTIMIZER_CONFIG={"lr": 0.1})
+    longer = fit(SCHEDULER=lr.CosineAnnealingLR, OPTIMIZER_CONFIG={"lr": 0.1}, EPOCHS=4, RESUME=short.name)
     rates = [event["learning_rate"] for event in events_of(longer.log_dir, "step")][8:]
     assert rates == pytest.approx([0.05, 0.0402, 0.0309, 0.0222, 0.0146, 0.0084, 0.0038, 0.001], abs=1e-4)
     said = "The learning rate was 0, and continues at 0.05, by the schedule of 4 epochs."

@@ -8,6 +8,7 @@ Checks are in dida_core/data/pairs.py, how files are read in images.py.
 import copy
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from dida_core.data.pairs import (
     contract_problems,
     dataset_problems,
     find_problems,
+    find_remarks,
     map_values,
     several_channels,
 )
@@ -171,8 +173,10 @@ class NpyDataset(Dataset):
     def check(
         self, cache_file: Path | None = None, num_classes: int | None = None, training: bool = True
     ) -> None:
-        """Read every file once, and raise DataError with all that is wrong; see checks.find_problems."""
+        """Read every file once; raise DataError with what is wrong, warn of what is odd; see pairs.py."""
         raise_if(find_problems(self.pairs, self._reading(), cache_file, num_classes, training, self.crop))
+        for remark in find_remarks(self.pairs, self._reading()):
+            warnings.warn(f"{remark}.", stacklevel=2)
 
     def _plain_contract(self) -> DataContract:
         """Return how images are read, without normalization: as the first one suggests."""

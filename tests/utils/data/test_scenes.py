@@ -114,9 +114,8 @@ def test_scenes_are_the_same_bytes_on_an_older_cpu() -> None:
         print(hashlib.sha256(b"".join(content)).hexdigest())"""
     older = {"NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX X86_V4", "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-W", "ignore", "-c", code]
-    assert (
-        subprocess.check_output(command, text=True, cwd=ROOT, env=os.environ | older).strip() == FIRST_SCENES
-    )
+    output = subprocess.check_output(command, text=True, cwd=ROOT, env=os.environ | older)
+    assert output.strip() == FIRST_SCENES
 
 
 # ---------------------------------------------------------------------------------------------------- writing

@@ -64,14 +64,9 @@ def test_a_transform_is_a_function_of_the_seed_and_keeps_shape_and_dtype(
 
 @pytest.mark.parametrize(
     ("transform", "size", "number"),
-    [
-        (flip, (5, 5), 4),
-        (flip, (4, 6), 4),
-        (quarter_turn, (5, 5), 4),
-        (quarter_turn, (4, 6), 2),
-        (lambda image, mask: quarter_turn(*flip(image, mask)), (4, 4), 8),
-    ],
-)
+    [(flip, (5, 5), 4), (flip, (4, 6), 4), (quarter_turn, (5, 5), 4), (quarter_turn, (4, 6), 2),
+     (lambda image, mask: quarter_turn(*flip(image, mask)), (4, 4), 8)],
+)  # fmt: skip
 def test_every_flip_and_turn_occurs_and_moves_image_and_mask_alike(
     transform: Transform, size: tuple[int, int], number: int
 ) -> None:

@@ -221,10 +221,8 @@ def test_no_subject_and_no_text_breaks_a_mail_or_adds_headers(serve, send):
     server = serve()
     assert send(*(("text", subject) for subject in SUBJECTS)) == send(*((text,) for text in TEXTS)) == []
     assert [mail["Subject"] for mail in server.mails[: len(SUBJECTS)]] == list(SUBJECTS.values())
-    expected = [
-        text.replace("\r", "\n").replace("\x1b", r"\x1b").replace("\0\ud800", "??")[:100_000]
-        for text in TEXTS
-    ]
+    shown = [text.replace("\r", "\n").replace("\x1b", r"\x1b") for text in TEXTS]
+    expected = [text.replace("\0\ud800", "??")[:100_000] for text in shown]
     found = [content(mail).rstrip("\n") for mail in server.mails[len(SUBJECTS) :]]
     assert found == [text.rstrip("\n") for text in expected]
     assert not any("Bcc" in mail for mail in server.mails)
