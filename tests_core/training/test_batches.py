@@ -280,7 +280,8 @@ def refuse(root: Any, sets: Any = None, **changes: Any) -> None:
 
 
 REFUSED = {
-    "the test data: sample 0 has inputs of the shape (1, 2, 8, 8)": {"sets": [Scenes(8), Scenes(8, 0, "channels")]},
+    "the test data: sample 0 has inputs of the shape (1, 2, 8, 8)": {
+        "sets": [Scenes(8), Scenes(8, 0, "channels")]},
     "the test data: sample 0: its target holds": {"sets": [Scenes(8), Scenes(8, 0, "class")]},
     "sample 0 is None": {"sets": [Scenes(8, 0, "none", 0, 1), Scenes(8)]},
     "does not take inputs of the shape (1, 3, 8, 8) in training mode": {"MODEL": OnlyInEvaluation},
