@@ -70,7 +70,7 @@ def main() -> int:
         config = open_search(arguments, space, config, global_config, project).best_config()
         routine = load_routine(arguments.routine or recorded_routine(config))
     elif arguments.data:
-        override(config, arguments.overrides, project)  # reports typos before the data is read
+        config = override(config, arguments.overrides, project)  # reports typos before the data is read
         cache_file = Path(global_config["LOG_DIR"]) / "data_facts.json"
         config = use_folder(config, arguments.data, project, cache_file)
     config = override(config, arguments.overrides, project, problems)

@@ -71,7 +71,7 @@ def main() -> int:
         if arguments.variant != "full":
             config = routine.VARIANTS[arguments.variant](config)
         if arguments.data:
-            override(config, arguments.overrides, project)  # reports typos before the data is read
+            config = override(config, arguments.overrides, project)  # reports typos before the data is read
             config = use_folder(config, arguments.data, project, log_dir / "data_facts.json")
         config = config | {"RESUME": arguments.resume}
     if arguments.smtp:

@@ -129,8 +129,7 @@ SCHEDULER_ARGUMENTS = Kind(
     "a dict of keyword arguments, or a list of them", lambda value: all(map(_are_arguments, as_list(value)))
 )
 WARMUP = Kind(
-    "a whole number, or one below 1",
-    lambda value: is_of(value, int) or (is_of(value, float) and value < 1),
+    "a whole number, or one below 1", lambda value: is_of(value, int) or (is_of(value, float) and value < 1)
 )
 METRICS = Kind("a dict of name: function, without 'loss', which is the mean of LOSS", _are_metrics)
 GOAL = Kind(

@@ -1,10 +1,11 @@
 """
-Build the datasets of a config, from DATASET and DATASET_CONFIG, which a folder can fill in: its fingerprint
-(what is in it) suggests a config. The doctor prints both.
+Build the datasets of a config, from DATASET and DATASET_CONFIG, which a folder can fill in: what is in it
+suggests a config.
 """
 
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from .pairs import MaskReading, Pairs, some
 
 _LARGEST_CROP = 192
 _SAMPLES_PER_EPOCH = 160  # at least
+_MOST_CLASSES = 255  # of a map; more values are measured ones
+_LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")
 _SPLITS = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
@@ -50,7 +53,11 @@ def build_datasets(config: dict[str, Any]) -> tuple[Any, Any, Any]:
 
 
 def use_folder(
-    config: dict[str, Any], folder: Path, project: Project, cache_file: Path | None = None
+    config: dict[str, Any],
+    folder: Path,
+    project: Project,
+    cache_file: Path | None = None,
+    say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """
     Return a copy of a config for the images and masks of a folder, with what these suggest: channels,
@@ -58,10 +65,20 @@ def use_folder(
 
     :param folder: holds train/{x,y} and usually test/{x,y}
     :param project: whose datasets, losses and metrics are taken
-    :raises DataError: if it does not, or if files cannot be read
+    :param say: is given what values of masks are taken for
+    :raises DataError: if it does not, if files cannot be read, or if masks may mean several things
     """
     config, folders = copy_config(config), splits_of(folder.resolve())
-    suggestion = suggest(Pairs(*folders["train"]), cache_file)
+    splits = {split: Pairs(*places) for split, places in folders.items()}
+    for pairs in splits.values():
+        pairs.scan(cache_file)
+    suggestion = suggest(splits["train"])
+    if config.get("MASK_VALUES"):
+        suggestion["MASK_VALUES"] = config["MASK_VALUES"]
+    else:
+        raise_if(f"{folder}: {problem}" for problem in unclear_masks(splits.values()))
+    if mapped := suggestion.get("MASK_VALUES"):
+        say(f"{folder}: masks are read by MASK_VALUES={mapped}; 255 is ignored unless it is named.")
     suggestion = {key: _resolved(value, project) for key, value in suggestion.items()}
     for_training = suggestion.pop("DATASET_CONFIG")
     arguments = (config.get("DATASET_CONFIG") or {}).get("train", {})
@@ -80,6 +97,27 @@ def _resolved(value: Any, project: Project) -> Any:
     if isinstance(value, dict):
         return {key: _resolved(item, project) for key, item in value.items()}
     return resolve(value, project) if isinstance(value, str) and ":" in value else value
+
+
+def unclear_masks(splits: Iterable[Pairs]) -> list[str]:
+    """Return what the values of masks leave open, of all splits together, with the keys that decide."""
+    facts = {file: pairs.fact(file) for pairs in splits for file in pairs.masks}
+    single = {file: fact for file, fact in facts.items() if "problem" not in fact and fact["shape"][2] == 1}
+    values = {file: {value for value, _ in fact["values"] or []} for file, fact in single.items()}
+    of_255 = [file for file, found in values.items() if 255 in found and found <= {0, 255}]
+    others = set().union(*(found for file, found in values.items() if file not in of_255))
+    problems = []
+    if of_255 and 1 in others and others <= {0, 1}:
+        keys = "MASK_VALUES={255: 1} if 255 is class 1, or MASK_VALUES={255: 255} if it counts nowhere"
+        masks = (
+            f"{len(of_255)} masks hold 0 and 255 ({some(file.name for file in of_255)}), the others 0 and 1"
+        )
+        problems.append(f"{masks}: give {keys}")
+    lossy = [file for file, found in values.items() if file.suffix.lower() in _LOSSY and len(found) > 2]
+    if lossy:
+        about = f"{len(lossy)} masks are JPEG, which mixes classes ({some(file.name for file in lossy)})"
+        problems.append(f"{about}: save them as PNG, or give MASK_VALUES")
+    return problems
 
 
 def splits_of(folder: Path) -> dict[str, tuple[Path, Path]]:
@@ -109,39 +147,14 @@ def splits_of(folder: Path) -> dict[str, tuple[Path, Path]]:
     return {split: (place / "x", place / "y") for split, place in found.items()}
 
 
-def fingerprint(pairs: Pairs, cache_file: Path | None = None) -> dict[str, Any]:
-    """
-    Return what is in a dataset: number of images, sizes, channels, dtypes, fraction of each mask value, and
-    of each channel min, max, mean, std.
-
-    :raises DataError: if a file cannot be read
-    """
-    facts = pairs.scan(cache_file)
-    raise_if(fact["problem"] for fact in facts.values() if "problem" in fact)
-    images, masks = ([facts[file] for file in files] for files in (pairs.images, pairs.masks))
-    counts: Counter = Counter()
+def count_values(pairs: Pairs) -> dict[Any, int] | None:
+    """Return how many pixels of the masks have each value, or color; None where they are measured ones."""
+    masks, counts = [pairs.fact(file) for file in pairs.masks], Counter[Any]()
     for mask in masks:
         for value, number in mask["values"] or []:
             counts[tuple(value) if isinstance(value, list) else value] += number
     in_order = sorted(counts.items(), key=lambda item: np.atleast_1d(item[0]).tolist())
-    fractions = {value: number / counts.total() for value, number in in_order}
-    channels = Counter(image["shape"][2] for image in images)
-    statistics = []
-    if len(channels) == 1:
-        number = next(iter(channels))
-        low, high = pairs.limits() or (np.zeros(number), np.zeros(number))
-        columns = {"min": low, "max": high} | dict(zip(("mean", "std"), pairs.mean_and_std(), strict=True))
-        statistics = [{name: float(values[c]) for name, values in columns.items()} for c in range(number)]
-    return {
-        "images": len(images),
-        "sizes": Counter("{} x {}".format(*image["shape"]) for image in images),
-        "channels": channels,
-        "dtypes": Counter(image["dtype"] for image in images),
-        "mask channels": Counter(mask["shape"][2] for mask in masks),
-        "mask dtypes": Counter(mask["dtype"] for mask in masks),
-        "mask values": None if any(mask["values"] is None for mask in masks) else fractions,
-        "statistics": statistics,
-    }
+    return None if any(mask["values"] is None for mask in masks) else dict(in_order)
 
 
 def suggest(pairs: Pairs, cache_file: Path | None = None) -> dict[str, Any]:
@@ -150,20 +163,20 @@ def suggest(pairs: Pairs, cache_file: Path | None = None) -> dict[str, Any]:
 
     What is under "DATASET_CONFIG" is for the training split, except the task, which is for all.
     """
-    facts = fingerprint(pairs, cache_file)
-    shapes = [pairs.fact(file)["shape"] for file in pairs.images]
+    raise_if(fact["problem"] for fact in pairs.scan(cache_file).values() if "problem" in fact)
+    shapes, masks = ([pairs.fact(file)["shape"] for file in files] for files in (pairs.images, pairs.masks))
     side = int(np.median([min(shape[:2]) for shape in shapes]))  # smaller images are padded
     crop = max(32, int(min(_LARGEST_CROP, 0.75 * side)) // 32 * 32) if side >= 32 else side
     area = float(np.mean([shape[0] * shape[1] for shape in shapes]))
     crops_per_image = max(1, round(area / crop**2), -(-_SAMPLES_PER_EPOCH // len(shapes)))
     data: dict[str, Any] = {"crop": crop, "crops_per_image": crops_per_image, "task": "multi-class"}
-    values, channels = facts["mask values"], max(facts["mask channels"])
+    values, channels = count_values(pairs), max(shape[2] for shape in masks)
     suggestion: dict[str, Any] = {
         "DATASET": ".utils.data:NpyDataset",
         "DATASET_CONFIG": data,
-        "MODEL_CONFIG": {"ch_in": next(iter(facts["channels"])), "ch_out": channels},
+        "MODEL_CONFIG": {"ch_in": shapes[0][2], "ch_out": channels},
     }
-    if values is None:
+    if values is None or (channels == 1 and len(values) > _MOST_CLASSES + 1):
         data["task"] = "values"
         loss = "torch.nn.functional:mse_loss"
         return suggestion | {"LOSS": loss, "LOSS_CONFIG": {}, "METRICS": {}, "MONITOR": "min loss"}
@@ -181,8 +194,12 @@ def suggest(pairs: Pairs, cache_file: Path | None = None) -> dict[str, Any]:
 def _classes(values: dict[Any, float], channels: int) -> tuple[list[int] | None, dict | None]:
     """Return the class numbers that mask values stand for, or None for labels, and how to map them."""
     if channels > 1:
-        parts = {part for value in values for part in np.atleast_1d(value).tolist()}
-        if not parts <= {0, 1, 255} or (channels == 3 and 255 in parts and 1 not in parts):
+        drawn = [np.atleast_1d(value).tolist() for value in values]
+        if channels in (2, 4) and all(value[-1] == 255 for value in drawn):  # opacity is no class
+            drawn = [value[:-1] for value in drawn]
+        parts, is_picture = {part for value in drawn for part in value}, len(drawn[0]) in (1, 3)
+        is_grey = len(drawn) > 1 and all(len(set(value)) == 1 for value in drawn)
+        if not parts <= {0, 1, 255} or (is_picture and (is_grey or (255 in parts and 1 not in parts))):
             colors = {color: number for number, color in enumerate(values)}
             return list(colors.values()), colors
         return None, {255: 1} if 255 in parts and 1 not in parts else None
@@ -190,6 +207,6 @@ def _classes(values: dict[Any, float], channels: int) -> tuple[list[int] | None,
         return [0, 1], {255: 1}
     classes = [value for value in values if value != MaskReading.ignore_index]
     if classes != list(range(len(classes))) and max(classes) >= 2 * len(classes):
-        numbers = {value: number for number, value in enumerate(classes)}
+        numbers = {value: number for number, value in enumerate(values)}  # 255, too, as white
         return list(numbers.values()), numbers
     return classes, None

@@ -165,10 +165,8 @@ class DataContract:
             problems.append(f"{self._named(dead)} is constant ({values}): {what}")
         alive = ~varies & ((low != minimum) | (high != maximum))
         if alive.any():
-            problems.append(
-                f"{self._named(alive)} was constant in the training data, and is not here: fill it with that "
-                "value, or train with data that have it"
-            )
+            about = f"{self._named(alive)} was constant in the training data, and is not here"
+            problems.append(f"{about}: fill it with that value, or train with data that have it")
         return problems
 
     def for_nodata(self, nodata: float | None) -> Self:

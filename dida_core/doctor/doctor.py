@@ -11,17 +11,17 @@ place without a georeference.
 import argparse
 import re
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.build import fingerprint, splits_of, suggest
+from ..data.build import count_values, splits_of, suggest, unclear_masks
 from ..data.contract import DataContract
 from ..data.facts import Facts
-from ..data.images import into_crs
+from ..data.images import into_crs, raise_if
 from ..data.pairs import MaskReading, Pairs, dataset_problems, find_problems, find_remarks
 
 _SMALLEST_OVERLAP = 0.01  # of the smaller tile: neighbors may touch
@@ -65,7 +65,7 @@ def examine(splits: dict[str, Pairs], root: Path, reading: MaskReading) -> list[
         found += [Finding(remark.endswith(" alone"), f"{remark}.") for remark in remarks]
         found += [*_refused(splits, root, reading), *_copies(pairs), *_overlaps(pairs), *_ranges(pairs)]
         if reading.task != "values":
-            found += [*_mask_values(pairs, reading), *_classes(pairs, reading)]
+            found += [*_mask_values(splits.values(), reading), *_classes(pairs, reading)]
     return sorted(found, key=lambda finding: not finding.is_problem)
 
 
@@ -212,18 +212,13 @@ def _ranges(pairs: list[_Pair]) -> Iterator[Finding]:
         yield Finding(False, f"{text}: look at the units.", odd)
 
 
-def _mask_values(pairs: list[_Pair], reading: MaskReading) -> Iterator[Finding]:
-    """Find masks of 0 and 255."""
-    if (reading.mask_values or {}).get(255) == 1:
-        text = "masks of 0 and 255: train.py --data takes 255 for class 1; for a config of your own"
-        yield Finding(False, f"{text}, give MASK_VALUES={{255: 1}}.")
-        return
-    single = [pair for pair in pairs if pair.mask["shape"][2] == 1]
-    values = {pair.mask_name: {value for value, _ in pair.mask["values"] or []} for pair in single}
-    either = [name for name, found in values.items() if 255 in found and found <= {0, 255}]
-    if either and all(found <= {0, 1} for name, found in values.items() if name not in either):
-        text = f"{_count(either, 'mask')} of 0 and 255 among masks of 0 and 1: 255 is ignored in training"
-        yield Finding(True, f"{text}. If it means class 1, give MASK_VALUES={{255: 1}}.", either)
+def _mask_values(splits: Iterable[Pairs], reading: MaskReading) -> Iterator[Finding]:
+    """Find what values of masks may mean, or are taken for."""
+    for problem in unclear_masks(splits):
+        yield Finding(True, f"{problem}.")
+    if 255 in (reading.mask_values or {}):  # which is ignored otherwise
+        text = f"train.py --data takes the values of masks for classes by MASK_VALUES={reading.mask_values}"
+        yield Finding(False, f"{text}; for a config of your own, give the same.")
 
 
 def _classes(pairs: list[_Pair], reading: MaskReading) -> Iterator[Finding]:
@@ -260,6 +255,37 @@ def _count(things: Any, noun: str) -> str:
 def _is_blank(image: Facts) -> bool:
     """Return whether all pixels with data are equal: that such images are copies means nothing."""
     return image["min"] == image["max"]
+
+
+def fingerprint(pairs: Pairs) -> dict[str, Any]:
+    """
+    Return what is in a dataset: number of images, sizes, channels, dtypes, fraction of each mask value, and
+    of each channel min, max, mean, std.
+
+    :raises DataError: if a file cannot be read
+    """
+    facts = pairs.scan()
+    raise_if(fact["problem"] for fact in facts.values() if "problem" in fact)
+    images, masks = ([facts[file] for file in files] for files in (pairs.images, pairs.masks))
+    values = count_values(pairs)
+    fractions = values and {value: number / sum(values.values()) for value, number in values.items()}
+    channels = Counter(image["shape"][2] for image in images)
+    statistics = []
+    if len(channels) == 1:
+        number = next(iter(channels))
+        low, high = pairs.limits() or (np.zeros(number), np.zeros(number))
+        columns = {"min": low, "max": high} | dict(zip(("mean", "std"), pairs.mean_and_std(), strict=True))
+        statistics = [{name: float(values[c]) for name, values in columns.items()} for c in range(number)]
+    return {
+        "images": len(images),
+        "sizes": Counter("{} x {}".format(*image["shape"]) for image in images),
+        "channels": channels,
+        "dtypes": Counter(image["dtype"] for image in images),
+        "mask channels": Counter(mask["shape"][2] for mask in masks),
+        "mask dtypes": Counter(mask["dtype"] for mask in masks),
+        "mask values": fractions,
+        "statistics": statistics,
+    }
 
 
 def describe(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -194,9 +194,8 @@ def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for name, then, here in conditions:
         if then != here:
             is_long = name in (_CONDITIONS["git_diff"], _CONDITIONS["untracked_files"])
-            differences.append(
-                f"{name}: " + ("not what they were" if is_long else f"{then} then, {here} now")
-            )
+            change = "not what they were" if is_long else f"{then} then, {here} now"
+            differences.append(f"{name}: {change}")
     if changed := changed_files(before, now):
         differences.append(f"data: {len(changed)} files are not what they were, such as {changed[0]}")
     return differences

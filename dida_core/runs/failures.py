@@ -40,9 +40,8 @@ def asks_to_end(answer: Any) -> bool:
     :raises UserError: if it is none: a number, such as a result, is no decision
     """
     if answer is not None and not isinstance(answer, bool | np.bool_):
-        raise UserError(
-            f"AFTER_EPOCH returned {answer!r}: return True to end the run as pruned, else False or None."
-        )
+        remedy = "return True to end the run as pruned, else False or None"
+        raise UserError(f"AFTER_EPOCH returned {answer!r}: {remedy}.")
     return bool(answer)
 
 

@@ -313,7 +313,7 @@ def _level(text: str, word: re.Match) -> int:
 
 def _find_in_code(text: str, words: list[tuple[re.Match, int]]) -> Iterator[tuple[int, int]]:
     pieces = [match.span() for match in _PIECES.finditer(text)]
-    masked = _PIECES.sub(_mask, text)
+    masked = _PIECES.sub(lambda one: (" " if one[0][0] == "#" else "\x01") * len(one[0]), text)
     done = [0] * (_SURE + 1)  # for each level, up to where values were looked into
     for word, level in words:
         start, end = word.span()
@@ -330,10 +330,6 @@ def _find_in_code(text: str, words: list[tuple[re.Match, int]]) -> Iterator[tupl
         elif level > _CALLED or text[end : end + 1] == "(":
             found, done[level] = _value_in_code(text, masked, last if is_whole else end, level, is_whole)
             yield from found
-
-
-def _mask(piece: re.Match) -> str:
-    return (" " if piece[0][0] == "#" else "\x01") * len(piece[0])
 
 
 def _value_in_code(

@@ -89,10 +89,8 @@ def _cpu_group(_: Any) -> Any:
 def refuse_several(routine: str) -> None:
     """Raise UserError if torchrun has started several processes, for routines that train in one."""
     if num_launched() > 1:
-        raise UserError(
-            f"The {routine} routine runs as one process, but torchrun has started {num_launched()}. "
-            "Start it without torchrun, or use --routine pytorch or ignite."
-        )
+        about = f"The {routine} routine runs as one process, but torchrun has started {num_launched()}"
+        raise UserError(f"{about}. Start it without torchrun, or use --routine pytorch or ignite.")
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -104,14 +102,12 @@ def own_device(device: torch.device) -> torch.device:
     if num_processes() == 1 or not torch.cuda.is_available():
         return device
     if device.type != "cuda":
-        raise UserError(
-            f"DEVICE is {device}, but several processes take the GPUs: hide them, CUDA_VISIBLE_DEVICES=''."
-        )
+        remedy = "hide them, CUDA_VISIBLE_DEVICES=''"
+        raise UserError(f"DEVICE is {device}, but several processes take the GPUs: {remedy}.")
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= num_gpus:
-        raise UserError(
-            f"torchrun has started more processes than there are GPUs ({num_gpus}): use --nproc-per-node."
-        )
+        about = f"torchrun has started more processes than there are GPUs ({num_gpus})"
+        raise UserError(f"{about}: use --nproc-per-node.")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -162,9 +158,8 @@ def refuse_disagreement(facts: dict[str, Any]) -> None:
     for number, other in enumerate(others, 1):
         names = [name for name in {**main, **other} if main.get(name) != other.get(name)]
         if names:
-            raise UserError(
-                f"process {number} was given another {', '.join(names)} than process 0: give all the same."
-            )
+            about = f"process {number} was given another {', '.join(names)} than process 0"
+            raise UserError(f"{about}: give all the same.")
 
 
 def sum_up(values: Sequence[float]) -> list[float]:

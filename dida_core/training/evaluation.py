@@ -178,10 +178,7 @@ def evaluate_batch(
 
 
 def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[Any, Any]],
-    evaluation: Accumulator,
-    context: DeviceContext,
+    model: nn.Module, batches: Iterable[tuple[Any, Any]], evaluation: Accumulator, context: DeviceContext
 ) -> dict[str, float]:
     """
     Evaluate a model on a dataset. The mode that the model was in is restored.

@@ -41,10 +41,8 @@ def fill_model(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
         shapes = f"{tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
         problems.append(f"{len(other)} have another shape, such as {name}: {shapes}")
     if problems:
-        kind = type(model).__name__
-        raise WeightsError(
-            f"{origin}: does not fit this {kind}: {'; '.join(problems)}. Check MODEL and MODEL_CONFIG."
-        )
+        about = f"{origin}: does not fit this {type(model).__name__}: {'; '.join(problems)}"
+        raise WeightsError(f"{about}. Check MODEL and MODEL_CONFIG.")
     model.load_state_dict(state)
 
 

@@ -33,9 +33,8 @@ def config_errors(key: str, problem: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise UserError(
-                f"There is not enough memory for a single sample: take a smaller crop or model. ({error})"
-            ) from error
+            remedy = "take a smaller crop or model"
+            raise UserError(f"There is not enough memory for a single sample: {remedy}. ({error})") from error
         problem = problem or f"{key} cannot be built with {key}_CONFIG"
         raise ConfigError([f"{problem}: {' '.join(str(error).split())}"]) from error
 

@@ -78,10 +78,8 @@ def refuse_values(target: Tensor, wrong: Tensor, classes: int | None, ignore_ind
         if classes is not None:
             known = f"the prediction has the classes 0 to {classes - 1}"
         value = f"{'the class number ' * (classes is not None)}{target[wrong][0]:g}"
-        raise UserError(
-            f"the target holds {value}, {known}, and {ignore_index} is ignored: "
-            "map the mask's values, or set IGNORE_INDEX."
-        )
+        remedy = "map the mask's values, or set IGNORE_INDEX"
+        raise UserError(f"the target holds {value}, {known}, and {ignore_index} is ignored: {remedy}.")
 
 
 def unmask(pred: Tensor, target: Tensor, multi_class: bool | None = None) -> tuple[Tensor, Tensor]:
@@ -96,10 +94,9 @@ def unmask(pred: Tensor, target: Tensor, multi_class: bool | None = None) -> tup
         multi_class = channels > 1 and target.ndim == pred.ndim and target.shape[1] == 2
     wanted = 2 if multi_class else channels + 1
     if target.ndim != pred.ndim or target.shape[1] != wanted:
-        raise ValueError(
-            f"the prediction has the shape {tuple(pred.shape)} and the masked target {tuple(target.shape)}: "
-            f"it needs {wanted} channels, the first of them the usability mask."
-        )
+        shapes = f"the shape {tuple(pred.shape)} and the masked target {tuple(target.shape)}"
+        needs = f"it needs {wanted} channels, the first of them the usability mask"
+        raise ValueError(f"the prediction has {shapes}: {needs}.")
     return target[:, 1].long() if multi_class else target[:, 1:], target[:, 0].float()
 
 

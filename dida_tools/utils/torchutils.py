@@ -14,10 +14,7 @@ from torch import Tensor, nn
 
 @checked_call
 def load_model(
-    path: Any,
-    model: Any,
-    model_config: Any = None,
-    device: str | torch.device = "cpu",
+    path: Any, model: Any, model_config: Any = None, device: str | torch.device = "cpu"
 ) -> nn.Module:
     """
     Build a model with the weights of a file: best or last of a run, or a plain state dict.

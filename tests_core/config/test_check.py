@@ -319,10 +319,7 @@ def test_the_function_in_ignites_loss_is_taken():
 
 
 def test_a_model_that_is_not_found_is_one_problem():
-    problems, arguments = (
-        [],
-        ["MODEL=.models.nowhere.Net", "MODEL_CONFIG={'a': 3}", "MODEL_CONFIG.b=4"],
-    )
+    problems, arguments = ([], ["MODEL=.models.nowhere.Net", "MODEL_CONFIG={'a': 3}", "MODEL_CONFIG.b=4"])
     config = override(make_config(), arguments, PROJECT, problems)
     with pytest.raises(ConfigError) as caught:
         check(config, PROJECT, problems)

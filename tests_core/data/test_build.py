@@ -9,10 +9,10 @@ import torch
 from dida_core.config.keys import copy_config
 from dida_core.config.project import project_of
 from dida_core.data import build as module
-from dida_core.data.build import build_datasets, fingerprint, splits_of, suggest, use_folder
+from dida_core.data.build import build_datasets, splits_of, suggest, use_folder
 from dida_core.data.images import DataError
 from dida_core.data.pairs import Pairs
-from dida_core.doctor.doctor import describe
+from dida_core.doctor.doctor import describe, fingerprint
 from dida_core.training.determinism import Samples
 from dida_core.training.setup import prepare
 from torch.utils.data import DataLoader
@@ -174,6 +174,7 @@ def test_mixed_data_are_described_too_and_long_lists_shortened(write_pairs: Any)
         (np.uint8([1, 2]), None, 3),
         (np.uint8([10, 20, 30]), {10: 0, 20: 1, 30: 2}, 3),
         (np.uint8([0, 128]), {0: 0, 128: 1}, 2),
+        (np.uint8([0, 128, 255]), {0: 0, 128: 1, 255: 2}, 3),
         (np.array([False, True]), None, 2),
         *[
             (np.uint8(colors), {color: number for number, color in enumerate(sorted(colors))}, len(colors))
@@ -181,6 +182,9 @@ def test_mixed_data_are_described_too_and_long_lists_shortened(write_pairs: Any)
                 [(0, 0, 0), (128, 0, 0), (0, 64, 9)],
                 [(0, 0, 0), (255, 255, 255)],
                 [(0, 0, 0), (0, 0, 255), (0, 255, 0), (255, 0, 0)],
+                [(0, 0, 0), (1, 1, 1), (2, 2, 2)],
+                [(0, 0, 0, 255), (255, 0, 0, 255)],
+                [(0, 255), (255, 255)],
             )
         ],
     ],
@@ -223,6 +227,26 @@ def test_crops_fit_into_a_usual_image_and_large_images_give_more(
         assert data["crop"] == crop and 3 * data["crops_per_image"] >= 160
     monkeypatch.setattr(module, "_LARGEST_CROP", 32)
     assert suggested([np.zeros((320, 320), np.uint8)] * 3)["DATASET_CONFIG"]["crops_per_image"] == 100
+
+
+@pytest.mark.parametrize(
+    ("of_train", "of_test", "ending", "message"),
+    [([0, 1], [0, 255], ".npy", r"4 masks hold 0 and 255 \(0.npy, .*\), the others 0 and 1: give"),
+     ([0, 255], [0, 1], ".npy", "4 masks hold 0 and 255"), ([0, 90, 255], [0, 90], ".jpg", "masks are JPEG"),
+     ([0, 255], [0, 255], ".npy", ""), ([0, 1, 255], [0, 255], ".npy", ""), ([0, 1], [0], ".npy", "")],
+)  # fmt: skip
+def test_masks_that_may_mean_several_things_are_asked_about(write_pairs, of_train, of_test, ending, message):
+    for folder, values in (("d/train", of_train), ("d/test", of_test)):
+        x_dir, _ = write_pairs(*[masks_with(np.uint8(values))] * 2, ending, folder)
+    folder, said = x_dir.parents[1], list[str]()
+    if message:
+        with pytest.raises(DataError, match=message):
+            use_folder({}, folder, PROJECT, say=said.append)
+        use_folder({"MASK_VALUES": {255: 1}}, folder, PROJECT, say=said.append)
+    else:
+        use_folder({}, folder, PROJECT, say=said.append)
+    mapped = "masks are read by MASK_VALUES={255: 1}"
+    assert [mapped in one for one in said] == [True] * (bool(message) or of_train == [0, 255])
 
 
 # ----------------------------------------------------------------------------------------------------- splits

@@ -97,8 +97,7 @@ def test_16_bit_colors_of_png_keep_their_16_bits(tmp_path: Path, channels: int) 
 
 
 @pytest.mark.parametrize(
-    ("mode", "ending"),
-    [("L", ".jpg"), ("RGB", ".jpeg"), ("RGB", ".JPG"), ("RGB", ".jfif"), ("RGB", ".webp")],
+    ("mode", "ending"), [("L", ".jpg"), ("RGB", ".jpeg"), ("RGB", ".JPG"), ("RGB", ".jfif"), ("RGB", ".webp")]
 )
 def test_jpeg_and_the_like_are_read_as_pillow_decodes_it(tmp_path: Path, mode: str, ending: str) -> None:
     path = tmp_path / f"image{ending}"

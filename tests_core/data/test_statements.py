@@ -194,10 +194,7 @@ VALUES: dict[str, tuple[Any, np.ndarray]] = {
     ),
     "float.tif": (lambda path: write(path, invent(2, "float32")), invent(2, "float32")),
     **{
-        f"turned_{number}.png": (
-            lambda path, number=number: picture(path, GREY, exif=turn(number)),
-            image,
-        )
+        f"turned_{number}.png": (lambda path, number=number: picture(path, GREY, exif=turn(number)), image)
         for number, image in UPRIGHT.items()
     },
 }

@@ -93,10 +93,10 @@ def test_channels_first(examined: Examine) -> None:
 
 def test_masks_of_0_and_255(examined: Examine) -> None:
     either, both = masks(values=(0, 255)), masks(2)
-    text = r"masks of 0 and 255: .*MASK_VALUES=\{255: 1\}"
+    text = r"takes the values of masks for classes by MASK_VALUES=\{255: 1\}"
     assert_only(examined(train=(images(), either), test=(images(), either)), text, is_problem=False)
     found = examined(train=(images(), [*both, either[0]]), test=(images(), masks()))
-    assert_only(found, "1 mask of 0 and 255 among masks of 0 and 1", "train/y/2.npy")
+    assert_only(found, r"1 masks hold 0 and 255 \(2.npy\), the others 0 and 1")
     others = masks(3, (0, 1, 2))  # ignored pixels are no foreground
     assert examined(train=(images(), [*others[:2], either[0]]), test=(images(), others)) == []
 
@@ -270,7 +270,7 @@ def test_the_command_prints_what_is_there_and_what_is_wrong(
     for pattern in (
         r"mask values    0: \d\d\.\d\d%, 255: ",
         r"channel 1      min 1, max 199, mean 1?\d\d\.?\d*, std 5\d\.\d+\n",
-        "remark         masks of 0 and 255: train.py --data takes 255",
+        r"remark         train.py --data takes the values of masks for classes by MASK_VALUES=\{255: 1\}",
         r"METRICS = \{'f1': f1, 'precision': precision",
     ):
         assert re.search(pattern, text), pattern
@@ -278,7 +278,7 @@ def test_the_command_prints_what_is_there_and_what_is_wrong(
     assert main([str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "  PROBLEM        6 images: each is the same as one of another split" in out
-    assert "test/x/2.npy = train/x/2.npy, and 3 more remark masks of" in " ".join(out.split())
+    assert "test/x/2.npy = train/x/2.npy, and 3 more remark train.py" in " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 110
 
 

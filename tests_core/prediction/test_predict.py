@@ -16,14 +16,7 @@ from dida_core.storage.weights import WeightsError, save_weights
 from PIL import Image
 from torch import nn
 
-from tests_core.prediction.samples import (
-    Brightest,
-    Net,
-    expected,
-    make_config,
-    reflectance,
-    write_arrays,
-)
+from tests_core.prediction.samples import Brightest, Net, expected, make_config, reflectance, write_arrays
 
 RNG = np.random.default_rng(0)
 # Subtracts (100, 50, 0) and divides by (10, 20, 40), before scaling.

@@ -524,10 +524,7 @@ def test_what_does_not_fit_is_reported_before_training(fit, global_config, chang
 @pytest.mark.parametrize(
     ("types", "message"),
     [
-        (
-            (torch.float64, torch.int64),
-            r"inputs .* of the type float64 \(let .* give float32\)",
-        ),
+        ((torch.float64, torch.int64), r"inputs .* of the type float64 \(let .* give float32\)"),
         ((torch.uint8, torch.int64), r"does not take inputs .* of the type uint8 \(let .* give float32\)"),
         ((torch.float32, torch.uint8), r"the target, of the type uint8 \(let .* int64 for classes"),
     ],
