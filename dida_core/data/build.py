@@ -191,7 +191,7 @@ def suggest(pairs: Pairs, cache_file: Path | None = None) -> dict[str, Any]:
     return suggestion | ({"MASK_VALUES": mask_values} if mask_values else {})
 
 
-def _classes(values: dict[Any, float], channels: int) -> tuple[list[int] | None, dict | None]:
+def _classes(values: Iterable[Any], channels: int) -> tuple[list[int] | None, dict | None]:
     """Return the class numbers that mask values stand for, or None for labels, and how to map them."""
     if channels > 1:
         drawn = [np.atleast_1d(value).tolist() for value in values]

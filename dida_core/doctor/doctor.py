@@ -268,7 +268,8 @@ def fingerprint(pairs: Pairs) -> dict[str, Any]:
     raise_if(fact["problem"] for fact in facts.values() if "problem" in fact)
     images, masks = ([facts[file] for file in files] for files in (pairs.images, pairs.masks))
     values = count_values(pairs)
-    fractions = values and {value: number / sum(values.values()) for value, number in values.items()}
+    total = sum((values or {}).values())
+    fractions = None if values is None else {value: number / total for value, number in values.items()}
     channels = Counter(image["shape"][2] for image in images)
     statistics = []
     if len(channels) == 1:

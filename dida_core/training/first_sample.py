@@ -209,10 +209,8 @@ def _try_evaluation(
 ) -> None:
     """Evaluate a batch of one sample; name it where that fails, or where its target is of another kind."""
     try:
-        own, trained = (
-            [_num_channels(one, first) for one in tensors_of(two)] for two in (batch[1], first.targets)
-        )
-        if own != trained:
+        own = [_num_channels(one, first) for one in tensors_of(batch[1])]
+        if own != [_num_channels(one, first) for one in tensors_of(first.targets)]:
             raise ValueError("their targets have other channels")
         inputs, targets = context.move_pair(batch)
         with context.autocast():
