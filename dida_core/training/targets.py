@@ -74,12 +74,12 @@ def wrong_values(target: Tensor, keep: Tensor, classes: int | None) -> Tensor:
 def refuse_values(target: Tensor, wrong: Tensor, classes: int | None, ignore_index: int) -> None:
     """Raise UserError with the first wrong value of a target, if there is one."""
     if wrong.any():
-        known = "a binary or multi-label target has 0 and 1"
+        allowed = "a binary or multi-label target has 0 and 1"
         if classes is not None:
-            known = f"the prediction has the classes 0 to {classes - 1}"
+            allowed = f"the prediction has the classes 0 to {classes - 1}"
         value = f"{'the class number ' * (classes is not None)}{target[wrong][0]:g}"
         remedy = "map the mask's values, or set IGNORE_INDEX"
-        raise UserError(f"the target holds {value}, {known}, and {ignore_index} is ignored: {remedy}.")
+        raise UserError(f"the target holds {value}, {allowed}, and {ignore_index} is ignored: {remedy}.")
 
 
 def unmask(pred: Tensor, target: Tensor, multi_class: bool | None = None) -> tuple[Tensor, Tensor]:

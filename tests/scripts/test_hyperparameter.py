@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, global_config_of, rows_of, run_script, wait_until
+from tests.helpers import ROOT, folder_of, global_config_of, rows_of, run_script, wait_until
 
 LR, DROPOUT = '"OPTIMIZER_CONFIG.lr": log_uniform(1e-3, 1e-1)', '"MODEL_CONFIG.dropout": uniform(0.0, 0.4)'
 SPACE = "{" + LR + ', "OPTIMIZER": choice(torch.optim.AdamW, torch.optim.SGD), ' + DROPOUT + "}"
@@ -64,7 +64,7 @@ def test_a_search_by_two_workers_leaves_rows_the_best_config_and_pictures(projec
     found = sorted((row["STUDY"], row["TRIAL"], row["STATUS"]) for row in rows(project))
     assert found == [("search", number, "finished") for number in range(3)]
     best = max(rows(project), key=lambda row: row["validation.f1"])
-    folder = project / "logs" / "search" / "search"
+    folder = folder_of(project, "LOG_DIR") / "search" / "search"
     saved = json.loads((folder / "best_config.json").read_text())
     found = (best["NAME"], best["TRIAL"], best["validation.f1"])
     assert (saved["run"], saved["trial"], saved["value"]) == found
@@ -85,14 +85,14 @@ def test_the_best_config_is_trained_in_full(project, searched):
     keys = ("OPTIMIZER_CONFIG.lr", "OPTIMIZER", "MODEL_CONFIG.dropout", "MODEL_CONFIG.bulk_ch", "TRIAL")
     assert {key: row[key] for key in keys} == {key: best[key] for key in keys}
     assert (row["STATUS"], row["EPOCHS"], row["STUDY"]) == ("finished", 3, "search")
-    assert row["NAME"].endswith("_search-best")
+    assert row["SESSION_NAME"] == "search-best"
 
 
 def test_impossible_keys_are_refused_before_the_first_trial(tmp_path, pairs_dir):
     space = '{"OPTIMIZER_CONFIG.lrr": uniform(0, 1), "EPOCH": choice(1, 2)}'
     _, err = run(tmp_path, "--data", pairs_dir, *TINY, "ACCUMULATE=0", code=1, space=space)
     assert "did you mean EPOCHS?" in err
-    assert not list((tmp_path / "logs").glob("**/journal*"))
+    assert not list(folder_of(tmp_path, "LOG_DIR").glob("**/journal*"))
 
 
 def test_usage_errors(tmp_path):
@@ -116,11 +116,11 @@ def test_ctrl_c_ends_cleanly_and_the_next_call_resumes(tmp_path, pairs_dir, work
     command = ("--data", pairs_dir, *TINY, "--trials", workers, "--workers", workers, "CHECKPOINT_SECONDS=0")
 
     def output() -> str:
-        files = [tmp_path / "output.txt", *(tmp_path / "logs/search/search").glob("worker-*.log")]
+        files = [tmp_path / "output.txt", *folder_of(tmp_path, "LOG_DIR").glob("search/search/worker-*.log")]
         return "".join(file.read_text() for file in files)
 
     def saved() -> bool:
-        return len(list((tmp_path / "weights").glob("*/last-*.pt"))) >= workers
+        return len(list(folder_of(tmp_path, "WEIGHT_DIR").glob("*/last-*.pt"))) >= workers
 
     for times, (condition, signum) in enumerate(
         [(saved, signal.SIGINT), (lambda: "resumes after epoch" in output(), signal.SIGTERM)]

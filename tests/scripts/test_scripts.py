@@ -16,7 +16,7 @@ from dida_core.errors import UserError
 
 from dida_tools.utils.logging import read_log
 
-from tests.helpers import FIRST, ROOT, ROUTINES, run_script
+from tests.helpers import FIRST, ROOT, ROUTINES, folder_of, run_script
 
 QUICK = ("MODEL_CONFIG.bulk_ch=8", "MODEL_CONFIG.n_recursions=1", "EPOCHS=1")
 QUICK += ("DATASET_CONFIG.train.crops_per_image=1", "DATASET_CONFIG.train.crop=16")
@@ -37,7 +37,7 @@ def run(project: Path, *command: object, code: int = 0) -> str:
 
 
 def rows(project: Path) -> list[dict]:
-    return read_log(project / "logs" / "experiments.csv")
+    return read_log(folder_of(project, "LOG_DIR") / "experiments.csv")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def trained(project: Path) -> str:
 
 def test_training_prints_results_paths_and_next_steps(project, trained):
     row = rows(project)[0]
-    assert row["STATUS"] == "finished" and row["NAME"].endswith("_first-run")
+    assert (row["STATUS"], row["SESSION_NAME"]) == ("finished", "first run")
     assert f"f1 {row['test.f1']:.4f}" in trained
     starts = ("  weights", "  log", "  tr", "  pic")
     paths = [Path(line.split()[1]) for line in trained.splitlines() if line.startswith(starts)]
@@ -56,10 +56,11 @@ def test_training_prints_results_paths_and_next_steps(project, trained):
     assert f"python run_prediction.py {row['NAME']} -i" in trained
 
 
-@pytest.mark.parametrize("which", ["latest", "best", "first-run"])
+@pytest.mark.parametrize("which", ["latest", "best", "a part of its name"])
 def test_a_run_predicts_by_its_name(project, trained, which):
-    images = sorted((project / "data" / "scenes-1" / "test" / "x").iterdir())[:2]
+    images = sorted((folder_of(project, "DATA_DIR") / "scenes-1" / "test" / "x").iterdir())[:2]
     out_dir = project / f"predicted-{which}"
+    which = rows(project)[0]["NAME"][3:] if "part" in which else which
     run(project, "run_prediction.py", which, "-i", *images, "-o", out_dir)
     for image in images:
         prediction = np.load(out_dir / image.name)
@@ -68,17 +69,14 @@ def test_a_run_predicts_by_its_name(project, trained, which):
 
 
 def test_the_explicit_config_predicts_the_same(project, trained):
-    images, name = project / "data" / "scenes-1" / "test" / "x", rows(project)[0]["NAME"]
+    images, name = folder_of(project, "DATA_DIR") / "scenes-1" / "test" / "x", rows(project)[0]["NAME"]
     run(project, "run_prediction.py", name, "-i", images, "-o", project / "a", "--output", "probabilities")
     script, edited = (ROOT / "predict.py").read_text(), project / "my_predict.py"
-    for old, new in {
-        "bulk_ch": (16, 8),
-        "n_recursions": (3, 1),
-        "OUTPUT": ("classes", "probabilities"),
-    }.items():
+    values = {"bulk_ch": (16, 8), "n_recursions": (3, 1), "OUTPUT": ("classes", "probabilities")}
+    for old, new in values.items():
         script = re.sub(rf'("{old}": "?){new[0]}\b', rf"\g<1>{new[1]}", script)
     edited.write_text(script)
-    weights = project / "weights" / name / "best.pt"
+    weights = folder_of(project, "WEIGHT_DIR") / name / "best.pt"
     run(project, edited, "-i", images, "-o", project / "b", "--weights", weights)
     for file in images.iterdir():
         first, second = (np.load(project / folder / file.name) for folder in "ab")
@@ -89,7 +87,7 @@ def test_a_run_is_prolonged_by_name_in_its_own_routine_and_reproduced(project, p
     run(project, "train.py", "--data", pairs_dir, "--routine", OTHER, *QUICK, "SESSION_NAME=own")
     row = rows(project)[-1]
     assert (row["MODEL_CONFIG.ch_in"], row["MODEL_CONFIG.ch_out"]) == (3, 3)
-    record = json.loads((project / "logs" / row["NAME"] / "config.json").read_text())
+    record = json.loads((folder_of(project, "LOG_DIR") / row["NAME"] / "config.json").read_text())
     assert record["config"]["DATASET_CONFIG"]["train"]["x_dir"] == str(pairs_dir / "train" / "x")
     assert "identical" in run(project, "train.py", "--rerun", row["NAME"])
     run(project, "train.py", "--resume", row["NAME"], "EPOCHS=2")

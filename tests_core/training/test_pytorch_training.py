@@ -426,6 +426,7 @@ def test_config_files_row_and_result_agree(
     assert capture(tiny_config, project) == before
     row = the_row(global_config)
     assert row["NAME"] == result.name == result.log_dir.name == result.weight_dir.name
+    assert result.name == f"{row['DATE']}_tiny"
     assert row["WEIGHTS_DIGEST"] == result.digest == weights_digest(last_state(result)["model"])
     wanted = {
         "STATUS": "finished",
