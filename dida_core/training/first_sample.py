@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config.check import takes
 from ..data.contract import DataContract
 from ..data.dataset import Stream, TrainingData
 from ..data.images import DataError
@@ -135,6 +136,11 @@ def contract_of_values(first: FirstSample, config: dict[str, Any], dataset: Trai
     some = [unmasked(collate([sample], [f"sample {index}"])[1]) for index, sample in several]
     is_mask = targets.ndim > 2 or not targets.is_floating_point()
     is_binary = all(bool(((target == 0) | (target == 1)).all()) for target in some)
+    ignored, may_ignore = config["IGNORE_INDEX"], is_mask and takes(config["LOSS"], "ignore_index", True)
+    nothing_counts = all(bool(((target == 0) | (target == ignored)).all()) for target in some)
+    if may_ignore and not is_binary and nothing_counts:
+        about = f"the targets of the first training samples hold 0 and {ignored} alone"
+        raise DataError([f"{about}, which is ignored: let the dataset give 1 for the class"])
     return DataContract(channels, task="multi-label" if is_mask and is_binary else "values")
 
 

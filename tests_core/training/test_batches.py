@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
-from dida_tools.utils.loss import f1, multi_class_dice_ce_sum
+from dida_tools.utils.loss import dice_bce_sum, f1, multi_class_dice_ce_sum
 
 from tests.helpers import FIRST, ROUTINES, differing, events_of, global_config_of, load_routine
 
@@ -192,10 +192,6 @@ def train(root: Any, case: dict[str, Any], routine: str = FIRST, sets: Any = Non
     return load_routine(routine).train(*sets, config, global_config_of(root))
 
 
-class Interrupted(KeyboardInterrupt):
-    """As by Ctrl-C."""
-
-
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Interrupt the next training in its seventh batch."""
@@ -206,7 +202,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Any:
         def counted(self: OutputLoss, outputs: Any, targets: Any) -> Tensor:
             if torch.is_grad_enabled() and next(calls) == after:
                 monkeypatch.setattr(OutputLoss, "forward", forward)
-                raise Interrupted
+                raise KeyboardInterrupt
             return forward(self, outputs, targets)
 
         monkeypatch.setattr(OutputLoss, "forward", counted)
@@ -279,10 +275,13 @@ def refuse(root: Any, sets: Any = None, **changes: Any) -> None:
         assert not any(root.rglob("journal.jsonl"))
 
 
+WHITE = [(torch.zeros(3, 8, 8), 255.0 * (torch.rand(3, 8, 8) > 0.5)) for _ in range(8)]
 REFUSED = {
     "the test data: sample 0 has inputs of the shape (1, 2, 8, 8)": {
         "sets": [Scenes(8), Scenes(8, 0, "channels")]},
     "the test data: sample 0: its target holds": {"sets": [Scenes(8), Scenes(8, 0, "class")]},
+    "the first training samples hold 0 and 255 alone, which is ignored": {
+        "sets": [WHITE, WHITE], "LOSS": dice_bce_sum},
     "sample 0 is None": {"sets": [Scenes(8, 0, "none", 0, 1), Scenes(8)]},
     "does not take inputs of the shape (1, 3, 8, 8) in training mode": {"MODEL": OnlyInEvaluation},
     "they must be of (3,) channels, the largest first": {"MODEL": Rising},
